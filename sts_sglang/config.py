@@ -1,0 +1,336 @@
+"""The configuration of STS: one frozen dataclass, its parser, and the budget rule.
+
+Imports neither torch nor SGLang, so that the launcher can refuse a bad configuration at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    import torch
+
+ENV = "STS_CONFIG"
+MAX_SOURCE = 64 * 1024  # bytes of a file, characters of a string
+MAX_TOKENS = 2**24
+MAX_LAYERS = 1024
+
+Policy = Literal["ratio", "fixed", "top_p"]
+Pooling = Literal["max", "mean"]
+Kernel = Literal["auto", "flashinfer", "triton", "torch"]
+
+# A share of a token below this is float error (0.1 * 30 = 3.0000000000000004), not a token.
+# It exceeds the error of keep * context for every context up to 2**33 tokens.
+_CEIL_GUARD = 1e-6
+
+
+class ConfigError(ValueError):
+    """A configuration or request value that is not allowed: one line, field first, then what is."""
+
+
+def _error(field: str, problem: str, allowed: str) -> ConfigError:
+    return ConfigError(f"{field}: {problem}; allowed: {allowed}")
+
+
+def _show(value: object) -> str:
+    """`value` for a message: one line, short, and safe for integers too long to print."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:
+        return f"a {type(value).__name__} too long to print"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _choice(options: tuple[str, ...]) -> Callable[[str, object], str]:
+    def read(field: str, value: object) -> str:
+        if not isinstance(value, str) or value not in options:
+            raise _error(field, f"got {_show(value)}", " | ".join(options))
+        return value
+
+    return read
+
+
+def _integer(low: int, high: int) -> Callable[[str, object], int]:
+    def read(field: str, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise _error(field, f"got {_show(value)}", f"an integer from {low} to {high}")
+        return int(value)
+
+    return read
+
+
+def _share(field: str, value: object) -> float:
+    # The comparison is false for NaN, and is done before float(): a huge int does not fit one.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise _error(field, f"got {_show(value)}", "a number above 0 and at most 1")
+    return float(value)
+
+
+def _sink(field: str, value: object) -> int:
+    if value == 0 and not isinstance(value, bool):
+        raise _error(
+            field,
+            "got 0",
+            f"an integer from 1 to {MAX_TOKENS} (the draft never scores target position 0: it must be a sink)",
+        )
+    return _integer(1, MAX_TOKENS)(field, value)
+
+
+def _layers(field: str, value: object) -> tuple[int, ...]:
+    allowed = f"a list of different layer numbers from 0 to {MAX_LAYERS - 1}"
+    if not isinstance(value, (list, tuple)):
+        raise _error(field, f"got {_show(value)}", allowed)
+    read = _integer(0, MAX_LAYERS - 1)
+    layers = tuple(sorted(read(f"{field}[{i}]", layer) for i, layer in enumerate(value)))
+    if len(set(layers)) != len(layers):
+        raise _error(field, f"got {_show(value)}, a layer twice", allowed)
+    return layers
+
+
+def _head_map(field: str, value: object) -> str | None:
+    if value is None:
+        return None
+    allowed = "the path of a head map file, or null for the proportional map"
+    if not isinstance(value, str) or not value.strip() or len(value) > 4096 or "\0" in value:
+        raise _error(field, f"got {_show(value)}", allowed)
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        raise _error(field, f"got {_show(value)}, which no file can be named", allowed) from None
+    return value
+
+
+_READERS: dict[str, Callable[[str, object], object]] = {
+    "policy": _choice(get_args(Policy)),
+    "keep": _share,
+    "budget": _integer(0, MAX_TOKENS),
+    "top_p": _share,
+    "sink": _sink,
+    "recent": _integer(1, MAX_TOKENS),
+    "dense_layers": _layers,
+    "pool_rows": _choice(get_args(Pooling)),
+    "pool_heads": _choice(get_args(Pooling)),
+    "head_map": _head_map,
+    "kernel": _choice(get_args(Kernel)),
+}
+
+
+@dataclass(frozen=True)
+class StsConfig:
+    """What STS keeps and how; every way of building one validates it (`ConfigError`).
+
+    The budget is in context tokens of one (request, target layer, KV head); the tail being verified
+    is attended besides and never counted. The rule is `budget_for`.
+    """
+
+    policy: Policy = "ratio"
+    keep: float = 0.1
+    """Share of the context to keep under `ratio`, 0 < keep <= 1; a request may set its own."""
+    budget: int = 1024
+    """Tokens: the floor under `ratio` (0 allowed), the budget of `fixed`, the cap of `top_p`."""
+    top_p: float = 0.95
+    """Importance to cover under `top_p`, 0 < top_p <= 1."""
+    sink: int = 4
+    """First tokens, always kept; at least 1, for the draft never scores target position 0."""
+    recent: int = 64
+    """Last context tokens, always kept."""
+    dense_layers: tuple[int, ...] = ()
+    """Target layers that attend to everything, kept sorted; `check_layers` knows how many there are."""
+    pool_rows: Pooling = "max"
+    """How the draft rows of a request become one score."""
+    pool_heads: Pooling = "max"
+    """How the draft heads mapped to one target KV head become one score."""
+    head_map: str | None = None
+    """Path of a head map file, relative to the working directory; None: the proportional map."""
+    kernel: Kernel = "auto"
+    """Kernels to run; validate.py says which exist on a device."""
+
+    def __post_init__(self) -> None:
+        for name, read in _READERS.items():
+            object.__setattr__(self, name, read(f"sts_config.{name}", getattr(self, name)))
+        if self.policy != "ratio" and self.budget == 0:
+            raise _error(
+                "sts_config.budget",
+                f"got 0 with policy {self.policy!r}",
+                f"an integer from 1 to {MAX_TOKENS} (0 is for policy 'ratio')",
+            )
+        if self.policy == "fixed" and self.sink + self.recent > self.budget:
+            raise _error(
+                "sts_config.budget",
+                f"got {self.budget} with policy 'fixed', below sink + recent = {self.sink + self.recent}",
+                "a budget of at least sink + recent, which are always kept",
+            )
+
+    @classmethod
+    def parse(cls, source: str | os.PathLike[str] | Mapping[str, object] | StsConfig | None) -> StsConfig:
+        """Reads a mapping, inline JSON (a string that starts with `{`) or a JSON file; None is the default.
+
+        Raises `ConfigError` for everything else, and for a file or string above 64 KiB.
+        """
+        if source is None:
+            return cls()
+        if isinstance(source, StsConfig):
+            return source
+        if isinstance(source, str) and source.lstrip().startswith("{"):
+            source = _load(source)
+        elif isinstance(source, (str, os.PathLike)):
+            source = _load(_read_file(os.fsdecode(source)))
+        if not isinstance(source, Mapping):
+            raise _error("sts_config", f"got {_show(source)}", "a JSON object or the path of one")
+        for key in source:
+            _check_key("sts_config", key, tuple(_READERS))
+        return cls(**source)
+
+    @classmethod
+    def resolve(
+        cls,
+        given: str | os.PathLike[str] | Mapping[str, object] | StsConfig | None,
+        environ: Mapping[str, str],
+    ) -> StsConfig:
+        """The flag or argument if given, else `STS_CONFIG` of `environ` (blank: unset), else the default."""
+        from_environ = environ.get(ENV, "").strip()
+        if given is not None or not from_environ:
+            return cls.parse(given)
+        try:
+            return cls.parse(from_environ)
+        except ConfigError as error:
+            # The user may not know that the variable is set: say where the value comes from.
+            error.args = (f"{error} (read from the environment variable {ENV})",)
+            raise
+
+    def to_json(self) -> str:
+        """Canonical JSON: every field, sorted, no spaces. `parse` gives an equal configuration back."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raises `ConfigError` if `dense_layers` names a layer that a target of `num_layers` lacks."""
+        if self.dense_layers and self.dense_layers[-1] >= num_layers:
+            raise _error(
+                "sts_config.dense_layers",
+                f"got layer {self.dense_layers[-1]}, but the target has {num_layers} layers",
+                f"layer numbers from 0 to {num_layers - 1}",
+            )
+
+    def budget_for(self, context: int, keep: float | None = None) -> int:
+        """Tokens K to select from `context` tokens: min(context, max(floor, sink + recent, n)).
+
+        n is ceil(keep * context) under `ratio`, whose floor is `budget`; `budget` under `fixed` and,
+        as the cap of the top-p set, under `top_p`, whose floor is 0. A request's own `keep` makes n
+        ceil(keep * context) under every policy. `keep` 1 is always the whole context.
+        """
+        floor = self.budget if self.policy == "ratio" else 0
+        if keep is None and self.policy != "ratio":
+            wanted = self.budget
+        else:
+            wanted = math.ceil((self.keep if keep is None else keep) * context - _CEIL_GUARD)
+        return min(context, max(floor, self.sink + self.recent, wanted))
+
+    def budget_tokens(self, seq_lens: torch.Tensor, keeps: torch.Tensor | None = None) -> torch.Tensor:
+        """`budget_for` of many requests at once: int64, the shape and device of `seq_lens`, no sync.
+
+        `keeps` is float64 (0.1 is too coarse in float32 to be rounded up reliably), NaN for a request
+        without its own keep. Raises ValueError for another dtype.
+        """
+        import torch
+
+        context = seq_lens.to(torch.float64)
+        if self.policy == "ratio":
+            wanted = torch.ceil(self.keep * context - _CEIL_GUARD)
+        else:
+            wanted = torch.full_like(context, self.budget)
+        if keeps is not None:
+            if keeps.dtype != torch.float64:
+                raise ValueError(f"keeps: got {keeps.dtype}, expected torch.float64")
+            wanted = torch.where(keeps.isnan(), wanted, torch.ceil(keeps * context - _CEIL_GUARD))
+        least = max(self.budget if self.policy == "ratio" else 0, self.sink + self.recent)
+        return torch.minimum(wanted.clamp(min=least), context).to(torch.int64)
+
+
+def request_keep(custom_params: Mapping[str, object] | None) -> float | None:
+    """The keep that a request asks for in `sampling_params.custom_params`: `{"sts": {"keep": 0.5}}`.
+
+    None when it asks for none. Keys beside `sts` belong to others and are ignored. Raises `ConfigError`
+    for a keep outside 0 < keep <= 1, another type, or an unknown key under `sts`.
+    """
+    if custom_params is None:
+        return None
+    if not isinstance(custom_params, Mapping):
+        raise _error("custom_params", f"got {_show(custom_params)}", "an object")
+    if "sts" not in custom_params:
+        return None
+    own = custom_params["sts"]
+    if not isinstance(own, Mapping):
+        raise _error("custom_params.sts", f"got {_show(own)}", 'an object such as {"keep": 0.5}')
+    for key in own:
+        _check_key("custom_params.sts", key, ("keep",))
+    return _share("custom_params.sts.keep", own["keep"]) if "keep" in own else None
+
+
+def _check_key(field: str, key: object, allowed: tuple[str, ...]) -> None:
+    if key in allowed:
+        return
+    nearest = difflib.get_close_matches(str(key)[:40], allowed, n=1, cutoff=0.4)
+    hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+    raise _error(field, f"unknown key {_show(key)}{hint}", ", ".join(allowed))
+
+
+def _read_file(path: str) -> str:
+    field = f"sts_config (file {_show(path)})"
+    allowed = f"inline JSON that starts with '{{', or a UTF-8 JSON file of at most {MAX_SOURCE} bytes"
+    try:
+        # Non-blocking, so that a FIFO without a writer is refused below instead of waited for.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise _error(field, "not a regular file", allowed)
+            if status.st_size > MAX_SOURCE:
+                raise _error(field, f"{status.st_size} bytes", allowed)
+            return file.read(MAX_SOURCE + 1).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _error(field, f"not UTF-8 at byte {error.start}", allowed) from None
+    except OSError as error:
+        raise _error(field, f"cannot be read ({error.strerror})", allowed) from None
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise _error(field, f"not a path ({error})", allowed) from None
+
+
+def _load(text: str) -> object:
+    allowed = f"one JSON object of at most {MAX_SOURCE} characters"
+    if len(text) > MAX_SOURCE:
+        raise _error("sts_config", f"{len(text)} characters", allowed)
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise _error("sts_config", f"not JSON ({error.msg}, {where})", allowed) from None
+    except ConfigError:
+        raise
+    except RecursionError:
+        raise _error("sts_config", "nested too deeply", allowed) from None
+    except ValueError:
+        raise _error("sts_config", "holds a number with too many digits", allowed) from None
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result: dict[str, object] = {}
+    for key, value in pairs:
+        if key in result:
+            raise _error("sts_config", f"key {_show(key)} appears twice", "each key once")
+        result[key] = value
+    return result
+
+
+def _no_constant(name: str) -> None:
+    raise _error("sts_config", f"holds {name}, which JSON does not have", "finite numbers")
+
+
+assert set(_READERS) == {field.name for field in fields(StsConfig)}
