@@ -78,7 +78,7 @@ def _sink(field: str, value: object) -> int:
         raise _error(
             field,
             "got 0",
-            f"an integer from 1 to {MAX_TOKENS} (the draft never scores target position 0: it must be a sink)",
+            f"an integer from 1 to {MAX_TOKENS} (the draft never scores position 0: it must be a sink)",
         )
     return _integer(1, MAX_TOKENS)(field, value)
 
