@@ -1,0 +1,146 @@
+"""Head map: which draft (layer, query head) speaks for which target (layer, KV head)."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+
+from sts_sglang.config import ConfigError
+
+MAP_VERSION = 1
+# Draft index p holds token p + 1 in every algorithm (the draft prefill runs on input_ids[1:] plus
+# the sampled token), so its score belongs to target position p + 1.
+SHIFT = 1
+MAX_FILE_BYTES = 4 << 20
+
+Source = tuple[int, int]  # (draft layer, draft query head)
+
+
+class HeadCounts(NamedTuple):
+    """Attention shape of one model; `kv_heads` of a draft is not used by the map."""
+
+    layers: int
+    q_heads: int
+    kv_heads: int
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """sources[target layer][target KV head] = the draft heads whose importance it selects by.
+
+    Two (layer, KV head) pairs with the same sources share a *channel*: one importance row, one
+    selection, one index list.
+    """
+
+    sources: tuple[tuple[tuple[Source, ...], ...], ...]
+    origin: str
+
+    @cached_property
+    def channels(self) -> tuple[tuple[Source, ...], ...]:
+        """Distinct source sets, in order of first use."""
+        return tuple(dict.fromkeys(heads for layer in self.sources for heads in layer))
+
+    def head_channels(self, layer: int) -> list[int]:
+        """Channel of every KV head of a target layer."""
+        index = {sources: i for i, sources in enumerate(self.channels)}
+        return [index[sources] for sources in self.sources[layer]]
+
+    def channel_weights(self, draft_layer: int, q_heads: int) -> torch.Tensor:
+        """float32 [channels, q_heads]: 1 / size of the channel for its heads in this draft layer.
+
+        The weights of a channel add up to 1 over all draft layers, so adding the layers' weighted
+        probabilities is the mean over the channel's heads.
+        """
+        weights = torch.zeros(len(self.channels), q_heads)
+        for i, sources in enumerate(self.channels):
+            for layer, head in sources:
+                if layer == draft_layer:
+                    weights[i, head] = 1 / len(sources)
+        return weights
+
+
+def proportional(target: HeadCounts, draft: HeadCounts) -> HeadMap:
+    """The default map: target layer t reads draft layer t * L_draft // L_target (paper, section on head
+    mapping); KV head h reads the draft query heads that cover the same fraction of the heads."""
+    layers = [t * draft.layers // target.layers for t in range(target.layers)]
+    spans = [
+        range(h * draft.q_heads // target.kv_heads, -(-(h + 1) * draft.q_heads // target.kv_heads))
+        for h in range(target.kv_heads)
+    ]
+    sources = tuple(tuple(tuple((layer, head) for head in span) for span in spans) for layer in layers)
+    return HeadMap(sources, origin="proportional default (not calibrated)")
+
+
+def load(path: str, target: HeadCounts, draft: HeadCounts) -> HeadMap:
+    """Read and check a map file for this pair of models.
+
+    The file is a JSON object `{"version": 1, "shift": 1, "tp": 1, "target": {"layers", "q_heads",
+    "kv_heads"}, "draft": {...}, "sources": [layer][kv head][[draft layer, draft head], ...]}`.
+
+    Raises:
+        ConfigError: one line that names the field.
+    """
+    data = _read(path)
+    for field, expected in (("version", MAP_VERSION), ("shift", SHIFT), ("tp", 1)):
+        if type(data.get(field)) is not int or data[field] != expected:
+            raise _error(field, f"got {_short(data.get(field))}", str(expected))
+    for field, counts in (("target", target), ("draft", draft)):
+        if data.get(field) != counts._asdict():
+            raise _error(field, f"made for {_short(data.get(field))}", f"this model, {counts._asdict()}")
+    sources = _list(data.get("sources"), "sources", target.layers)
+    parsed = tuple(
+        tuple(
+            _sources(heads, f"sources[{t}][{h}]", draft)
+            for h, heads in enumerate(_list(layer, f"sources[{t}]", target.kv_heads))
+        )
+        for t, layer in enumerate(sources)
+    )
+    return HeadMap(parsed, origin=os.path.basename(path))
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        if not os.path.isfile(path):
+            raise _error("file", f"{path!r} is not a file", "a head map JSON")
+        if os.path.getsize(path) > MAX_FILE_BYTES:
+            raise _error("file", f"{path!r} is too large", f"at most {MAX_FILE_BYTES} bytes")
+        with open(path, encoding="utf-8") as f:
+            data = json.load(f)
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise _error("file", f"cannot read {path!r} ({type(error).__name__}: {_short(str(error))})", "JSON") from None
+    if not isinstance(data, dict):
+        raise _error("file", f"{path!r} holds a {type(data).__name__}", "a JSON object")
+    return data
+
+
+def _list(value: Any, field: str, length: int) -> list:
+    if not isinstance(value, list) or len(value) != length:
+        found = f"{len(value)} entries" if isinstance(value, list) else _short(value)
+        raise _error(field, f"got {found}", f"a list of {length}")
+    return value
+
+
+def _sources(value: Any, field: str, draft: HeadCounts) -> tuple[Source, ...]:
+    if not isinstance(value, list) or not value:
+        raise _error(field, f"got {_short(value)}", "at least one [draft layer, draft head]")
+    for pair in value:
+        ok = isinstance(pair, list) and len(pair) == 2 and all(type(x) is int for x in pair)
+        if not ok or not (0 <= pair[0] < draft.layers and 0 <= pair[1] < draft.q_heads):
+            raise _error(field, f"got {_short(pair)}", f"[0..{draft.layers - 1}, 0..{draft.q_heads - 1}]")
+    return tuple(sorted({(layer, head) for layer, head in value}))
+
+
+def _short(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _error(field: str, problem: str, allowed: str) -> ConfigError:
+    return ConfigError(f"head_map.{field}: {problem}; allowed: {allowed}")

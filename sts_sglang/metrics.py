@@ -1,0 +1,88 @@
+"""Counters of what verify really attended to, at /metrics and in the log."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Counters:
+    """Totals since start. A verify is one request in one round; tokens are counted per (layer, KV head)."""
+
+    sparse_verifies: int = 0
+    dense_verifies: int = 0
+    selected_tokens: int = 0
+    available_tokens: int = 0
+
+    @property
+    def keep_ratio(self) -> float:
+        """Context tokens attended / context tokens there, 1.0 before the first verify."""
+        return self.selected_tokens / self.available_tokens if self.available_tokens else 1.0
+
+    def as_dict(self) -> dict[str, float]:
+        return {**asdict(self), "keep_ratio": self.keep_ratio}
+
+
+_HELP = {
+    "sparse_verifies": "Verifies (request, round) that attended to a selection.",
+    "dense_verifies": "Verifies (request, round) that attended to the whole context for want of importance.",
+    "selected_tokens": "Context tokens attended to in verify, per (layer, KV head).",
+    "available_tokens": "Context tokens there in verify, per (layer, KV head).",
+}
+
+
+class Exporter:
+    """Publishes Counters after each round: Prometheus when asked for, a log line every `interval` rounds."""
+
+    def __init__(self, counters: Counters, enable_metrics: bool, interval: int):
+        self._counters = counters
+        self._interval = interval
+        self._rounds = 0
+        self._published = Counters()
+        self._logged = Counters()
+        self._prometheus = _prometheus_metrics() if enable_metrics else None
+
+    def on_round(self) -> None:
+        """Called once a verify round, after its results are on the CPU."""
+        self._rounds += 1
+        if self._prometheus:
+            self._publish()
+        if self._rounds % self._interval == 0:
+            self._log()
+
+    def _publish(self) -> None:
+        for name in _HELP:
+            self._prometheus[name].inc(getattr(self._counters, name) - getattr(self._published, name))
+        self._prometheus["keep_ratio"].set(_since(self._counters, self._published).keep_ratio)
+        self._published = Counters(**asdict(self._counters))
+
+    def _log(self) -> None:
+        recent = _since(self._counters, self._logged)
+        logger.info(
+            "STS: %d sparse verifies, %d dense, keep ratio %.4f (last %d rounds)",
+            recent.sparse_verifies,
+            recent.dense_verifies,
+            recent.keep_ratio,
+            self._interval,
+        )
+        self._logged = Counters(**asdict(self._counters))
+
+
+def _since(now: Counters, before: Counters) -> Counters:
+    return Counters(**{name: getattr(now, name) - getattr(before, name) for name in _HELP})
+
+
+def _prometheus_metrics() -> dict:
+    # Imported late: SGLang sets the multi-process directory just before it starts the scheduler.
+    from prometheus_client import Counter, Gauge
+
+    metrics: dict = {name: Counter(f"sts:{name}", text) for name, text in _HELP.items()}
+    metrics["keep_ratio"] = Gauge(
+        "sts:keep_ratio",
+        "Context tokens attended / context tokens there, in the latest verify round.",
+        multiprocess_mode="mostrecent",
+    )
+    return metrics

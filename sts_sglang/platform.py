@@ -1,0 +1,96 @@
+"""Reference CPU platform: SGLang's real server with speculative decoding on a plain CPU.
+
+`SGLANG_PLATFORM=sts_cpu` selects it, for development, tests and the demo. Nothing here is active on
+a GPU host: `activate()` answers None unless the platform was asked for by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+from sts_sglang import compat
+
+NAME = "sts_cpu"
+
+
+def selected() -> bool:
+    """Whether the launch asked for this platform."""
+    return os.environ.get("SGLANG_PLATFORM") == NAME
+
+
+def activate() -> str | None:
+    """Entry point `sglang.srt.platforms`."""
+    return f"{__name__}.CpuPlatform" if selected() else None
+
+
+def install_cpu_branches() -> None:
+    """Switch SGLang's `_is_cpu` branches on, with torch stand-ins for the ops they call."""
+    from sglang.srt.mem_cache import allocation
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sts_sglang import cpu_ops
+
+    # SGLang decorates small helpers with @torch.compile: 35 s of compilation in the first request.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # Trees move accepted KV, and the pool builder for out-of-tree platforms leaves the Triton copy off.
+    os.environ.setdefault("SGLANG_NATIVE_MOVE_KV_CACHE", "1")
+
+    paged = importlib.import_module(compat.PAGED_ALLOCATOR)
+    paged.alloc_decode_kernel = cpu_ops.Launch(cpu_ops.alloc_decode)
+    paged.alloc_extend_kernel = cpu_ops.Launch(
+        lambda pre, seq, last, free, out, bs_upper, page: paged.alloc_extend_naive(
+            pre, seq, last, free, out, page, out.device
+        )
+    )
+    for target, replacement in (
+        (compat.SUPPORT_TRITON, lambda backend: False),
+        (compat.GATHER_SPEC_EXTRAS, cpu_ops.gather_spec_extras),
+        (compat.GET_LAST_LOC, allocation.get_last_loc_torch),
+    ):
+        HookRegistry.register(target.path, replacement, HookType.REPLACE)
+    for module_name, stand_ins in compat.CPU_BRANCHES.items():
+        module = importlib.import_module(module_name)
+        module._is_cpu = True
+        for name, op in stand_ins.items():
+            setattr(module, name, getattr(cpu_ops, op))
+
+
+if selected():
+    # SGLang imports the class by name after activate(); its own platform modules must not be
+    # imported any earlier than that.
+    from sglang.srt.platforms.cpu import CpuDeviceMixin
+    from sglang.srt.platforms.device_mixin import PlatformEnum
+    from sglang.srt.platforms.interface import SRTPlatform
+
+    class CpuPlatform(CpuDeviceMixin, SRTPlatform):
+        """MHA models in plain torch, no graphs."""
+
+        _enum = PlatformEnum.OOT
+        device_name = "cpu"
+        device_type = "cpu"
+
+        def apply_server_args_defaults(self, server_args) -> None:
+            from sglang.srt.model_executor.cuda_graph_config import Backend
+
+            # disable_cuda_graph alone comes too late: the graph config is resolved by now.
+            server_args.disable_cuda_graph = True
+            if (graphs := server_args.cuda_graph_config) is not None:
+                graphs.decode.backend = graphs.prefill.backend = Backend.DISABLED
+
+        def get_default_attention_backend(self) -> str:
+            # The server without speculation, against which `sts` is compared.
+            return "torch_native"
+
+        def get_mha_kv_pool_cls(self) -> type:
+            from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+            return MHATokenToKVPool
+
+        def get_paged_allocator_cls(self) -> type:
+            from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
+
+            return PagedTokenToKVPoolAllocator
+
+        def is_pin_memory_available(self, device=None) -> bool:
+            return False

@@ -1,0 +1,173 @@
+"""A tiny target, draft and EAGLE-3 head from a fixed seed: random weights that serve, not answer.
+
+They exercise every path of the server on a CPU in seconds. The attention projections are scaled up so
+that attention is peaked: with the usual initialisation it is nearly uniform and a selection would
+hardly change the output.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+VOCAB = 384  # 256 bytes, 3 special tokens, the rest unused
+SPECIAL = ("<s>", "</s>", "<pad>")
+CONTEXT = 32768
+AUX_LAYERS = [0, 1, 2]  # hidden states the EAGLE-3 head reads; SGLang's defaults collide in 4 layers
+
+_CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def make_pair(folder: str | Path) -> dict[str, Path]:
+    """Write `target`, `draft` and `eagle3` below `folder` (bf16 safetensors); existing ones are kept.
+
+    The draft is the target's first layers with noise, so it is sometimes right.
+
+    Returns:
+        name -> model folder.
+    """
+    paths = {name: Path(folder) / name for name in ("target", "draft", "eagle3")}
+    if not all((path / "model.safetensors").exists() for path in paths.values()):
+        target = _config(layers=4)
+        weights = _llama_weights(target, seed=0)
+        _write(paths["target"], target, weights)
+        draft = _config(layers=2)
+        _write(paths["draft"], draft, _noisy_draft(weights, draft, seed=1))
+        _write(paths["eagle3"], _eagle3_config(target), _eagle3_weights(target, weights, seed=2))
+    return paths
+
+
+def _config(layers: int) -> dict:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "max_position_embeddings": CONTEXT,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 258,
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+    }
+
+
+def _eagle3_config(target: dict) -> dict:
+    return {
+        **target,
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "num_hidden_layers": 1,
+        "draft_vocab_size": VOCAB,
+        "target_hidden_size": target["hidden_size"],
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": AUX_LAYERS},
+    }
+
+
+def _llama_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
+    draw = _Normal(seed)
+    hidden, inner, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+    weights = {
+        "model.embed_tokens.weight": draw(VOCAB, hidden, std=1.0),
+        "model.norm.weight": torch.ones(hidden),
+        "lm_head.weight": draw(VOCAB, hidden),
+    }
+    for i in range(config["num_hidden_layers"]):
+        weights |= {
+            f"model.layers.{i}.self_attn.{name}.weight": draw(*shape, std=std)
+            for name, shape, std in (
+                ("q_proj", (q, hidden), 0.2),
+                ("k_proj", (kv, hidden), 0.2),
+                ("v_proj", (kv, hidden), 0.1),
+                ("o_proj", (hidden, q), 0.1),
+            )
+        }
+        weights |= {
+            f"model.layers.{i}.mlp.gate_proj.weight": draw(inner, hidden),
+            f"model.layers.{i}.mlp.up_proj.weight": draw(inner, hidden),
+            f"model.layers.{i}.mlp.down_proj.weight": draw(hidden, inner),
+            f"model.layers.{i}.input_layernorm.weight": torch.ones(hidden),
+            f"model.layers.{i}.post_attention_layernorm.weight": torch.ones(hidden),
+        }
+    return weights
+
+
+def _noisy_draft(target: dict[str, torch.Tensor], config: dict, seed: int) -> dict[str, torch.Tensor]:
+    draw = _Normal(seed)
+    layers = tuple(f"model.layers.{i}." for i in range(config["num_hidden_layers"]))
+    kept = {k: w for k, w in target.items() if not k.startswith("model.layers.") or k.startswith(layers)}
+    return {k: w + draw(*w.shape, std=0.01) if w.dim() == 2 else w for k, w in kept.items()}
+
+
+def _eagle3_weights(config: dict, target: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    draw = _Normal(seed)
+    hidden, inner, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+    return {
+        "fc.weight": draw(hidden, 3 * hidden),
+        "norm.weight": torch.ones(hidden),
+        "lm_head.weight": target["lm_head.weight"],
+        "midlayer.self_attn.q_proj.weight": draw(q, 2 * hidden, std=0.15),
+        "midlayer.self_attn.k_proj.weight": draw(kv, 2 * hidden, std=0.15),
+        "midlayer.self_attn.v_proj.weight": draw(kv, 2 * hidden, std=0.1),
+        "midlayer.self_attn.o_proj.weight": draw(hidden, q, std=0.1),
+        "midlayer.mlp.gate_proj.weight": draw(inner, hidden),
+        "midlayer.mlp.up_proj.weight": draw(inner, hidden),
+        "midlayer.mlp.down_proj.weight": draw(hidden, inner),
+        "midlayer.hidden_norm.weight": torch.ones(hidden),
+        "midlayer.input_layernorm.weight": torch.ones(hidden),
+        "midlayer.post_attention_layernorm.weight": torch.ones(hidden),
+        "d2t": torch.zeros(VOCAB, dtype=torch.int64),
+        "t2d": torch.ones(VOCAB, dtype=torch.bool),
+    }
+
+
+class _Normal:
+    def __init__(self, seed: int):
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int, std: float = 0.05) -> torch.Tensor:
+        return std * torch.randn(*shape, generator=self._generator)
+
+
+def _write(folder: Path, config: dict, weights: dict[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    _write_tokenizer(folder)
+    # Weights last: their presence marks a complete folder.
+    stored = {k: w.bfloat16().contiguous() if w.is_floating_point() else w for k, w in weights.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """One token a byte, so that every text has a known length."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: i for i, symbol in enumerate([*alphabet, *SPECIAL])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[1], pad_token=SPECIAL[2]
+    )
+    fast.chat_template = _CHAT_TEMPLATE
+    fast.save_pretrained(folder)
