@@ -1,0 +1,184 @@
+"""Train the target: real text and recall tasks, from 128 tokens to 32,768.
+
+    python benchmarks/models/train.py --corpus .data/corpus --out DIR --steps 16000 --minutes 9
+    python benchmarks/models/train.py ... --resume DIR       goes on where DIR's checkpoint stopped
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from model import TARGET, Llama, compiled
+from optim import Optimiser
+from safetensors.torch import load_file, save_file
+from tasks import ANSWER, TEXT, Writer, load_text
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+PEAK_RATE, WARM_UP, ANSWER_WEIGHT = 3e-3, 200, 1.5
+# (share of the steps, {length: how often}). Recall emerges at short lengths only; it is lengthened from there.
+PLAN = [
+    (0.10, {128: 1.0}),
+    (0.15, {128: 0.3, 512: 0.7}),
+    (0.25, {128: 0.1, 512: 0.3, 2048: 0.6}),
+    (0.20, {512: 0.2, 2048: 0.3, 8192: 0.5}),
+    (0.30, {512: 0.1, 2048: 0.2, 8192: 0.3, 32768: 0.4}),
+]
+
+
+@dataclass(frozen=True)
+class Batches(Dataset):
+    """The batch of each step, a function of (seed, step) alone."""
+
+    writer: Writer
+    plan: list
+    steps: int
+    tokens: int
+    longest: int
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def length(self, step: int) -> int:
+        share = step / self.steps
+        for width, lengths in self.plan:
+            share -= width
+            if share < 0:
+                break
+        rng = random.Random(f"{self.seed} length {step}")
+        return min(rng.choices(list(lengths), list(lengths.values()))[0], self.longest)
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        length, rng = self.length(step), random.Random(f"{self.seed} rows {step}")
+        rows = [self.writer.row(length, rng) for _ in range(self.tokens // length)]
+        ids = torch.tensor([r.ids for r in rows], dtype=torch.int32)
+        return ids, torch.tensor([r.kinds for r in rows], dtype=torch.int8)
+
+
+def learning_rate(step: int, steps: int, peak: float = PEAK_RATE) -> float:
+    """Warm-up, constant, and a linear decay over the last 40 %."""
+    return peak * min(1.0, (step + 1) / WARM_UP, max(0.02, (1 - step / steps) / 0.4))
+
+
+def shifted(ids: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels and their kinds, flat; the last position of a row has none."""
+    labels, kinds = ids.roll(-1, 1), kinds.roll(-1, 1)
+    kinds[:, -1] = 0
+    return labels.flatten(), kinds.flatten()
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+class Journal:
+    """Means of what is recorded on the device, written every `every` steps."""
+
+    def __init__(self, path: Path, every: int):
+        self.path, self.every, self.pending, self.start = path, every, [], time.time()
+
+    def record(self, step: int, length: int, **values: Tensor) -> str | None:
+        self.pending.append((length, torch.stack([v.detach().float() for v in values.values()])))
+        if (step + 1) % self.every:
+            return None
+        table = torch.stack([v for _, v in self.pending]).tolist()
+        lines = []
+        with self.path.open("a") as file:
+            for n in sorted({n for n, _ in self.pending}):
+                rows = [v for (m, _), v in zip(self.pending, table, strict=True) if m == n]
+                means = {k: round(sum(c) / len(rows), 4) for k, c in zip(values, zip(*rows, strict=True), strict=True)}
+                file.write(json.dumps({"step": step + 1, "length": n, "seconds": round(time.time() - self.start, 1), **means}) + "\n")
+                lines.append(f"{n}: " + " ".join(f"{k} {v:.3f}" for k, v in means.items()))
+        self.pending = []
+        return " | ".join(lines)
+
+
+def save_checkpoint(folder: Path, name: str, model: torch.nn.Module, optimiser: Optimiser, **state) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, tensors in ("", model.state_dict()), (".moments", optimiser.moments()):
+        half = {k: v.to(torch.bfloat16) if v.ndim else v for k, v in tensors.items()}
+        part = folder / f"{name}{suffix}.part"
+        save_file({k: v.contiguous() for k, v in half.items()}, part, metadata={"format": "pt"})
+        part.rename(folder / f"{name}{suffix}.safetensors")
+    (folder / f"{name}.json").write_text(json.dumps(state))
+
+
+def load_checkpoint(folder: Path, name: str, model: torch.nn.Module, optimiser: Optimiser | None = None) -> dict:
+    model.load_state_dict(load_file(folder / f"{name}.safetensors"))
+    if optimiser is not None:
+        optimiser.load_moments(load_file(folder / f"{name}.moments.safetensors"))
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def loader(batches: Batches, first: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    ahead = 6 if workers else None
+    order = range(first, len(batches))
+    return iter(DataLoader(batches, None, sampler=order, num_workers=workers, prefetch_factor=ahead, pin_memory=workers > 0))
+
+
+def target_step(model: Llama, ids: Tensor, kinds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    labels, kinds = shifted(ids, kinds)
+    loss, right = model.losses(model(ids), labels)
+    text, answer = masked_mean(loss, kinds == TEXT), masked_mean(loss, kinds == ANSWER)
+    return text + ANSWER_WEIGHT * answer, {"text": text, "answer": answer, "right": masked_mean(right, kinds == ANSWER)}
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--resume", type=Path, help="folder of a checkpoint")
+    parser.add_argument("--steps", type=int, default=16000, help="of the whole plan")
+    parser.add_argument("--stop", type=int, help="step to stop at, if before the end of the plan")
+    parser.add_argument("--minutes", type=float, default=9.0, help="stop after this time")
+    parser.add_argument("--tokens", type=int, default=65536, help="a step")
+    parser.add_argument("--longest", type=int, default=32768)
+    parser.add_argument("--workers", type=int, default=15)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--every", type=int, default=100, help="steps between lines of the journal")
+    return parser
+
+
+def main() -> None:
+    args, begin = arguments(__doc__).parse_args(), time.time()
+    torch.manual_seed(0)
+    batches = Batches(Writer(args.corpus, "train", load_text(args.corpus / "train.bin.xz")), PLAN, args.steps, args.tokens, args.longest)
+    model = Llama(TARGET).to(args.device)
+    if not args.no_compile:
+        model.fused = compiled()
+    optimiser = Optimiser(model, not args.no_compile)
+    first = load_checkpoint(args.resume, "target", model, optimiser)["step"] if args.resume else 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    journal, saved = Journal(args.out / "target.jsonl", args.every), time.time()
+    last = min(args.stop or args.steps, args.steps)
+    bar = tqdm(zip(range(first, last), loader(batches, first, args.workers)), initial=first, total=last, mininterval=10)
+    for step, (ids, kinds) in bar:
+        ids, kinds = ids.to(args.device, non_blocking=True).long(), kinds.to(args.device, non_blocking=True)
+        loss, values = target_step(model, ids, kinds)
+        loss.backward()
+        optimiser.step(learning_rate(step, args.steps))
+        line = journal.record(step, ids.shape[1], **values)
+        if line:
+            tqdm.write(f"{step + 1} {time.time() - begin:.0f}s {line}")
+        done = time.time() - begin > 60 * args.minutes or step + 1 == last
+        if done or time.time() - saved > 120:
+            save_checkpoint(args.out, "target", model, optimiser, step=step + 1, steps=args.steps)
+            saved = time.time()
+        if done:
+            break
+
+
+if __name__ == "__main__":
+    main()
