@@ -134,16 +134,19 @@ def verify_tree_greedy(
     accept_index,
     accept_token_num,
     candidates,
-    retrieve_index,
-    retrieve_next_token,
-    retrieve_next_sibling,
+    retrive_index,
+    retrive_next_token,
+    retrive_next_sibling,
     target_predict,
 ):
-    """Walk each tree along the target's argmax; write accepted nodes and the predicted tokens."""
+    """Walk each tree along the target's argmax; write accepted nodes and the predicted tokens.
+
+    The caller passes keywords, in the spelling of sgl_kernel.
+    """
     targets = target_predict.reshape(-1).tolist()
     for b in range(candidates.shape[0]):
-        tokens, nodes = candidates[b].tolist(), retrieve_index[b].tolist()
-        children, siblings = retrieve_next_token[b].tolist(), retrieve_next_sibling[b].tolist()
+        tokens, nodes = candidates[b].tolist(), retrive_index[b].tolist()
+        children, siblings = retrive_next_token[b].tolist(), retrive_next_sibling[b].tolist()
         last, node, accepted = nodes[0], 0, 0
         accept_index[b, 0] = last
         for _ in range(1, accept_index.shape[1]):

@@ -8,11 +8,10 @@ import sys
 from typing import Any
 
 from sts_sglang import compat, runtime
-from sts_sglang.config import ConfigError, StsConfig, resolve
+from sts_sglang.config import ENV, ConfigError, StsConfig, request_keep
 from sts_sglang.metrics import Exporter
 from sts_sglang.validate import Refusal, asks_for_sts, check_all, check_raw
 
-ENV = "STS_CONFIG"
 UNSET = object()
 
 
@@ -78,7 +77,7 @@ def args_post_init(original, self) -> None:
 def _launch_config(given: Any) -> StsConfig:
     if _Launch.user_env is UNSET:
         _Launch.user_env = os.environ.get(ENV)
-    config = resolve(given, {ENV: _Launch.user_env} if _Launch.user_env else {})
+    config = StsConfig.resolve(given, {ENV: _Launch.user_env} if _Launch.user_env else {})
     if _Launch.config is not None and config != _Launch.config:
         raise ConfigError(
             "sts_config: this process already launched an engine with another config; "
@@ -90,8 +89,6 @@ def _launch_config(given: Any) -> StsConfig:
 def sampling_verify(result: None, self, vocab_size: int) -> None:
     """AFTER SamplingParams.verify: a request's own keep; ValueError becomes HTTP 400."""
     if _Launch.config is not None:
-        from sts_sglang.config import request_keep
-
         request_keep(self.custom_params)
 
 
