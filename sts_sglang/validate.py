@@ -1,0 +1,391 @@
+"""What `--attention-backend sts` serves, by allow-list; the rest is refused before weights load.
+
+`check_raw` sees the arguments as given, `check_all` what SGLang made of them. The raw checks come
+first because SGLang acts on some arguments itself: it turns adaptive speculation off with a warning,
+and refuses deterministic inference, or pages with trees, in words that do not lead back to `sts`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sts_sglang.config import StsConfig
+
+if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.server_args import ServerArgs
+
+BACKEND = "sts"
+BACKEND_FIELDS = (
+    "attention_backend",
+    "prefill_attention_backend",
+    "decode_attention_backend",
+    "speculative_draft_attention_backend",
+)
+ALGORITHMS = ("STANDALONE", "EAGLE", "EAGLE3")
+CHAIN_FLAGS = "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
+OTHERWISE = "or use another --attention-backend"
+
+# Every layer is one RadixAttention over all cached tokens, with neither window, sink, soft cap nor
+# bias (read in sglang/srt/models). Mixture-of-experts models with such attention exist (Qwen3-MoE),
+# but none has been served by the tests yet, and as a draft SGLang takes them for their MTP layer.
+TARGETS = frozenset(
+    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"},
+)
+# An EAGLE head under STANDALONE, or a whole model under EAGLE, would load and draft nonsense.
+DRAFTS = {
+    "STANDALONE": TARGETS,
+    "EAGLE": frozenset({"LlamaForCausalLMEagle", "MistralForCausalLMEagle", "Qwen2ForCausalLMEagle"}),
+    "EAGLE3": frozenset({"LlamaForCausalLMEagle3"}),
+}
+
+# Only the torch kernels exist in this release; a device that is not listed is not served.
+KERNELS = {"cpu": ("auto", "torch"), "cuda": ("auto", "torch")}
+
+
+class Refusal(ValueError):
+    """Something that `sts` does not serve: one line that names the flag and says what to change."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class _Rule(NamedTuple):
+    field: str
+    served: tuple[Any, ...]
+    why: str
+
+
+_ONE_PROCESS = "one process must see all heads and all tokens"
+_OTHER_LAYOUT = "it reads KV as [slot, head, dim]"
+_DRAFT_KV_LOST = "this cache may bring a prefix back without the draft's KV, which the selection is made from"
+_RULES = (
+    *(
+        _Rule(field, (1,), _ONE_PROCESS)
+        for field in (
+            "tp_size",
+            "pp_size",
+            "dp_size",
+            "ep_size",
+            "nnodes",
+            "attn_cp_size",
+            "moe_dp_size",
+            "dcp_size",
+        )
+    ),
+    _Rule("enable_prefill_cp", (False,), _ONE_PROCESS),
+    _Rule("enable_prefill_context_parallel", (False,), _ONE_PROCESS),
+    _Rule("enable_dsa_prefill_context_parallel", (False,), _ONE_PROCESS),
+    _Rule("enable_dp_attention", (False,), _ONE_PROCESS),
+    _Rule("enable_two_batch_overlap", (False,), "it splits a batch under the backend"),
+    _Rule("enable_pdmux", (False,), "it runs decode on a group of backends"),
+    _Rule("disaggregation_mode", ("null",), "a transferred prompt has no draft attention"),
+    _Rule("decoupled_spec_role", ("null",), "draft and target must share a process"),
+    _Rule("kv_cache_dtype", ("auto", "bf16", "bfloat16"), "KV must have the model's dtype"),
+    _Rule("enable_unified_memory", (False,), _OTHER_LAYOUT),
+    _Rule("enable_page_major_kv_layout", (False,), _OTHER_LAYOUT),
+    _Rule("enable_hisparse", (False,), "it keeps KV in pools of its own"),
+    _Rule("enable_lmcache", (False,), _DRAFT_KV_LOST),
+    _Rule("enable_flexkv", (False,), _DRAFT_KV_LOST),
+    _Rule("hicache_storage_backend", (None,), _DRAFT_KV_LOST),
+    _Rule("radix_cache_backend", (None,), _DRAFT_KV_LOST),
+    _Rule("enable_deterministic_inference", (False,), "the selection depends on the batch"),
+    _Rule("rl_on_policy_target", (None,), "it turns deterministic inference on"),
+    _Rule("speculative_adaptive", (False,), "it swaps attention backends while serving"),
+    _Rule("enable_multi_layer_eagle", (False,), "every draft layer is a worker of its own"),
+    _Rule("speculative_draft_window_size", (None,), "a windowed draft does not score the whole context"),
+    _Rule("is_embedding", (False,), "embeddings have no decode to verify"),
+    _Rule("dllm_algorithm", (None,), "diffusion models do not verify drafts"),
+    _Rule("enable_mis", (False,), "scoring has no decode to verify"),
+    _Rule("encoder_only", (False,), "an encoder has no decode to verify"),
+    _Rule("model_impl", ("auto", "sglang"), "only SGLang's own models have been read"),
+    _Rule("use_ray", (False,), "SGLang loads no plugins in Ray actors"),
+    _Rule("tokenizer_worker_num", (1,), "SGLang loads no plugins in further tokenizer workers"),
+)
+_ENVIRONMENT = {
+    "SGLANG_USE_HND_KVCACHE": _OTHER_LAYOUT,
+    "SGLANG_ENABLE_OVERLAP_PLAN_STREAM": "the selection is only known when the draft has run",
+}
+
+
+def asks_for_sts(server_args: ServerArgs) -> bool:
+    """Whether any of the four attention-backend flags names `sts`."""
+    return any(getattr(server_args, field) == BACKEND for field in BACKEND_FIELDS)
+
+
+def check_raw(server_args: ServerArgs) -> None:
+    """Check the arguments as given, before `ServerArgs.__post_init__`. Raises `Refusal`."""
+    _check_backends(server_args)
+    _check_algorithm(server_args)
+    _check_rules(server_args)
+    _check_steps(server_args)
+    _check_pages(server_args)
+
+
+def check_resolved(server_args: ServerArgs) -> None:
+    """Check the arguments after `ServerArgs.__post_init__`. Raises `Refusal`."""
+    if (resolved := server_args.attention_backend) != BACKEND:
+        raise Refusal(
+            f"--attention-backend: SGLang made it {resolved} for this model; {_other_model('--model-path')}"
+        )
+    _check_backends(server_args)
+    if server_args.speculative_algorithm not in ALGORITHMS:
+        raise Refusal(
+            f"--speculative-algorithm: SGLang made it {server_args.speculative_algorithm} for this draft; "
+            f"{_other_model('--speculative-draft-model-path')}"
+        )
+    _check_rules(server_args, hint=" (SGLang sets it itself for some models: then use another model)")
+    _check_pages(server_args)
+
+
+def check_device(server_args: ServerArgs) -> None:
+    """The reference kernels run on plain CPUs and, without graphs, on CUDA. Raises `Refusal`."""
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    from sts_sglang import platform
+
+    device = server_args.device
+    if device not in KERNELS:
+        raise Refusal(f"--device {device}: not served by sts; use --device {' or '.join(KERNELS)}")
+    if device == "cpu" and not platform.selected():
+        raise Refusal(f"--device cpu: sts needs its own platform; set SGLANG_PLATFORM={platform.NAME}")
+    graphs = server_args.cuda_graph_config
+    if any(phase.backend != Backend.DISABLED for phase in (graphs.decode, graphs.prefill)):
+        raise Refusal("CUDA graphs: the torch kernels of sts cannot be captured; add --disable-cuda-graph")
+    if server_args.enable_torch_compile:
+        raise Refusal("--enable-torch-compile: the torch kernels of sts cannot be captured; remove it")
+
+
+def check_kernel(server_args: ServerArgs, config: StsConfig) -> None:
+    """Whether `config.kernel` exists for the device, which `check_device` accepted. Raises `Refusal`."""
+    available = KERNELS[server_args.device]
+    if config.kernel not in available:
+        raise Refusal(
+            f"sts_config.kernel: {config.kernel!r} is not available on device {server_args.device} in this "
+            f"release; allowed here: {', '.join(available)}"
+        )
+
+
+def check_models(target: ModelConfig, draft: ModelConfig) -> None:
+    """Check the models' own configurations. Raises `Refusal`."""
+    algorithm = draft.speculative_algorithm
+    _check_model("--model-path", target, TARGETS)
+    _check_model("--speculative-draft-model-path", draft, DRAFTS[algorithm])
+    if algorithm == "STANDALONE":
+        _check_equal("vocab_size", draft.vocab_size, target.vocab_size)
+    else:
+        reads = getattr(draft.hf_text_config, "target_hidden_size", None) or draft.hidden_size
+        _check_equal("hidden size", reads, target.hidden_size)
+
+
+def check_all(server_args: ServerArgs, config: StsConfig) -> None:
+    """Every check that follows `ServerArgs.__post_init__`. Raises `Refusal`, `ConfigError`.
+
+    Reads both models' configurations as the workers will, no weights.
+    """
+    check_resolved(server_args)
+    check_device(server_args)
+    check_kernel(server_args, config)
+    target = server_args.get_model_config()
+    draft = _draft_config(server_args, target)
+    check_models(target, draft)
+    _check_kv_dtype(server_args, target, draft)
+    config.check_layers(target.num_hidden_layers)
+
+
+def _flag(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
+def _other_model(flag: str) -> str:
+    return f"give {flag} another model {OTHERWISE}"
+
+
+def _check_backends(server_args: ServerArgs) -> None:
+    given = {field: getattr(server_args, field) for field in BACKEND_FIELDS}
+    for field, value in given.items():
+        if value not in (None, BACKEND):
+            raise Refusal(
+                f"{_flag(field)} {value}: sts serves all attention or none; set it to sts or remove it"
+            )
+    if given["attention_backend"] is None:
+        named = next(field for field, value in given.items() if value == BACKEND)
+        raise Refusal(f"{_flag(named)} sts: sts serves all attention or none; add --attention-backend sts")
+
+
+def _check_algorithm(server_args: ServerArgs) -> None:
+    algorithm = server_args.speculative_algorithm
+    if algorithm is None:
+        raise Refusal(
+            "--speculative-algorithm: sts selects by a draft model's attention and none is given; add "
+            f"--speculative-algorithm STANDALONE --speculative-draft-model-path DRAFT {CHAIN_FLAGS}"
+        )
+    # NEXTN is SGLang's other word for EAGLE.
+    if algorithm.upper() not in (*ALGORITHMS, "NEXTN"):
+        raise Refusal(
+            f"--speculative-algorithm {algorithm}: its draft gives no attention for sts to select by; "
+            f"use {', '.join(ALGORITHMS)} {OTHERWISE}"
+        )
+    if server_args.speculative_draft_model_path is None:
+        raise Refusal(
+            f"--speculative-algorithm {algorithm}: no draft given; add --speculative-draft-model-path DRAFT"
+        )
+
+
+def _check_rules(server_args: ServerArgs, hint: str = "") -> None:
+    from sglang.srt.environ import envs
+
+    for field, served, why in _RULES:
+        value = getattr(server_args, field)
+        if value not in served:
+            plain = served[0] in (None, False)
+            remedy = f"remove {_flag(field)}" if plain else f"use {_flag(field)} {served[0]}"
+            given = _flag(field) if value is True else f"{_flag(field)} {value}"
+            raise Refusal(f"{given}: not served by sts ({why}); {remedy}{hint}")
+    for name, why in _ENVIRONMENT.items():
+        if getattr(envs, name).get():
+            raise Refusal(f"{name}: not served by sts ({why}); unset the environment variable {name}")
+
+
+def _check_steps(server_args: ServerArgs) -> None:
+    fields = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
+    values = [getattr(server_args, field) for field in fields]
+    if all(value is None for value in values):
+        return  # SGLang chooses
+    for field, value, least in zip(fields, values, (1, 1, 2), strict=True):
+        if value is None or value < least:
+            raise Refusal(
+                f"{_flag(field)} {value}: needs at least {least}, and all three or none; use {CHAIN_FLAGS}"
+            )
+    steps, topk, tokens = values
+    if topk > 1 and tokens - 1 > (nodes := topk + (steps - 1) * topk * topk):
+        raise Refusal(
+            f"--speculative-num-draft-tokens {tokens}: {steps} steps of topk {topk} draft {nodes} tokens; "
+            f"use --speculative-num-draft-tokens {nodes + 1} or less"
+        )
+
+
+def _check_pages(server_args: ServerArgs) -> None:
+    # Branches of a tree share the last, partly filled page of the prefix.
+    if (server_args.page_size or 1) == 1:
+        return
+    page, topk = f"--page-size {server_args.page_size}", server_args.speculative_eagle_topk
+    if topk is None and server_args.speculative_algorithm.upper() != "STANDALONE":
+        raise Refusal(
+            f"{page}: sts serves larger pages with topk 1 only, and SGLang's own choice may be a tree "
+            f"(5 steps, topk 4, 8 tokens for Llama); add {CHAIN_FLAGS} or use --page-size 1"
+        )
+    if topk is not None and topk > 1:
+        raise Refusal(
+            f"{page}: not served by sts with --speculative-eagle-topk {topk}; use --speculative-eagle-topk 1 "
+            "or --page-size 1"
+        )
+
+
+def _draft_config(server_args: ServerArgs, target: ModelConfig) -> ModelConfig:
+    """The draft's configuration as its worker loads it, with the target's context."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    try:
+        return ModelConfig.from_server_args(
+            server_args,
+            model_path=server_args.speculative_draft_model_path,
+            model_revision=server_args.speculative_draft_model_revision,
+            is_draft_model=True,
+            context_length=target.context_len,
+        )
+    except (OSError, ValueError) as error:
+        raise Refusal(
+            f"--speculative-draft-model-path {server_args.speculative_draft_model_path}: cannot draft for a "
+            f"context of {target.context_len} ({error}); give another draft or a smaller --context-length"
+        ) from error
+
+
+def _check_kv_dtype(server_args: ServerArgs, target: ModelConfig, draft: ModelConfig) -> None:
+    import torch
+
+    models = {"--model-path": target, "--speculative-draft-model-path": draft}
+    for flag, model in models.items():
+        # Such a checkpoint may bring an fp8 KV cache along, which only shows when it is loaded.
+        if server_args.kv_cache_dtype == "auto" and "modelopt" in (model.quantization or ""):
+            raise Refusal(
+                f"--kv-cache-dtype auto: the ModelOpt checkpoint of {flag} may set fp8; "
+                "use --kv-cache-dtype bfloat16"
+            )
+        if server_args.kv_cache_dtype != "auto" and model.dtype != torch.bfloat16:
+            raise Refusal(
+                f"--kv-cache-dtype {server_args.kv_cache_dtype}: {flag} runs in {model.dtype}, and KV "
+                "must have the model's dtype; use --kv-cache-dtype auto or --dtype bfloat16"
+            )
+
+
+def _check_equal(what: str, draft: int, target: int) -> None:
+    if draft != target:
+        raise Refusal(
+            f"--speculative-draft-model-path: the draft is made for {what} {draft}, the target has {target}; "
+            "give a draft trained for this target"
+        )
+
+
+def _check_model(flag: str, model: ModelConfig, served: frozenset[str]) -> None:
+    problem = _special_attention(model) or _unserved_shape(model)
+    architecture = model.hf_config.architectures[0]
+    if problem is None and architecture not in served:
+        problem = f"has architecture {architecture}"
+    if problem is not None:
+        raise Refusal(
+            f"{flag} {model.model_path}: {problem}, which sts does not serve here; give a model of "
+            f"{', '.join(sorted(served))} with full attention in every layer, {OTHERWISE}"
+        )
+
+
+def _special_attention(model: ModelConfig) -> str | None:
+    """What sets this model apart from a plain decoder, or None."""
+    from sglang.srt.configs.model_config import AttentionArch
+
+    kinds = {
+        "is multimodal": model.is_multimodal or model.is_audio_model or model.model_is_mrope,
+        "is an encoder-decoder": model.is_encoder_decoder,
+        "is an embedding or reward model": not model.is_generation,
+        "has linear attention or Mamba layers": model.linear_attn_registry_result is not None,
+        "has latent attention (MLA)": model.attention_arch == AttentionArch.MLA,
+        "has attention sinks": model.has_attention_sinks,
+        "has local attention": model.is_local_attention_model,
+    }
+    if kind := next((kind for kind, found in kinds.items() if found), None):
+        return kind
+    if field := _special_field(model.hf_text_config):
+        return f"has {field} = {getattr(model.hf_text_config, field)!r}"
+    return None
+
+
+def _special_field(text_config: Any) -> str | None:
+    """The field of a Hugging Face config that asks for more than plain attention, or None."""
+    layer_types = getattr(text_config, "layer_types", None) or ()
+    if any(kind != "full_attention" for kind in layer_types):
+        return "layer_types"
+    windows = ("sliding_window", "sliding_window_size", "window_size")
+    others = (
+        "attention_chunk_size",
+        "dual_chunk_attention_config",
+        "attn_logit_softcapping",
+        "attn_logit_softcap",
+        "add_full_attention_sink_bias",
+        "add_swa_attention_sink_bias",
+        "alibi",
+    )
+    # Qwen2 configs name a window and switch it off.
+    if getattr(text_config, "use_sliding_window", None) is False:
+        windows = ()
+    return next((field for field in (*windows, *others) if getattr(text_config, field, None)), None)
+
+
+def _unserved_shape(model: ModelConfig) -> str | None:
+    if model.head_dim != model.v_head_dim:
+        return f"has head_dim = {model.head_dim} but v_head_dim = {model.v_head_dim}"
+    if model.num_attention_heads % model.num_key_value_heads:
+        return (
+            f"has num_attention_heads = {model.num_attention_heads}, no multiple of num_key_value_heads = "
+            f"{model.num_key_value_heads}"
+        )
+    return None
