@@ -2,11 +2,13 @@
 
 `check_raw` sees the arguments as given, `check_all` what SGLang made of them. The raw checks come
 first because SGLang acts on some arguments itself: it turns adaptive speculation off with a warning,
-and refuses deterministic inference, or pages with trees, in words that do not lead back to `sts`.
+and refuses deterministic inference, pages with trees, or GPT-OSS, in words that do not lead to `sts`.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sts_sglang.config import StsConfig
@@ -27,11 +29,10 @@ CHAIN_FLAGS = "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculativ
 OTHERWISE = "or use another --attention-backend"
 
 # Every layer is one RadixAttention over all cached tokens, with neither window, sink, soft cap nor
-# bias (read in sglang/srt/models). Mixture-of-experts models with such attention exist (Qwen3-MoE),
-# but none has been served by the tests yet, and as a draft SGLang takes them for their MTP layer.
-TARGETS = frozenset(
-    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"},
-)
+# bias (read in sglang/srt/models). Being a list, it keeps out what is not on it: latent attention,
+# encoder-decoders, multimodal, hybrid, embedding and diffusion models. Mixtures of experts with such
+# attention exist (Qwen3-MoE), but the tests serve none, and SGLang takes a draft of it for its MTP layer.
+TARGETS = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 # An EAGLE head under STANDALONE, or a whole model under EAGLE, would load and draft nonsense.
 DRAFTS = {
     "STANDALONE": TARGETS,
@@ -120,6 +121,7 @@ def check_raw(server_args: ServerArgs) -> None:
     _check_rules(server_args)
     _check_steps(server_args)
     _check_pages(server_args)
+    _check_architectures("--model-path", server_args.model_path, _architectures(server_args), TARGETS)
 
 
 def check_resolved(server_args: ServerArgs) -> None:
@@ -166,16 +168,20 @@ def check_kernel(server_args: ServerArgs, config: StsConfig) -> None:
         )
 
 
-def check_models(target: ModelConfig, draft: ModelConfig) -> None:
-    """Check the models' own configurations. Raises `Refusal`."""
-    algorithm = draft.speculative_algorithm
+def check_target(target: ModelConfig) -> None:
+    """Check the target's own configuration. Raises `Refusal`."""
     _check_model("--model-path", target, TARGETS)
+
+
+def check_draft(draft: ModelConfig, target: ModelConfig) -> None:
+    """Check the draft's configuration, and that it was made for this target. Raises `Refusal`."""
+    algorithm = draft.speculative_algorithm
     _check_model("--speculative-draft-model-path", draft, DRAFTS[algorithm])
     if algorithm == "STANDALONE":
         _check_equal("vocab_size", draft.vocab_size, target.vocab_size)
     else:
         reads = getattr(draft.hf_text_config, "target_hidden_size", None) or draft.hidden_size
-        _check_equal("hidden size", reads, target.hidden_size)
+        _check_equal("hidden_size", reads, target.hidden_size)
 
 
 def check_all(server_args: ServerArgs, config: StsConfig) -> None:
@@ -187,8 +193,9 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> None:
     check_device(server_args)
     check_kernel(server_args, config)
     target = server_args.get_model_config()
+    check_target(target)
     draft = _draft_config(server_args, target)
-    check_models(target, draft)
+    check_draft(draft, target)
     _check_kv_dtype(server_args, target, draft)
     config.check_layers(target.num_hidden_layers)
 
@@ -327,36 +334,58 @@ def _check_equal(what: str, draft: int, target: int) -> None:
         )
 
 
-def _check_model(flag: str, model: ModelConfig, served: frozenset[str]) -> None:
-    problem = _special_attention(model) or _unserved_shape(model)
-    architecture = model.hf_config.architectures[0]
-    if problem is None and architecture not in served:
-        problem = f"has architecture {architecture}"
-    if problem is not None:
+def _architectures(server_args: ServerArgs) -> tuple[str, ...]:
+    """The target's architectures as its configuration file names them; empty if it cannot be read yet."""
+    from sglang.srt.environ import envs
+    from sglang.srt.utils.hf_transformers_utils import get_config
+
+    placeholder = server_args.model_path.lower() in ("none", "dummy")
+    if placeholder or envs.SGLANG_USE_MODELSCOPE.get():  # ModelScope: SGLang downloads the model later
+        return ()
+    file = (server_args.decrypted_config_file or "").strip()
+    try:
+        config = get_config(
+            server_args.model_path,
+            trust_remote_code=server_args.trust_remote_code,
+            revision=server_args.revision,
+            model_override_args=json.loads(server_args.json_model_override_args),
+            model_config_parser=server_args.model_config_parser,
+            **({"_configuration_file": file} if file else {}),
+        )
+    except (OSError, ValueError):
+        return ()  # SGLang fails on it next, and says why
+    return tuple(config.architectures or ())
+
+
+def _check_architectures(flag: str, path: str, found: Iterable[str], served: frozenset[str]) -> None:
+    if unserved := next((name for name in found if name not in served), None):
         raise Refusal(
-            f"{flag} {model.model_path}: {problem}, which sts does not serve here; give a model of "
-            f"{', '.join(sorted(served))} with full attention in every layer, {OTHERWISE}"
+            f"{flag} {path}: has architecture {unserved}, which sts does not serve here; give a model of "
+            f"architecture {' or '.join(sorted(served))} {OTHERWISE}"
         )
 
 
-def _special_attention(model: ModelConfig) -> str | None:
-    """What sets this model apart from a plain decoder, or None."""
-    from sglang.srt.configs.model_config import AttentionArch
-
-    kinds = {
-        "is multimodal": model.is_multimodal or model.is_audio_model or model.model_is_mrope,
-        "is an encoder-decoder": model.is_encoder_decoder,
-        "is an embedding or reward model": not model.is_generation,
-        "has linear attention or Mamba layers": model.linear_attn_registry_result is not None,
-        "has latent attention (MLA)": model.attention_arch == AttentionArch.MLA,
-        "has attention sinks": model.has_attention_sinks,
-        "has local attention": model.is_local_attention_model,
-    }
-    if kind := next((kind for kind, found in kinds.items() if found), None):
-        return kind
-    if field := _special_field(model.hf_text_config):
-        return f"has {field} = {getattr(model.hf_text_config, field)!r}"
-    return None
+def _check_model(flag: str, model: ModelConfig, served: frozenset[str]) -> None:
+    _check_architectures(flag, model.model_path, model.hf_config.architectures, served)
+    text = model.hf_text_config
+    field = _special_field(text)
+    if field is not None:
+        problem = f"{field} = {getattr(text, field)!r}"
+    elif model.is_multimodal or model.model_is_mrope:
+        problem = "multimodal inputs or positions"
+    elif model.head_dim != model.v_head_dim:
+        problem = f"head_dim = {model.head_dim} but v_head_dim = {model.v_head_dim}"
+    elif model.num_attention_heads % model.num_key_value_heads:
+        problem = (
+            f"num_attention_heads = {model.num_attention_heads}, no multiple of "
+            f"num_key_value_heads = {model.num_key_value_heads}"
+        )
+    else:
+        return
+    raise Refusal(
+        f"{flag} {model.model_path}: has {problem}, which sts does not serve; give a model with full, "
+        f"plain attention in every layer {OTHERWISE}"
+    )
 
 
 def _special_field(text_config: Any) -> str | None:
@@ -378,14 +407,3 @@ def _special_field(text_config: Any) -> str | None:
     if getattr(text_config, "use_sliding_window", None) is False:
         windows = ()
     return next((field for field in (*windows, *others) if getattr(text_config, field, None)), None)
-
-
-def _unserved_shape(model: ModelConfig) -> str | None:
-    if model.head_dim != model.v_head_dim:
-        return f"has head_dim = {model.head_dim} but v_head_dim = {model.v_head_dim}"
-    if model.num_attention_heads % model.num_key_value_heads:
-        return (
-            f"has num_attention_heads = {model.num_attention_heads}, no multiple of num_key_value_heads = "
-            f"{model.num_key_value_heads}"
-        )
-    return None
