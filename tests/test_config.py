@@ -1,0 +1,391 @@
+"""Configuration: what is read, what is refused and in which words, and the budget rule."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from fractions import Fraction
+from types import MappingProxyType
+
+import pytest
+import torch
+
+from sts_sglang.config import MAX_SOURCE, MAX_TOKENS, ConfigError, StsConfig, request_keep
+
+EVERY_KEY = {
+    "policy": "top_p",
+    "keep": 0.25,
+    "budget": 2048,
+    "top_p": 0.9,
+    "sink": 2,
+    "recent": 32,
+    "dense_layers": [3, 0],
+    "pool_rows": "mean",
+    "pool_heads": "mean",
+    "head_map": "maps/pair.json",
+    "kernel": "torch",
+}
+
+
+def refused(source, *words: str) -> str:
+    """`source` is refused in one line that holds `words`."""
+    with pytest.raises(ConfigError) as caught:
+        StsConfig.parse(source)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1 and "; allowed: " in message and len(message) < 400, message
+    for word in words:
+        assert word in message, message
+    return message
+
+
+def test_defaults():
+    config = StsConfig.parse(None)
+    assert config == StsConfig() == StsConfig.parse("{}")
+    assert (config.policy, config.keep, config.budget, config.sink, config.recent) == (
+        "ratio",
+        0.1,
+        1024,
+        4,
+        64,
+    )
+
+
+def test_every_source_reads_the_same(tmp_path):
+    text = json.dumps(EVERY_KEY)
+    file = tmp_path / "sts.json"
+    file.write_text(f" \n{text}\n")
+    config = StsConfig.parse(EVERY_KEY)
+    assert config.dense_layers == (0, 3)
+    assert {key: getattr(config, key) for key in EVERY_KEY} == {**EVERY_KEY, "dense_layers": (0, 3)}
+    for source in (f"\n {text} ", file, str(file), MappingProxyType(EVERY_KEY), config):
+        assert StsConfig.parse(source) == config
+
+
+def test_json_round_trip_of_random_configs():
+    rng = random.Random(0)
+    for _ in range(300):
+        config = StsConfig(
+            policy=rng.choice(("ratio", "fixed", "top_p")),
+            keep=rng.choice((1, 1.0, 5e-324, rng.uniform(1e-9, 1))),
+            budget=rng.randint(300, MAX_TOKENS),
+            top_p=rng.uniform(1e-9, 1),
+            sink=rng.randint(1, 99),
+            recent=rng.randint(1, 99),
+            dense_layers=tuple(rng.sample(range(1024), rng.randint(0, 9))),
+            pool_rows=rng.choice(("max", "mean")),
+            pool_heads=rng.choice(("max", "mean")),
+            head_map=rng.choice((None, "map.json", 'ü"\\ \n💡')),
+            kernel=rng.choice(("auto", "flashinfer", "triton", "torch")),
+        )
+        text = config.to_json()
+        assert StsConfig.parse(text) == config
+        assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+
+
+def test_equal_configs_have_equal_json():
+    assert (
+        StsConfig(keep=1, dense_layers=[2, 1]).to_json() == StsConfig(keep=1.0, dense_layers=(1, 2)).to_json()
+    )
+
+
+def test_longest_config_fits_into_its_own_source_limit():
+    config = StsConfig(dense_layers=tuple(range(1024)), head_map="💡" * 4096)
+    assert len(config.to_json()) < MAX_SOURCE
+    assert StsConfig.parse(config.to_json()) == config
+
+
+INTEGER = "an integer from "
+SHARE = "a number above 0 and at most 1"
+BAD_VALUES = {
+    "policy": (["Ratio", "", None, 1, ["ratio"]], "ratio | fixed | top_p"),
+    "keep": ([0, -0.1, 1.0001, math.nan, math.inf, True, "0.1", None, [0.1], 10**400], SHARE),
+    "budget": ([-1, MAX_TOKENS + 1, 1.0, True, "1024", None, 10**5000], INTEGER),
+    "top_p": ([0, 1.1, math.nan, False, "x", None], SHARE),
+    "sink": ([0, -1, 0.0, False, True, 4.0, "4", None, MAX_TOKENS + 1], INTEGER),
+    "recent": ([0, -1, True, 64.0, "64", None, MAX_TOKENS + 1], INTEGER),
+    "dense_layers": (
+        ["0", 0, None, {"0": 1}, [-1], [1, 1], [0.0], [True], ["1"], [1024], [[1]]],
+        "from 0 to 1023",
+    ),
+    "pool_rows": (["sum", "", None, 0], "max | mean"),
+    "pool_heads": (["min", "MAX", None, True], "max | mean"),
+    "head_map": (["", "  ", 1, ["m.json"], "a\0b", "\ud800", "x" * 4097], "path of a head map"),
+    "kernel": (["cuda", "", None, 0], "auto | flashinfer | triton | torch"),
+}
+
+
+def test_bad_values_cover_every_key():
+    assert set(BAD_VALUES) == set(EVERY_KEY) == set(json.loads(StsConfig().to_json()))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        pytest.param(key, value, allowed, id=f"{key}-{i}")
+        for key, (values, allowed) in BAD_VALUES.items()
+        for i, value in enumerate(values)
+    ],
+)
+def test_bad_value_is_refused_by_name(key, value, allowed):
+    message = refused({key: value}, f"sts_config.{key}", allowed)
+    assert message.startswith("sts_config.")
+    with pytest.raises(ConfigError):
+        StsConfig(**{key: value})
+
+
+def test_sink_says_why_zero_is_not_allowed():
+    refused({"sink": 0}, "sts_config.sink", "never scores position 0")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"policy": "fixed", "budget": 0}, ("sts_config.budget", "from 1", "'ratio'")),
+        ({"policy": "top_p", "budget": 0}, ("sts_config.budget", "from 1", "'ratio'")),
+        ({"policy": "fixed", "budget": 67}, ("sts_config.budget", "sink + recent = 68")),
+    ],
+)
+def test_keys_that_disagree(config, words):
+    refused(config, *words)
+
+
+def test_keys_that_just_agree():
+    assert StsConfig(policy="ratio", budget=0).budget == 0
+    assert StsConfig(policy="fixed", budget=68).budget == 68
+    assert StsConfig(policy="top_p", budget=1).budget == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ('{"kepp": 1}', ("'kepp'", "did you mean 'keep'?", "policy, keep, budget")),
+        ('{"zzzzzz": 1}', ("'zzzzzz'; allowed", "policy, keep, budget")),
+        ('{"' + "k" * 60_000 + '": 1}', ("unknown key",)),
+        ('{"keep\\n": 1}', (r"'keep\n'",)),
+        ({1: 2}, ("unknown key 1",)),
+        ('{"keep": 1, "keep": 0.1}', ("'keep'", "twice")),
+        ('{"budget": 1, "keep": 1, "budget": 1}', ("'budget'", "twice")),
+        ('{"keep": NaN}', ("NaN",)),
+        ('{"keep": -Infinity}', ("-Infinity",)),
+        ('{"keep": 1e999}', ("sts_config.keep", "inf")),
+        ('{"budget": 1' + "0" * 5000 + "}", ("too many digits",)),
+        ('{"a":' * 12_000, ("nested too deeply",)),
+        ('{"a":' + "[" * 60_000, ("nested too deeply",)),
+        ("{} {}", ("Extra data", "column 4")),
+        ('{"keep": 0.1,}', ("not JSON",)),
+        ("{", ("not JSON", "line 1 column 2")),
+        ("{'keep': 1}", ("not JSON",)),
+        ("{" + " " * MAX_SOURCE + "}", (f"at most {MAX_SOURCE} characters",)),
+        ([("keep", 1)], ("a JSON object",)),
+        (b'{"keep": 1}', ("a JSON object",)),
+        (7, ("got 7",)),
+        (True, ("got True",)),
+    ],
+    ids=lambda value: repr(value)[:30] if not isinstance(value, tuple) else "",
+)
+def test_bad_source_is_refused(source, words):
+    refused(source, "sts_config", *words)
+
+
+@pytest.mark.parametrize("path", ["", "  ", "no-such-file.json", "[1]", "a\0b", "x" * 5000])
+def test_unreadable_path_is_refused(path):
+    refused(path, "sts_config", "inline JSON that starts with '{'")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xff{}", ("not UTF-8 at byte 0",)),
+        (b"", ("not JSON",)),
+        (b"[1, 2]", ("got [1, 2]", "a JSON object")),
+        (b'"text"', ("a JSON object",)),
+        (b"null", ("got None", "a JSON object")),
+        (b"{}" + b" " * MAX_SOURCE, (f"{MAX_SOURCE + 2} bytes", f"at most {MAX_SOURCE} bytes")),
+    ],
+)
+def test_bad_file_is_refused(tmp_path, content, words):
+    file = tmp_path / "sts.json"
+    file.write_bytes(content)
+    refused(file, *words)
+
+
+def test_largest_file_is_read(tmp_path):
+    file = tmp_path / "sts.json"
+    file.write_bytes(b"{}" + b" " * (MAX_SOURCE - 2))
+    assert StsConfig.parse(file) == StsConfig()
+
+
+def test_huge_file_is_refused_unread(tmp_path):
+    file = tmp_path / "sts.json"
+    with file.open("wb") as sparse:
+        sparse.truncate(1 << 40)  # reading it would end in MemoryError
+    refused(file, f"{1 << 40} bytes")
+
+
+def test_directory_and_fifo_are_refused_at_once(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    refused(fifo, "not a regular file")
+    refused(tmp_path, "directory")
+    refused("/dev/zero", "not a regular file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_forbidden_file_is_refused(tmp_path):
+    file = tmp_path / "sts.json"
+    file.write_text("{}")
+    file.chmod(0)
+    refused(file, "Permission denied")
+
+
+def test_flag_wins_over_environment():
+    environ = {"STS_CONFIG": '{"keep": 0.5}'}
+    assert StsConfig.resolve(None, environ).keep == 0.5
+    assert StsConfig.resolve({"keep": 0.2}, environ).keep == 0.2
+    # The flag replaces the environment as a whole, defaults included, even if that is not readable.
+    assert StsConfig.resolve("{}", environ).keep == 0.1
+    assert StsConfig.resolve("{}", {"STS_CONFIG": "{"}) == StsConfig()
+    for unset in ({}, {"STS_CONFIG": ""}, {"STS_CONFIG": " \n"}):
+        assert StsConfig.resolve(None, unset) == StsConfig()
+
+
+def test_bad_environment_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"^sts_config.keep: .*environment variable STS_CONFIG\)$"):
+        StsConfig.resolve(None, {"STS_CONFIG": '{"keep": 2}'})
+    with pytest.raises(ConfigError) as caught:
+        StsConfig.resolve("", {"STS_CONFIG": ""})  # an empty flag was meant to say something
+    assert "environment" not in str(caught.value)
+
+
+def test_layers_are_checked_against_the_target():
+    config = StsConfig(dense_layers=(0, 3))
+    config.check_layers(4)
+    StsConfig().check_layers(1)
+    with pytest.raises(
+        ConfigError, match=r"^sts_config.dense_layers: got layer 3, .* 3 layers; allowed: .* 0 to 2$"
+    ):
+        config.check_layers(3)
+
+
+def rule(config: StsConfig, context: int, keep: float | None) -> int:
+    """The budget rule of the method, in exact decimal arithmetic."""
+    if keep is None and config.policy != "ratio":
+        n = config.budget
+    else:
+        n = math.ceil(Fraction(str(config.keep if keep is None else keep)) * context)
+    floor = config.budget if config.policy == "ratio" else 0
+    return min(context, max(floor, config.sink + config.recent, n))
+
+
+KEEPS = (None, 0.001, 0.05, 0.07, 0.1, 0.29, 0.3, 0.57, 0.7, 0.9, 0.999, 1)
+CONTEXTS = (0, 1, 4, 5, 68, 69, 1023, 1024, 1025, 10_240, 10_241, 32_768, 100_000, 131_072, 1_000_000)
+POLICIES = (
+    StsConfig(),
+    StsConfig(budget=0, sink=1, recent=1),
+    StsConfig(budget=0, sink=1, recent=1, keep=0.29),
+    StsConfig(policy="fixed", budget=500),
+    StsConfig(policy="top_p", budget=30),
+    StsConfig(policy="top_p", budget=3000),
+)
+
+
+@pytest.mark.parametrize("config", POLICIES, ids=lambda c: f"{c.policy}-{c.budget}-{c.keep}")
+@pytest.mark.parametrize("keep", KEEPS)
+def test_budget_follows_the_rule(config, keep):
+    for context in (*CONTEXTS, *range(200)):
+        assert config.budget_for(context, keep) == rule(config, context, keep), context
+
+
+@pytest.mark.parametrize(
+    ("config", "context", "keep", "expected"),
+    [
+        (StsConfig(), 32_768, None, 3277),  # ceil(3276.8)
+        (StsConfig(), 10_241, None, 1025),  # just above the floor
+        (StsConfig(), 5000, None, 1024),  # the floor
+        (StsConfig(), 1024, None, 1024),  # the identity
+        (StsConfig(), 700, None, 700),
+        (StsConfig(), 32_768, 0.01, 1024),  # a request's keep does not go below the floor
+        (StsConfig(budget=0, sink=1, recent=1), 30, 0.1, 3),  # 0.1 * 30 is 3.0000000000000004 in floats
+        (StsConfig(budget=0), 30, 0.1, 30),  # sink + recent alone
+        (StsConfig(policy="fixed", budget=500), 32_768, None, 500),
+        (StsConfig(policy="fixed", budget=500), 32_768, 0.001, 68),  # no floor: sink + recent
+        (StsConfig(policy="fixed", budget=500), 32_768, 0.5, 16_384),
+        (StsConfig(policy="top_p", budget=30), 32_768, None, 68),
+        (StsConfig(policy="top_p", budget=3000), 32_768, None, 3000),
+    ],
+)
+def test_budget_examples(config, context, keep, expected):
+    assert config.budget_for(context, keep) == expected
+
+
+def test_keep_one_is_the_whole_context():
+    for config in POLICIES:
+        for context in (0, 1, 7, 1023, 131_071, MAX_TOKENS - 1, MAX_TOKENS, 2**33):
+            assert config.budget_for(context, 1.0) == config.budget_for(context, 1) == context
+
+
+@pytest.mark.parametrize("config", POLICIES, ids=lambda c: f"{c.policy}-{c.budget}-{c.keep}")
+def test_budget_tensor_equals_the_scalar(config):
+    rng = random.Random(0)
+    contexts = [*CONTEXTS, *(rng.randrange(200_000) for _ in range(500))]
+    keeps = [rng.choice(KEEPS) for _ in contexts]
+    lens = torch.tensor(contexts, dtype=torch.int32)
+    got = config.budget_tokens(lens)
+    assert got.dtype == torch.int64
+    assert got.tolist() == [config.budget_for(context) for context in contexts]
+    own = torch.tensor([math.nan if keep is None else keep for keep in keeps], dtype=torch.float64)
+    got = config.budget_tokens(lens, own)
+    assert got.tolist() == [config.budget_for(*pair) for pair in zip(contexts, keeps, strict=True)]
+
+
+def test_budget_tensor_refuses_float32_keeps():
+    with pytest.raises(ValueError, match="float64"):
+        StsConfig().budget_tokens(torch.tensor([8]), torch.tensor([0.1]))
+
+
+@pytest.mark.parametrize(
+    ("params", "keep"),
+    [
+        (None, None),
+        ({}, None),
+        ({"other": {"keep": 7}}, None),
+        ({"sts": {}}, None),
+        ({"sts": {"keep": 1}}, 1.0),
+        ({"sts": {"keep": 0.25}, "__req__": object()}, 0.25),
+    ],
+)
+def test_request_keep(params, keep):
+    assert request_keep(params) == keep
+
+
+@pytest.mark.parametrize(
+    ("params", "field"),
+    [
+        ({"sts": {"keep": value}}, "custom_params.sts.keep: ")
+        for value in (0, -1, 1.5, math.nan, math.inf, True, "0.5", None, [], 10**5000)
+    ]
+    + [
+        ({"sts": {"keeps": 1}}, "custom_params.sts: unknown key 'keeps', did you mean 'keep'?"),
+        ({"sts": {"keep": 1, "budget": 2}}, "custom_params.sts: unknown key 'budget'"),
+        ({"sts": None}, "custom_params.sts: got None"),
+        ({"sts": 0.5}, "custom_params.sts: got 0.5"),
+        ({"sts": [["keep", 1]]}, "custom_params.sts: got"),
+        ([], "custom_params: got []"),
+        ("sts", "custom_params: got 'sts'"),
+    ],
+    ids=lambda value: None,
+)
+def test_bad_request_keep_is_refused(params, field):
+    with pytest.raises(ConfigError) as caught:
+        request_keep(params)
+    message = str(caught.value)
+    assert message.startswith(field) and "; allowed: " in message and len(message.splitlines()) == 1
+
+
+def test_importing_the_configuration_imports_neither_torch_nor_sglang():
+    code = "import sys, sts_sglang.config; print([m for m in ('torch', 'sglang') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
