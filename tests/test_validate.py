@@ -1,0 +1,568 @@
+"""What is served and what is refused, in-process on real ServerArgs and real model configs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from types import SimpleNamespace
+
+# Before SGLang is imported: it chooses its platform once per process.
+os.environ.setdefault("SGLANG_PLATFORM", "sts_cpu")
+
+import pytest
+import torch
+from sglang.srt.server_args import ServerArgs
+
+from sts_sglang import validate
+from sts_sglang.config import ConfigError, StsConfig
+from sts_sglang.validate import BACKEND_FIELDS, DRAFTS, TARGETS, Refusal
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "vocab_size": 256,
+}
+EAGLE = {**LLAMA, "architectures": ["LlamaForCausalLMEagle"], "num_hidden_layers": 1}
+EAGLE3 = {**EAGLE, "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 128}
+MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+QWEN3 = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+
+CHAIN = {"speculative_num_steps": 3, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
+TREE = {"speculative_num_steps": 3, "speculative_eagle_topk": 4, "speculative_num_draft_tokens": 8}
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """SGLang writes environment variables while it resolves arguments."""
+    saved = dict(os.environ)
+    os.environ["SGLANG_PLATFORM"] = "sts_cpu"
+    for name in ("SGLANG_IS_IN_CI", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"):
+        os.environ.pop(name, None)
+    yield
+    os.environ.clear()
+    os.environ.update(saved)
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch):
+    """launch(**arguments) -> ServerArgs, with the checks where the plugin puts them."""
+    resolve = ServerArgs.__post_init__
+
+    def model(name: str, config: dict) -> str:
+        # A new path each time: SGLang caches configurations by path.
+        folder = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        return str(folder)
+
+    def start(target=LLAMA, draft=LLAMA, config=None, **arguments) -> ServerArgs:
+        def checked(self):
+            validate.check_raw(self)
+            resolve(self)
+            validate.check_all(self, config or StsConfig())
+
+        defaults = {
+            "attention_backend": "sts",
+            "speculative_algorithm": "STANDALONE",
+            "speculative_draft_model_path": model("draft", draft),
+            "device": "cpu",
+            "dtype": "float32",
+            "disable_cuda_graph": True,
+        }
+        monkeypatch.setattr(ServerArgs, "__post_init__", checked)
+        return ServerArgs(model_path=model("target", target), **{**defaults, **arguments})
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def flags() -> set[str]:
+    """Every option of SGLang's command line."""
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+def check_message(caught, flags: set[str], subject: str, remedy: str) -> None:
+    """One line, `subject` first, `remedy` after the last semicolon, and only flags that exist."""
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert message.startswith(subject), message
+    assert remedy in message.rpartition("; ")[2], message
+    assert set(re.findall(r"--[a-z][a-z0-9-]*", message)) <= flags, message
+
+
+@pytest.mark.parametrize("field", BACKEND_FIELDS)
+def test_any_of_the_four_flags_asks_for_sts(field):
+    args = SimpleNamespace(**dict.fromkeys(BACKEND_FIELDS))
+    assert not validate.asks_for_sts(args)
+    setattr(args, field, "fa3")
+    assert not validate.asks_for_sts(args)
+    setattr(args, field, "sts")
+    assert validate.asks_for_sts(args)
+
+
+SERVED = {
+    "standalone": {},
+    "lower case": {"speculative_algorithm": "standalone"},
+    "chain": CHAIN,
+    "tree": TREE,
+    "deepest tree": {**TREE, "speculative_num_draft_tokens": 37},
+    "one step": {"speculative_num_steps": 1, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 2},
+    "pages": {"page_size": 16},
+    "pages, chain": {"page_size": 16, **CHAIN},
+    "page size 1, tree": {"page_size": 1, **TREE},
+    "eagle": {"speculative_algorithm": "EAGLE", "draft": EAGLE},
+    "nextn": {"speculative_algorithm": "NEXTN", "draft": EAGLE},
+    "eagle, pages": {"speculative_algorithm": "EAGLE", "draft": EAGLE, "page_size": 16, **CHAIN},
+    "eagle3": {"speculative_algorithm": "EAGLE3", "draft": EAGLE3},
+    "eagle3 narrower than its target": {
+        "speculative_algorithm": "EAGLE3",
+        "draft": {**EAGLE3, "hidden_size": 32, "target_hidden_size": 64},
+    },
+    "mistral": {"target": MISTRAL, "draft": MISTRAL},
+    "qwen2": {"target": QWEN2, "draft": QWEN2},
+    "qwen2, window off": {"target": {**QWEN2, "use_sliding_window": False, "sliding_window": 128}},
+    "llama, window off": {"target": {**LLAMA, "use_sliding_window": False, "sliding_window": 128}},
+    "qwen3": {"target": QWEN3, "draft": QWEN3},
+    "all flags": dict.fromkeys(BACKEND_FIELDS, "sts"),
+    "bfloat16": {"kv_cache_dtype": "bfloat16", "dtype": "bfloat16"},
+    "shorter context": {"draft": {**LLAMA, "max_position_embeddings": 512}, "context_length": 512},
+    "verify mode": {"speculative_attention_mode": "decode"},
+    "hierarchical cache": {"enable_hierarchical_cache": True},
+    "no radix cache": {"disable_radix_cache": True},
+    "dense layer": {"config": StsConfig(dense_layers=(1,))},
+    "torch kernels": {"config": StsConfig(kernel="torch")},
+}
+
+
+@pytest.mark.parametrize("arguments", SERVED.values(), ids=SERVED)
+def test_served(launch, arguments):
+    assert launch(**arguments).attention_backend == "sts"
+
+
+def test_every_listed_target_is_tried():
+    tried = {served.get("target", LLAMA)["architectures"][0] for served in SERVED.values()}
+    assert tried == TARGETS
+
+
+# One bad value for every rule: a rule without a row fails the test below.
+BAD_VALUES = {
+    "tp_size": 2,
+    "pp_size": 2,
+    "dp_size": 2,
+    "ep_size": 2,
+    "nnodes": 2,
+    "attn_cp_size": 2,
+    "moe_dp_size": 2,
+    "dcp_size": 2,
+    "enable_prefill_cp": True,
+    "enable_prefill_context_parallel": True,
+    "enable_dsa_prefill_context_parallel": True,
+    "enable_dp_attention": True,
+    "enable_two_batch_overlap": True,
+    "enable_pdmux": True,
+    "disaggregation_mode": "decode",
+    "decoupled_spec_role": "verifier",
+    "kv_cache_dtype": "fp8_e4m3",
+    "enable_unified_memory": True,
+    "enable_page_major_kv_layout": True,
+    "enable_hisparse": True,
+    "enable_lmcache": True,
+    "enable_flexkv": True,
+    "hicache_storage_backend": "file",
+    "radix_cache_backend": "flexkv",
+    "enable_deterministic_inference": True,
+    "rl_on_policy_target": "fsdp",
+    "speculative_adaptive": True,
+    "enable_multi_layer_eagle": True,
+    "speculative_draft_window_size": 512,
+    "is_embedding": True,
+    "dllm_algorithm": "LowConfidence",
+    "enable_mis": True,
+    "encoder_only": True,
+    "model_impl": "transformers",
+    "use_ray": True,
+    "tokenizer_worker_num": 2,
+}
+REMEDIES = {
+    "disaggregation_mode": "use --disaggregation-mode null",
+    "decoupled_spec_role": "use --decoupled-spec-role null",
+    "kv_cache_dtype": "use --kv-cache-dtype auto",
+    "model_impl": "use --model-impl auto",
+}
+
+
+def test_every_rule_has_a_bad_value():
+    assert set(BAD_VALUES) == {rule.field for rule in validate._RULES}
+
+
+def remedy_of(field: str) -> str:
+    flag = f"--{field.replace('_', '-')}"
+    number = isinstance(BAD_VALUES[field], int) and field.endswith(("_size", "_num", "nnodes"))
+    window = field == "speculative_draft_window_size"
+    return REMEDIES.get(field) or (f"use {flag} 1" if number and not window else f"remove {flag}")
+
+
+@pytest.mark.parametrize("field", BAD_VALUES)
+def test_rule_refuses_before_sglang_acts(launch, flags, field):
+    with pytest.raises(Refusal) as caught:
+        launch(**{field: BAD_VALUES[field]})
+    check_message(caught, flags, f"--{field.replace('_', '-')}", remedy_of(field))
+
+
+@pytest.mark.parametrize("field", BAD_VALUES)
+def test_rule_refuses_what_sglang_turns_on(launch, flags, field):
+    args = launch()
+    setattr(args, field, BAD_VALUES[field])
+    with pytest.raises(Refusal) as caught:
+        validate.check_resolved(args)
+    check_message(caught, flags, f"--{field.replace('_', '-')}", remedy_of(field))
+    assert "use another model" in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["fp8_e5m2", "mxfp8", "nvfp4", "fp4_mx_block16", "fp4_e2m1"])
+def test_quantized_kv_is_refused(launch, flags, dtype):
+    with pytest.raises(Refusal) as caught:
+        launch(kv_cache_dtype=dtype)
+    check_message(caught, flags, f"--kv-cache-dtype {dtype}", "use --kv-cache-dtype auto")
+
+
+NO_TREE = "--speculative-eagle-topk 1"
+REFUSED = {
+    "prefill elsewhere": (
+        {"prefill_attention_backend": "fa3"},
+        "--prefill-attention-backend fa3",
+        "set it to sts or remove it",
+    ),
+    "decode elsewhere": (
+        {"decode_attention_backend": "triton"},
+        "--decode-attention-backend triton",
+        "remove it",
+    ),
+    "draft elsewhere": (
+        {"speculative_draft_attention_backend": "flashinfer"},
+        "--speculative-draft-attention-backend flashinfer",
+        "set it to sts or remove it",
+    ),
+    "target elsewhere": (
+        {"attention_backend": "fa3", "decode_attention_backend": "sts"},
+        "--attention-backend fa3",
+        "set it to sts",
+    ),
+    "decode alone": (
+        {"attention_backend": None, "decode_attention_backend": "sts"},
+        "--decode-attention-backend sts",
+        "add --attention-backend sts",
+    ),
+    "draft alone": (
+        {"attention_backend": None, "speculative_draft_attention_backend": "sts"},
+        "--speculative-draft-attention-backend sts",
+        "add --attention-backend sts",
+    ),
+    "no speculation": (
+        {"speculative_algorithm": None},
+        "--speculative-algorithm",
+        f"add --speculative-algorithm STANDALONE --speculative-draft-model-path DRAFT {validate.CHAIN_FLAGS}",
+    ),
+    **{
+        name: (
+            {"speculative_algorithm": name},
+            f"--speculative-algorithm {name}",
+            "use STANDALONE, EAGLE, EAGLE3 or use another --attention-backend",
+        )
+        for name in ("NGRAM", "DFLASH", "DSPARK", "dflash", "FROZEN_KV_MTP", "MINE")
+    },
+    "no draft": (
+        {"speculative_draft_model_path": None},
+        "--speculative-algorithm STANDALONE",
+        "add --speculative-draft-model-path",
+    ),
+    "steps alone": ({"speculative_num_steps": 3}, "--speculative-eagle-topk None", validate.CHAIN_FLAGS),
+    "topk alone": ({"speculative_eagle_topk": 1}, "--speculative-num-steps None", validate.CHAIN_FLAGS),
+    "no step": ({**CHAIN, "speculative_num_steps": 0}, "--speculative-num-steps 0", validate.CHAIN_FLAGS),
+    "no branch": ({**CHAIN, "speculative_eagle_topk": 0}, "--speculative-eagle-topk 0", validate.CHAIN_FLAGS),
+    "no draft token": (
+        {**CHAIN, "speculative_num_draft_tokens": 1},
+        "--speculative-num-draft-tokens 1",
+        validate.CHAIN_FLAGS,
+    ),
+    "more tokens than the tree has": (
+        {**TREE, "speculative_num_draft_tokens": 38},
+        "--speculative-num-draft-tokens 38",
+        "use --speculative-num-draft-tokens 37 or less",
+    ),
+    "pages, eagle's own choice": (
+        {"page_size": 16, "speculative_algorithm": "EAGLE", "draft": EAGLE},
+        "--page-size 16",
+        NO_TREE,
+    ),
+    "pages, nextn's own choice": (
+        {"page_size": 64, "speculative_algorithm": "nextn", "draft": EAGLE},
+        "--page-size 64",
+        NO_TREE,
+    ),
+    "pages, tree": ({"page_size": 16, **TREE}, "--page-size 16", f"use {NO_TREE} or --page-size 1"),
+    "kv of another dtype": (
+        {"kv_cache_dtype": "bf16"},
+        "--kv-cache-dtype bf16: --model-path runs in torch.float32",
+        "use --kv-cache-dtype auto or --dtype bfloat16",
+    ),
+    "torch.compile": ({"enable_torch_compile": True}, "--enable-torch-compile", "remove it"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "subject", "remedy"), REFUSED.values(), ids=REFUSED)
+def test_refused(launch, flags, arguments, subject, remedy):
+    with pytest.raises(Refusal) as caught:
+        launch(**arguments)
+    check_message(caught, flags, subject, remedy)
+
+
+def test_llama_with_eagle_and_no_steps_is_the_tree_that_pages_refuse(launch):
+    args = launch(speculative_algorithm="EAGLE", draft=EAGLE)
+    chosen = (
+        args.speculative_num_steps,
+        args.speculative_eagle_topk,
+        args.speculative_num_draft_tokens,
+    )
+    assert chosen == (5, 4, 8)
+    args.page_size = 16
+    with pytest.raises(Refusal, match=f"^--page-size 16: .*topk 4; use {NO_TREE}"):
+        validate.check_resolved(args)
+
+
+@pytest.mark.parametrize("name", ["SGLANG_USE_HND_KVCACHE", "SGLANG_ENABLE_OVERLAP_PLAN_STREAM"])
+def test_environment_variable_is_refused(launch, flags, monkeypatch, name):
+    monkeypatch.setenv(name, "0")
+    launch()
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(Refusal) as caught:
+        launch()
+    check_message(caught, flags, name, f"unset the environment variable {name}")
+
+
+ANOTHER_MODEL = "or use another --attention-backend"
+UNSERVED_ARCHITECTURES = {
+    "latent attention": "DeepseekV3ForCausalLM",
+    "attention sinks": "GptOssForCausalLM",
+    "soft caps": "Gemma2ForCausalLM",
+    "windows by layer": "Exaone4ForCausalLM",
+    "local attention": "Llama4ForCausalLM",
+    "encoder-decoder": "WhisperForConditionalGeneration",
+    "cross attention": "MllamaForConditionalGeneration",
+    "multimodal": "Qwen2VLForConditionalGeneration",
+    "hybrid": "Qwen3NextForCausalLM",
+    "mamba": "FalconH1ForCausalLM",
+    "mixture of experts": "Qwen3MoeForCausalLM",
+    "multi-layer EAGLE": "MiMoV2ForCausalLM",
+    "embedding": "LlamaEmbeddingModel",
+    "reward": "LlamaForSequenceClassification",
+    "diffusion": "LLaDA2MoeModelLM",
+    "an EAGLE head": "LlamaForCausalLMEagle",
+    "unknown": "NoSuchModel",
+}
+
+
+@pytest.mark.parametrize("architecture", UNSERVED_ARCHITECTURES.values(), ids=UNSERVED_ARCHITECTURES)
+def test_other_targets_are_refused(launch, flags, architecture):
+    for listed in ([architecture], ["LlamaForCausalLM", architecture]):
+        with pytest.raises(Refusal) as caught:
+            launch(target={**LLAMA, "architectures": listed})
+        check_message(caught, flags, "--model-path", ANOTHER_MODEL)
+        assert architecture in str(caught.value) and "Qwen3ForCausalLM" in str(caught.value)
+
+
+def test_gpt_oss_is_refused_in_our_words(launch):
+    # SGLang's own assertion, later in ServerArgs, knows nothing of the flags of `sts`.
+    with pytest.raises(Refusal, match="GptOssForCausalLM"):
+        launch(target={**LLAMA, "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"})
+
+
+WINDOW = ["full_attention", "sliding_attention"]
+SPECIAL_FIELDS = {
+    "mistral window": ({**MISTRAL, "sliding_window": 128}, "sliding_window = 128"),
+    "mistral default": ({k: v for k, v in MISTRAL.items() if k != "sliding_window"}, "sliding_window = 4096"),
+    "qwen2 window": (
+        {**QWEN2, "use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1},
+        "layer_types",
+    ),
+    "llama window": ({**LLAMA, "sliding_window": 128}, "sliding_window = 128"),
+    "window size": ({**LLAMA, "sliding_window_size": 128}, "sliding_window_size = 128"),
+    "layers": ({**LLAMA, "layer_types": WINDOW, "use_sliding_window": False}, "layer_types"),
+    "soft cap": ({**LLAMA, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+    "chunks": ({**LLAMA, "attention_chunk_size": 512}, "attention_chunk_size = 512"),
+    "sinks": ({**LLAMA, "add_full_attention_sink_bias": True}, "add_full_attention_sink_bias = True"),
+    "alibi": ({**LLAMA, "alibi": True}, "alibi = True"),
+    "wide values": ({**LLAMA, "v_head_dim": 32}, "head_dim = 16 but v_head_dim = 32"),
+    "odd groups": ({**LLAMA, "num_key_value_heads": 3}, "num_attention_heads = 4, no multiple"),
+    "3D positions": (
+        {**LLAMA, "rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+        "multimodal inputs or positions",
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "problem"), SPECIAL_FIELDS.values(), ids=SPECIAL_FIELDS)
+def test_special_attention_is_refused(launch, flags, model, problem):
+    roles = {"target": "--model-path", "draft": "--speculative-draft-model-path"}
+    for role, flag in roles.items():
+        with pytest.raises(Refusal) as caught:
+            launch(**{role: model})
+        check_message(caught, flags, flag, ANOTHER_MODEL)
+        assert problem in str(caught.value)
+
+
+UNFIT_DRAFTS = {
+    "head without EAGLE": ("STANDALONE", EAGLE, "LlamaForCausalLMEagle", ANOTHER_MODEL),
+    "EAGLE without head": ("EAGLE", LLAMA, "LlamaForCausalLM", ANOTHER_MODEL),
+    "EAGLE with EAGLE3": ("EAGLE", EAGLE3, "LlamaForCausalLMEagle3", ANOTHER_MODEL),
+    "EAGLE3 with EAGLE": ("EAGLE3", EAGLE, "LlamaForCausalLMEagle", ANOTHER_MODEL),
+    "MTP": ("EAGLE", {**LLAMA, "architectures": ["MiMoForCausalLM"]}, "MiMoMTP", ANOTHER_MODEL),
+    "other vocabulary": (
+        "STANDALONE",
+        {**LLAMA, "vocab_size": 255},
+        "vocab_size 255, the target has 256",
+        "give a draft trained for this target",
+    ),
+    "other width": (
+        "EAGLE",
+        {**EAGLE, "hidden_size": 32},
+        "hidden_size 32, the target has 64",
+        "give a draft trained for this target",
+    ),
+    "other target": (
+        "EAGLE3",
+        {**EAGLE3, "target_hidden_size": 128},
+        "hidden_size 128, the target has 64",
+        "give a draft trained for this target",
+    ),
+    "short context": (
+        "STANDALONE",
+        {**LLAMA, "max_position_embeddings": 512},
+        "context of 4096",
+        "a smaller --context-length",
+    ),
+}
+
+
+@pytest.mark.parametrize(("algorithm", "draft", "problem", "remedy"), UNFIT_DRAFTS.values(), ids=UNFIT_DRAFTS)
+def test_unfit_draft_is_refused(launch, flags, algorithm, draft, problem, remedy):
+    with pytest.raises(Refusal) as caught:
+        launch(speculative_algorithm=algorithm, draft=draft)
+    check_message(caught, flags, "--speculative-draft-model-path", remedy)
+    assert problem in str(caught.value)
+
+
+def test_draft_lists_cover_the_served_algorithms():
+    assert tuple(DRAFTS) == validate.ALGORITHMS
+
+
+def test_what_sglang_changes_is_refused(launch, flags):
+    args = launch()
+    args.attention_backend = "dual_chunk_flash_attn"
+    with pytest.raises(Refusal) as caught:
+        validate.check_resolved(args)
+    check_message(
+        caught, flags, "--attention-backend: SGLang made it dual_chunk", "give --model-path another model"
+    )
+    args = launch()
+    args.speculative_algorithm = "FROZEN_KV_MTP"
+    with pytest.raises(Refusal) as caught:
+        validate.check_resolved(args)
+    check_message(
+        caught, flags, "--speculative-algorithm", "give --speculative-draft-model-path another model"
+    )
+    args = launch()
+    args.speculative_draft_attention_backend = "flashinfer"
+    with pytest.raises(Refusal) as caught:
+        validate.check_resolved(args)
+    check_message(
+        caught, flags, "--speculative-draft-attention-backend flashinfer", "set it to sts or remove it"
+    )
+
+
+def test_modelopt_checkpoint_needs_an_explicit_kv_dtype(flags):
+    plain = SimpleNamespace(quantization=None, dtype=torch.bfloat16)
+    modelopt = SimpleNamespace(quantization="modelopt_fp8", dtype=torch.bfloat16)
+    args = SimpleNamespace(kv_cache_dtype="auto")
+    validate._check_kv_dtype(args, plain, plain)
+    for models in ((modelopt, plain), (plain, modelopt)):
+        with pytest.raises(Refusal) as caught:
+            validate._check_kv_dtype(args, *models)
+        check_message(caught, flags, "--kv-cache-dtype auto", "use --kv-cache-dtype bfloat16")
+    validate._check_kv_dtype(SimpleNamespace(kv_cache_dtype="bfloat16"), modelopt, modelopt)
+
+
+def test_device(launch, flags, monkeypatch):
+    args = launch()
+    args.device = "xpu"
+    with pytest.raises(Refusal) as caught:
+        validate.check_device(args)
+    check_message(caught, flags, "--device xpu", "use --device cpu or cuda")
+    args.device = "cuda"
+    validate.check_device(args)
+    for phase in (args.cuda_graph_config.decode, args.cuda_graph_config.prefill):
+        phase.backend = "full"
+        with pytest.raises(Refusal) as caught:
+            validate.check_device(args)
+        check_message(caught, flags, "CUDA graphs", "add --disable-cuda-graph")
+        phase.backend = "disabled"
+    args.device = "cpu"
+    monkeypatch.delenv("SGLANG_PLATFORM")
+    with pytest.raises(Refusal) as caught:
+        validate.check_device(args)
+    check_message(caught, flags, "--device cpu", "set SGLANG_PLATFORM=sts_cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kernel", ["flashinfer", "triton"])
+def test_known_kernel_that_does_not_exist_yet(device, kernel):
+    args = SimpleNamespace(device=device)
+    validate.check_kernel(args, StsConfig())
+    with pytest.raises(Refusal) as caught:
+        validate.check_kernel(args, StsConfig(kernel=kernel))
+    assert str(caught.value) == (
+        f"sts_config.kernel: {kernel!r} is not available on device {device} in this release; "
+        "allowed here: auto, torch"
+    )
+
+
+def test_configuration_is_checked_at_launch(launch):
+    with pytest.raises(Refusal, match=r"^sts_config\.kernel: 'triton'"):
+        launch(config=StsConfig(kernel="triton"))
+    with pytest.raises(ConfigError, match=r"^sts_config\.dense_layers: got layer 2"):
+        launch(config=StsConfig(dense_layers=(2,)))
+
+
+@pytest.mark.parametrize("path", ["none", "DUMMY", "/no/such/model"])
+def test_unreadable_target_is_left_to_sglang(path):
+    # Its own message names the path, and its placeholders have no configuration to read.
+    args = SimpleNamespace(
+        model_path=path,
+        trust_remote_code=False,
+        revision=None,
+        json_model_override_args="{}",
+        model_config_parser="auto",
+        decrypted_config_file=None,
+    )
+    assert validate._architectures(args) == ()
+
+
+def test_architecture_follows_the_overrides(launch):
+    with pytest.raises(Refusal, match="has architecture Gemma2ForCausalLM"):
+        launch(json_model_override_args='{"architectures": ["Gemma2ForCausalLM"]}')
+
+
+def test_a_refusal_is_one_line():
+    assert str(Refusal("a\nb\t c\u2028d")) == "a b c d"
