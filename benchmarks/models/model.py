@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-COMPUTE = torch.bfloat16
+COMPUTE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # bf16 is slow on most CPUs
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
@@ -203,8 +203,8 @@ class Llama(nn.Module):
         return matmul(norm(x, self.model.norm.weight, self.config.rms_norm_eps), self.model.embed_tokens.weight)
 
     @torch.no_grad()
-    def generate(self, ids: Tensor, steps: int) -> Tensor:
-        """Greedy continuation [B, steps] of prompts of one length."""
+    def generate(self, ids: Tensor, steps: int, stop: int | None = None) -> Tensor:
+        """Greedy continuation of prompts of one length: [B, steps], or less once every row has the token `stop`."""
         B, L = ids.shape
         cache: list[tuple[Tensor, Tensor]] = []
         positions, out = torch.arange(L, device=ids.device).repeat(B), []
@@ -213,6 +213,8 @@ class Llama(nn.Module):
             ids = self.logits(x.unflatten(0, (B, -1))[:, -1]).argmax(-1)[:, None]
             positions = torch.full((B,), L + step, device=ids.device)
             out.append(ids)
+            if stop is not None and (torch.cat(out, 1) == stop).any(1).all():
+                break
         return torch.cat(out, 1)
 
     def extend(self, ids: Tensor, positions: Tensor, cache: list[tuple[Tensor, Tensor]], B: int) -> Tensor:

@@ -50,8 +50,8 @@ def retrieval(pool: w.Pool, n: int) -> Task:
     lines, questions = [], []
     for key, attr in pairs:
         val = pool.value()
-        lines.append(pool.pick(w.STATEMENTS).format(attr=attr, key=key, val=val))
-        questions.append(Question(pool.pick(w.QUESTIONS).format(attr=attr, key=key), fact_answer(attr, key, [val]), [val]))
+        lines.append(pool.say("statement", a=attr, k=key, v=val))
+        questions.append(Question(pool.say("question", a=attr, k=key), fact_answer(attr, key, [val]), [val]))
     return Task(lines, questions)
 
 
@@ -61,8 +61,8 @@ def multi_value(pool: w.Pool, n: int) -> Task:
     for key in pool.distinct(pool.key, max(1, n // 3)):
         values = pool.distinct(pool.value, pool.rng.randint(2, 4))
         places = sorted(pool.rng.random() for _ in values)
-        facts += [(p, pool.pick(w.STATEMENTS).format(attr=attr, key=key, val=v)) for p, v in zip(places, values, strict=True)]
-        questions.append(Question(pool.pick(w.LIST_QUESTIONS).format(attr=attr, key=key), fact_answer(attr, key, values), values))
+        facts += [(p, pool.say("statement", a=attr, k=key, v=v)) for p, v in zip(places, values, strict=True)]
+        questions.append(Question(pool.say("all", a=attr, k=key), fact_answer(attr, key, values), values))
     return Task([line for _, line in sorted(facts)], questions)
 
 
@@ -70,13 +70,13 @@ def multi_query(pool: w.Pool, n: int) -> Task:
     """One question about several names."""
     attr, keys = pool.attribute(), pool.distinct(pool.key, max(2, n))
     values = {k: pool.value() for k in keys}
-    lines = [pool.pick(w.STATEMENTS).format(attr=attr, key=k, val=v) for k, v in values.items()]
+    lines = [pool.say("statement", a=attr, k=k, v=v) for k, v in values.items()]
     questions = []
     for _ in range(max(1, n // 2)):
         asked = pool.rng.sample(keys, min(len(keys), pool.rng.randint(2, 4)))
         names = ", ".join(asked[:-1]) + " and " + asked[-1]
         answer = " ".join(fact_answer(attr, k, [values[k]]) for k in asked)
-        ask = pool.pick(w.GROUP_QUESTIONS).format(attr=attr, key=names)
+        ask = pool.say("group", a=attr, k=names)
         questions.append(Question(ask, answer, [values[k] for k in asked]))
     return Task(lines, questions)
 
@@ -88,7 +88,7 @@ def json_records(pool: w.Pool, n: int) -> Task:
         record = {a: pool.value() for a in fields}
         lines.append(json.dumps({pool.rng.choice(["name", "id"]): key, **record}))
         attr = pool.rng.choice(fields)
-        ask = pool.pick(w.QUESTIONS).format(attr=attr, key=key)
+        ask = pool.say("question", a=attr, k=key)
         questions.append(Question(ask, fact_answer(attr, key, [record[attr]]), [record[attr]]))
     return Task(lines, questions)
 
@@ -101,10 +101,10 @@ def variables(pool: w.Pool, n: int) -> Task:
         val = pool.number()
         places = sorted(pool.rng.random() for _ in chain)
         for place, a, b in zip(places, chain, [val, *chain], strict=False):
-            facts.append((place, pool.pick(w.ASSIGNMENTS).format(a=a, b=b)))
+            facts.append((place, pool.say("assignment", a=a, b=b)))
         hops = pool.rng.randint(1, len(chain))
         trace = " = ".join([*reversed(chain[:hops]), val])
-        questions.append(Question(pool.pick(w.VARIABLE_QUESTIONS).format(a=chain[hops - 1]), f"{trace}.", [val]))
+        questions.append(Question(pool.say("variable", k=chain[hops - 1]), f"{trace}.", [val]))
     return Task([line for _, line in sorted(facts)], questions)
 
 
@@ -112,8 +112,8 @@ def code(pool: w.Pool, n: int) -> Task:
     lines, questions = [], []
     for name in pool.distinct(pool.identifier, n):
         val = pool.number()
-        lines.append(pool.pick(w.SNIPPETS).format(name=name, val=val))
-        questions.append(Question(pool.pick(w.CODE_QUESTIONS).format(name=name), f"{name} is {val}.", [val]))
+        lines.append(pool.say("snippet", k=name, v=val))
+        questions.append(Question(pool.say("code", k=name), f"{name} is {val}.", [val]))
     return Task(lines, questions)
 
 
@@ -241,10 +241,10 @@ class Writer:
             row.add([self.system, *self.encode(rng.choice(w.SYSTEM)), self.end], SILENT)
         pool = w.Pool(self.split, self.words, rng)
         if task.paths:
-            ask = pool.pick(w.INSTRUCTIONS).format(paths=", ".join(task.paths))
+            ask = pool.say("instruction", k=", ".join(task.paths))
             row.add([self.user, *self.encode(ask), self.end], SILENT)
         else:
-            row.add([self.user, *self.encode(pool.pick(w.PREAMBLES))], SILENT)
+            row.add([self.user, *self.encode(pool.say("preamble"))], SILENT)
         return row
 
     def calls(self, task: Task) -> list[list[int]]:

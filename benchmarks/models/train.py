@@ -27,11 +27,11 @@ from tqdm import tqdm
 PEAK_RATE, WARM_UP, ANSWER_WEIGHT = 3e-3, 200, 1.5
 # (share of the steps, {length: how often}). Recall emerges at short lengths only; it is lengthened from there.
 PLAN = [
-    (0.10, {128: 1.0}),
-    (0.15, {128: 0.3, 512: 0.7}),
+    (0.05, {128: 1.0}),
+    (0.10, {128: 0.3, 512: 0.7}),
     (0.25, {128: 0.1, 512: 0.3, 2048: 0.6}),
     (0.20, {512: 0.2, 2048: 0.3, 8192: 0.5}),
-    (0.30, {512: 0.1, 2048: 0.2, 8192: 0.3, 32768: 0.4}),
+    (0.40, {512: 0.1, 2048: 0.2, 8192: 0.3, 32768: 0.4}),
 ]
 
 

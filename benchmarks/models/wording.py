@@ -1,12 +1,15 @@
 """Names, values and wording of the generated tasks, in a training and a test half that share nothing.
 
-Words and values fall into a half by a checksum, templates and attributes by the lists below.
+Words and values fall into a half by a checksum, wording by the lists below. Training wording is composed of fragments
+(a model of this size learns whole templates by heart and then fails on new ones); test wording is fixed sentences.
+Slots: {a} attribute, {k} name, {v} value, {x} a random word, {n} a random number.
 """
 
 from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,153 +24,133 @@ ATTRIBUTES: dict[Split, list[str]] = {
     ).split("|"),
     "test": "secret number|passcode|dock|reference number|call sign|vault code|platform|retry limit|parcel number|label".split("|"),
 }
-STATEMENTS: dict[Split, list[str]] = {
-    "train": [
-        "The {attr} of {key} is {val}.",
-        "The {attr} for {key} is {val}.",
-        "{key} has {attr} {val}.",
-        "{key} has the {attr} {val}.",
-        "For {key}, the {attr} was set to {val}.",
-        "Note: the {attr} of {key} equals {val}.",
-        "{attr} ({key}): {val}",
-        "{key} | {attr} | {val}",
-        "[{key}] {attr}={val}",
-        "- {key}: {attr} {val}",
-        "{key}.{attr} = {val}",
-        "Remember that the {attr} of {key} is {val}.",
-        "Remember: {key} uses {val} as its {attr}.",
-        "According to the record, {key} got the {attr} {val}.",
-        "Everyone at {key} knows that the {attr} is {val}.",
-        "{key}'s {attr} is {val}.",
-        "It is written that {key} keeps {attr} {val}.",
-        "INFO {key}: {attr} changed to {val}",
-        "WARNING: {attr} of {key} now {val}",
-        "* {attr} for {key} -- {val}",
-        "{key}: {val} ({attr})",
-        "Please keep in mind: {attr} of {key} = {val}",
-        "When asked for the {attr} of {key}, answer {val}.",
-        "# {key} {attr} {val}",
-        '"{key}": "{val}"  // {attr}',
-        "The team of {key} chose {val} for the {attr}.",
-    ],
-    "test": [
-        "Memo about {key}: its {attr} reads {val}.",
-        "The registered {attr} that belongs to {key} is {val}.",
-        "One of the special facts: {key} carries {attr} {val}.",
-        "> {key} / {attr} / {val}",
-        "In the end {key} received the {attr} {val}.",
-        "DEBUG set {attr} of {key} to {val}",
-    ],
-}
-QUESTIONS: dict[Split, list[str]] = {
-    "train": [
-        "What is the {attr} of {key}?",
-        "What is the {attr} for {key}?",
-        "Tell me the {attr} of {key}.",
-        "Which {attr} does {key} have?",
-        "I need the {attr} of {key}.",
-        "Question: {attr} of {key}?",
-        "{key}: {attr}?",
-        "Find the {attr} for {key}.",
-        "Please look up the {attr} that belongs to {key}.",
-        "Can you give me {key}'s {attr}?",
-        "What {attr} was given for {key}?",
-        "According to the text, what is the {attr} of {key}?",
-        "Do you remember the {attr} of {key}?",
-        "Now the {attr} of {key}, please.",
-    ],
-    "test": [
-        "Could you say what the {attr} of {key} was?",
-        "Look through the text above: which {attr} goes with {key}?",
-        "I forgot the {attr} of {key}, what is it?",
-        "Report the {attr} of {key}.",
-    ],
-}
-LIST_QUESTIONS: dict[Split, list[str]] = {
-    "train": [
-        "List every {attr} of {key}.",
-        "What are all the values of {attr} for {key}?",
-        "Give me each {attr} that {key} has.",
-        "Name all {attr} entries of {key}.",
-    ],
-    "test": ["Which are all of the {attr} values of {key}?", "Collect every {attr} for {key}."],
-}
-GROUP_QUESTIONS: dict[Split, list[str]] = {
-    "train": [
-        "What is the {attr} of {key}, one after the other?",
-        "For each of {key}: what is the {attr}?",
-        "I need the {attr} of {key}.",
-        "Tell me the {attr} of {key}.",
-    ],
-    "test": ["Report the {attr} of each of {key}.", "Go through {key} and say the {attr}."],
-}
-ASSIGNMENTS: dict[Split, list[str]] = {
-    "train": ["{a} = {b}", "let {a} = {b}", "set {a} to {b}", "{a} := {b}", "VAR {a} = {b}", "assign {b} to {a}"],
-    "test": ["store {b} in {a}", "define {a} as {b}", "{a} gets {b}"],
-}
-VARIABLE_QUESTIONS: dict[Split, list[str]] = {
-    "train": ["What is the value of {a}?", "Trace {a}.", "Which value does {a} hold?", "{a} = ?"],
-    "test": ["Work out the value of {a}.", "What does {a} hold in the end?"],
-}
-SNIPPETS: dict[Split, list[str]] = {
-    "train": [
-        "def {name}():\n    return {val}",
-        "def {name}(x, y):\n    return {val}",
-        "{name} = {val}",
-        "class {name}:\n    default = {val}",
-        "{name}: int = {val}",
-        "#define {name} {val}",
-        "const {name} = {val};",
-        "function {name}(a) {{\n    return {val};\n}}",
-        "export {name}={val}",
-        "    self.{name} = {val}",
-    ],
-    "test": ["def {name}(self):\n    return {val}", "static int {name} = {val};", "{name} = int({val})"],
-}
-CODE_QUESTIONS: dict[Split, list[str]] = {
-    "train": [
-        "How is {name} defined?",
-        "What does the code say about {name}?",
-        "What is {name} in the code?",
-        "Which value does the definition of {name} use?",
-        "Find the definition of {name}.",
-    ],
-    "test": ["Look up {name} in the source.", "Which value belongs to {name} in the code above?"],
-}
+IS = (
+    "is|is|is|equals|was set to|is now|became|remains|was fixed at|was|will be|should be|=|must stay|was recorded as|comes to|"
+    "is given as|changed to|is known to be|stands at|is still|is always|has to be|would be|may be|are|shows|says|went to|used to be|"
+    "is officially|is exactly|is just|gets|appears as|is written as"
+).split("|")
+HAS = (
+    "has|has|uses|keeps|holds|owns|got|needs|shows|lists|takes|was assigned|comes with|goes by|must use|works with|reports|chose|"
+    "requires|is using|is under|is known by|relies on|was registered with|bears|provides|runs with|will have|had|prints|sets|gave"
+).split("|")
+SEPARATORS = [": ", " = ", "=", " | ", " -- ", " -> ", " => ", ", ", "; ", " ~ ", "::", " - ", "\t", " : ", " := ", " . "]
+LEADS = (
+    "|||||||Note: |Remember that |INFO |WARNING: |* |- |# |// |Please keep in mind: |According to the record, |By the way, |"
+    "As agreed, |It is written that |Update: |TODO: |We confirmed that |{x} said that |Since {n}, |On {x}, |{n}. |In {x} {x}, |Fact: |"
+    "Reminder: |Entry {n}: |[{n}] |Everyone knows that |When asked, say that |Our records show: |{x}: |({x}) |Today |Here |"
+    "As of {n}, |{x} {x} |Important! |For the {x}: |Somebody wrote that |log {n} |NOTICE |ok, |!! |/* |<li>|>>> |After {x}, |"
+    "Never forget: |It is a fact that |You should know that |The {x} says: |See also: |Among the {x}, |Nobody knew that "
+).split("|")
+STATEMENTS = (
+    "the {a} of {k} {is} {v}|the {a} of {k} {is} {v}|the {a} for {k} {is} {v}|{k} {has} {a} {v}|{k} {has} the {a} {v}|"
+    "for {k}, the {a} {is} {v}|{k}'s {a} {is} {v}|{a} of {k}{sep}{v}|{k}{sep}{a}{sep}{v}|[{k}] {a}{sep}{v}|{a} ({k}){sep}{v}|"
+    "at {k} the {a} {is} {v}|the {a} that {x} gave to {k} {is} {v}|{k} {has} {v} as its {a}|as for {k}, {a} {v}|"
+    "regarding {k}, its {a} {is} {v}|the {x} {a} belonging to {k} {is} {v}|{k} ({x}) {has} {a} {v}|with {k} comes {a} {v}|"
+    "{k}{sep}{v} ({a})|{k}.{a}{sep}{v}|{a}[{k}]{sep}{v}|the {a} {is} {v} for {k} only, which for {k} means {v}|"
+    '"{k}"{sep}"{v}" // {a}|{k} and its {a} {v}|{k} {x} {x} {a} {v}|{x} {a} of {k} {x} {v}|{k} {a} {v}|{a} for {k}{sep}{v}|'
+    "to {k} we gave the {a} {v}|{k} {has} the {x} {a} {v}|the {a} {has} {v} at {k}, so {k} {has} {v}"
+).split("|")
+TAILS = "....|||.|, as far as we know.| (checked).|;|!|, says {x}.| # {x}|, for now.| (since {n})|, {x}.|,| <br>| -- {x}| */|...| [{x}]|, not {n}.".split("|")
+QUESTION_LEADS = (
+    "|||Tell me |Please look up |Find |Can you give me |I need |What is |What is |What was |What is |Do you know |Do you remember |"
+    "Question: |Now |Next, |And |According to the text, what is |Hello, what was |Let me know |Give me |Show me |Search for |"
+    "I would like to have |Check |Remind me of |Quick: |Could anyone tell me |{x}, tell me |Answer: what is |Then what is |Get |Print |"
+    "Say |From the text above, say |Please |In short: |Return |State |I am looking for |Try to recall |Write down |So what are |Read out |"
+    "Help me find |We need |Would you repeat |Who knows |{x} {x} |Ok, |Thanks. Now |I wonder about |Somewhere it says |Extract |Name |List "
+).split("|")
+QUESTIONS = (
+    "the {a} of {k}|the {a} of {k}|the {a} for {k}|{k}'s {a}|the {a} that belongs to {k}|the {a} given to {k}|{a} of {k}|{k} and its {a}|"
+    "the {a} at {k}|the {a} listed under {k}|the value of {a} for {k}|the exact {a} of {k}|which {a} does {k} have|which {a} did {k} get|"
+    "what {a} was given for {k}|which {a} goes to {k}|{k}: {a}|{k}, {a}|for {k}, what is the {a}|about {k}: which {a}|"
+    "what does {k} use as {a}|which {a} there is for {k}|{a} {k}|{k} {a}|how about the {a} of {k}|what the {a} of {k} is|"
+    "which {a} {has} {k}|what {k} {has} as its {a}|the {a} which {k} {has}|the {a} from {k}|the {x} {a} of {k}|what the {a} for {k} is"
+).split("|")
+QUESTION_TAILS = (
+    "????|?|?|?|...|.|.|, please.| again?| now.| in the text?| in the document above.| for me.|!| exactly?|, thanks.| if you can.| then?|"
+    ", do you know?|, please?| according to the text.| is.| has.| {x}?||, ok?| (from above)| above?| today?| once more.|, tell me.| is?"
+).split("|")
+ALL = "every {a} of {k}|all values of {a} for {k}|each {a} that {k} has|all {a} entries of {k}|all the {a} of {k}|the complete {a} list of {k}|every single {a} for {k}|{k} with all its {a}".split("|")
+GROUP = "the {a} of {k}|the {a} for each of {k}|for each of {k}: the {a}|{a} of {k}|{k}: {a}|the {a} of all of {k}|which {a} do {k} have|the {a} of {k}, one after the other|for {k}, the {a} in turn|{k} and the {a} of each".split("|")
+ASSIGNMENTS = (
+    "{a} = {b}|{a} = {b}|let {a} = {b}|set {a} to {b}|{a} := {b}|VAR {a} = {b}|assign {b} to {a}|put {b} into {a}|copy {b} to {a}|let {a} equal {b}|"
+    "{a} <- {b}|{a} takes {b}|{a} becomes {b}|{a} is {b}|{a}: {b}|move {b} over to {a}|initialise {a} with {b}|{b} -> {a}|write {b} to {a}|"
+    "{a} == {b}|{a} holds {b}|make {a} {b}|give {a} the value {b}|load {b} into {a}|set {a} = {b}|var {a} = {b};|int {a} = {b};|{x} {a} {b}|"
+    "{x} {b} {x} {a}|{a} {x} {b}|({a}, {b})|{a} equals {b}|now {a} is {b}|mov {a}, {b}|{b} goes to {a}|save {b} as {a}|bind {a} to {b}|{a} {has} {b}|"
+    "use {b} for {a}|keep {b} under {a}|call {b} by {a}"
+).split("|")
+VARIABLES = "the value of {k}|{k}|which value does {k} hold|{k} = |the final value of {k}|how {k} comes about|{k} step by step|where {k} comes from|what {k} is|what {k} {has}|variable {k}|the trace of {k}".split("|")
+SNIPPETS = (
+    "def {k}():#    return {v}|def {k}(x, y):#    return {v}|{k} = {v}|class {k}:#    default = {v}|{k}: int = {v}|#define {k} {v}|const {k} = {v};|"
+    "function {k}(a) {{#    return {v};#}}|export {k}={v}|    self.{k} = {v}|def {k}(x):#    {x} = {n}#    return {v}|let {k} = {v};|{k}({v})|"
+    "def {k}(*args):#    # {x} {x}#    return {v}|    {k}={v},|var {k} int = {v}|@{x}#def {k}({x}):#    return {v}|{x}.{k} = {v}|    '{k}': {v},|"
+    "{k} = {x}({v})|int {k}() {{ return {v}; }}|lambda {k}: {v}|{x} {k} = {v};|{x} {x} {k} = {v}|{k} = ({v}, {n})|fn {k}() -> {x} {{ {v} }}|SET {k} = {v};"
+).split("|")
+CODE = "{k}|the definition of {k}|the value of {k}|{k} in the code|how is {k} defined|what does the code say about {k}|which value does {k} have|where is {k} set|what {k} returns|{k} in the {x}|which value the code gives {k}|the line with {k}|the source of {k}|what is behind {k}".split("|")
 TOOLS: dict[Split, list[str]] = {
-    "train": ["read_file", "open_log", "fetch_page", "run_query", "list_records", "search_notes"],
+    "train": ["read_file", "open_log", "fetch_page", "run_query", "list_records", "search_notes", "cat", "view", "grep"],
     "test": ["load_report", "get_document"],
 }
-INSTRUCTIONS: dict[Split, list[str]] = {
-    "train": [
-        "Please go through these one by one: {paths}",
-        "Read {paths} and then answer my questions.",
-        "Have a look at {paths}.",
-        "Open {paths}, I will ask about them later.",
-    ],
-    "test": ["Work through {paths} first.", "Check {paths}, questions follow."],
-}
-PREAMBLES: dict[Split, list[str]] = {
-    "train": ["", "", "Read this text.\n", "Answer from the document below.\n", "Context:\n", "Here is a long document.\n"],
-    "test": ["", "Some material to read first.\n"],
-}
-SYSTEM = ["You are a helpful assistant.", "Answer from the text.", "You answer questions about long documents."]
+INSTRUCTIONS = "go through these one by one: {k}|read {k} and then answer my questions|have a look at {k}|open {k}, I will ask about them later|{k}|load {k}|first {k}|see {k} for what comes|take {k} and remember the content|view {k}, more to come|inspect {k}".split("|")
+PREAMBLES = "||Read this text.\n|Answer from the document below.\n|Context:\n|Here is a long document.\n|{x} {x}\n|Text:\n\n|Document {n}\n|# {x}\n|The following is from {x}.\n|Attached:\n".split("|")
+SYSTEM = ["You are a helpful assistant.", "Answer from the text.", "You answer questions about long documents.", "You are an agent. Use the tools."]
 SYLLABLES = "ba be bo da di do fa fi ga go ha hi jo ka ke ko la le li lo ma me mi mo na ne no pa pe ra ri ro sa se so ta te ti to va ve vi vo za zo".split()
+
+TEST: dict[str, list[str]] = {
+    "statement": [
+        "Memo about {k}: its {a} reads {v}.",
+        "The registered {a} that pertains to {k} is {v}.",
+        "One of the special facts: {k} carries {a} {v}.",
+        "> {k} / {a} / {v}",
+        "In the end {k} received the {a} {v}.",
+        "DEBUG {a} of {k} turned into {v}",
+    ],
+    "question": [
+        "Could you say what the {a} of {k} was?",
+        "Look through all of this: which {a} goes with {k}?",
+        "I forgot the {a} of {k}, what is it?",
+        "Report the {a} of {k}.",
+    ],
+    "all": ["Which are all of the {a} values of {k}?", "Collect every {a} that exists for {k}."],
+    "group": ["Report the {a} of each of {k}.", "Go through {k} and say the {a}."],
+    "assignment": ["store {b} in {a}", "define {a} as {b}", "{a} receives {b}"],
+    "variable": ["Work out the value of {k}.", "What does {k} hold in the end?"],
+    "snippet": ["def {k}(self):#    return {v}", "static long {k} = {v};", "{k} = float({v})"],
+    "code": ["Look up {k} in the source.", "Which value belongs to {k} in the program?"],
+    "instruction": ["Work through {k} before we talk.", "Fetch {k}, questions follow."],
+    "preamble": ["", "Some material to study first.\n"],
+}
+# lead, core and tail of the training wording
+TRAIN: dict[str, tuple[list[str], list[str], list[str]]] = {
+    "statement": (LEADS, STATEMENTS, TAILS),
+    "question": (QUESTION_LEADS, QUESTIONS, QUESTION_TAILS),
+    "all": (QUESTION_LEADS, ALL, QUESTION_TAILS),
+    "group": (QUESTION_LEADS, GROUP, QUESTION_TAILS),
+    "assignment": (["", "", "", "", "    ", "{n}. ", "then ", "# ", "* "], ASSIGNMENTS, ["", "", "", ";", "."]),
+    "variable": (QUESTION_LEADS, VARIABLES, QUESTION_TAILS),
+    "snippet": ([""], SNIPPETS, ["", "", "", "  # {x}"]),
+    "code": (QUESTION_LEADS, CODE, QUESTION_TAILS),
+    "instruction": (QUESTION_LEADS, INSTRUCTIONS, QUESTION_TAILS),
+    "preamble": ([""], PREAMBLES, [""]),
+}
 
 
 def half(text: str) -> Split:
     return "test" if zlib.crc32(text.encode()) % 8 == 0 else "train"
 
 
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 @dataclass
 class Pool:
-    """Draws names, values and templates of one half."""
+    """Draws names, values and wording of one half."""
 
     split: Split
     words: list[str]
     rng: random.Random
 
-    def own(self, draw) -> str:
+    def own(self, draw: Callable[[], str]) -> str:
         while True:
             text = draw()
             if half(text) == self.split:
@@ -222,14 +205,24 @@ class Pool:
         return self.own(lambda: f"{self.rng.getrandbits(24):06x}")
 
     def attribute(self) -> str:
-        if self.split == "train" and self.rng.random() < 0.3:
+        if self.split == "train" and self.rng.random() < 0.5:
             return f"{self.word()} {self.word()}" if self.rng.random() < 0.5 else self.word()
         return self.rng.choice(ATTRIBUTES[self.split])
 
-    def pick(self, templates: dict[Split, list[str]]) -> str:
-        return self.rng.choice(templates[self.split])
+    def say(self, what: str, **slots: str) -> str:
+        """A sentence with the slots filled."""
+        if self.split == "test":
+            text = self.rng.choice(TEST[what])
+        else:
+            text = "".join(map(self.rng.choice, TRAIN[what]))
+        while "{x}" in text:
+            text = text.replace("{x}", self.word(), 1)
+        slots |= {"sep": self.rng.choice(SEPARATORS), "is": self.rng.choice(IS), "has": self.rng.choice(HAS), "n": str(self.rng.randint(1, 9999))}
+        text = text.replace("#    ", "\n    ").replace("#}", "\n}").replace("#def", "\ndef") if what == "snippet" else text
+        text = text.format(**slots)
+        return capital(text) if what != "snippet" and what != "assignment" and self.rng.random() < 0.7 else text
 
-    def distinct(self, draw, n: int) -> list[str]:
+    def distinct(self, draw: Callable[[], str], n: int) -> list[str]:
         seen: dict[str, None] = {}
         for _ in range(20 * n):
             seen[draw()] = None
