@@ -100,8 +100,12 @@ CPU_BRANCHES = {
 SUPPORT_TRITON = Target("sglang.srt.utils.common.support_triton", ("backend",))
 GATHER_SPEC_EXTRAS = Target("sglang.kernels.ops.speculative.gather_spec_extras.gather_spec_extras", ())
 GET_LAST_LOC = Target("sglang.srt.mem_cache.allocation.get_last_loc", ())
+APPLY_VOCAB_MASK = Target(
+    "sglang.srt.constrained.xgrammar_backend.XGrammarGrammar.apply_vocab_mask",
+    ("self", "logits", "vocab_mask"),
+)
 PAGED_ALLOCATOR = "sglang.srt.mem_cache.allocator.paged"
-CPU_TARGETS = (SUPPORT_TRITON, GATHER_SPEC_EXTRAS, GET_LAST_LOC)
+CPU_TARGETS = (SUPPORT_TRITON, GATHER_SPEC_EXTRAS, GET_LAST_LOC, APPLY_VOCAB_MASK)
 CPU_SYMBOLS = (
     *(f"{module}._is_cpu" for module in CPU_BRANCHES),
     f"{PAGED_ALLOCATOR}.alloc_extend_kernel",

@@ -180,3 +180,10 @@ def alloc_decode(seq_lens, last_loc, free_pages, out, bs_upper, page_size):
     first = torch.cumsum(new_pages, 0) - new_pages
     pages = free_pages[first.clamp(max=max(len(free_pages) - 1, 0)).long()]
     out.copy_(torch.where(new_pages > 0, pages * page_size, last_loc + 1))
+
+
+def apply_vocab_mask(self, logits, vocab_mask):
+    """XGrammarGrammar.apply_vocab_mask, which raises on a CPU although xgrammar itself has the op."""
+    from xgrammar import apply_token_bitmask_inplace
+
+    apply_token_bitmask_inplace(logits, vocab_mask)

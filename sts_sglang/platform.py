@@ -47,6 +47,7 @@ def install_cpu_branches() -> None:
         (compat.SUPPORT_TRITON, lambda backend: False),
         (compat.GATHER_SPEC_EXTRAS, cpu_ops.gather_spec_extras),
         (compat.GET_LAST_LOC, allocation.get_last_loc_torch),
+        (compat.APPLY_VOCAB_MASK, cpu_ops.apply_vocab_mask),
     ):
         HookRegistry.register(target.path, replacement, HookType.REPLACE)
     for module_name, stand_ins in compat.CPU_BRANCHES.items():

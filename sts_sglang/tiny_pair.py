@@ -1,4 +1,4 @@
-"""A tiny target, draft and EAGLE-3 head from a fixed seed: random weights that serve, not answer.
+"""A tiny target, draft, EAGLE and EAGLE-3 head from a fixed seed: random weights that serve, not answer.
 
 They exercise every path of the server on a CPU in seconds. The attention projections are scaled up so
 that attention is peaked: with the usual initialisation it is nearly uniform and a selection would
@@ -24,20 +24,21 @@ _CHAT_TEMPLATE = (
 
 
 def make_pair(folder: str | Path) -> dict[str, Path]:
-    """Write `target`, `draft` and `eagle3` below `folder` (bf16 safetensors); existing ones are kept.
+    """Write `target`, `draft`, `eagle` and `eagle3` below `folder` (bf16 safetensors); existing ones are kept.
 
     The draft is the target's first layers with noise, so it is sometimes right.
 
     Returns:
         name -> model folder.
     """
-    paths = {name: Path(folder) / name for name in ("target", "draft", "eagle3")}
+    paths = {name: Path(folder) / name for name in ("target", "draft", "eagle", "eagle3")}
     if not all((path / "model.safetensors").exists() for path in paths.values()):
         target = _config(layers=4)
         weights = _llama_weights(target, seed=0)
         _write(paths["target"], target, weights)
         draft = _config(layers=2)
         _write(paths["draft"], draft, _noisy_draft(weights, draft, seed=1))
+        _write(paths["eagle"], _eagle_config(target), _eagle_weights(target, seed=3))
         _write(paths["eagle3"], _eagle3_config(target), _eagle3_weights(target, weights, seed=2))
     return paths
 
@@ -64,6 +65,10 @@ def _config(layers: int) -> dict:
         "dtype": "bfloat16",
         "torch_dtype": "bfloat16",
     }
+
+
+def _eagle_config(target: dict) -> dict:
+    return {**target, "architectures": ["LlamaForCausalLMEagle"], "num_hidden_layers": 1}
 
 
 def _eagle3_config(target: dict) -> dict:
@@ -117,21 +122,52 @@ def _noisy_draft(target: dict[str, torch.Tensor], config: dict, seed: int) -> di
     return {k: w + draw(*w.shape, std=0.003) if w.dim() == 2 else w for k, w in kept.items()}
 
 
+def _eagle_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
+    """One decoder layer behind fc(token embedding, hidden state); embeddings and lm_head are the target's."""
+    hidden = config["hidden_size"]
+    layer = _llama_weights({**config, "num_hidden_layers": 1}, seed)
+    fc = torch.cat([0.6 * torch.eye(hidden), 0.2 * torch.eye(hidden)], dim=1)
+    return {
+        "fc.weight": fc + _Normal(seed)(hidden, 2 * hidden, std=0.01),
+        "fc.bias": torch.zeros(hidden),
+        **{
+            k.removeprefix("model."): w
+            for k, w in layer.items()
+            if k.startswith("model.layers.") and "input_layernorm" not in k
+        },
+    }
+
+
 def _eagle3_weights(config: dict, target: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
     draw = _Normal(seed)
     hidden, inner, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    q, kv = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    q = draw(heads * dim, 2 * hidden, std=0.15)
+    k = draw(kv_heads * dim, 2 * hidden, std=0.15)
+    v = draw(kv_heads * dim, 2 * hidden, std=0.1)
+    o = draw(hidden, heads * dim, std=0.05)
+    # The first query head of every group looks for its own token and copies its embedding, which is
+    # what the lm_head's lean towards the next id needs: random heads would hardly ever be accepted.
+    for kv in range(kv_heads):
+        rows = slice(kv * dim, (kv + 1) * dim)
+        head = kv * heads // kv_heads
+        copier = slice(head * dim, (head + 1) * dim)
+        q[copier] = k[rows]
+        v[rows] = 0
+        v[rows, rows] = torch.eye(dim)
+        o[:, copier] = 0
+        o[rows, copier] = 4 * torch.eye(dim)
     return {
-        "fc.weight": draw(hidden, 3 * hidden),
+        "fc.weight": draw(hidden, 3 * hidden, std=0.02),
         "norm.weight": torch.ones(hidden),
         "lm_head.weight": target["lm_head.weight"],
-        "midlayer.self_attn.q_proj.weight": draw(q, 2 * hidden, std=0.15),
-        "midlayer.self_attn.k_proj.weight": draw(kv, 2 * hidden, std=0.15),
-        "midlayer.self_attn.v_proj.weight": draw(kv, 2 * hidden, std=0.1),
-        "midlayer.self_attn.o_proj.weight": draw(hidden, q, std=0.1),
+        "midlayer.self_attn.q_proj.weight": q,
+        "midlayer.self_attn.k_proj.weight": k,
+        "midlayer.self_attn.v_proj.weight": v,
+        "midlayer.self_attn.o_proj.weight": o,
         "midlayer.mlp.gate_proj.weight": draw(inner, hidden),
         "midlayer.mlp.up_proj.weight": draw(inner, hidden),
-        "midlayer.mlp.down_proj.weight": draw(hidden, inner),
+        "midlayer.mlp.down_proj.weight": draw(hidden, inner, std=0.01),
         "midlayer.hidden_norm.weight": torch.ones(hidden),
         "midlayer.input_layernorm.weight": torch.ones(hidden),
         "midlayer.post_attention_layernorm.weight": torch.ones(hidden),

@@ -1,19 +1,25 @@
 """Speculative decoding with draft-guided sparse verify, in plain Hugging Face attention.
 
-An independent statement of the method for STANDALONE chains: no KV cache, no slots, no batches. Every
-round runs the whole sequence through the models. The target's layers get one mask a head, whose row i
-is what token i attended to when it was processed, so the keys and values of earlier tokens are those
-that the sparse server would have cached.
+An independent statement of the method for STANDALONE drafts and EAGLE-3 heads, chains and trees: no KV
+cache, no slots, no batches. Every round runs the whole sequence through the models. The target's layers
+get one mask a head, whose row i is what token i attended to when it was processed, so the keys and
+values of earlier tokens are those that the sparse server would have cached.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from torch.nn.functional import linear, rms_norm, silu
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+FLOOR = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,9 @@ class Rule:
     sink: int = 4
     recent: int = 64
     num_steps: int = 3
+    topk: int = 1
+    num_tokens: int = 4
+    pool: str = "max"
     shift: int = 1  # draft index p is target position p + shift
     swap_heads: bool = False  # KV heads read each other's draft heads
     drop_tail: bool = False  # draft tokens do not see the ones before them
@@ -39,70 +48,191 @@ class Trace:
     """Output tokens, verify rounds, and selections whose k-th score has a neighbour within 1e-5."""
 
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     rounds: int = 0
     near_ties: int = 0
     selected: int = 0
     available: int = 0
 
 
+@dataclass
+class Tree:
+    """A round's draft: node 0 is the bonus token; attention[layer] is [heads, rows, draft keys]."""
+
+    tokens: list[int]
+    parents: list[int]
+    attention: list[torch.Tensor]
+
+    def path(self, node: int) -> list[int]:
+        """The node and its ancestors, root first."""
+        return [0] if node == 0 else [*self.path(self.parents[node]), node]
+
+
+class HFDraft:
+    """A STANDALONE draft: a causal LM over tokens[1:]."""
+
+    def __init__(self, path: Path):
+        self.model = _load(path)
+        self.layers = self.model.config.num_hidden_layers
+        self.heads = self.model.config.num_attention_heads
+
+    def __call__(self, tokens, hidden, positions, mask):
+        out = self.model(
+            torch.tensor([tokens]),
+            attention_mask=_additive(mask)[None, None],
+            position_ids=torch.tensor([positions]),
+            output_attentions=True,
+        )
+        return out.logits[0], None, [a[0] for a in out.attentions]
+
+
+class Eagle3Draft:
+    """An EAGLE-3 head: one layer over (token embedding, hidden state); hidden states feed back."""
+
+    def __init__(self, path: Path, target):
+        self.config = json.loads((path / "config.json").read_text())
+        self.w = {k: w.float() for k, w in load_file(path / "model.safetensors").items()}
+        self.target = target
+        self.layers, self.heads = 1, self.config["num_attention_heads"]
+        self.aux_layers = self.config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+
+    def __call__(self, tokens, hidden, positions, mask):
+        w, heads, dim = self.w, self.heads, self.config["head_dim"]
+        embed = self.target.model.embed_tokens(torch.tensor(tokens))
+        x = torch.cat([self._norm(embed, "midlayer.input_layernorm"), self._norm(hidden, "midlayer.hidden_norm")], -1)
+        q, k, v = (
+            linear(x, w[f"midlayer.self_attn.{n}_proj.weight"]).view(len(tokens), -1, dim).transpose(0, 1)
+            for n in "qkv"
+        )
+        cos, sin = self.target.model.rotary_emb(x, torch.tensor([positions]))
+        q, k = apply_rotary_pos_emb(q[None], k[None], cos, sin)
+        group = heads // k.shape[1]
+        logits = q[0] @ k[0].repeat_interleave(group, 0).transpose(1, 2) * dim**-0.5 + _additive(mask)
+        attention = logits.softmax(-1)
+        mixed = (attention @ v.repeat_interleave(group, 0)).transpose(0, 1).flatten(1)
+        residual = hidden + linear(mixed, w["midlayer.self_attn.o_proj.weight"])
+        x = self._norm(residual, "midlayer.post_attention_layernorm")
+        gate, up = (linear(x, w[f"midlayer.mlp.{n}_proj.weight"]) for n in ("gate", "up"))
+        out = residual + linear(silu(gate) * up, w["midlayer.mlp.down_proj.weight"])
+        return linear(self._norm(out, "norm"), w["lm_head.weight"]), out, [attention]
+
+    def project(self, aux: list[torch.Tensor]) -> torch.Tensor:
+        """The target's hidden states after the aux layers to the head's input."""
+        return linear(torch.cat([aux[i + 1] for i in self.aux_layers], -1), self.w["fc.weight"])
+
+    def _norm(self, x, name):
+        return rms_norm(x, x.shape[-1:], self.w[f"{name}.weight"], self.config["rms_norm_eps"])
+
+
 class Oracle:
-    """A target and a draft from folders, float32, eager attention."""
+    """A target from a folder and a draft (HFDraft folder, or an EAGLE-3 folder), float32."""
 
     def __init__(self, target: Path, draft: Path):
         self.target = _load(target)
-        self.draft = _load(draft)
+        eagle3 = json.loads((draft / "config.json").read_text())["architectures"] == ["LlamaForCausalLMEagle3"]
+        self.draft = Eagle3Draft(draft, self.target) if eagle3 else HFDraft(draft)
         self._masks: list[torch.Tensor] = []
         for i, layer in enumerate(self.target.model.layers):
             layer.self_attn.register_forward_pre_hook(self._mask_hook(i), with_kwargs=True)
 
+    @torch.no_grad()
     def generate(self, prompt: list[int], new_tokens: int, rule: Rule) -> Trace:
         """Greedy continuation of `prompt` by exactly `new_tokens` (EOS ignored)."""
-        trace = Trace()
+        trace, config = Trace(), self.target.config
+        size = len(prompt) + new_tokens + rule.num_tokens + 1
+        causal = torch.ones(size, size, dtype=torch.bool).tril()
+        seen = causal.repeat(config.num_hidden_layers, config.num_attention_heads, 1, 1)
         tokens = list(prompt)
-        rows = _Rows(self.target.config, len(prompt) + new_tokens + rule.num_steps + 1)
-        tokens.append(self._target_argmax(tokens, rows, len(prompt))[-1])  # prefill is dense
+        logits, hidden = self._run_target(tokens, list(range(len(tokens))), seen)  # prefill is dense
+        tokens.append(self._emit(trace, logits[-1]))
         while len(tokens) - len(prompt) < new_tokens:
             length = len(tokens) - 1  # committed; the last token is the bonus, verify row 0
-            drafted, attention = self._draft_round(tokens, rule)
-            self._select(rows, attention, length, rule, trace)
-            predicted = self._target_argmax(tokens + drafted, rows, length)
-            accepted = 0
-            while accepted < rule.num_steps and drafted[accepted] == predicted[accepted]:
-                accepted += 1
-            tokens += predicted[: accepted + 1]
+            tree = self._draft_round(tokens, hidden, rule)
+            rows = self._mask_rows(tree, length, seen, rule, trace)
+            logits, hidden = self._verify(tokens, tree, rows, seen)
+            path = self._walk(tree, logits)
+            for depth, node in enumerate(path):
+                tokens.append(self._emit(trace, logits[node]))
+                seen[:, :, length + depth] = causal[length + depth]
+                seen[:, :, length + depth, :length] = rows[:, :, node, :length]
+                if rule.drop_tail:
+                    seen[:, :, length + depth, length : length + depth] = False
+            hidden = [torch.cat([h[:length], h[length:][path]]) for h in hidden]
             trace.rounds += 1
         trace.tokens = tokens[len(prompt) :][:new_tokens]
+        trace.logprobs = trace.logprobs[:new_tokens]
         return trace
 
-    @torch.no_grad()
-    def _draft_round(self, tokens: list[int], rule: Rule) -> tuple[list[int], list[torch.Tensor]]:
-        """Draft tokens, and per draft layer the attention [heads, rows, keys] of the round's rows.
+    def _draft_round(self, tokens: list[int], hidden: list[torch.Tensor], rule: Rule) -> Tree:
+        """Expand `topk` branches for `num_steps` steps and keep the best num_tokens - 1 candidates.
 
-        A draft does not see token 0. The first row is the bonus token's (from draft-extend), then one
-        for every draft token that runs, which the last does not.
+        A draft does not see token 0. Branch b of step i attends to the committed tokens and to what ran
+        in branch b before it (its scratch slots), whichever parent it continues; the last step's tokens
+        do not run.
         """
-        length, drafted = len(tokens) - 1, []
-        for _ in range(rule.num_steps):
-            out = self.draft(torch.tensor([tokens[1:] + drafted]), output_attentions=True)
-            drafted.append(int(out.logits[0, -1].argmax()))
-        first = length - 1 + (1 if rule.drop_carried else 0)
-        return drafted, [a[0][:, first:] for a in out.attentions]
+        k, length = rule.topk, len(tokens) - 1
+        ids, positions = tokens[1:], list(range(length))
+        mask = torch.ones(length, length, dtype=torch.bool).tril()
+        states = self.draft.project(hidden) if isinstance(self.draft, Eagle3Draft) else None
+        logits, out, attention = self.draft(ids, states, positions, mask)
+        scores, chosen = logits[-1:].softmax(-1).topk(k)
+        scores, chosen = scores[0], chosen[0]
+        candidates = [(float(s), int(t), -1) for s, t in zip(scores, chosen, strict=True)]
+        branch_nodes, branch_tokens = list(range(k)), chosen.tolist()
+        parent_rows = [length - 1] * k
+        for step in range(rule.num_steps - 1):
+            first = len(ids)
+            ids, positions = ids + branch_tokens, positions + [length + step] * k
+            grown = torch.zeros(first + k, first + k, dtype=torch.bool)
+            grown[:first, :first] = mask
+            for b in range(k):
+                grown[first + b, :length] = True
+                grown[first + b, [length + i * k + b for i in range(step + 1)]] = True
+            mask = grown
+            if states is not None:
+                states = torch.cat([states, out[parent_rows]])
+            logits, out, attention = self.draft(ids, states, positions, mask)
+            probs, nexts = logits[first:].softmax(-1).topk(k)
+            expanded = scores[:, None] * probs
+            base = len(candidates)
+            candidates += [
+                (float(expanded[b, j]), int(nexts[b, j]), branch_nodes[b]) for b in range(k) for j in range(k)
+            ]
+            scores, flat = expanded.flatten().topk(k)
+            branch_nodes = [base + int(f) for f in flat]
+            branch_tokens = nexts.flatten()[flat].tolist()
+            parent_rows = [first + int(f) // k for f in flat]
+        best = sorted(sorted(range(len(candidates)), key=lambda c: -candidates[c][0])[: rule.num_tokens - 1])
+        node = {-1: 0, **{c: n + 1 for n, c in enumerate(best)}}
+        kept = length - 1 + (1 if rule.drop_carried else 0)
+        return Tree(
+            tokens=[tokens[-1], *(candidates[c][1] for c in best)],
+            parents=[0, *(node[candidates[c][2]] for c in best)],
+            attention=[a[:, kept:] for a in attention],
+        )
 
-    def _select(self, rows: _Rows, attention, length: int, rule: Rule, trace: Trace) -> None:
-        """Fill the mask rows [length, length + T) of every layer and head."""
-        config, draft = self.target.config, self.draft.config
-        kv_heads, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    def _mask_rows(self, tree: Tree, length: int, seen: torch.Tensor, rule: Rule, trace: Trace) -> torch.Tensor:
+        """bool [layers, heads, T, length + T]: what every node of the tree attends to in verify."""
+        config, draft = self.target.config, self.draft
+        kv_heads, count = config.num_key_value_heads, len(tree.tokens)
+        group = config.num_attention_heads // kv_heads
+        rows = torch.zeros(*seen.shape[:2], count, length + count, dtype=torch.bool)
         for layer in range(config.num_hidden_layers):
-            source = attention[layer * draft.num_hidden_layers // config.num_hidden_layers]
+            source = tree.attention[layer * draft.layers // config.num_hidden_layers]
             for h in range(kv_heads):
                 speaker = kv_heads - 1 - h if rule.swap_heads else h
-                first = speaker * draft.num_attention_heads // kv_heads
-                last = -(-(speaker + 1) * draft.num_attention_heads // kv_heads)
-                score = source[first:last].amax(dim=(0, 1))
+                first = speaker * draft.heads // kv_heads
+                last = -(-(speaker + 1) * draft.heads // kv_heads)
+                spoken = source[first:last]
+                score = spoken.amax((0, 1)) if rule.pool == "max" else spoken.mean((0, 1))
                 chosen = self._top(score, length, rule, trace)
                 trace.selected += len(chosen)
                 trace.available += length
-                rows.allow(layer, slice(h * group, (h + 1) * group), length, chosen, rule)
+                rows[layer, h * group : (h + 1) * group, :, chosen] = True
+        for node in range(count):
+            path = [node] if rule.drop_tail else tree.path(node)
+            rows[:, :, node, [length + n for n in path]] = True
+        return rows
 
     @staticmethod
     def _top(score: torch.Tensor, length: int, rule: Rule, trace: Trace) -> list[int]:
@@ -116,12 +246,34 @@ class Oracle:
             trace.near_ties += inside - outside <= 1e-5 * inside
         return sorted(forced | set(ranked[: max(count, 0)]))
 
-    @torch.no_grad()
-    def _target_argmax(self, tokens: list[int], rows: _Rows, start: int) -> list[int]:
-        """Greedy predictions after the tokens from `start - (prefill: 1)` on."""
-        self._masks = rows.masks(len(tokens))
-        logits = self.target(torch.tensor([tokens])).logits[0]
-        return logits[min(start, len(tokens) - 1) :].argmax(-1).tolist()
+    def _verify(self, tokens, tree: Tree, rows, seen):
+        """Logits of the tree's nodes, and the hidden states of all tokens and nodes."""
+        length, count = len(tokens) - 1, len(tree.tokens)
+        mask = torch.zeros(*seen.shape[:2], length + count, length + count, dtype=torch.bool)
+        mask[:, :, :length, :length] = seen[:, :, :length, :length]
+        mask[:, :, length:] = rows
+        positions = [*range(length), *(length + len(tree.path(n)) - 1 for n in range(count))]
+        logits, hidden = self._run_target(tokens[:-1] + tree.tokens, positions, mask)
+        return logits[length:], hidden
+
+    @staticmethod
+    def _walk(tree: Tree, logits: torch.Tensor) -> list[int]:
+        """Accepted nodes, root first."""
+        path = [0]
+        while True:
+            wanted = int(logits[path[-1]].argmax())
+            children = [n for n in range(1, len(tree.tokens)) if tree.parents[n] == path[-1]]
+            match = [n for n in children if tree.tokens[n] == wanted]
+            if not match:
+                return path
+            path.append(match[0])
+
+    def _run_target(self, tokens, positions, mask):
+        self._masks = [_additive(m)[None, :, : len(tokens), : len(tokens)] for m in mask]
+        out = self.target(
+            torch.tensor([tokens]), position_ids=torch.tensor([positions]), output_hidden_states=True
+        )
+        return out.logits[0], [h[0] for h in out.hidden_states]
 
     def _mask_hook(self, layer: int):
         def hook(module, args, kwargs):
@@ -129,25 +281,15 @@ class Oracle:
 
         return hook
 
+    @staticmethod
+    def _emit(trace: Trace, logits: torch.Tensor) -> int:
+        token = int(logits.argmax())
+        trace.logprobs.append(float(logits.log_softmax(-1)[token]))
+        return token
 
-class _Rows:
-    """allowed[layer, head, i, j]: token i attended to token j when it was processed."""
 
-    def __init__(self, config, size: int):
-        causal = torch.ones(size, size, dtype=torch.bool).tril()
-        self.allowed = causal.repeat(config.num_hidden_layers, config.num_attention_heads, 1, 1)
-
-    def allow(self, layer: int, heads: slice, length: int, chosen: list[int], rule: Rule) -> None:
-        for row in range(length, length + rule.num_steps + 1):
-            allowed = torch.zeros(self.allowed.shape[-1], dtype=torch.bool)
-            allowed[chosen] = True
-            allowed[row if rule.drop_tail else length : row + 1] = True
-            self.allowed[layer, heads, row] = allowed
-
-    def masks(self, size: int) -> list[torch.Tensor]:
-        """Additive masks [1, heads, size, size] per layer."""
-        floor = torch.finfo(torch.float32).min
-        return [torch.where(a[None, :, :size, :size], 0.0, floor) for a in self.allowed]
+def _additive(mask: torch.Tensor) -> torch.Tensor:
+    return torch.where(mask, 0.0, FLOOR)
 
 
 def _load(path: Path):

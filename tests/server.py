@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 START_SECONDS = 180
@@ -32,7 +33,7 @@ class Server:
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--device", "cpu", "--dtype", "float32"]
         command += ["--sleep-on-idle", "--skip-server-warmup", "--context-length", "8192"]
-        command += ["--random-seed", "0", *args]
+        command += ["--random-seed", "0", "--constrained-json-disable-any-whitespace", *args]
         defaults = {"--max-total-tokens": "20000", "--max-running-requests": "8"}
         for flag, value in defaults.items():
             if flag not in args:
@@ -42,6 +43,7 @@ class Server:
             "SGLANG_PLATFORM": "sts_cpu",
             "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
             "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",  # tiny models: threads that spin cost more than they bring
             **(env or {}),
         }
         with log.open("w") as out:
@@ -66,14 +68,13 @@ class Server:
         self.stop()
 
     def stop(self) -> None:
-        import signal
-
-        for sig in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self._process.pid, sig)
-                self._process.wait(20)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
+        """Ask the launcher to end (it ends its children), then end what is left of its group."""
+        self._process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(20)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def log_tail(self, lines: int = 40) -> str:
         return "\n".join(line[:300] for line in self.log.read_text().splitlines()[-lines:])

@@ -1,0 +1,297 @@
+"""The real server, float32, greedy: at full budget it equals the target without speculation; below it,
+the oracle. Each configuration is started once."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+import urllib.error
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sts_sglang.tiny_pair import make_pair
+from tests.oracle import Oracle, Rule
+from tests.server import Server, random_ids
+
+torch.set_num_threads(1)  # the server has the other core
+pytestmark = pytest.mark.server
+
+CHAIN = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4")
+TREE = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "4", "--speculative-num-draft-tokens", "8")
+FULL = {"keep": 1.0}
+SPARSE = {"keep": 0.1, "budget": 0, "sink": 2, "recent": 8}
+RULE = Rule(keep=0.1, sink=2, recent=8)
+LEAK = re.compile(r"memory leak|leak detected|Traceback", re.IGNORECASE)
+SCHEMA = {
+    "type": "object",
+    "properties": {"color": {"enum": ["red", "green"]}, "n": {"enum": [1, 22]}},
+    "required": ["color", "n"],
+    "additionalProperties": False,
+}
+TOOL = {"type": "function", "function": {"name": "paint", "parameters": SCHEMA}}
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory) -> dict[str, Path]:
+    return make_pair(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="session")
+def reference(pair, logs) -> dict:
+    """What the target alone says: stock attention, no speculation."""
+    with Server(pair["target"], logs / "reference.log", "--tool-call-parser", "llama3") as server:
+        return {"outputs": scenario(server), "features": features(server)}
+
+
+@contextmanager
+def sts_server(pair, logs, name: str, algorithm: str, draft: str, config: dict, *args: str, env=None):
+    """An `sts` server; afterwards its log must be free of leak reports and tracebacks."""
+    log = logs / f"{name}.log"
+    server = Server(
+        pair["target"],
+        log,
+        *("--attention-backend", "sts", "--sts-config", json.dumps(config)),
+        *("--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(pair[draft])),
+        *args,
+        env=env,
+    )
+    with server:
+        yield server
+    assert not LEAK.search(log.read_text()), server.log_tail()
+
+
+def scenario(server: Server) -> list[list[int]]:
+    """16 requests: alone, concurrent, a chunked prompt twice (prefix hit), a branch, own output appended."""
+    outputs = [server.generate(random_ids(n, n), 40)["output_ids"] for n in (1, 2, 7, 33, 200)]
+    together = server.generate_all([random_ids(n, n) for n in (3, 17, 64, 150, 5, 90)], 40)
+    outputs += [r["output_ids"] for r in together]
+    prompt = random_ids(3000, 9)
+    first = server.generate(prompt, 32)
+    again = server.generate(prompt, 32)
+    branch = server.generate(prompt[:2500] + random_ids(40, 10), 32)
+    appended = server.generate(prompt + first["output_ids"][:20], 24)
+    for hit, length in ((again, 2900), (branch, 2400), (appended, 3000)):
+        assert hit["meta_info"]["cached_tokens"] >= length
+    outputs += [r["output_ids"] for r in (first, again, branch, appended)]
+    outputs.append(server.generate(random_ids(20, 20), 200)["output_ids"])
+    return outputs
+
+
+def features(server: Server, **extra) -> dict:
+    """Grammar, tool calls, penalties, stop strings, logprobs and one-token requests."""
+    ids = random_ids(120, 42)
+
+    def run(new_tokens, **params):
+        params = {"ignore_eos": False, **params, **extra}
+        return server.generate(ids, new_tokens, sampling_params=params)
+
+    tools = server.post(
+        "/v1/chat/completions",
+        {
+            "model": "x",
+            "messages": [{"role": "user", "content": "paint it"}],
+            "tools": [TOOL],
+            "tool_choice": "required",
+            "temperature": 0,
+            "max_tokens": 128,
+            **extra,
+        },
+    )
+    calls = tools["choices"][0]["message"]["tool_calls"]
+    logprobs = server.generate(ids, 12, sampling_params=dict(extra), return_logprob=True)["meta_info"]
+    plain = run(40)["output_ids"]
+    # A stop string the output really holds; the tokenizer maps single bytes.
+    stop = server.post("/generate", {"input_ids": ids, "sampling_params": {"max_new_tokens": 40, "temperature": 0, **extra}})["text"][5:7]
+    return {
+        "grammar": json.loads(run(64, json_schema=json.dumps(SCHEMA))["text"]),
+        "tools": [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in calls],
+        "penalty": run(40, frequency_penalty=1.5, presence_penalty=0.5)["output_ids"],
+        "plain": plain,
+        "stop": run(40, stop=[stop])["text"],
+        "one": run(1)["output_ids"],
+        "logprob_tokens": [t for _, t, _ in logprobs["output_token_logprobs"]],
+        "logprobs": [p for p, _, _ in logprobs["output_token_logprobs"]],
+    }
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "draft", "shape"),
+    [
+        ("STANDALONE", "draft", CHAIN),
+        ("STANDALONE", "draft", TREE),
+        ("EAGLE3", "eagle3", CHAIN),
+        ("EAGLE3", "eagle3", TREE),
+    ],
+    ids=["standalone-chain", "standalone-tree", "eagle3-chain", "eagle3-tree"],
+)
+def test_full_budget_then_small(pair, logs, reference, algorithm, draft, shape, request):
+    """One server: by default a tenth of the context, per request all of it."""
+    tree = shape is TREE
+    with sts_server(pair, logs, request.node.callspec.id, algorithm, draft, SPARSE, *shape) as server:
+        _check_small_budget(server, Oracle(pair["target"], pair[draft]), tree)
+        before = server.counters()
+        whole = Whole(server)
+        assert scenario(whole) == reference["outputs"]
+        after = server.counters()
+        assert after["sparse_verifies"] > before["sparse_verifies"]
+        assert after["dense_verifies"] == 0
+        attended = after["selected_tokens"] - before["selected_tokens"]
+        assert attended == after["available_tokens"] - before["available_tokens"]
+
+
+class Whole:
+    """A server whose every request asks to keep everything."""
+
+    PARAMS = {"custom_params": {"sts": {"keep": 1.0}}}
+
+    def __init__(self, server: Server):
+        self._server = server
+
+    def generate(self, ids, new_tokens, **extra):
+        params = {**self.PARAMS, **extra.pop("sampling_params", {})}
+        return self._server.generate(ids, new_tokens, sampling_params=params, **extra)
+
+    def generate_all(self, prompts, new_tokens):
+        return self._server.generate_all(prompts, new_tokens, sampling_params=self.PARAMS)
+
+
+def _check_small_budget(server: Server, oracle: Oracle, tree: bool) -> None:
+    """Concurrent requests of unequal lengths that leave and join the batch, against the oracle."""
+    rule = replace(RULE, topk=4, num_tokens=8) if tree else RULE
+    prompts = [random_ids(n, 100 + n) for n in (150, 260, 333, 91)]
+    answers = server.generate_all(prompts, 32)
+    counters = server.counters()
+    traces = [oracle.generate(ids, 32, rule) for ids in prompts]
+    for answer, trace in zip(answers, traces, strict=True):
+        assert answer["output_ids"] == trace.tokens, f"{trace.near_ties} near ties"
+        assert answer["meta_info"]["spec_verify_ct"] == trace.rounds
+    assert counters["dense_verifies"] == 0
+    assert counters["selected_tokens"] == sum(t.selected for t in traces)
+    assert counters["available_tokens"] == sum(t.available for t in traces)
+    for wrong in ({"shift": 0}, {"swap_heads": True}, {"drop_tail": True}, {"drop_carried": True}, {"keep": 1.0}):
+        tokens = [oracle.generate(ids, 32, replace(rule, **wrong)).tokens for ids in prompts]
+        assert tokens != [a["output_ids"] for a in answers], f"the test does not notice {wrong}"
+
+
+@pytest.fixture(scope="module")
+def sparse(pair, logs):
+    with sts_server(
+        pair, logs, "sparse", "STANDALONE", "draft", SPARSE, *CHAIN, "--enable-metrics", "--tool-call-parser", "llama3"
+    ) as server:
+        yield server
+
+
+def test_features_at_full_budget_equal_stock(sparse, reference):
+    found = features(sparse, custom_params={"sts": {"keep": 1.0}})
+    expected = dict(reference["features"])
+    assert found.pop("logprobs") == pytest.approx(expected.pop("logprobs"), abs=1e-4)
+    assert found == expected
+
+
+def test_logprobs_are_of_the_sparse_distribution(sparse, pair):
+    ids = random_ids(200, 77)
+    answer = sparse.generate(ids, 20, return_logprob=True)
+    trace = Oracle(pair["target"], pair["draft"]).generate(ids, 20, RULE)
+    assert [t for _, t, _ in answer["meta_info"]["output_token_logprobs"]] == trace.tokens
+    found = [p for p, _, _ in answer["meta_info"]["output_token_logprobs"]]
+    assert found == pytest.approx(trace.logprobs, abs=1e-4)
+
+
+def test_grammar_and_tools_below_full_budget(sparse):
+    found = features(sparse)
+    assert set(found["grammar"]) == {"color", "n"}
+    assert found["tools"][0][0] == "paint"
+    assert len(found["one"]) == 1
+
+
+def test_carried_row_survives_aborts_and_reused_slots(sparse, pair):
+    """Requests aborted in the middle of a batch free their slots to new ones, whose rows must be theirs."""
+    oracle = Oracle(pair["target"], pair["draft"])
+    stayer = random_ids(180, 500)
+    result = {}
+    thread = threading.Thread(target=lambda: result.update(sparse.generate(stayer, 60)))
+    thread.start()
+    for i in range(3):
+        rid = f"doomed-{i}"
+        doomed = threading.Thread(target=_ignore_abort, args=(sparse, random_ids(230 + i, 600 + i), rid))
+        doomed.start()
+        time.sleep(0.3)
+        sparse.post("/abort_request", {"rid": rid})
+        doomed.join()
+        fresh = random_ids(140 + 10 * i, 700 + i)
+        assert sparse.generate(fresh, 16)["output_ids"] == oracle.generate(fresh, 16, RULE).tokens
+    thread.join()
+    assert result["output_ids"] == oracle.generate(stayer, 60, RULE).tokens
+
+
+def _ignore_abort(server: Server, ids: list[int], rid: str) -> None:
+    try:
+        server.generate(ids, 4000, rid=rid)
+    except urllib.error.HTTPError:
+        pass
+
+
+def test_metrics_and_server_info(sparse):
+    sparse.generate(random_ids(400, 8), 24)
+    counters = sparse.counters()
+    metrics = dict(
+        line.split("{")[0].split()[0:1] + [line.rsplit(" ", 1)[1]]
+        for line in sparse.get("/metrics").decode().splitlines()
+        if line.startswith("sts:")
+    )
+    assert float(metrics["sts:sparse_verifies_total"]) == counters["sparse_verifies"] > 0
+    assert float(metrics["sts:dense_verifies_total"]) == counters["dense_verifies"] == 0
+    assert 0 < float(metrics["sts:keep_ratio"]) <= 1
+    info = sparse.sts()
+    assert info["config"]["keep"] == 0.1
+    assert info["head_map"].startswith("proportional")
+    assert info["device"] == "cpu"
+    assert info["graphs"] == "none"
+    log = sparse.log.read_text()
+    assert "STS serves: {" in log
+    assert re.search(r"STS: \d+ sparse verifies, 0 dense, keep ratio 0\.\d+", log)
+
+
+@pytest.mark.parametrize("keep", [0, 1.5, "all", True])
+def test_bad_request_keep_is_a_400(sparse, keep):
+    with pytest.raises(urllib.error.HTTPError) as error:
+        sparse.generate([1, 2, 3], 4, sampling_params={"custom_params": {"sts": {"keep": keep}}})
+    assert error.value.code == 400
+    assert "custom_params.sts.keep" in error.value.read().decode()
+
+
+def test_pages_of_16_with_retraction(pair, logs, reference):
+    """A pool too small for everyone, and SGLang's own forced retractions."""
+    env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
+    args = (*CHAIN, "--page-size", "16", "--max-total-tokens", "8192")
+    with sts_server(pair, logs, "paged", "STANDALONE", "draft", FULL, *args, env=env) as server:
+        assert scenario(server) == reference["outputs"]
+        counters = server.counters()
+        assert counters["sparse_verifies"] > 0
+        assert counters["dense_verifies"] == 0
+        assert "etract" in server.log.read_text()
+
+
+def test_eagle_head_with_a_fixed_budget(pair, logs):
+    """EAGLE (not 3); K is the budget whatever the length, and dense layers count as attended whole."""
+    config = {"policy": "fixed", "budget": 32, "sink": 4, "recent": 8, "dense_layers": [0]}
+    with sts_server(pair, logs, "eagle", "EAGLE", "eagle", config, *CHAIN) as server:
+        answer = server.generate(random_ids(400, 3), 24)
+        counters = server.counters()
+        assert answer["meta_info"]["spec_accept_length"] > 1
+        assert counters["dense_verifies"] == 0
+        layers, kv_heads = 4, 2
+        lengths = counters["available_tokens"] // (layers * kv_heads)
+        expected = kv_heads * (lengths + (layers - 1) * 32 * counters["sparse_verifies"])
+        assert counters["selected_tokens"] == pytest.approx(expected, rel=0.01)
