@@ -178,7 +178,8 @@ def alloc_decode(seq_lens, last_loc, free_pages, out, bs_upper, page_size):
     pages_before = (seq_lens - 1 + page_size - 1) // page_size
     new_pages = (seq_lens + page_size - 1) // page_size - pages_before
     first = torch.cumsum(new_pages, 0) - new_pages
-    pages = free_pages[first.clamp(max=max(len(free_pages) - 1, 0)).long()]
+    # Short of free pages SGLang discards the result, and it may have none left when none is needed.
+    pages = torch.cat([free_pages, free_pages.new_zeros(1)])[first.clamp(max=len(free_pages)).long()]
     out.copy_(torch.where(new_pages > 0, pages * page_size, last_loc + 1))
 
 
