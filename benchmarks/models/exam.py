@@ -58,6 +58,14 @@ def examine(model: Llama, writer: Writer, name: str, length: int, items: int, to
     return result
 
 
+@torch.no_grad()
+def text_loss(model: Llama, writer: Writer, length: int, rows: int = 16) -> float:
+    rng = random.Random("text")
+    ids = torch.tensor([writer.plain(length, rng).ids for _ in range(rows)], device=model.model.norm.weight.device)
+    losses = [model.losses(model(row[None, :-1]), row[1:])[0].mean() for row in ids]
+    return float(torch.stack(losses).mean())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True)
@@ -75,6 +83,7 @@ def main() -> None:
     model = load(args.models, args.model, args.device)
     writer = Writer(args.corpus, args.split, load_text(args.corpus / "val.bin.xz"))
     results = []
+    tqdm.write(f"held-out text, nats a token: {text_loss(model, writer, min(args.lengths)):.3f}")
     for length in args.lengths:
         for name in tqdm(args.tasks, desc=str(length), mininterval=10):
             results.append(examine(model, writer, name, length, args.items, args.tokens, args.show))

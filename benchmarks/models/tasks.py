@@ -124,7 +124,7 @@ def agent(pool: w.Pool, n: int) -> Task:
     return task
 
 
-TRAIN_MIX = [(retrieval, 5), (multi_value, 2), (multi_query, 2), (json_records, 2), (variables, 2), (code, 2), (agent, 2)]
+TRAIN_MIX = [(retrieval, 5), (multi_value, 3), (multi_query, 2), (json_records, 2), (variables, 3), (code, 1), (agent, 2)]
 # What is examined: the task and how many facts the document hides.
 EXAM = {
     "single": (retrieval, 1),
@@ -169,7 +169,7 @@ class Writer:
 
     def pool(self, rng: random.Random, narrow: bool | None = None) -> w.Pool:
         """Of few words sometimes: names then share words, and only the whole name tells them apart."""
-        narrow = rng.random() < 0.3 if narrow is None else narrow
+        narrow = rng.random() < 0.4 if narrow is None else narrow
         words = rng.sample(self.words, rng.randint(12, 40)) if narrow else self.words
         return w.Pool(self.split, words, rng)
 

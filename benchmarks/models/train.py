@@ -26,13 +26,16 @@ from tqdm import tqdm
 
 PEAK_RATE, WARM_UP, ANSWER_WEIGHT = 3e-3, 200, 1.5
 # (share of the steps, {length: how often}). Recall emerges at short lengths only; it is lengthened from there.
-PLAN = [
-    (0.05, {128: 1.0}),
-    (0.10, {128: 0.3, 512: 0.7}),
-    (0.25, {128: 0.1, 512: 0.3, 2048: 0.6}),
-    (0.20, {512: 0.2, 2048: 0.3, 8192: 0.5}),
-    (0.40, {512: 0.1, 2048: 0.2, 8192: 0.3, 32768: 0.4}),
-]
+PLANS = {
+    "curriculum": [
+        (0.05, {128: 1.0}),
+        (0.10, {128: 0.3, 512: 0.7}),
+        (0.25, {128: 0.1, 512: 0.3, 2048: 0.6}),
+        (0.20, {512: 0.2, 2048: 0.3, 8192: 0.5}),
+        (0.40, {512: 0.1, 2048: 0.2, 8192: 0.3, 32768: 0.4}),
+    ],
+    "mixture": [(1.0, {128: 0.05, 512: 0.25, 2048: 0.35, 8192: 0.18, 32768: 0.17})],
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Batches(Dataset):
     steps: int
     tokens: int
     longest: int
-    seed: int = 0
+    seed: int
 
     def __len__(self) -> int:
         return self.steps
@@ -65,7 +68,7 @@ class Batches(Dataset):
         return ids, torch.tensor([r.kinds for r in rows], dtype=torch.int8)
 
 
-def learning_rate(step: int, steps: int, peak: float = PEAK_RATE) -> float:
+def learning_rate(step: int, steps: int, peak: float) -> float:
     """Warm-up, constant, and a linear decay over the last 40 %."""
     return peak * min(1.0, (step + 1) / WARM_UP, max(0.02, (1 - step / steps) / 0.4))
 
@@ -139,6 +142,10 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint")
+    parser.add_argument("--restart", action="store_true", help="take the weights of --resume, but begin the plan anew")
+    parser.add_argument("--plan", choices=PLANS, default="curriculum")
+    parser.add_argument("--rate", type=float, default=PEAK_RATE, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=16000, help="of the whole plan")
     parser.add_argument("--stop", type=int, help="step to stop at, if before the end of the plan")
     parser.add_argument("--minutes", type=float, default=9.0, help="stop after this time")
@@ -153,13 +160,15 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 def main() -> None:
     args, begin = arguments(__doc__).parse_args(), time.time()
-    torch.manual_seed(0)
-    batches = Batches(Writer(args.corpus, "train", load_text(args.corpus / "train.bin.xz")), PLAN, args.steps, args.tokens, args.longest)
+    torch.manual_seed(args.seed)
+    writer = Writer(args.corpus, "train", load_text(args.corpus / "train.bin.xz"))
+    batches = Batches(writer, PLANS[args.plan], args.steps, args.tokens, args.longest, args.seed)
     model = Llama(TARGET).to(args.device)
     if not args.no_compile:
         model.fused = compiled()
     optimiser = Optimiser(model, not args.no_compile)
     first = load_checkpoint(args.resume, "target", model, optimiser)["step"] if args.resume else 0
+    first = 0 if args.restart else first
     args.out.mkdir(parents=True, exist_ok=True)
     journal, saved = Journal(args.out / "target.jsonl", args.every), time.time()
     last = min(args.stop or args.steps, args.steps)
@@ -168,7 +177,7 @@ def main() -> None:
         ids, kinds = ids.to(args.device, non_blocking=True).long(), kinds.to(args.device, non_blocking=True)
         loss, values = target_step(model, ids, kinds)
         loss.backward()
-        optimiser.step(learning_rate(step, args.steps))
+        optimiser.step(learning_rate(step, args.steps, args.rate))
         line = journal.record(step, ids.shape[1], **values)
         if line:
             tqdm.write(f"{step + 1} {time.time() - begin:.0f}s {line}")

@@ -1,7 +1,7 @@
 """Names, values and wording of the generated tasks, in a training and a test half that share nothing.
 
-Words and values fall into a half by a checksum, wording by the lists below. Training wording is composed of fragments
-(a model of this size learns whole templates by heart and then fails on new ones); test wording is fixed sentences.
+Words and values fall into a half by a checksum, wording by the lists below. Training wording is composed of fragments and
+random words (a model of this size learns whole templates by heart and then fails on new ones); test wording is fixed sentences.
 Slots: {a} attribute, {k} name, {v} value, {x} a random word, {n} a random number.
 """
 
@@ -76,13 +76,14 @@ ASSIGNMENTS = (
     "{a} <- {b}|{a} takes {b}|{a} becomes {b}|{a} is {b}|{a}: {b}|move {b} over to {a}|initialise {a} with {b}|{b} -> {a}|write {b} to {a}|"
     "{a} == {b}|{a} holds {b}|make {a} {b}|give {a} the value {b}|load {b} into {a}|set {a} = {b}|var {a} = {b};|int {a} = {b};|{x} {a} {b}|"
     "{x} {b} {x} {a}|{a} {x} {b}|({a}, {b})|{a} equals {b}|now {a} is {b}|mov {a}, {b}|{b} goes to {a}|save {b} as {a}|bind {a} to {b}|{a} {has} {b}|"
-    "use {b} for {a}|keep {b} under {a}|call {b} by {a}"
+    "use {b} for {a}|keep {b} under {a}|call {b} by {a}|hide {b} in {a}|{x} {b} in {a}|{x} {b} into {a}|{x} {b} to {a}|declare {a} as {b}|{x} {a} as {b}|"
+    "{x} {a} to {b}|{x} {a} with {b}|{a} {is} {b}|{a} {has} {b}|{a} accepts {b}|{a}{sep}{b}|{x} {a}{sep}{b}|in {a} put {b}|{b} is in {a}"
 ).split("|")
 VARIABLES = "the value of {k}|{k}|which value does {k} hold|{k} = |the final value of {k}|how {k} comes about|{k} step by step|where {k} comes from|what {k} is|what {k} {has}|variable {k}|the trace of {k}".split("|")
 SNIPPETS = (
-    "def {k}():#    return {v}|def {k}(x, y):#    return {v}|{k} = {v}|class {k}:#    default = {v}|{k}: int = {v}|#define {k} {v}|const {k} = {v};|"
-    "function {k}(a) {{#    return {v};#}}|export {k}={v}|    self.{k} = {v}|def {k}(x):#    {x} = {n}#    return {v}|let {k} = {v};|{k}({v})|"
-    "def {k}(*args):#    # {x} {x}#    return {v}|    {k}={v},|var {k} int = {v}|@{x}#def {k}({x}):#    return {v}|{x}.{k} = {v}|    '{k}': {v},|"
+    "def {k}():\n    return {v}|def {k}(x, y):\n    return {v}|{k} = {v}|class {k}:\n    default = {v}|{k}: int = {v}|#define {k} {v}|const {k} = {v};|"
+    "function {k}(a) {{\n    return {v};\n}}|export {k}={v}|    self.{k} = {v}|def {k}(x):\n    {x} = {n}\n    return {v}|let {k} = {v};|{k}({v})|"
+    "def {k}(*args):\n    # {x} {x}\n    return {v}|    {k}={v},|var {k} int = {v}|@{x}\ndef {k}({x}):\n    return {v}|{x}.{k} = {v}|    '{k}': {v},|"
     "{k} = {x}({v})|int {k}() {{ return {v}; }}|lambda {k}: {v}|{x} {k} = {v};|{x} {x} {k} = {v}|{k} = ({v}, {n})|fn {k}() -> {x} {{ {v} }}|SET {k} = {v};"
 ).split("|")
 CODE = "{k}|the definition of {k}|the value of {k}|{k} in the code|how is {k} defined|what does the code say about {k}|which value does {k} have|where is {k} set|what {k} returns|{k} in the {x}|which value the code gives {k}|the line with {k}|the source of {k}|what is behind {k}".split("|")
@@ -93,6 +94,10 @@ TOOLS: dict[Split, list[str]] = {
 INSTRUCTIONS = "go through these one by one: {k}|read {k} and then answer my questions|have a look at {k}|open {k}, I will ask about them later|{k}|load {k}|first {k}|see {k} for what comes|take {k} and remember the content|view {k}, more to come|inspect {k}".split("|")
 PREAMBLES = "||Read this text.\n|Answer from the document below.\n|Context:\n|Here is a long document.\n|{x} {x}\n|Text:\n\n|Document {n}\n|# {x}\n|The following is from {x}.\n|Attached:\n".split("|")
 SYSTEM = ["You are a helpful assistant.", "Answer from the text.", "You answer questions about long documents.", "You are an agent. Use the tools."]
+FUNCTION_WORDS = (
+    "what is it you me the a of in on at this that was were be do does did can could would should will i we they he she if or and "
+    "not so then when where who why how which one all some any more most for to from with by as its his her there here just only very"
+).split()
 SYLLABLES = "ba be bo da di do fa fi ga go ha hi jo ka ke ko la le li lo ma me mi mo na ne no pa pe ra ri ro sa se so ta te ti to va ve vi vo za zo".split()
 
 TEST: dict[str, list[str]] = {
@@ -114,7 +119,7 @@ TEST: dict[str, list[str]] = {
     "group": ["Report the {a} of each of {k}.", "Go through {k} and say the {a}."],
     "assignment": ["store {b} in {a}", "define {a} as {b}", "{a} receives {b}"],
     "variable": ["Work out the value of {k}.", "What does {k} hold in the end?"],
-    "snippet": ["def {k}(self):#    return {v}", "static long {k} = {v};", "{k} = float({v})"],
+    "snippet": ["def {k}(self):\n    return {v}", "static long {k} = {v};", "{k} = float({v})"],
     "code": ["Look up {k} in the source.", "Which value belongs to {k} in the program?"],
     "instruction": ["Work through {k} before we talk.", "Fetch {k}, questions follow."],
     "preamble": ["", "Some material to study first.\n"],
@@ -125,7 +130,7 @@ TRAIN: dict[str, tuple[list[str], list[str], list[str]]] = {
     "question": (QUESTION_LEADS, QUESTIONS, QUESTION_TAILS),
     "all": (QUESTION_LEADS, ALL, QUESTION_TAILS),
     "group": (QUESTION_LEADS, GROUP, QUESTION_TAILS),
-    "assignment": (["", "", "", "", "    ", "{n}. ", "then ", "# ", "* "], ASSIGNMENTS, ["", "", "", ";", "."]),
+    "assignment": (["", "", "", "", "    ", "{n}. ", "then ", "# ", "* ", "{x} "], ASSIGNMENTS, ["", "", "", ";", "."]),
     "variable": (QUESTION_LEADS, VARIABLES, QUESTION_TAILS),
     "snippet": ([""], SNIPPETS, ["", "", "", "  # {x}"]),
     "code": (QUESTION_LEADS, CODE, QUESTION_TAILS),
@@ -196,31 +201,57 @@ class Pool:
 
     def value(self) -> str:
         r = self.rng.random()
-        if r < 0.65:
+        if r < 0.6:
             return self.number()
-        if r < 0.8:
-            return f"{self.word()} {self.word()}"
-        if r < 0.9:
+        if r < 0.72:
             return self.own(lambda: "".join(self.rng.choices("ABCDEFGHKLMNPQRSTUVWXYZ", k=2)) + f"-{self.rng.randint(100, 999)}")
-        return self.own(lambda: f"{self.rng.getrandbits(24):06x}")
+        if r < 0.84:
+            return self.own(lambda: f"{self.rng.getrandbits(24):06x}")
+        if r < 0.92:
+            return self.own(lambda: f"{self.word()}{self.rng.randint(10, 99)}")
+        return f"{self.word().capitalize()}{self.word().capitalize()}"
 
     def attribute(self) -> str:
         if self.split == "train" and self.rng.random() < 0.5:
             return f"{self.word()} {self.word()}" if self.rng.random() < 0.5 else self.word()
         return self.rng.choice(ATTRIBUTES[self.split])
 
+    def noise(self, most: int) -> str:
+        return " ".join(self.rng.choice(FUNCTION_WORDS) if self.rng.random() < 0.5 else self.word() for _ in range(self.rng.randint(1, most)))
+
+    def lead(self, fragments: list[str]) -> str:
+        if len(fragments) < 10 or self.rng.random() < 0.7:
+            return self.rng.choice(fragments)
+        return self.noise(5) + self.rng.choice([" ", " ", ": ", ", ", "; ", ". ", " - "])
+
+    def tail(self, fragments: list[str]) -> str:
+        if len(fragments) < 10 or self.rng.random() < 0.7:
+            return self.rng.choice(fragments)
+        return self.rng.choice([", ", ", ", "; ", " - ", ". ", " ("]) + self.noise(5) + self.rng.choice(["?", ".", "", "!", ")"])
+
+    def verb(self, fragments: list[str]) -> str:
+        return self.rng.choice(fragments) if self.rng.random() < 0.65 else self.noise(2)
+
+    def separator(self) -> str:
+        if self.rng.random() < 0.5:
+            return self.rng.choice(SEPARATORS)
+        marks = "".join(self.rng.choices("!#$%&*+-.:;<=>?@^_|~,", k=self.rng.randint(1, 2)))
+        return self.rng.choice([f" {marks} ", f"{marks} ", f" {marks}", marks])
+
+    def compose(self, what: str) -> str:
+        leads, cores, tails = TRAIN[what]
+        text = self.lead(leads) + self.rng.choice(cores) + self.tail(tails)
+        while "{x}" in text:
+            text = text.replace("{x}", self.noise(1), 1)
+        return text
+
     def say(self, what: str, **slots: str) -> str:
         """A sentence with the slots filled."""
-        if self.split == "test":
-            text = self.rng.choice(TEST[what])
-        else:
-            text = "".join(map(self.rng.choice, TRAIN[what]))
-        while "{x}" in text:
-            text = text.replace("{x}", self.word(), 1)
-        slots |= {"sep": self.rng.choice(SEPARATORS), "is": self.rng.choice(IS), "has": self.rng.choice(HAS), "n": str(self.rng.randint(1, 9999))}
-        text = text.replace("#    ", "\n    ").replace("#}", "\n}").replace("#def", "\ndef") if what == "snippet" else text
-        text = text.format(**slots)
-        return capital(text) if what != "snippet" and what != "assignment" and self.rng.random() < 0.7 else text
+        text = self.rng.choice(TEST[what]) if self.split == "test" else self.compose(what)
+        number = str(self.rng.randint(1, 9999))
+        text = text.format(**slots, sep=self.separator(), n=number, **{"is": self.verb(IS), "has": self.verb(HAS)})
+        plain = what in ("snippet", "assignment") or self.rng.random() < 0.3
+        return text if plain else capital(text)
 
     def distinct(self, draw: Callable[[], str], n: int) -> list[str]:
         seen: dict[str, None] = {}
