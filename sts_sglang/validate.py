@@ -8,7 +8,6 @@ and refuses deterministic inference, pages with trees, or GPT-OSS, in words that
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sts_sglang.config import StsConfig
@@ -16,6 +15,7 @@ from sts_sglang.config import StsConfig
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import ServerArgs
+    from transformers import PretrainedConfig
 
 BACKEND = "sts"
 BACKEND_FIELDS = (
@@ -42,6 +42,16 @@ DRAFTS = {
 
 # Only the torch kernels exist in this release; a device that is not listed is not served.
 KERNELS = {"cpu": ("auto", "torch"), "cuda": ("auto", "torch")}
+
+_SPECIAL_FIELDS = (
+    "attention_chunk_size",
+    "dual_chunk_attention_config",
+    "attn_logit_softcapping",
+    "attn_logit_softcap",
+    "add_full_attention_sink_bias",
+    "add_swa_attention_sink_bias",
+    "alibi",
+)
 
 
 class Refusal(ValueError):
@@ -121,7 +131,8 @@ def check_raw(server_args: ServerArgs) -> None:
     _check_rules(server_args)
     _check_steps(server_args)
     _check_pages(server_args)
-    _check_architectures("--model-path", server_args.model_path, _architectures(server_args), TARGETS)
+    if (config := _target_config(server_args)) is not None:
+        _check_config("--model-path", server_args.model_path, config, TARGETS)
 
 
 def check_resolved(server_args: ServerArgs) -> None:
@@ -334,17 +345,17 @@ def _check_equal(what: str, draft: int, target: int) -> None:
         )
 
 
-def _architectures(server_args: ServerArgs) -> tuple[str, ...]:
-    """The target's architectures as its configuration file names them; empty if it cannot be read yet."""
+def _target_config(server_args: ServerArgs) -> PretrainedConfig | None:
+    """The target's Hugging Face config; None if it cannot be read yet."""
     from sglang.srt.environ import envs
     from sglang.srt.utils.hf_transformers_utils import get_config
 
     placeholder = server_args.model_path.lower() in ("none", "dummy")
     if placeholder or envs.SGLANG_USE_MODELSCOPE.get():  # ModelScope: SGLang downloads the model later
-        return ()
+        return None
     file = (server_args.decrypted_config_file or "").strip()
     try:
-        config = get_config(
+        return get_config(
             server_args.model_path,
             trust_remote_code=server_args.trust_remote_code,
             revision=server_args.revision,
@@ -353,57 +364,49 @@ def _architectures(server_args: ServerArgs) -> tuple[str, ...]:
             **({"_configuration_file": file} if file else {}),
         )
     except (OSError, ValueError):
-        return ()  # SGLang fails on it next, and says why
-    return tuple(config.architectures or ())
+        return None  # SGLang fails on it next, and says why
 
 
-def _check_architectures(flag: str, path: str, found: Iterable[str], served: frozenset[str]) -> None:
-    if unserved := next((name for name in found if name not in served), None):
+def _check_config(flag: str, path: str, config: PretrainedConfig, served: frozenset[str]) -> None:
+    if unserved := next((name for name in config.architectures or () if name not in served), None):
         raise Refusal(
             f"{flag} {path}: has architecture {unserved}, which sts does not serve here; give a model of "
             f"architecture {' or '.join(sorted(served))} {OTHERWISE}"
         )
+    if problem := _special_field(config.get_text_config()):
+        raise _special(flag, path, problem)
 
 
 def _check_model(flag: str, model: ModelConfig, served: frozenset[str]) -> None:
-    _check_architectures(flag, model.model_path, model.hf_config.architectures, served)
-    text = model.hf_text_config
-    field = _special_field(text)
-    if field is not None:
-        problem = f"{field} = {getattr(text, field)!r}"
-    elif model.is_multimodal or model.model_is_mrope:
-        problem = "multimodal inputs or positions"
-    elif model.head_dim != model.v_head_dim:
+    _check_config(flag, model.model_path, model.hf_config, served)
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    if model.is_multimodal or model.model_is_mrope:
+        raise _special(flag, model.model_path, "multimodal inputs or positions")
+    if model.head_dim != model.v_head_dim:
         problem = f"head_dim = {model.head_dim} but v_head_dim = {model.v_head_dim}"
-    elif model.num_attention_heads % model.num_key_value_heads:
-        problem = (
-            f"num_attention_heads = {model.num_attention_heads}, no multiple of "
-            f"num_key_value_heads = {model.num_key_value_heads}"
-        )
-    else:
-        return
-    raise Refusal(
-        f"{flag} {model.model_path}: has {problem}, which sts does not serve; give a model with full, "
-        f"plain attention in every layer {OTHERWISE}"
+        raise _special(flag, model.model_path, problem)
+    if heads % kv_heads:
+        problem = f"num_attention_heads = {heads}, no multiple of num_key_value_heads = {kv_heads}"
+        raise _special(flag, model.model_path, problem)
+
+
+def _special(flag: str, path: str, problem: str) -> Refusal:
+    return Refusal(
+        f"{flag} {path}: has {problem}, which sts does not serve; give a model with full, plain attention "
+        f"in every layer {OTHERWISE}"
     )
 
 
-def _special_field(text_config: Any) -> str | None:
-    """The field of a Hugging Face config that asks for more than plain attention, or None."""
-    layer_types = getattr(text_config, "layer_types", None) or ()
-    if any(kind != "full_attention" for kind in layer_types):
-        return "layer_types"
+def _special_field(text_config: PretrainedConfig) -> str | None:
+    """What a Hugging Face config asks for beyond plain attention, or None."""
+    kinds = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        return f"layer_types with {', '.join(sorted(kinds))}"
     windows = ("sliding_window", "sliding_window_size", "window_size")
-    others = (
-        "attention_chunk_size",
-        "dual_chunk_attention_config",
-        "attn_logit_softcapping",
-        "attn_logit_softcap",
-        "add_full_attention_sink_bias",
-        "add_swa_attention_sink_bias",
-        "alibi",
-    )
     # Qwen2 configs name a window and switch it off.
     if getattr(text_config, "use_sliding_window", None) is False:
         windows = ()
-    return next((field for field in (*windows, *others) if getattr(text_config, field, None)), None)
+    for field in (*windows, *_SPECIAL_FIELDS):
+        if value := getattr(text_config, field, None):
+            return f"{field} = {value!r}"
+    return None
