@@ -42,9 +42,7 @@ ADD_CLI_ARGS = Target(f"{_ARGS}.add_cli_args", ("parser",))
 FROM_CLI_ARGS = Target(f"{_ARGS}.from_cli_args", ("cls", "args"))
 ARGS_INIT = Target(f"{_ARGS}.__init__", ("self",))
 ARGS_POST_INIT = Target(f"{_ARGS}.__post_init__", ("self",))
-SAMPLING_VERIFY = Target(
-    "sglang.srt.sampling.sampling_params.SamplingParams.verify", ("self", "vocab_size")
-)
+SAMPLING_VERIFY = Target("sglang.srt.sampling.sampling_params.SamplingParams.verify", ("self", "vocab_size"))
 
 HOOK_TARGETS = (
     CREATE_DRAFT_BACKEND,
@@ -125,15 +123,22 @@ def check(cpu_platform: bool = False) -> None:
     Raises:
         Incompatible: one line that lists what is missing or has changed.
     """
-    problems = [_check_version("sglang", SGLANG_VERSION)]
+    if problems := [problem for problem in findings(cpu_platform).values() if problem]:
+        raise Incompatible(
+            f"sts_sglang cannot attach to this SGLang: {'; '.join(problems)}. "
+            f"Install sglang=={SGLANG_VERSION}."
+        )
+
+
+def findings(cpu_platform: bool = False) -> dict[str, str | None]:
+    """Every name the plugin stands on, with what is wrong with it (None: nothing)."""
     targets = HOOK_TARGETS + (CPU_TARGETS if cpu_platform else ())
     symbols = SYMBOLS + (CPU_SYMBOLS if cpu_platform else ())
-    problems += [_check_target(target) for target in targets]
-    problems += [_check_symbol(path) for path in symbols]
-    if found := [p for p in problems if p]:
-        raise Incompatible(
-            f"sts_sglang cannot attach to this SGLang: {'; '.join(found)}. Install sglang=={SGLANG_VERSION}."
-        )
+    return {
+        "sglang": _check_version("sglang", SGLANG_VERSION),
+        **{target.path: _check_target(target) for target in targets},
+        **{path: _check_symbol(path) for path in symbols},
+    }
 
 
 def unhooked(targets: tuple[Target, ...] = HOOK_TARGETS) -> list[str]:

@@ -114,7 +114,9 @@ def _read(path: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise _error("file", f"cannot read {path!r} ({type(error).__name__}: {_short(str(error))})", "JSON") from None
+        raise _error(
+            "file", f"cannot read {path!r} ({type(error).__name__}: {_short(str(error))})", "JSON"
+        ) from None
     if not isinstance(data, dict):
         raise _error("file", f"{path!r} holds a {type(data).__name__}", "a JSON object")
     return data

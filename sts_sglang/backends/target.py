@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sts_kernels import select_tokens, sparse_verify_attention
+
 from sts_sglang.backends.reference import TorchBackend, tail_masks
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
+
     from sts_sglang.runtime import StsRuntime
 
 
@@ -82,7 +83,9 @@ class StsTargetBackend(AttentionBackend):
             whole = row is None
             scores.append(torch.zeros(channels, length, device=fb.seq_lens.device) if whole else row)
             budgets.append(length if whole else config.budget_for(length, keep))
-            top_ps.append(config.top_p if config.policy == "top_p" and keep is None and not whole else torch.inf)
+            top_ps.append(
+                config.top_p if config.policy == "top_p" and keep is None and not whole else torch.inf
+            )
         indptr, positions = select_tokens(
             torch.cat(scores, dim=1),
             torch.tensor([0, *lengths]).cumsum(0),
@@ -96,7 +99,9 @@ class StsTargetBackend(AttentionBackend):
         table = self.req_to_token_pool.req_to_token
         return VerifyPlan(
             kv_indptr=indptr,
-            kv_indices=torch.cat([table[req, chosen].long() for req, chosen in zip(reqs, per_request, strict=True)]),
+            kv_indices=torch.cat(
+                [table[req, chosen].long() for req, chosen in zip(reqs, per_request, strict=True)]
+            ),
             tail_slots=torch.stack(
                 [self.dense.request_slots(req, n + tokens, n) for req, n in zip(reqs, lengths, strict=True)]
             ),

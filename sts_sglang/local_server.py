@@ -1,0 +1,100 @@
+"""A server of one's own on this machine: start, wait until healthy, ask, stop. For demo, tests, benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+
+
+class LocalServer:
+    """`with LocalServer(model, log, *args) as server:` listens on 127.0.0.1 and a free port.
+
+    Args:
+        model: folder of the target model.
+        log: file that takes the server's output.
+        args: further command line arguments of `sglang.launch_server`.
+        env: variables on top of this process's environment.
+        start_seconds: how long to wait for /health.
+
+    Raises:
+        RuntimeError: on entering, when it ends or is not healthy in time; with the end of its log.
+    """
+
+    def __init__(
+        self, model: Path, log: Path, *args: str, env: dict[str, str] | None = None, start_seconds: int = 180
+    ):
+        self.port = _free_port()
+        self.log = log
+        self.command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+        self.command += ["--host", "127.0.0.1", "--port", str(self.port), *args]
+        self._start_seconds = start_seconds
+        with log.open("w") as out:
+            self._process = subprocess.Popen(
+                self.command,
+                env={**os.environ, **(env or {})},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __enter__(self):
+        end = time.monotonic() + self._start_seconds
+        while time.monotonic() < end and self._process.poll() is None:
+            with suppress(OSError):
+                self.get("/health")
+                return self
+            time.sleep(0.3)
+        self.stop()
+        raise RuntimeError(f"the server did not start; the end of {self.log}:\n{self.log_tail()}")
+
+    def __exit__(self, *exc) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Ask the launcher to end (it ends its children), then end what is left of its group."""
+        self._process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(20)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def log_tail(self, lines: int = 40) -> str:
+        """The last lines of the log, each cut to 300 characters (SGLang prints all its arguments in one)."""
+        return "\n".join(line[:300] for line in self.log.read_text().splitlines()[-lines:])
+
+    def get(self, path: str) -> bytes:
+        """Body of a GET; an HTTP error raises urllib.error.HTTPError (an OSError)."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as response:
+            return response.read()
+
+    def post(self, path: str, body: dict, timeout: float = 600) -> dict:
+        """JSON answer to a JSON POST; an HTTP error raises urllib.error.HTTPError."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            json.dumps(body).encode(),
+            {"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            return json.loads(response.read() or b"null")
+
+    def sts(self) -> dict:
+        """What /server_info says of STS: the start-up line and the counters so far."""
+        return json.loads(self.get("/server_info"))["internal_states"][0]["sts"]
+
+    def counters(self) -> dict:
+        return self.sts()["counters"]
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -1,0 +1,248 @@
+"""Capture, selection and verify through the real backends over small pools, without a server."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from sts_sglang.backends.draft import DraftExtendBackend, DraftMultiStepBackend
+from sts_sglang.backends.reference import tail_masks
+from sts_sglang.backends.target import StsTargetBackend
+from sts_sglang.config import StsConfig
+from sts_sglang.headmap import HeadCounts
+from sts_sglang.runtime import StsRuntime
+
+DIM, LAYERS, Q_HEADS, KV_HEADS, TOKENS = 16, 2, 4, 2, 4
+CONTEXT = 40
+COUNTS = HeadCounts(LAYERS, Q_HEADS, KV_HEADS)
+
+
+class Pool:
+    """MHATokenToKVPool as far as the backends use it."""
+
+    def __init__(self, slots: int):
+        g = torch.Generator().manual_seed(0)
+        shape = (LAYERS, slots, KV_HEADS, DIM)
+        self.k, self.v = torch.randn(shape, generator=g) * 0.1, torch.randn(shape, generator=g)
+
+    def get_key_buffer(self, layer: int) -> torch.Tensor:
+        return self.k[layer]
+
+    def get_value_buffer(self, layer: int) -> torch.Tensor:
+        return self.v[layer]
+
+
+class Rig:
+    """One bound draft and target over pools of permuted slots; request 3 owns the context."""
+
+    REQ = 3
+
+    def __init__(self, config: dict, topk: int = 1, num_steps: int = 3):
+        slots = 128
+        table = torch.zeros(8, 100, dtype=torch.int32)
+        order = torch.randperm(slots - 1, generator=torch.Generator().manual_seed(1)) + 1
+        table[self.REQ] = order[:100]
+        self.slots = table[self.REQ].long()
+        self.draft_pool, self.target_pool = Pool(slots), Pool(slots)
+        runner = SimpleNamespace(
+            device="cpu",
+            req_to_token_pool=SimpleNamespace(req_to_token=table),
+            model_config=SimpleNamespace(context_len=100, num_hidden_layers=LAYERS),
+        )
+        draft = SimpleNamespace(**{**vars(runner), "token_to_kv_pool": self.draft_pool})
+        target = SimpleNamespace(**{**vars(runner), "token_to_kv_pool": self.target_pool})
+        self.extend = DraftExtendBackend(draft)
+        self.steps = DraftMultiStepBackend(draft, topk, num_steps)
+        self.target = StsTargetBackend(target)
+        self.runtime = StsRuntime(StsConfig(**config), COUNTS, COUNTS, "cpu")
+        self.target.runtime = self.extend.runtime = self.runtime
+        self.steps.bind(self.runtime)
+
+    def layer(self, i: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            layer_id=i,
+            tp_q_head_num=Q_HEADS,
+            tp_k_head_num=KV_HEADS,
+            qk_head_dim=DIM,
+            v_head_dim=DIM,
+            scaling=DIM**-0.5,
+        )
+
+    def batch(self, mode: ForwardMode, length: int, **extra) -> SimpleNamespace:
+        return SimpleNamespace(
+            forward_mode=mode,
+            batch_size=1,
+            req_pool_indices=torch.tensor([self.REQ]),
+            seq_lens=torch.tensor([length]),
+            out_cache_loc=None,
+            **extra,
+        )
+
+    def draft_extend(self, length: int, accepted: int, q: torch.Tensor) -> None:
+        """A draft-extend over [length, length + T) of which `accepted` tokens count."""
+        fb = self.batch(
+            ForwardMode.DRAFT_EXTEND_V2,
+            length + TOKENS,
+            extend_prefix_lens=torch.tensor([length]),
+            extend_seq_lens=torch.tensor([TOKENS]),
+            spec_info=SimpleNamespace(num_accept_tokens=torch.tensor([accepted])),
+        )
+        self.extend.init_forward_metadata(fb)
+        for i in range(LAYERS):
+            self.extend.forward_extend(q, None, None, self.layer(i), fb)
+
+    def plan(self, length: int):
+        """The verify plan at a committed length, as positions per channel."""
+        fb = self.batch(
+            ForwardMode.TARGET_VERIFY,
+            length,
+            spec_info=SimpleNamespace(draft_token_num=TOKENS, custom_mask=None),
+        )
+        self.target.init_forward_metadata(fb)
+        position = {int(slot): p for p, slot in enumerate(self.slots)}
+        plan = self.target.plan
+        bounds = plan.kv_indptr.tolist()
+        return [
+            [position[int(s)] for s in plan.kv_indices[a:b]]
+            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
+
+
+def needle_query(rig: Rig, draft_index: int, rows: int, row: int) -> torch.Tensor:
+    """[rows, H_q, D] queries of which `row` attends to one draft key in every layer and head."""
+    key = torch.zeros(DIM)
+    key[0] = 40.0
+    rig.draft_pool.k[:, rig.slots[draft_index]] = key
+    q = torch.zeros(rows, Q_HEADS, DIM)
+    q[row, :, 0] = 4.0
+    return q.flatten(1)
+
+
+CONFIG = {"policy": "fixed", "budget": 7, "sink": 2, "recent": 4}  # forced + 1
+
+
+@pytest.mark.parametrize("accepted", [1, 3, TOKENS])
+def test_needle_at_every_position_is_selected_off_by_none(accepted):
+    length = CONTEXT + accepted  # committed after the verify round that the draft-extend follows
+    for position in range(1, length):
+        rig = Rig(CONFIG)
+        # Draft index p holds token p + 1, so the key of target position p is at draft index p - 1.
+        rig.draft_extend(CONTEXT, accepted, needle_query(rig, position - 1, TOKENS, accepted - 1))
+        forced = {0, 1, *range(length - 4, length)}
+        for chosen in rig.plan(length):
+            assert position in chosen
+            assert len(chosen) == 7
+            free = set(chosen) - forced
+            assert free == ({position} if position not in forced else free)
+
+
+def test_position_zero_is_always_there():
+    rig = Rig(CONFIG)
+    rig.draft_extend(CONTEXT, 1, torch.randn(TOKENS, Q_HEADS * DIM))
+    assert all(0 in chosen for chosen in rig.plan(CONTEXT + 1))
+
+
+@pytest.mark.parametrize("topk", [1, 4])
+@pytest.mark.parametrize("step", [0, 1])
+def test_needle_of_a_draft_step_is_pooled_in(topk, step):
+    rig = Rig(CONFIG, topk=topk)
+    rig.draft_extend(CONTEXT - 1, 1, torch.zeros(TOKENS, Q_HEADS * DIM))
+    fb = rig.batch(ForwardMode.DECODE, CONTEXT)
+    rig.steps.init_forward_metadata(fb)
+    q = needle_query(rig, 20 - 1, topk, topk - 1)
+    for i, backend in enumerate(rig.steps.attn_backends):
+        for layer in range(LAYERS):
+            rows = q if i == step else torch.zeros_like(q)
+            backend.forward_decode(rows, None, None, rig.layer(layer), fb)
+    assert all(20 in chosen for chosen in rig.plan(CONTEXT))
+
+
+def test_step_rows_last_one_round():
+    rig = Rig(CONFIG)
+    rig.draft_extend(CONTEXT - 1, 1, torch.zeros(TOKENS, Q_HEADS * DIM))
+    fb = rig.batch(ForwardMode.DECODE, CONTEXT)
+    rig.steps.init_forward_metadata(fb)
+    q = needle_query(rig, 20 - 1, 1, 0)
+    for layer in range(LAYERS):
+        rig.steps.attn_backends[0].forward_decode(q, None, None, rig.layer(layer), fb)
+    rig.steps.init_forward_metadata(fb)
+    assert all(20 not in chosen for chosen in rig.plan(CONTEXT))
+
+
+def test_a_row_of_another_length_is_not_used():
+    """A request slot's leftover: the whole context is attended to, and counted as dense."""
+    rig = Rig(CONFIG)
+    rig.draft_extend(CONTEXT, 2, torch.randn(TOKENS, Q_HEADS * DIM))
+    assert all(chosen == list(range(CONTEXT + 3)) for chosen in rig.plan(CONTEXT + 3))
+    assert rig.target.plan.unknown == 1
+    rig.plan(CONTEXT + 2)
+    assert rig.target.plan.unknown == 0
+
+
+def test_request_keep_overrides_the_policy_and_ends_with_its_request():
+    rig = Rig(CONFIG)
+    rig.draft_extend(CONTEXT, 1, torch.randn(TOKENS, Q_HEADS * DIM))
+    request = SimpleNamespace(
+        rid="r",
+        req_pool_idx=Rig.REQ,
+        sampling_params=SimpleNamespace(custom_params={"sts": {"keep": 0.5}}),
+    )
+    rig.runtime.admit([request])
+    assert {len(chosen) for chosen in rig.plan(CONTEXT + 1)} == {21}
+    request.sampling_params.custom_params = None
+    rig.runtime.admit([request])
+    assert {len(chosen) for chosen in rig.plan(CONTEXT + 1)} == {7}
+
+
+def test_top_p_takes_fewer_tokens_when_attention_is_peaked():
+    peaked, flat = (
+        Rig({"policy": "top_p", "top_p": 0.9, "budget": 30, "sink": 2, "recent": 4}) for _ in range(2)
+    )
+    peaked.draft_extend(CONTEXT, 1, needle_query(peaked, 19, TOKENS, 0))
+    flat.draft_extend(CONTEXT, 1, torch.zeros(TOKENS, Q_HEADS * DIM))
+    assert {len(chosen) for chosen in peaked.plan(CONTEXT + 1)} == {7}
+    assert {len(chosen) for chosen in flat.plan(CONTEXT + 1)} == {30}
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_verify_attends_to_the_selection_and_counts_it(layer):
+    rig = Rig(CONFIG)
+    rig.draft_extend(CONTEXT, 1, torch.randn(TOKENS, Q_HEADS * DIM))
+    chosen = rig.plan(CONTEXT + 1)
+    q = torch.randn(TOKENS, Q_HEADS * DIM)
+    out = rig.target.forward_extend(q, None, None, rig.layer(layer), None).view(TOKENS, Q_HEADS, DIM)
+    for head in range(Q_HEADS):
+        kv = head // (Q_HEADS // KV_HEADS)
+        channel = rig.runtime.head_map.head_channels(layer)[kv]
+        for row in range(TOKENS):
+            positions = chosen[channel] + list(range(CONTEXT + 1, CONTEXT + 2 + row))
+            keys = rig.target_pool.k[layer, rig.slots[positions], kv].double()
+            values = rig.target_pool.v[layer, rig.slots[positions], kv].double()
+            weights = (keys @ q.view(TOKENS, Q_HEADS, DIM)[row, head].double() * DIM**-0.5).softmax(0)
+            torch.testing.assert_close(out[row, head].double(), weights @ values, rtol=1e-5, atol=1e-5)
+    counters = rig.runtime.counters
+    assert counters.selected_tokens == 7 * KV_HEADS
+    assert counters.available_tokens == (CONTEXT + 1) * KV_HEADS
+    assert counters.sparse_verifies == (1 if layer == LAYERS - 1 else 0)
+
+
+def test_both_tree_mask_layouts_give_the_same_tail():
+    lengths, tokens = [5, 9], 3
+    tails = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]]).bool()
+    full = torch.cat(
+        [
+            torch.cat([torch.ones(tokens, n).bool(), t], 1).flatten()
+            for n, t in zip(lengths, tails, strict=True)
+        ]
+    )
+    spare = torch.ones(50, dtype=torch.bool)  # CUDA preallocates more than a batch needs
+    for mask in (tails.flatten(), full, torch.cat([full, spare])):
+        fb = SimpleNamespace(
+            spec_info=SimpleNamespace(draft_token_num=tokens, custom_mask=mask),
+            batch_size=2,
+            seq_lens=torch.tensor(lengths),
+        )
+        assert torch.equal(tail_masks(fb), tails)

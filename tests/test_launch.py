@@ -1,0 +1,108 @@
+"""How the configuration arrives: command lines, `sgl.Engine`, environment; and how a bad one ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sts_sglang.tiny_pair import make_pair
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("tiny"))
+
+
+def run(command: list[str], **env: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "SGLANG_PLATFORM": "sts_cpu", "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def flags(pair) -> list[str]:
+    return [
+        *("--model-path", str(pair["target"]), "--device", "cpu", "--dtype", "float32"),
+        *("--attention-backend", "sts", "--speculative-algorithm", "STANDALONE"),
+        *("--speculative-draft-model-path", str(pair["draft"]), "--host", "127.0.0.1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "extra", "env", "needle"),
+    [
+        (["-m", "sglang.launch_server"], ["--sts-config", '{"kep": 0.1}'], {}, "sts_config: unknown key 'kep'"),
+        (["-c", "from sglang.cli.main import main; main()", "serve"], [], {"STS_CONFIG": '{"keep": 2}'}, "sts_config.keep"),
+        (["-m", "sglang.launch_server"], ["--page-size", "16", "--speculative-eagle-topk", "4",
+         "--speculative-num-steps", "3", "--speculative-num-draft-tokens", "8"], {}, "--speculative-eagle-topk 1"),
+    ],
+    ids=["flag", "serve-env", "refusal"],
+)  # fmt: skip
+def test_command_line_ends_in_one_line_and_code_2(pair, launcher, extra, env, needle):
+    done = run([sys.executable, *launcher, *flags(pair), *extra], **env)
+    assert done.returncode == 2, done.stderr[-2000:]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert needle in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+ENGINE = """
+import json, os, sys
+import sglang as sgl
+
+def options(**extra):
+    return dict(model_path={target!r}, device="cpu", dtype="float32", attention_backend="sts",
+        speculative_algorithm="STANDALONE", speculative_draft_model_path={draft!r},
+        speculative_num_steps=3, speculative_eagle_topk=4, speculative_num_draft_tokens=8,
+        max_total_tokens=4096, max_running_requests=4, context_length=2048, skip_server_warmup=True, **extra)
+
+found = {{}}
+for name, kwargs in (
+    ("bad", dict(sts_config={{"keep": 0}})),
+    ("without", dict(sts_config={{}}, attention_backend="torch_native")),
+):
+    try:
+        sgl.Engine(**{{**options(), **kwargs}})
+    except ValueError as error:
+        found[name] = str(error)
+engine = sgl.Engine(**options(sts_config={{"policy": "top_p", "top_p": 0.9, "budget": 64, "recent": 8}}))
+found["env"] = json.loads(os.environ["STS_CONFIG"])
+for name, kwargs in (("other", dict(sts_config={{"keep": 0.5}})), ("default", {{}})):
+    try:
+        sgl.Engine(**options(**kwargs))
+    except ValueError as error:
+        found[name] = str(error)
+answer = engine.generate(input_ids=[i % 250 for i in range(600)],
+                         sampling_params=dict(max_new_tokens=24, temperature=0, ignore_eos=True))
+found["tokens"] = len(answer["output_ids"])
+found["sts"] = engine.get_server_info()["internal_states"][0]["sts"]
+engine.shutdown()
+print("FOUND " + json.dumps(found))
+"""
+
+
+def test_engine_takes_a_dict_and_refuses_a_second_config(pair):
+    script = (
+        f'if __name__ == "__main__":\n    exec({ENGINE.format(**{k: str(v) for k, v in pair.items()})!r})'
+    )
+    done = run([sys.executable, "-c", script], STS_CONFIG='{"keep": 0.7}')
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, done.stderr[-3000:]
+    found = json.loads(lines[0].removeprefix("FOUND "))
+    assert "sts_config.keep" in found["bad"]
+    assert "--attention-backend sts" in found["without"]
+    # The argument won over the environment, which now holds the canonical form for the children.
+    assert (found["env"]["policy"], found["env"]["keep"]) == ("top_p", 0.1)
+    assert "another config" in found["other"]
+    assert "another config" in found["default"]  # the user's environment still says keep 0.7
+    assert found["tokens"] == 24
+    counters = found["sts"]["counters"]
+    assert counters["sparse_verifies"] > 0
+    assert counters["dense_verifies"] == 0
+    assert 12 / 624 < counters["keep_ratio"] <= 64 / 600 + 0.001
+    assert found["sts"]["config"]["policy"] == "top_p"
