@@ -48,7 +48,8 @@ def _add_doctor(commands) -> None:
         "doctor",
         help="versions, what is attached to SGLang and what is not, and how to launch here",
         description="Shows what the plugin finds on this host, in the environment of a launch:\n"
-        "SGLANG_PLUGINS, SGLANG_PLATFORM, STS_CONFIG.\nExit code 1, with the reason, when `sts` could not serve here.",
+        "SGLANG_PLUGINS, SGLANG_PLATFORM, STS_CONFIG. Exit code 1, with the reason, when `sts`\n"
+        "could not serve here.",
         epilog=f"example, the reference on a plain CPU:\n  SGLANG_PLATFORM={platform.NAME} sts-sglang doctor",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -115,11 +116,10 @@ def _field_docs() -> dict[str, str]:
 def _doctor(args: argparse.Namespace) -> int:
     _show_versions()
     problems = [*_entry_points()]
-    problems += [] if problems else [*_attachment()]
-    problems += _kernels()
-    problems += _configuration()
-    device, launch, no_device = _device()
-    print(f"device: {device}")
+    if not problems:
+        problems += _attachment()
+    problems += [*_kernels(), *_configuration()]
+    launch, no_device = _device()
     problems += no_device
     if problems:
         print(f"sts cannot serve here: {'; '.join(problems)}")
@@ -174,41 +174,38 @@ def _attachment() -> Iterator[str]:
         yield f"SGLang did not apply the hooks on {', '.join(missing)}"
 
 
-def _kernels() -> list[str]:
-    """Whether `python -m` from this directory finds the PyPI package: SGLang's FA3 loader does without."""
-    spec = PathFinder.find_spec("kernels", [os.getcwd(), *sys.path])
-    try:
-        ours = importlib.metadata.distribution("kernels").locate_file("kernels/__init__.py")
-    except importlib.metadata.PackageNotFoundError:
-        return ["the PyPI package kernels, which SGLang depends on, is not installed"]
-    if spec is None or spec.origin is None or not Path(spec.origin).samefile(ours):
-        found = spec and (spec.origin or list(spec.submodule_search_locations))
-        return [f"{found} shadows the PyPI package kernels, FA3's: launch from another directory"]
+def _kernels() -> Iterator[str]:
+    """SGLang's FA3 loader does without the PyPI package if `python -m` from here finds another one."""
+    if compat.installed_version("kernels") is None:
+        yield "the PyPI package kernels, which SGLang depends on, is not installed"
+        return
+    expected = importlib.metadata.distribution("kernels").locate_file("kernels/__init__.py")
+    found = PathFinder.find_spec("kernels", [os.getcwd(), *sys.path]).origin
+    if found is None or not Path(found).samefile(expected):
+        yield f"{found} shadows the PyPI package kernels of SGLang's FA3: launch from another directory"
+        return
     print("kernels: the PyPI package, not shadowed")
-    return []
 
 
-def _configuration() -> list[str]:
+def _configuration() -> Iterator[str]:
     try:
         print(f"configuration: {StsConfig.resolve(None, os.environ).to_json()}")
     except ConfigError as error:
-        return [str(error)]
-    return []
+        yield str(error)
 
 
-def _device() -> tuple[str, str, list[str]]:
-    """(device, how to launch on it, why not)"""
+def _device() -> tuple[str, list[str]]:
+    """Print the device; return how to launch on it, or why not."""
     import torch
 
     if platform.selected():
-        return "cpu (the reference platform)", f"SGLANG_PLATFORM={platform.NAME} {LAUNCH} --device cpu", []
+        print("device: cpu (the reference platform)")
+        return f"SGLANG_PLATFORM={platform.NAME} {LAUNCH} --device cpu", []
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name(), f"{LAUNCH} --disable-cuda-graph", []
-    return (
-        "cpu",
-        "",
-        [f"no CUDA device; for the reference on a plain CPU set SGLANG_PLATFORM={platform.NAME}"],
-    )
+        print(f"device: {torch.cuda.get_device_name()}")
+        return f"{LAUNCH} --disable-cuda-graph", []
+    print("device: cpu")
+    return "", [f"no CUDA device: set SGLANG_PLATFORM={platform.NAME} for the reference on a plain CPU"]
 
 
 if __name__ == "__main__":
