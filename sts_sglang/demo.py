@@ -17,81 +17,11 @@ from typing import NamedTuple
 from sts_sglang.local_server import LocalServer
 from sts_sglang.tiny_pair import make_pair
 
-WORDS = [
-    "the",
-    "a",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "that",
-    "for",
-    "on",
-    "with",
-    "as",
-    "it",
-    "was",
-    "by",
-    "at",
-    "from",
-    "this",
-    "but",
-    "not",
-    "are",
-    "have",
-    "be",
-    "or",
-    "an",
-    "they",
-    "which",
-    "one",
-    "you",
-    "were",
-    "all",
-    "her",
-    "there",
-    "would",
-    "their",
-    "we",
-    "him",
-    "been",
-    "has",
-    "when",
-    "who",
-    "will",
-    "no",
-    "more",
-    "if",
-    "out",
-    "so",
-    "up",
-    "said",
-    "what",
-    "its",
-    "about",
-    "than",
-    "into",
-    "them",
-    "can",
-    "only",
-    "other",
-    "time",
-    "new",
-    "some",
-    "could",
-    "these",
-    "two",
-    "may",
-    "first",
-    "then",
-    "do",
-    "any",
-    "like",
-    "my",
-    "now",
-    "over",
-]
+WORDS = """
+the a of and to in is that for on with as it was by at from this but not are have be or an they which one
+you were all her there would their we him been has when who will no more if out so up said what its about
+than into them can only other time new some could these two may first then do any like my now over such
+"""
 
 
 class Pair(NamedTuple):
@@ -114,10 +44,10 @@ def default_pair(folder: Path) -> Pair:
 
 def document(characters: int) -> str:
     """Filler prose with a few facts in it, the same on every run."""
-    state, words, size, facts = 1, [], 0, iter(FACTS)
+    state, words, size, facts, choices = 1, [], 0, iter(FACTS), WORDS.split()
     while size < characters:
         state = (state * 1103515245 + 12345) % 2**31
-        word = WORDS[state // 65536 % len(WORDS)]
+        word = choices[state // 65536 % len(choices)]
         if len(words) % 400 == 200 and (fact := next(facts, None)):
             word = f"\n{fact}\n{word}"
         words.append(word)

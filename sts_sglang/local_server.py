@@ -1,4 +1,4 @@
-"""A server of one's own on this machine: start, wait until healthy, ask, stop. For demo, tests, benchmarks."""
+"""A server of one's own on this machine: start, wait until healthy, ask, stop (demo, tests, benchmarks)."""
 
 from __future__ import annotations
 

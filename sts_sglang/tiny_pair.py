@@ -24,7 +24,7 @@ _CHAT_TEMPLATE = (
 
 
 def make_pair(folder: str | Path) -> dict[str, Path]:
-    """Write `target`, `draft`, `eagle` and `eagle3` below `folder` (bf16 safetensors); existing ones are kept.
+    """Write `target`, `draft`, `eagle` and `eagle3` below `folder` as bf16 safetensors, unless they exist.
 
     The draft is the target's first layers with noise, so it is sometimes right.
 

@@ -32,16 +32,27 @@ def flags(pair) -> list[str]:
     ]
 
 
+TREE = [
+    "--speculative-eagle-topk",
+    "4",
+    "--speculative-num-steps",
+    "3",
+    "--speculative-num-draft-tokens",
+    "8",
+]
+LAUNCH_SERVER = ["-m", "sglang.launch_server"]
+SGLANG_SERVE = ["-c", "from sglang.cli.main import main; main()", "serve"]
+
+
 @pytest.mark.parametrize(
     ("launcher", "extra", "env", "needle"),
     [
-        (["-m", "sglang.launch_server"], ["--sts-config", '{"kep": 0.1}'], {}, "sts_config: unknown key 'kep'"),
-        (["-c", "from sglang.cli.main import main; main()", "serve"], [], {"STS_CONFIG": '{"keep": 2}'}, "sts_config.keep"),
-        (["-m", "sglang.launch_server"], ["--page-size", "16", "--speculative-eagle-topk", "4",
-         "--speculative-num-steps", "3", "--speculative-num-draft-tokens", "8"], {}, "--speculative-eagle-topk 1"),
+        (LAUNCH_SERVER, ["--sts-config", '{"kep": 0.1}'], {}, "sts_config: unknown key 'kep'"),
+        (SGLANG_SERVE, [], {"STS_CONFIG": '{"keep": 2}'}, "sts_config.keep"),
+        (LAUNCH_SERVER, ["--page-size", "16", *TREE], {}, "--speculative-eagle-topk 1"),
     ],
     ids=["flag", "serve-env", "refusal"],
-)  # fmt: skip
+)
 def test_command_line_ends_in_one_line_and_code_2(pair, launcher, extra, env, needle):
     done = run([sys.executable, *launcher, *flags(pair), *extra], **env)
     assert done.returncode == 2, done.stderr[-2000:]

@@ -8,7 +8,7 @@ import re
 import threading
 import time
 import urllib.error
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -272,10 +272,8 @@ def test_carried_row_survives_aborts_and_reused_slots(sparse, pair):
 
 
 def _ignore_abort(server: Server, ids: list[int], rid: str) -> None:
-    try:
+    with suppress(urllib.error.HTTPError):
         server.generate(ids, 4000, rid=rid)
-    except urllib.error.HTTPError:
-        pass
 
 
 def test_metrics_and_server_info(sparse):
