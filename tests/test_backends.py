@@ -178,6 +178,8 @@ def test_a_row_of_another_length_is_not_used():
     rig.draft_extend(CONTEXT, 2, torch.randn(TOKENS, Q_HEADS * DIM))
     assert all(chosen == list(range(CONTEXT + 3)) for chosen in rig.plan(CONTEXT + 3))
     assert rig.target.plan.unknown == 1
+    rig.plan(CONTEXT - 3)
+    assert rig.target.plan.unknown == 1
     rig.plan(CONTEXT + 2)
     assert rig.target.plan.unknown == 0
 
