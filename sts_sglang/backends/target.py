@@ -75,24 +75,29 @@ class StsTargetBackend(AttentionBackend):
         """Select per (request, channel) and look the slots up."""
         runtime, config = self.runtime, self.runtime.config
         reqs, lengths = fb.req_pool_indices.tolist(), fb.seq_lens.tolist()
-        known = [runtime.rows.context(req, length) for req, length in zip(reqs, lengths, strict=True)]
+        rows = [runtime.rows.context(req, length) for req, length in zip(reqs, lengths, strict=True)]
+        unknown = torch.tensor([row is None for row in rows], device=self.device)
+        keeps = torch.tensor(
+            [runtime.request_keep.get(req, torch.nan) for req in reqs],
+            dtype=torch.float64,
+            device=self.device,
+        )
+        budgets = torch.where(unknown, fb.seq_lens, config.budget_tokens(fb.seq_lens, keeps))
+        top_p = None
+        if config.policy == "top_p":
+            top_p = torch.where(unknown | ~keeps.isnan(), torch.inf, config.top_p)
         channels = len(runtime.head_map.channels)
-        scores, budgets, top_ps = [], [], []
-        for req, length, row in zip(reqs, lengths, known, strict=True):
-            keep = runtime.request_keep.get(req)
-            whole = row is None
-            scores.append(torch.zeros(channels, length, device=fb.seq_lens.device) if whole else row)
-            budgets.append(length if whole else config.budget_for(length, keep))
-            top_ps.append(
-                config.top_p if config.policy == "top_p" and keep is None and not whole else torch.inf
-            )
+        scores = [
+            torch.zeros(channels, length, device=self.device) if row is None else row
+            for row, length in zip(rows, lengths, strict=True)
+        ]
         indptr, positions = select_tokens(
             torch.cat(scores, dim=1),
             torch.tensor([0, *lengths]).cumsum(0),
-            torch.tensor(budgets),
+            budgets,
             config.sink,
             config.recent,
-            torch.tensor(top_ps),
+            top_p,
         )
         tokens = fb.spec_info.draft_token_num
         per_request = positions.split((indptr[channels::channels] - indptr[:-1:channels]).tolist())
@@ -107,7 +112,7 @@ class StsTargetBackend(AttentionBackend):
             ),
             tail_mask=tail_masks(fb),
             lengths=lengths,
-            unknown=sum(row is None for row in known),
+            unknown=int(unknown.sum()),
         )
 
     def _attend_selected(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
