@@ -181,7 +181,7 @@ def _kernels() -> Iterator[str]:
         return
     expected = importlib.metadata.distribution("kernels").locate_file("kernels/__init__.py")
     found = PathFinder.find_spec("kernels", [os.getcwd(), *sys.path]).origin
-    if found is None or not Path(found).samefile(expected):
+    if not Path(found).samefile(expected):
         yield f"{found} shadows the PyPI package kernels of SGLang's FA3: launch from another directory"
         return
     print("kernels: the PyPI package, not shadowed")
