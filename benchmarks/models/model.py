@@ -92,12 +92,20 @@ def token_losses(x: Tensor, weight: Tensor, embed: Tensor, labels: Tensor, eps: 
     return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
 
 
+def soft_losses(x, weight, embed, teacher, teacher_weight, teacher_embed, eps: float) -> tuple[Tensor, Tensor]:
+    """KL divergence of a student from its teacher and whether their top tokens agree, per token."""
+    wanted = matmul(norm(teacher, teacher_weight, eps), teacher_embed).float().log_softmax(-1)
+    given = matmul(norm(x, weight, eps), embed).float().log_softmax(-1)
+    return (wanted.exp() * (wanted - given)).sum(-1), wanted.argmax(-1) == given.argmax(-1)
+
+
 class Fused(NamedTuple):
     """The functions that `compiled` replaces."""
 
     before: callable = before_attention
     after: callable = after_attention
     losses: callable = token_losses
+    soft: callable = soft_losses
 
 
 def compiled() -> Fused:

@@ -1,7 +1,8 @@
-"""Train the target: real text and recall tasks, from 128 tokens to 32,768.
+"""Train the target on real text and recall tasks, from 128 tokens to 32,768, and distil its students from it.
 
-    python benchmarks/models/train.py --corpus .data/corpus --out DIR --steps 16000 --minutes 9
-    python benchmarks/models/train.py ... --resume DIR       goes on where DIR's checkpoint stopped
+    python benchmarks/models/train.py --corpus .data/corpus --out DIR --steps 12500 --minutes 9
+    python benchmarks/models/train.py ... --resume DIR              goes on where DIR's checkpoint stopped
+    python benchmarks/models/train.py ... --students --plan joint   trains draft and EAGLE-3 head as well
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from model import TARGET, Llama, compiled
+from model import TARGET, Llama, Trace, compiled
 from optim import Optimiser
 from safetensors.torch import load_file, save_file
+from students import Students
 from tasks import ANSWER, TEXT, Writer, load_text
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -33,6 +35,12 @@ PLANS = {
         (0.25, {128: 0.1, 512: 0.3, 2048: 0.6}),
         (0.20, {512: 0.2, 2048: 0.3, 8192: 0.5}),
         (0.40, {512: 0.1, 2048: 0.2, 8192: 0.3, 32768: 0.4}),
+    ],
+    "joint": [
+        (0.08, {128: 0.5, 512: 0.5}),
+        (0.12, {512: 0.6, 2048: 0.4}),
+        (0.30, {512: 0.2, 2048: 0.6, 8192: 0.2}),
+        (0.50, {512: 0.15, 2048: 0.33, 8192: 0.3, 32768: 0.22}),
     ],
     "mixture": [(1.0, {128: 0.05, 512: 0.25, 2048: 0.35, 8192: 0.18, 32768: 0.17})],
 }
@@ -68,9 +76,9 @@ class Batches(Dataset):
         return ids, torch.tensor([r.kinds for r in rows], dtype=torch.int8)
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up, constant, and a linear decay over the last 40 %."""
-    return peak * min(1.0, (step + 1) / WARM_UP, max(0.02, (1 - step / steps) / 0.4))
+def learning_rate(step: int, share: float, peak: float) -> float:
+    """Warm-up, constant, and a linear decay over the last 40 % of the run."""
+    return peak * min(1.0, (step + 1) / WARM_UP, max(0.02, (1 - share) / 0.4))
 
 
 def shifted(ids: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,9 +138,9 @@ def loader(batches: Batches, first: int, workers: int) -> Iterator[tuple[Tensor,
     return iter(DataLoader(batches, None, sampler=order, num_workers=workers, prefetch_factor=ahead, pin_memory=workers > 0))
 
 
-def target_step(model: Llama, ids: Tensor, kinds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def target_step(model: Llama, ids: Tensor, kinds: Tensor, trace: Trace | None) -> tuple[Tensor, dict[str, Tensor]]:
     labels, kinds = shifted(ids, kinds)
-    loss, right = model.losses(model(ids), labels)
+    loss, right = model.losses(model(ids, trace), labels)
     text, answer = masked_mean(loss, kinds == TEXT), masked_mean(loss, kinds == ANSWER)
     return text + ANSWER_WEIGHT * answer, {"text": text, "answer": answer, "right": masked_mean(right, kinds == ANSWER)}
 
@@ -142,9 +150,12 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint")
+    parser.add_argument("--students", action="store_true", help="train draft and EAGLE-3 head as well")
+    parser.add_argument("--freeze", action="store_true", help="leave the target as it is")
     parser.add_argument("--restart", action="store_true", help="take the weights of --resume, but begin the plan anew")
     parser.add_argument("--plan", choices=PLANS, default="curriculum")
     parser.add_argument("--rate", type=float, default=PEAK_RATE, help="peak learning rate")
+    parser.add_argument("--student-rate", type=float, default=PEAK_RATE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=16000, help="of the whole plan")
     parser.add_argument("--stop", type=int, help="step to stop at, if before the end of the plan")
@@ -163,30 +174,70 @@ def main() -> None:
     torch.manual_seed(args.seed)
     writer = Writer(args.corpus, "train", load_text(args.corpus / "train.bin.xz"))
     batches = Batches(writer, PLANS[args.plan], args.steps, args.tokens, args.longest, args.seed)
-    model = Llama(TARGET).to(args.device)
-    if not args.no_compile:
-        model.fused = compiled()
-    optimiser = Optimiser(model, not args.no_compile)
-    first = load_checkpoint(args.resume, "target", model, optimiser)["step"] if args.resume else 0
-    first = 0 if args.restart else first
+    run = Run(args)
+    first = run.resume(args.resume) if args.resume else 0
     args.out.mkdir(parents=True, exist_ok=True)
-    journal, saved = Journal(args.out / "target.jsonl", args.every), time.time()
+    journal, saved = Journal(args.out / "journal.jsonl", args.every), time.time()
     last = min(args.stop or args.steps, args.steps)
     bar = tqdm(zip(range(first, last), loader(batches, first, args.workers)), initial=first, total=last, mininterval=10)
     for step, (ids, kinds) in bar:
         ids, kinds = ids.to(args.device, non_blocking=True).long(), kinds.to(args.device, non_blocking=True)
-        loss, values = target_step(model, ids, kinds)
-        loss.backward()
-        optimiser.step(learning_rate(step, args.steps, args.rate))
-        line = journal.record(step, ids.shape[1], **values)
+        # A run that is slower than planned still ends with a low rate.
+        line = journal.record(step, ids.shape[1], **run.step(step, max(step / args.steps, (time.time() - begin) / 60 / args.minutes), ids, kinds))
         if line:
             tqdm.write(f"{step + 1} {time.time() - begin:.0f}s {line}")
         done = time.time() - begin > 60 * args.minutes or step + 1 == last
         if done or time.time() - saved > 120:
-            save_checkpoint(args.out, "target", model, optimiser, step=step + 1, steps=args.steps)
+            run.save(step + 1)
             saved = time.time()
         if done:
             break
+
+
+class Run:
+    """The models of a run with their optimisers."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.target = Llama(TARGET).to(args.device)
+        self.students = Students().to(args.device) if args.students else None
+        fast = not args.no_compile
+        if fast:
+            self.target.fused = compiled()
+        self.optimisers = {} if args.freeze else {"target": (self.target, Optimiser(self.target, fast))}
+        if self.students is not None:
+            self.students.draft.fused = self.target.fused
+            self.optimisers["draft"] = (self.students.draft, Optimiser(self.students.draft, False))
+            self.optimisers["eagle"] = (self.students.eagle, Optimiser(self.students.eagle, False))
+
+    def resume(self, folder: Path) -> int:
+        """Loads what the folder has; students that it lacks begin anew."""
+        if self.args.freeze:
+            load_checkpoint(folder, "target", self.target)
+        state = {"step": 0}
+        for name, (model, optimiser) in self.optimisers.items():
+            if (folder / f"{name}.safetensors").exists():
+                state = load_checkpoint(folder, name, model, optimiser)
+            elif name == "eagle":
+                model.lm_head.load_state_dict({"weight": self.target.model.embed_tokens.weight})
+        return 0 if self.args.restart else state["step"]
+
+    def step(self, step: int, share: float, ids: Tensor, kinds: Tensor) -> dict[str, Tensor]:
+        trace = None if self.students is None else Trace([], [], [])
+        with torch.set_grad_enabled(not self.args.freeze):
+            loss, values = target_step(self.target, ids, kinds.clone(), trace)
+        if self.students is not None:
+            more, metrics = self.students.losses(self.target, ids, kinds, trace)
+            loss, values = (more if self.args.freeze else loss + more), values | metrics
+        loss.backward()
+        for name, (_, optimiser) in self.optimisers.items():
+            rate = self.args.rate if name == "target" else self.args.student_rate
+            optimiser.step(learning_rate(step, share, rate))
+        return values
+
+    def save(self, step: int) -> None:
+        for name, (model, optimiser) in self.optimisers.items():
+            save_checkpoint(self.args.out, name, model, optimiser, step=step, steps=self.args.steps)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ HAS = (
     "has|has|uses|keeps|holds|owns|got|needs|shows|lists|takes|was assigned|comes with|goes by|must use|works with|reports|chose|"
     "requires|is using|is under|is known by|relies on|was registered with|bears|provides|runs with|will have|had|prints|sets|gave"
 ).split("|")
-SEPARATORS = [": ", " = ", "=", " | ", " -- ", " -> ", " => ", ", ", "; ", " ~ ", "::", " - ", "\t", " : ", " := ", " . "]
+SEPARATORS = [": ", " = ", "=", " | ", " -- ", " -> ", " => ", ", ", "; ", " ~ ", "::", " - ", "\t", " : ", " := ", " . ", " // ", "//", " \\ ", " <> ", " ... ", " to "]
 LEADS = (
     "|||||||Note: |Remember that |INFO |WARNING: |* |- |# |// |Please keep in mind: |According to the record, |By the way, |"
     "As agreed, |It is written that |Update: |TODO: |We confirmed that |{x} said that |Since {n}, |On {x}, |{n}. |In {x} {x}, |Fact: |"
@@ -212,8 +212,8 @@ class Pool:
         return f"{self.word().capitalize()}{self.word().capitalize()}"
 
     def attribute(self) -> str:
-        if self.split == "train" and self.rng.random() < 0.5:
-            return f"{self.word()} {self.word()}" if self.rng.random() < 0.5 else self.word()
+        if self.split == "train" and self.rng.random() < 0.6:
+            return " ".join(self.word() for _ in range(self.rng.choice([1, 1, 2, 2, 2, 3])))
         return self.rng.choice(ATTRIBUTES[self.split])
 
     def noise(self, most: int) -> str:
@@ -238,9 +238,34 @@ class Pool:
         marks = "".join(self.rng.choices("!#$%&*+-.:;<=>?@^_|~,", k=self.rng.randint(1, 2)))
         return self.rng.choice([f" {marks} ", f"{marks} ", f" {marks}", marks])
 
+    def connector(self) -> str:
+        mark, r = self.separator(), self.rng.random()
+        if r < 0.4:
+            return mark
+        if r < 0.6:
+            return f" {self.noise(3)} "
+        return f"{mark.rstrip()} {self.noise(2)} " if r < 0.8 else f" {self.noise(2)}{mark}"
+
+    def shape(self, parts: list[str]) -> str:
+        """A sentence of no known form: the parts in any order, with anything between."""
+        body = parts[0]
+        for part in parts[1:]:
+            body += self.connector() + part
+        return body
+
+    def core(self, what: str) -> str:
+        """A known form or, where the reader can still tell what is meant, any form."""
+        parts = {"statement": ["{a}", "{k}"], "question": ["{a}", "{k}"], "code": ["{k}", "{x}"], "variable": ["{k}", "{x}"]}.get(what)
+        if not parts or self.rng.random() < 0.6:
+            return self.rng.choice(TRAIN[what][1])
+        self.rng.shuffle(parts)
+        if what == "statement":
+            parts.insert(2 if self.rng.random() < 0.85 else 1, "{v}")
+        return self.shape(parts)
+
     def compose(self, what: str) -> str:
-        leads, cores, tails = TRAIN[what]
-        text = self.lead(leads) + self.rng.choice(cores) + self.tail(tails)
+        leads, _, tails = TRAIN[what]
+        text = self.lead(leads) + self.core(what) + self.tail(tails)
         while "{x}" in text:
             text = text.replace("{x}", self.noise(1), 1)
         return text
