@@ -115,7 +115,7 @@ def init_attention_backends(result: None, self) -> None:
         return
     bound = runtime.bind(self, StsConfig.parse(os.environ[ENV]))
     self.sts_exporter = Exporter(
-        bound.counters,
+        bound.state.counts,
         enable_metrics=self.server_args.enable_metrics,
         interval=self.server_args.decode_log_interval,
     )

@@ -1,72 +1,162 @@
-"""Fresh importance: what the draft's latest rows say about each running request's context.
+"""The tensors of a round: rows carried between rounds, importance, and the lists verify attends to.
 
-A round has these rows per request: the *carried* row (the last accepted token's, from the previous
-draft-extend or the prefill; it stands for verify row 0) and one row per draft decode step and
-branch. The last draft token never runs through the draft, so it has no row; rows are pooled per
-request because tree nodes cannot be matched to the branches that ran.
+A round has these draft rows per request: the *carried* row (the last accepted token's, from the
+previous draft-extend or the prefill; it stands for verify row 0) and one row per draft decode step and
+branch. The last draft token never runs through the draft, so it has no row; rows are pooled per request
+because tree nodes cannot be matched to the branches that ran.
+
+What is carried is the row's *query*, not its scores: the next round scores it in the read of the keys
+that its first draft step makes anyway, and no per-token state outlives a round. Everything is static,
+keyed by req_pool_idx or by batch column, and read and written on the device, so that CUDA graphs can
+record it. Request slot 0 is SGLang's padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 
-from sts_sglang.headmap import SHIFT
+from sts_kernels import Members
+from sts_sglang.config import StsConfig
+from sts_sglang.headmap import HeadMap
+
+ALIGN = 64  # columns of a request start at multiples of the kernels' block of keys
 
 
-class ImportanceRows:
-    """Rows of the running requests, keyed by req_pool_idx. Each row is float32 [channels, draft keys].
+class Selection(NamedTuple):
+    """What the requests of a verify batch attend to."""
 
-    Batches change between the draft-extend that writes the carried row and the verify that reads it,
-    so a carried row also says for which committed length it was made: a row of another length is a
-    leftover of an earlier owner of the request slot and is not used.
+    kv_start: torch.Tensor  # int64 [bs, channels]
+    kv_count: torch.Tensor  # int32 [bs, channels], -1: the whole context
+
+
+class RoundState:
+    """Static buffers of one draft-target pair, and the device-side rules that fill them.
+
+    Args:
+        config, head_map: what to keep, and the channels.
+        requests: request slots (rows of req_to_token).
+        columns: context tokens of a batch that can be scored; a request that does not fit attends whole.
+        draft_heads, draft_dim: query heads and head size of the draft.
+        dtype, device: of the draft's queries.
+        importance_dtype: float32 for the torch ops, float16 for the kernels.
     """
 
-    def __init__(self, pool_rows: str, pool_heads: str):
-        self.pool_rows = pool_rows
-        self.pool_heads = pool_heads
-        self._carried: dict[int, torch.Tensor] = {}
-        self._steps: dict[int, dict[Hashable, torch.Tensor]] = {}
+    def __init__(
+        self,
+        config: StsConfig,
+        head_map: HeadMap,
+        requests: int,
+        columns: int,
+        draft_heads: int,
+        draft_dim: int,
+        dtype: torch.dtype,
+        device: str,
+        importance_dtype: torch.dtype = torch.float32,
+    ):
+        self.config = config
+        channels = len(head_map.channels)
+        self.members = members_by_layer(head_map, device)
+        self.carried_q = {
+            layer: torch.zeros(requests, draft_heads, draft_dim, dtype=dtype, device=device)
+            for layer in self.members
+        }
+        self.carried_len = torch.zeros(requests, dtype=torch.int64, device=device)
+        self.keeps = torch.full((requests,), torch.nan, dtype=torch.float64, device=device)
+        columns = -(-columns // ALIGN) * ALIGN
+        self.importance = torch.zeros(channels, columns, dtype=importance_dtype, device=device)
+        # A list holds the configured share of its context; a request that asks for more and does not
+        # find the room attends whole, which is what it nearly asked for.
+        share = config.keep if config.policy == "ratio" else 0.1
+        lists = channels * int(columns * min(1.0, 1.25 * share) + 4 * max(config.budget, 1024))
+        self.kv_indices = torch.zeros(lists, dtype=torch.int32, device=device)
+        # sparse verifies, dense verifies, context tokens attended to, context tokens there
+        self.counts = torch.zeros(4, dtype=torch.int64, device=device)
 
-    def start_round(self) -> None:
-        """Forget the step rows of the previous round."""
-        self._steps.clear()
+    def carry(self, layer: int, reqs: torch.Tensor, q: torch.Tensor, committed: torch.Tensor) -> None:
+        """Keep the rows [bs, H_q, D] of a draft layer, made for the committed lengths [bs]."""
+        if layer in self.carried_q:
+            self.carried_q[layer][reqs] = q
+            self.carried_len[reqs] = committed
 
-    def start_carried(self, req: int) -> None:
-        """Forget the carried row of a request whose next one is about to be captured."""
-        self._carried.pop(req, None)
+    def columns(self, seq_lens: torch.Tensor) -> torch.Tensor:
+        """int64 [bs] first column of each request, -1 where its context does not fit."""
+        wide = (seq_lens + ALIGN - 1) // ALIGN * ALIGN
+        ends = wide.cumsum(0)
+        return torch.where(ends <= self.importance.shape[1], ends - wide, -1)
 
-    def add_carried(self, req: int, partial: torch.Tensor) -> None:
-        """Combine one draft layer's part of the carried row."""
-        self._carried[req] = self._combine(self._carried.get(req), partial)
+    def select(self, ops, reqs, seq_lens: torch.Tensor, table: torch.Tensor) -> Selection:
+        """Write the lists of a verify batch; requests whose importance is not known attend whole."""
+        config, columns = self.config, self.columns(seq_lens)
+        known = (self.carried_len[reqs] == seq_lens) & (columns >= 0)
+        keeps = self.keeps[reqs]
+        budgets = config.budget_tokens(seq_lens, keeps)
+        channels = self.importance.shape[0]
+        sizes = torch.where(known & (budgets < seq_lens), budgets * channels, 0)
+        ends = sizes.cumsum(0)
+        known &= ends <= self.kv_indices.numel()
+        listed = known & (sizes > 0)
+        kv_start = (ends - sizes)[:, None] + torch.arange(channels, device=ends.device) * budgets[:, None]
+        kv_count = torch.where(listed, budgets, -1)[:, None].expand(-1, channels).to(torch.int32).contiguous()
+        top_p = None
+        if config.policy == "top_p":
+            top_p = torch.where(keeps.isnan(), config.top_p, torch.inf).float()
+        ops.select_tokens(
+            self.importance,
+            columns,
+            seq_lens,
+            budgets,
+            config.sink,
+            config.recent,
+            table,
+            reqs,
+            self.kv_indices,
+            kv_start,
+            kv_count,
+            top_p,
+        )
+        real = reqs > 0
+        self.counts[0] += (known & real).sum()
+        self.counts[1] += (~known & real).sum()
+        return Selection(kv_start, kv_count)
 
-    def add_step(self, req: int, row: Hashable, partial: torch.Tensor) -> None:
-        """Combine one draft layer's part of a decode row; `row` tells step and branch."""
-        rows = self._steps.setdefault(req, {})
-        rows[row] = self._combine(rows.get(row), partial)
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by purpose."""
+        carried = [*self.carried_q.values(), self.carried_len, self.keeps]
+        return {
+            "importance": self.importance.nbytes,
+            "kv_indices": self.kv_indices.nbytes,
+            "carried_rows": sum(t.nbytes for t in carried),
+        }
 
-    def context(self, req: int, length: int) -> torch.Tensor | None:
-        """Importance of the `length` committed tokens, float32 [channels, length], NaN = unknown.
 
-        None when the request has no carried row for this length: then nothing is known about it.
-        Position 0 has no draft score (SHIFT); the token at position `length` is the tail's.
-        """
-        carried = self._carried.get(req)
-        if carried is None or carried.shape[1] != length:
-            return None
-        rows = [row[:, : length - SHIFT] for row in (carried, *self._steps.get(req, {}).values())]
-        stacked = torch.stack(rows)
-        pooled = stacked.amax(0) if self.pool_rows == "max" else stacked.mean(0)
-        unknown = pooled.new_full((pooled.shape[0], SHIFT), torch.nan)
-        return torch.cat([unknown, pooled], dim=1)
+def members_by_layer(head_map: HeadMap, device: str) -> dict[int, Members]:
+    """For every draft layer that speaks, the channels it feeds.
 
-    def nbytes(self) -> int:
-        """Bytes held now."""
-        steps = (row for rows in self._steps.values() for row in rows.values())
-        return sum(t.numel() * t.element_size() for t in (*self._carried.values(), *steps))
+    Layers run in order, so the lowest layer of a channel is the first to feed it.
+    """
+    fed: dict[int, list[tuple[int, list[int]]]] = {}
+    for channel, sources in enumerate(head_map.channels):
+        for layer in sorted({layer for layer, _ in sources}):
+            heads = [head for source, head in sources if source == layer]
+            fed.setdefault(layer, []).append((channel, heads))
+    first = [min(layer for layer, _ in sources) for sources in head_map.channels]
+    members = {}
+    for layer, entries in sorted(fed.items()):
+        most = max(len(heads) for _, heads in entries)
+        channels = [channel for channel, _ in entries]
+        members[layer] = Members(
+            channels=torch.tensor(channels, dtype=torch.int32, device=device),
+            heads=torch.tensor(
+                [heads + [-1] * (most - len(heads)) for _, heads in entries], dtype=torch.int32, device=device
+            ),
+            scale=torch.tensor([1 / len(head_map.channels[c]) for c in channels], device=device),
+            fresh=torch.tensor([first[c] == layer for c in channels], device=device),
+        )
+    return members
 
-    def _combine(self, row: torch.Tensor | None, partial: torch.Tensor) -> torch.Tensor:
-        if row is None:
-            return partial
-        return torch.maximum(row, partial) if self.pool_heads == "max" else row + partial
+
+NO_MEMBERS = Members(
+    torch.empty(0, dtype=torch.int32), torch.empty(0, 1, dtype=torch.int32), torch.empty(0), torch.empty(0)
+)

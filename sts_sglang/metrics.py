@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass
 
+import torch
+
 logger = logging.getLogger(__name__)
 
 
@@ -34,11 +36,21 @@ _HELP = {
 }
 
 
-class Exporter:
-    """Publishes Counters after each round: Prometheus when asked for, a log line every `interval` rounds."""
+def read_counters(counts: torch.Tensor) -> dict[str, float]:
+    """The device's totals (RoundState.counts) by name; waits for the device."""
+    return Counters(*counts.tolist()).as_dict()
 
-    def __init__(self, counters: Counters, enable_metrics: bool, interval: int):
-        self._counters = counters
+
+class Exporter:
+    """Publishes the device's totals: Prometheus when asked for, a log line every `interval` rounds.
+
+    The hot loop never waits for the device: totals are copied to pinned memory and read one round later.
+    """
+
+    def __init__(self, counts: torch.Tensor, enable_metrics: bool, interval: int):
+        self._counts = counts
+        self._cpu = torch.zeros_like(counts, device="cpu", pin_memory=counts.is_cuda)
+        self._counters = Counters()
         self._interval = interval
         self._rounds = 0
         self._published = Counters()
@@ -48,6 +60,10 @@ class Exporter:
     def on_round(self) -> None:
         """Called once a verify round, after its results are on the CPU."""
         self._rounds += 1
+        self._counters = Counters(*self._cpu.tolist())  # of the round before on a GPU
+        self._cpu.copy_(self._counts, non_blocking=True)
+        if not self._counts.is_cuda:
+            self._counters = Counters(*self._cpu.tolist())
         if self._prometheus:
             self._publish()
         if self._rounds % self._interval == 0:

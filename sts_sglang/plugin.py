@@ -64,6 +64,7 @@ def _create_backend(model_runner):
         from sts_sglang.backends.draft import DraftExtendBackend
 
         return DraftExtendBackend(model_runner)
+    from sts_sglang.backends.reference import TorchBackend
     from sts_sglang.backends.target import StsTargetBackend
 
-    return StsTargetBackend(model_runner)
+    return StsTargetBackend(model_runner, TorchBackend(model_runner))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from sts_kernels import ops
 from sts_sglang import compat, headmap
 from sts_sglang.config import ConfigError, StsConfig, request_keep
-from sts_sglang.importance import ImportanceRows
-from sts_sglang.metrics import Counters
+from sts_sglang.importance import RoundState
+from sts_sglang.metrics import read_counters
 
 if TYPE_CHECKING:
     from sts_sglang.headmap import HeadCounts, HeadMap
@@ -21,10 +22,31 @@ logger = logging.getLogger(__name__)
 _current: StsRuntime | None = None
 
 
-class StsRuntime:
-    """Configuration, head map, fresh importance, per-request keeps and counters."""
+class DraftShape(NamedTuple):
+    """What the round's state needs to know of the draft."""
 
-    def __init__(self, config: StsConfig, target: HeadCounts, draft: HeadCounts, device: str):
+    num_steps: int
+    topk: int
+    head_dim: int
+    requests: int  # request slots, the padding slot included
+    columns: int  # context tokens of a batch to score
+    pool: Any  # KV pool of the draft
+    dtype: torch.dtype
+
+
+class StsRuntime:
+    """Configuration, head map, the round's state and the ops that work on it.
+
+    Args:
+        config: validated configuration.
+        target, draft: attention shapes of the two models.
+        shape: of the draft pass (steps, branches, head size and scaling, pools).
+        device: where the state lives.
+    """
+
+    def __init__(
+        self, config: StsConfig, target: HeadCounts, draft: HeadCounts, shape: DraftShape, device: str
+    ):
         config.check_layers(target.layers)
         self.config = config
         self.device = device
@@ -33,39 +55,48 @@ class StsRuntime:
             if config.head_map
             else headmap.proportional(target, draft)
         )
-        self.rows = ImportanceRows(config.pool_rows, config.pool_heads)
-        self.request_keep: dict[int, float] = {}
-        self.counters = Counters()
+        _check_pools(config, self.head_map)
+        self.kernel = "torch"  # the only choice that validate.KERNELS lets through
+        self.ops = ops(self.kernel)
+        self.num_steps = shape.num_steps
+        self.rows_per_round = 1 + (shape.num_steps - 1) * shape.topk
+        self.draft_pool = shape.pool
+        self.draft_scaling = shape.head_dim**-0.5
+        self.state = RoundState(
+            config,
+            self.head_map,
+            shape.requests,
+            shape.columns,
+            draft.q_heads,
+            shape.head_dim,
+            shape.dtype,
+            device,
+        )
         self.graphs: dict[str, bool] = {}
         self._head_channels = [
-            torch.tensor(self.head_map.head_channels(layer), device=device) for layer in range(target.layers)
+            torch.tensor(self.head_map.head_channels(layer), dtype=torch.int32, device=device)
+            for layer in range(target.layers)
         ]
-        self._weights: dict[int, torch.Tensor] = {}
 
     def head_channels(self, target_layer: int) -> torch.Tensor:
-        """int64 [H_kv], the channel each KV head of a target layer selects by."""
+        """int32 [H_kv], the channel each KV head of a target layer selects by."""
         return self._head_channels[target_layer]
-
-    def channel_weights(self, draft_layer: int, q_heads: int) -> torch.Tensor:
-        """float32 [channels, H_q] of a draft layer (see HeadMap.channel_weights)."""
-        if draft_layer not in self._weights:
-            weights = self.head_map.channel_weights(draft_layer, q_heads)
-            self._weights[draft_layer] = weights.to(self.device)
-        return self._weights[draft_layer]
 
     def admit(self, reqs: list[Any]) -> None:
         """Note the keep each request of a prefill batch asks for; its slot may have had another owner."""
+        keeps = []
         for req in reqs:
-            self.request_keep.pop(req.req_pool_idx, None)
             try:
                 keep = request_keep(req.sampling_params.custom_params)
             except ConfigError as error:
                 # The tokenizer manager answers 400 to these; one that comes by another road must not
                 # take the scheduler down.
                 logger.warning("STS: request %s served with the server's keep: %s", req.rid, error)
-                continue
-            if keep is not None:
-                self.request_keep[req.req_pool_idx] = keep
+                keep = None
+            keeps.append(torch.nan if keep is None else keep)
+        slots = torch.tensor([req.req_pool_idx for req in reqs], dtype=torch.int64)
+        values = torch.tensor(keeps, dtype=torch.float64)
+        self.state.keeps[slots.to(self.device, non_blocking=True)] = values.to(self.device, non_blocking=True)
 
     def describe(self) -> dict[str, Any]:
         """The start-up line as data, with the counters so far; also in /get_server_info."""
@@ -75,12 +106,11 @@ class StsRuntime:
             "head_map": self.head_map.origin,
             "channels": channels,
             "device": self.device,
-            "kernel": "torch",
+            "kernel": self.kernel,
             "graphs": self.graphs or "none",
-            # float32 rows; a request holds one between rounds and one more per draft step in a round
-            "importance_bytes_per_token_and_row": 4 * channels,
-            "importance_bytes": self.rows.nbytes(),
-            "counters": self.counters.as_dict(),
+            "columns": self.state.importance.shape[1],
+            "memory_bytes": self.state.nbytes(),
+            "counters": read_counters(self.state.counts),
         }
 
 
@@ -112,7 +142,11 @@ def bind(worker: Any, config: StsConfig) -> StsRuntime:
                 "use --attention-backend sts and no other attention backend flag"
             )
     runtime = StsRuntime(
-        config, _head_counts(parts.target_runner), _head_counts(parts.draft_runner), str(target.device)
+        config,
+        _head_counts(parts.target_runner),
+        _head_counts(parts.draft_runner),
+        _draft_shape(worker, parts),
+        str(target.device),
     )
     compat.use_qlen_tree_mask(worker)
     target.runtime = parts.extend_backend.runtime = runtime
@@ -136,3 +170,28 @@ def _head_counts(model_runner: Any) -> HeadCounts:
         q_heads=config.num_attention_heads,
         kv_heads=config.get_total_num_kv_heads(),
     )
+
+
+def _draft_shape(worker: Any, parts: compat.SpecParts) -> DraftShape:
+    runner = parts.draft_runner
+    table, pool = runner.req_to_token_pool.req_to_token, runner.token_to_kv_pool
+    batches = min(table.shape[0], worker.server_args.max_running_requests or table.shape[0])
+    return DraftShape(
+        num_steps=worker.speculative_num_steps,
+        topk=worker.topk,
+        head_dim=runner.model_config.head_dim,
+        requests=table.shape[0],
+        # Requests that share a prefix each score it: twice the pool, or all they can have at all.
+        columns=min(2 * pool.size, batches * runner.model_config.context_len),
+        pool=pool,
+        dtype=runner.dtype,
+    )
+
+
+def _check_pools(config: StsConfig, head_map: HeadMap) -> None:
+    joined = any(len({layer for layer, _ in sources}) > 1 for sources in head_map.channels)
+    if joined and config.pool_heads != config.pool_rows:
+        raise ConfigError(
+            f"sts_config.pool_heads: {config.pool_heads!r} with pool_rows {config.pool_rows!r} and a map "
+            "that joins heads of several draft layers; allowed: the same pool for both"
+        )

@@ -1,12 +1,17 @@
-"""Seeds, NaN-poisoned allocations, and the `gpu` marker."""
+"""Seeds, NaN-poisoned allocations, the `gpu` marker, and Triton without a GPU."""
 
 from __future__ import annotations
 
 import functools
+import os
 import random
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Read when a kernel is decorated, so before anything imports triton: kernels then run as numpy.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -28,6 +28,7 @@ class Server(LocalServer):
             "SGLANG_PLATFORM": "sts_cpu",
             "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
             "HF_HUB_OFFLINE": "1",
+            "TRITON_INTERPRET": "0",  # the tests' own processes interpret kernels, servers do not
             "OMP_NUM_THREADS": "1",  # tiny models: threads that spin cost more than they bring
             **(env or {}),
         }

@@ -9,11 +9,11 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sts_sglang.backends.draft import DraftExtendBackend, DraftMultiStepBackend
-from sts_sglang.backends.reference import tail_masks
+from sts_sglang.backends.reference import TorchBackend, tail_masks
 from sts_sglang.backends.target import StsTargetBackend
 from sts_sglang.config import StsConfig
 from sts_sglang.headmap import HeadCounts
-from sts_sglang.runtime import StsRuntime
+from sts_sglang.runtime import DraftShape, StsRuntime
 
 DIM, LAYERS, Q_HEADS, KV_HEADS, TOKENS = 16, 2, 4, 2, 4
 CONTEXT = 40
@@ -50,16 +50,18 @@ class Rig:
         runner = SimpleNamespace(
             device="cpu",
             req_to_token_pool=SimpleNamespace(req_to_token=table),
-            model_config=SimpleNamespace(context_len=100, num_hidden_layers=LAYERS),
+            model_config=SimpleNamespace(context_len=100),
         )
         draft = SimpleNamespace(**{**vars(runner), "token_to_kv_pool": self.draft_pool})
         target = SimpleNamespace(**{**vars(runner), "token_to_kv_pool": self.target_pool})
         self.extend = DraftExtendBackend(draft)
         self.steps = DraftMultiStepBackend(draft, topk, num_steps)
-        self.target = StsTargetBackend(target)
-        self.runtime = StsRuntime(StsConfig(**config), COUNTS, COUNTS, "cpu")
+        self.target = StsTargetBackend(target, TorchBackend(target))
+        shape = DraftShape(num_steps, topk, DIM, 8, 256, self.draft_pool, torch.float32)
+        self.runtime = StsRuntime(StsConfig(**config), COUNTS, COUNTS, shape, "cpu")
         self.target.runtime = self.extend.runtime = self.runtime
         self.steps.bind(self.runtime)
+        self.topk = topk
 
     def layer(self, i: int) -> SimpleNamespace:
         return SimpleNamespace(
@@ -88,31 +90,41 @@ class Rig:
             length + TOKENS,
             extend_prefix_lens=torch.tensor([length]),
             extend_seq_lens=torch.tensor([TOKENS]),
-            spec_info=SimpleNamespace(num_accept_tokens=torch.tensor([accepted])),
+            spec_info=SimpleNamespace(num_accept_tokens=torch.tensor([accepted]), num_tokens_per_req=TOKENS),
         )
         self.extend.init_forward_metadata(fb)
         for i in range(LAYERS):
             self.extend.forward_extend(q, None, None, self.layer(i), fb)
 
-    def plan(self, length: int):
-        """The verify plan at a committed length, as positions per channel."""
-        fb = self.batch(
-            ForwardMode.TARGET_VERIFY,
-            length,
-            spec_info=SimpleNamespace(draft_token_num=TOKENS, custom_mask=None),
-        )
-        self.target.init_forward_metadata(fb)
+    def draft_steps(self, length: int, queries: dict[int, torch.Tensor]) -> None:
+        """The decode steps of a round; a step without a query in `queries` attends evenly."""
+        fb = self.batch(ForwardMode.DECODE, length)
+        self.steps.init_forward_metadata(fb)
+        even = torch.zeros(self.topk, Q_HEADS * DIM)
+        for i, backend in enumerate(self.steps.attn_backends):
+            for layer in range(LAYERS):
+                backend.forward_decode(queries.get(i, even), None, None, self.layer(layer), fb)
+
+    def verify_batch(self, length: int) -> SimpleNamespace:
+        spec_info = SimpleNamespace(draft_token_num=TOKENS, custom_mask=None, topk=1)
+        return self.batch(ForwardMode.TARGET_VERIFY, length, spec_info=spec_info)
+
+    def plan(self, length: int) -> list[list[int]]:
+        """What verify attends to at a committed length, as sorted positions per channel."""
+        self.target.init_forward_metadata(self.verify_batch(length))
         position = {int(slot): p for p, slot in enumerate(self.slots)}
-        plan = self.target.plan
-        bounds = plan.kv_indptr.tolist()
-        return [
-            [position[int(s)] for s in plan.kv_indices[a:b]]
-            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-        ]
+        chosen = []
+        for start, count in zip(*(t[0].tolist() for t in self.target._selection), strict=True):
+            slots = self.slots[:length] if count < 0 else self.runtime.state.kv_indices[start : start + count]
+            chosen.append(sorted(position[int(s)] for s in slots))
+        return chosen
+
+    def dense_verifies(self) -> int:
+        return int(self.runtime.state.counts[1])
 
 
 def needle_query(rig: Rig, draft_index: int, rows: int, row: int) -> torch.Tensor:
-    """[rows, H_q, D] queries of which `row` attends to one draft key in every layer and head."""
+    """[rows, H_q * D] queries of which `row` attends to one draft key in every layer and head."""
     key = torch.zeros(DIM)
     key[0] = 40.0
     rig.draft_pool.k[:, rig.slots[draft_index]] = key
@@ -124,24 +136,27 @@ def needle_query(rig: Rig, draft_index: int, rows: int, row: int) -> torch.Tenso
 CONFIG = {"policy": "fixed", "budget": 7, "sink": 2, "recent": 4}  # forced + 1
 
 
+@pytest.mark.parametrize("num_steps", [1, 3])
 @pytest.mark.parametrize("accepted", [1, 3, TOKENS])
-def test_needle_at_every_position_is_selected_off_by_none(accepted):
+def test_needle_at_every_position_is_selected_off_by_none(accepted, num_steps):
     length = CONTEXT + accepted  # committed after the verify round that the draft-extend follows
     for position in range(1, length):
-        rig = Rig(CONFIG)
+        rig = Rig(CONFIG, num_steps=num_steps)
         # Draft index p holds token p + 1, so the key of target position p is at draft index p - 1.
         rig.draft_extend(CONTEXT, accepted, needle_query(rig, position - 1, TOKENS, accepted - 1))
+        rig.draft_steps(length, {})
         forced = {0, 1, *range(length - 4, length)}
         for chosen in rig.plan(length):
             assert position in chosen
             assert len(chosen) == 7
-            free = set(chosen) - forced
-            assert free == ({position} if position not in forced else free)
+            if position not in forced:
+                assert set(chosen) - forced == {position}
 
 
 def test_position_zero_is_always_there():
     rig = Rig(CONFIG)
     rig.draft_extend(CONTEXT, 1, torch.randn(TOKENS, Q_HEADS * DIM))
+    rig.draft_steps(CONTEXT + 1, {})
     assert all(0 in chosen for chosen in rig.plan(CONTEXT + 1))
 
 
@@ -150,25 +165,15 @@ def test_position_zero_is_always_there():
 def test_needle_of_a_draft_step_is_pooled_in(topk, step):
     rig = Rig(CONFIG, topk=topk)
     rig.draft_extend(CONTEXT - 1, 1, torch.zeros(TOKENS, Q_HEADS * DIM))
-    fb = rig.batch(ForwardMode.DECODE, CONTEXT)
-    rig.steps.init_forward_metadata(fb)
-    q = needle_query(rig, 20 - 1, topk, topk - 1)
-    for i, backend in enumerate(rig.steps.attn_backends):
-        for layer in range(LAYERS):
-            rows = q if i == step else torch.zeros_like(q)
-            backend.forward_decode(rows, None, None, rig.layer(layer), fb)
+    rig.draft_steps(CONTEXT, {step: needle_query(rig, 20 - 1, topk, topk - 1)})
     assert all(20 in chosen for chosen in rig.plan(CONTEXT))
 
 
 def test_step_rows_last_one_round():
     rig = Rig(CONFIG)
     rig.draft_extend(CONTEXT - 1, 1, torch.zeros(TOKENS, Q_HEADS * DIM))
-    fb = rig.batch(ForwardMode.DECODE, CONTEXT)
-    rig.steps.init_forward_metadata(fb)
-    q = needle_query(rig, 20 - 1, 1, 0)
-    for layer in range(LAYERS):
-        rig.steps.attn_backends[0].forward_decode(q, None, None, rig.layer(layer), fb)
-    rig.steps.init_forward_metadata(fb)
+    rig.draft_steps(CONTEXT, {0: needle_query(rig, 20 - 1, 1, 0)})
+    rig.draft_steps(CONTEXT, {})
     assert all(20 not in chosen for chosen in rig.plan(CONTEXT))
 
 
@@ -176,17 +181,31 @@ def test_a_row_of_another_length_is_not_used():
     """A request slot's leftover: the whole context is attended to, and counted as dense."""
     rig = Rig(CONFIG)
     rig.draft_extend(CONTEXT, 2, torch.randn(TOKENS, Q_HEADS * DIM))
-    assert all(chosen == list(range(CONTEXT + 3)) for chosen in rig.plan(CONTEXT + 3))
-    assert rig.target.plan.unknown == 1
-    rig.plan(CONTEXT - 3)
-    assert rig.target.plan.unknown == 1
-    rig.plan(CONTEXT + 2)
-    assert rig.target.plan.unknown == 0
+    for other in (CONTEXT + 3, CONTEXT - 3):
+        rig.draft_steps(other, {})
+        assert all(chosen == list(range(other)) for chosen in rig.plan(other))
+    assert rig.dense_verifies() == 2
+    rig.draft_steps(CONTEXT + 2, {})
+    assert {len(chosen) for chosen in rig.plan(CONTEXT + 2)} == {7}
+    assert rig.dense_verifies() == 2
+
+
+def test_what_does_not_fit_the_buffers_attends_whole():
+    for columns, lists in ((32, None), (256, 20)):
+        rig = Rig(CONFIG)
+        state = rig.runtime.state
+        state.importance = state.importance[:, :columns]
+        state.kv_indices = state.kv_indices[:lists]
+        rig.draft_extend(CONTEXT, 1, torch.randn(TOKENS, Q_HEADS * DIM))
+        rig.draft_steps(CONTEXT + 1, {})
+        assert all(chosen == list(range(CONTEXT + 1)) for chosen in rig.plan(CONTEXT + 1))
+        assert rig.dense_verifies() == 1
 
 
 def test_request_keep_overrides_the_policy_and_ends_with_its_request():
     rig = Rig(CONFIG)
     rig.draft_extend(CONTEXT, 1, torch.randn(TOKENS, Q_HEADS * DIM))
+    rig.draft_steps(CONTEXT + 1, {})
     request = SimpleNamespace(
         rid="r",
         req_pool_idx=Rig.REQ,
@@ -200,22 +219,26 @@ def test_request_keep_overrides_the_policy_and_ends_with_its_request():
 
 
 def test_top_p_takes_fewer_tokens_when_attention_is_peaked():
-    peaked, flat = (
-        Rig({"policy": "top_p", "top_p": 0.9, "budget": 30, "sink": 2, "recent": 4}) for _ in range(2)
-    )
-    peaked.draft_extend(CONTEXT, 1, needle_query(peaked, 19, TOKENS, 0))
-    flat.draft_extend(CONTEXT, 1, torch.zeros(TOKENS, Q_HEADS * DIM))
-    assert {len(chosen) for chosen in peaked.plan(CONTEXT + 1)} == {7}
-    assert {len(chosen) for chosen in flat.plan(CONTEXT + 1)} == {30}
+    found = []
+    for position in (None, 19):
+        rig = Rig({"policy": "top_p", "top_p": 0.9, "budget": 30, "sink": 2, "recent": 4}, num_steps=1)
+        q = torch.zeros(TOKENS, Q_HEADS * DIM)
+        if position is not None:
+            q = needle_query(rig, position, TOKENS, 0)
+        rig.draft_extend(CONTEXT, 1, q)
+        found.append({len(chosen) for chosen in rig.plan(CONTEXT + 1)})
+    assert found == [{30}, {7}]
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
 def test_verify_attends_to_the_selection_and_counts_it(layer):
     rig = Rig(CONFIG)
     rig.draft_extend(CONTEXT, 1, torch.randn(TOKENS, Q_HEADS * DIM))
+    rig.draft_steps(CONTEXT + 1, {})
     chosen = rig.plan(CONTEXT + 1)
     q = torch.randn(TOKENS, Q_HEADS * DIM)
-    out = rig.target.forward_extend(q, None, None, rig.layer(layer), None).view(TOKENS, Q_HEADS, DIM)
+    fb = rig.verify_batch(CONTEXT + 1)
+    out = rig.target.forward_extend(q, None, None, rig.layer(layer), fb).view(TOKENS, Q_HEADS, DIM)
     for head in range(Q_HEADS):
         kv = head // (Q_HEADS // KV_HEADS)
         channel = rig.runtime.head_map.head_channels(layer)[kv]
@@ -225,25 +248,37 @@ def test_verify_attends_to_the_selection_and_counts_it(layer):
             values = rig.target_pool.v[layer, rig.slots[positions], kv].double()
             weights = (keys @ q.view(TOKENS, Q_HEADS, DIM)[row, head].double() * DIM**-0.5).softmax(0)
             torch.testing.assert_close(out[row, head].double(), weights @ values, rtol=1e-5, atol=1e-5)
-    counters = rig.runtime.counters
-    assert counters.selected_tokens == 7 * KV_HEADS
-    assert counters.available_tokens == (CONTEXT + 1) * KV_HEADS
-    assert counters.sparse_verifies == (1 if layer == LAYERS - 1 else 0)
+    assert rig.runtime.state.counts.tolist() == [1, 0, 7 * KV_HEADS, (CONTEXT + 1) * KV_HEADS]
+
+
+def test_draft_steps_attend_to_their_own_branch():
+    """Each branch sees the committed tokens and its own scratch slots, nobody else's."""
+    topk, num_steps, step = 2, 3, 1
+    rig = Rig(CONFIG, topk=topk, num_steps=num_steps)
+    q = torch.randn(topk, Q_HEADS * DIM)
+    fb = rig.batch(ForwardMode.DECODE, CONTEXT)
+    rig.steps.init_forward_metadata(fb)
+    out = rig.steps.attn_backends[step].forward_decode(q, None, None, rig.layer(0), fb)
+    for branch in range(topk):
+        scratch = CONTEXT + branch * num_steps
+        positions = [*range(CONTEXT), *range(scratch, scratch + step + 1)]
+        for head in range(Q_HEADS):
+            keys = rig.draft_pool.k[0, rig.slots[positions], head // 2].double()
+            values = rig.draft_pool.v[0, rig.slots[positions], head // 2].double()
+            weights = (keys @ q.view(topk, Q_HEADS, DIM)[branch, head].double() * DIM**-0.5).softmax(0)
+            found = out.view(topk, Q_HEADS, DIM)[branch, head].double()
+            torch.testing.assert_close(found, weights @ values, rtol=1e-5, atol=1e-5)
 
 
 def test_both_tree_mask_layouts_give_the_same_tail():
     lengths, tokens = [5, 9], 3
     tails = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]]).bool()
-    full = torch.cat(
-        [
-            torch.cat([torch.ones(tokens, n).bool(), t], 1).flatten()
-            for n, t in zip(lengths, tails, strict=True)
-        ]
-    )
+    rows = [torch.cat([torch.ones(tokens, n).bool(), t], 1) for n, t in zip(lengths, tails, strict=True)]
+    full = torch.cat([r.flatten() for r in rows])
     spare = torch.ones(50, dtype=torch.bool)  # CUDA preallocates more than a batch needs
     for mask in (tails.flatten(), full, torch.cat([full, spare])):
         fb = SimpleNamespace(
-            spec_info=SimpleNamespace(draft_token_num=tokens, custom_mask=mask),
+            spec_info=SimpleNamespace(draft_token_num=tokens, custom_mask=mask, topk=2),
             batch_size=2,
             seq_lens=torch.tensor(lengths),
         )

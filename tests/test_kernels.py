@@ -1,338 +1,484 @@
-"""The torch ops of sts_kernels against their definitions, written out in float64."""
+"""The ops of sts_kernels, both implementations, against their definitions written out in float64.
+
+The Triton kernels run in Triton's interpreter where there is no GPU (see conftest.py).
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from sts_kernels import row_importance, select_tokens, sparse_verify_attention
 
+from sts_kernels import IMPORTANCE_SCALE, Members, ops
 from tests.tolerances import assert_close
 
-KV_HEADS = 2
-HEAD_DIM = 16
-LENGTHS = [13, 1, 0, 70]  # ragged, one token, nothing
+KERNELS = ["torch", "triton"]
 GROUPS = [1, 2, 4, 8]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LENGTHS = [13, 1, 70, 130]  # below every budget, one token, over one block of keys, over two
+KV_HEADS, DIM, TOKENS = 2, 16, 4
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def indptr(lengths: list[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+@dataclass
+class Batch:
+    """Requests with permuted slots; pools are NaN wherever an op has no business reading."""
+
+    lengths: list[int] = field(default_factory=lambda: list(LENGTHS))
+    group: int = 2
+    dtype: torch.dtype = torch.float32
+    tail: int = 16  # positions after the committed ones: draft tokens and scratch
+
+    def __post_init__(self) -> None:
+        requests, width = len(self.lengths) + 3, max([*self.lengths, 1]) + self.tail
+        order = torch.randperm(requests * width) + 1
+        self.table = order.view(requests, width).int()
+        self.reqs = torch.randperm(requests - 1)[: len(self.lengths)] + 1
+        self.seq_lens = torch.tensor(self.lengths, dtype=torch.int64)
+        wide = (self.seq_lens + 63) // 64 * 64
+        self.ctx_start = wide.cumsum(0) - wide
+        self.columns = int(wide.sum()) + 64
+        self.k, self.v = (self._pool(2 * requests * width) for _ in range(2))
+
+    def _pool(self, slots: int) -> torch.Tensor:
+        pool = torch.full((slots, KV_HEADS, DIM), math.nan)
+        for req, length in zip(self.reqs.tolist(), self.lengths, strict=True):
+            used = self.table[req, : length + self.tail].long()
+            pool[used] = torch.randn(used.numel(), KV_HEADS, DIM)
+        return pool.to(self.dtype)
+
+    def queries(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, KV_HEADS * self.group, DIM).to(self.dtype)
+
+    def slots(self, b: int, positions) -> torch.Tensor:
+        return self.table[self.reqs[b], torch.tensor(positions, dtype=torch.int64)].long()
+
+    def probability(self, query: torch.Tensor, head: int, slots: torch.Tensor) -> torch.Tensor:
+        """float64 softmax of one query head over slots."""
+        keys = self.k[slots, head // self.group].double()
+        return (keys @ query[head].double() * DIM**-0.5).softmax(0)
+
+    def attend(self, query: torch.Tensor, head: int, slots: torch.Tensor) -> torch.Tensor:
+        return self.probability(query, head, slots) @ self.v[slots, head // self.group].double()
 
 
-def pool(slots: int, used: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
-    """A KV pool that is NaN wherever an op has no business reading."""
-    buffer = torch.full((slots, KV_HEADS, dim), math.nan, dtype=dtype)
-    buffer[used] = torch.randn(used.numel(), KV_HEADS, dim).to(dtype)
-    return buffer
+def skip_bf16_in_the_interpreter(kernel: str, dtype: torch.dtype) -> None:
+    if kernel == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter multiplies the bits of bfloat16, not their values")
 
 
-def importance_case(group: int, dtype: torch.dtype = torch.float32, lengths: list[int] = LENGTHS):
-    """Queries, key pool, ragged rows over permuted slots, and channels of one head, several, none."""
-    slots = torch.randperm(3 * sum(lengths) + 1)[: sum(lengths)]
-    heads = KV_HEADS * group
-    weights = torch.zeros(3, heads)
-    weights[0, heads - 1] = 1
-    weights[1] = torch.rand(heads) / heads
-    q = torch.randn(len(lengths), heads, HEAD_DIM).to(dtype)
-    k = pool(3 * sum(lengths) + 1, slots, HEAD_DIM, dtype)
-    return q, k, indptr(lengths), slots.int(), weights
+def on_device(args):
+    """The arguments of an op on the device under test."""
+    return [a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in args]
 
 
-def importance_by_definition(q, k, offsets, slots, weights, scale, pool_heads) -> torch.Tensor:
-    group = q.shape[1] // k.shape[1]
-    probs = torch.zeros(q.shape[1], len(slots), dtype=torch.float64)
-    for row, (start, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-        for head in range(q.shape[1]):
-            probs[head, start:end] = probability(q[row, head], k[:, head // group], slots[start:end], scale)
-    out = torch.zeros(len(weights), len(slots), dtype=torch.float64)
-    for channel, members in enumerate(weights.double()):
-        for i in range(len(slots)):
-            shares = [(w, p) for w, p in zip(members.tolist(), probs[:, i].tolist(), strict=True) if w > 0]
-            if shares and pool_heads == "max":
-                out[channel, i] = max(p for _, p in shares)
-            elif shares:
-                out[channel, i] = sum(w * p for w, p in shares)
-    return out
+# ---- draft attention
 
 
-def probability(query, keys, slots, scale) -> torch.Tensor:
-    logits = [float(query.double() @ keys[slot].double()) * scale for slot in slots.tolist()]
-    exps = [math.exp(logit - max(logits)) for logit in logits]
-    return torch.tensor([e / sum(exps) for e in exps], dtype=torch.float64)
-
-
-@pytest.mark.parametrize("pool_heads", ["max", "mean"])
-@pytest.mark.parametrize("group", GROUPS)
-def test_importance_is_the_pooled_probability(group: int, pool_heads: str) -> None:
-    case = importance_case(group, lengths=[7, 1, 0, 12])
-    actual = row_importance(*case, 0.3, pool_heads)
-    assert actual.dtype == torch.float32
-    assert_close(actual, importance_by_definition(*case, 0.3, pool_heads))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_importance_is_computed_in_float32(dtype: torch.dtype) -> None:
-    case = importance_case(2, dtype, lengths=[9, 4])
-    assert_close(row_importance(*case, 0.3), importance_by_definition(*case, 0.3, "max"))
-
-
-def test_importance_of_each_row_sums_to_one() -> None:
-    q, k, offsets, slots, weights = importance_case(4)
-    out = row_importance(q, k, offsets, slots, weights, 0.3)[0]
-    sums = [float(out[a:b].sum()) for a, b in zip(offsets[:-1], offsets[1:], strict=True) if b > a]
-    assert sums == pytest.approx([1.0] * len(sums))
-
-
-def test_importance_survives_extreme_logits() -> None:
-    q, k, offsets, slots, weights = importance_case(1)
-    out = row_importance(1e4 * q, k, offsets, slots, weights, 1.0)
-    assert out.isfinite().all() and out.max() == 1
-
-
-@pytest.mark.parametrize("lengths", [[], [0, 0]], ids=["no rows", "no keys"])
-def test_importance_of_nothing(lengths: list[int]) -> None:
-    assert row_importance(*importance_case(2, lengths=lengths), 1.0).shape == (3, 0)
-
-
-def test_importance_of_a_layer_without_mapped_heads_is_zero() -> None:
-    q, k, offsets, slots, weights = importance_case(2)
-    assert not row_importance(q, k, offsets, slots, 0 * weights, 1.0).any()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"q": torch.zeros(4, 2)},
-        {"q": torch.zeros(4, 3, HEAD_DIM)},
-        {"k_buffer": torch.zeros(9, HEAD_DIM)},
-        {"kv_indptr": indptr([1])},
-        {"kv_indptr": indptr(LENGTHS).float()},
-        {"channel_weights": torch.zeros(3, 5)},
-        {"channel_weights": torch.zeros(4)},
-        {"pool_heads": "sum"},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_importance_refuses(change: dict) -> None:
-    names = ("q", "k_buffer", "kv_indptr", "kv_indices", "channel_weights")
-    arguments = dict(zip(names, importance_case(2), strict=True))
-    with pytest.raises(ValueError, match="row_importance: "):
-        row_importance(**{**arguments, "sm_scale": 1.0, **change})
-
-
-def selected(importance, lengths, budgets, sink, recent, top_p=None) -> list[list[list[int]]]:
-    """positions[request][channel]"""
-    offsets, positions = select_tokens(
-        importance, indptr(lengths), torch.tensor(budgets), sink, recent, top_p
+def members(q_heads: int) -> Members:
+    """Channel 1 is two heads of this layer and fresh; channel 3 is one head, the rest is elsewhere."""
+    heads = torch.tensor([[0, q_heads - 1], [q_heads // 2, -1]], dtype=torch.int32)
+    return Members(
+        torch.tensor([1, 3], dtype=torch.int32),
+        heads,
+        torch.tensor([0.5, 1 / 3]),
+        torch.tensor([True, False]),
     )
-    assert offsets.dtype == positions.dtype == torch.int64
-    assert offsets[0] == 0 and offsets[-1] == positions.numel()
-    rows = [positions[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
-    channels = importance.shape[0]
-    assert len(rows) == len(lengths) * channels
-    return [rows[i * channels : (i + 1) * channels] for i in range(len(lengths))]
 
 
-def selected_by_definition(
-    scores: list[float], budget: int, sink: int, recent: int, top_p: float
-) -> list[int]:
-    """One (request, channel): forced, then unknown, then by score; the later of two equals first."""
-    context = len(scores)
-    forced = {p for p in range(context) if p < sink or p >= context - recent}
-    unknown = {p for p in range(context) if math.isnan(scores[p])} - forced
-    known = sorted(set(range(context)) - forced - unknown, key=lambda p: (-scores[p], -p))
-    order = sorted(forced) + sorted(unknown, reverse=True) + known
-    count = min(context, budget)
-    if top_p < math.inf:
-        must = len(forced | unknown)
-        mass = [0.0 if math.isnan(scores[p]) else scores[p] for p in order]
-        enough = (n for n in range(must, context + 1) if math.fsum(mass[:n]) >= top_p * math.fsum(mass))
-        count = min(count, next(enough))
-    return sorted(order[:count])
+def run_draft(kernel: str, batch: Batch, branches: int, step: int, pools=("max", "max"), carried=True):
+    """(queries, carried queries, carried lengths, base importance), then what the op returned and wrote."""
+    q = batch.queries(len(batch.lengths) * branches) if branches else None
+    carried_q = batch.queries(batch.table.shape[0]) if carried else None
+    carried_len = torch.zeros(batch.table.shape[0], dtype=torch.int64)
+    carried_len[batch.reqs] = batch.seq_lens
+    if len(batch.lengths) > 1:
+        carried_len[batch.reqs[-1]] += 1  # the last request's row is a leftover
+    base = (torch.rand(4, batch.columns) * 1000).half()
+    written = base.clone().to(DEVICE)
+    speakers = Members(*on_device(members(KV_HEADS * batch.group)))
+    args = [q, carried_q, carried_len, batch.k, batch.v, batch.table, batch.reqs, batch.seq_lens]
+    out = ops(kernel).draft_attention(
+        *on_device([*args, batch.ctx_start]), step, 3, DIM**-0.5, speakers, written, 7, *pools
+    )
+    return q, carried_q, carried_len, base, None if out is None else out.cpu(), written.cpu()
 
 
-@pytest.mark.parametrize("top_p", [None, math.inf, 1.0, 0.6, 0.05], ids=str)
-@pytest.mark.parametrize("scores", ["distinct", "tied", "unknown", "all unknown"])
-def test_selection_follows_the_definition(scores: str, top_p: float | None) -> None:
-    sink, recent, channels = 2, 3, 4
-    lengths, budgets = [13, 1, 0, 70, 40, 5], [6, 5, 5, 21, 500, 5]
-    importance = torch.rand(channels, sum(lengths))
-    if scores == "tied":
-        importance = (importance * 4).floor() / 4
-    if scores == "unknown":
-        importance[torch.rand_like(importance) < 0.3] = math.nan
-    if scores == "all unknown":
-        importance[:] = math.nan
-    p = None if top_p is None else torch.full((len(lengths),), top_p, dtype=torch.float64)
-    actual = selected(importance, lengths, budgets, sink, recent, p)
-    for request, part in enumerate(importance.split(lengths, dim=1)):
-        for channel, row in enumerate(part.tolist()):
-            expected = selected_by_definition(row, budgets[request], sink, recent, top_p or math.inf)
-            assert actual[request][channel] == expected, (request, channel)
+def branch_slots(batch: Batch, b: int, branch: int, step: int) -> torch.Tensor:
+    length = batch.lengths[b]
+    scratch = length + branch * 3
+    return batch.slots(b, [*range(length), *range(scratch, scratch + step + 1)])
 
 
-def test_selection_by_hand() -> None:
-    nan = math.nan
-    scores = torch.tensor([[0.9, 0.1, 0.5, nan, 0.3, 0.5, 0.2, 0.0]])
-    assert selected(scores, [8], [2], 1, 1) == [[[0, 7]]]
-    assert selected(scores, [8], [3], 1, 1) == [[[0, 3, 7]]]  # unknown before any score
-    assert selected(scores, [8], [4], 1, 1) == [[[0, 3, 5, 7]]]  # of equals the later
-    assert selected(scores, [8], [5], 1, 1) == [[[0, 2, 3, 5, 7]]]
-    assert selected(scores, [8], [8], 1, 1) == [[[*range(8)]]]
+def pooled_by_definition(batch: Batch, q, carried_q, carried_len, branches, step, pools) -> dict:
+    """(b, member) -> float64 [L] importance of the call's rows by draft index."""
+    found, speakers = {}, members(KV_HEADS * batch.group)
+    for b, length in enumerate(batch.lengths):
+        for m in range(2):
+            heads = [h for h in speakers.heads[m].tolist() if h >= 0]
+            rows = []
+            if carried_q is not None:
+                probs = torch.stack(
+                    [
+                        batch.probability(carried_q[batch.reqs[b]], h, batch.slots(b, range(length)))
+                        for h in heads
+                    ]
+                )
+                rows.append(probs * (int(carried_len[batch.reqs[b]]) == length))
+            for w in range(branches):
+                query = q[b * branches + w]
+                slots = branch_slots(batch, b, w, step)
+                rows.append(torch.stack([batch.probability(query, h, slots)[:length] for h in heads]))
+            stacked = torch.stack(rows)  # [rows, heads, L]
+            row = stacked.amax(1) if pools[0] == "max" else stacked.sum(1) * speakers.scale[m].double()
+            found[b, m] = row.amax(0) if pools[1] == "max" else row.sum(0) / 7
+    return found
 
 
-def test_top_p_and_plain_budgets_share_a_batch() -> None:
-    scores = torch.tensor([[0.5, 0.25, 0.25, 0.0] * 2])
-    top_p = torch.tensor([0.75, math.inf])
-    assert selected(scores, [4, 4], [4, 3], 1, 0, top_p) == [[[0, 2]], [[0, 1, 2]]]
+def check_importance(batch: Batch, base, written, found: dict, pools, carried: bool) -> None:
+    """Draft index p is written at position p + 1; what is not the batch's stays as it was."""
+    expected = base.double()
+    for (b, m), score in found.items():
+        column, length = int(batch.ctx_start[b]), batch.lengths[b]
+        if column < 0:
+            continue
+        place = expected[[1, 3][m], column + 1 : column + length]
+        score = score[: length - 1] * IMPORTANCE_SCALE
+        if carried and m == 0:
+            place.copy_(score)
+        elif pools[1] == "max":
+            place.copy_(torch.maximum(place, score))
+        else:
+            place.add_(score)
+    # One rounding of the score to float16, in the kernel one more of the stored exponential.
+    torch.testing.assert_close(written.double(), expected, rtol=2e-3, atol=2e-3)
+    untouched = expected == base.double()
+    assert torch.equal(written[untouched], base[untouched])
 
 
-def test_top_p_of_nothing_is_what_must_be_kept() -> None:
-    assert selected(torch.zeros(1, 6), [6], [6], 1, 1, torch.tensor([0.9])) == [[[0, 5]]]
-
-
-def test_top_p_keeps_all_of_a_context_shorter_than_recent() -> None:
-    assert selected(torch.tensor([[0.9, 0.1]]), [2], [2], 0, 3, torch.tensor([0.1])) == [[[0, 1]]]
-
-
-def test_top_p_that_is_a_whole_count_up_to_float_error() -> None:
-    top_p = torch.tensor([0.1 + 0.2], dtype=torch.float64)  # 0.30000000000000004
-    assert selected(torch.ones(1, 10), [10], [10], 1, 0, top_p) == [[[0, 8, 9]]]
-
-
-@pytest.mark.parametrize("sink, recent, length", [(3, 3, 4), (10, 0, 4), (0, 10, 4), (2, 2, 4)])
-def test_forced_tokens_may_overlap_and_exceed_the_context(sink: int, recent: int, length: int) -> None:
-    assert selected(torch.rand(2, length), [length], [length], sink, recent) == [[[*range(length)]] * 2]
-
-
-def test_selection_of_an_empty_batch() -> None:
-    assert selected(torch.empty(3, 0), [], [], 1, 1) == []
-
-
-@pytest.mark.parametrize(
-    "importance, offsets, budgets",
-    [
-        (torch.rand(5), indptr([5]), torch.tensor([5])),
-        (torch.rand(1, 5), indptr([5]), torch.tensor([[5]])),
-        (torch.rand(1, 5), indptr([5, 0]), torch.tensor([5])),
-        (torch.rand(1, 5), indptr([5]).float(), torch.tensor([5])),
-        (torch.rand(1, 5), indptr([5]), torch.tensor([3])),
-    ],
-    ids=["importance", "budgets", "offsets", "offsets dtype", "budget below sink + recent"],
-)
-def test_selection_refuses(importance, offsets, budgets) -> None:
-    with pytest.raises(ValueError, match="select_tokens: "):
-        select_tokens(importance, offsets, budgets, sink=2, recent=2)
-
-
-def verify_case(group: int, dtype: torch.dtype = torch.float32, bs: int = 3, value_dim: int = 8) -> dict:
-    """A tree of 4 tokens per request over 3 channels of different, partly empty, selections."""
-    channels, tokens, slots = 3, 4, 200
-    lengths = ([5, 0, 17, 1, 9, 30, 0, 0, 2] * bs)[: bs * channels]
-    order = torch.randperm(slots)
-    tail = order[: bs * tokens].view(bs, tokens)
-    chosen = order[bs * tokens :][torch.randint(slots - bs * tokens, (sum(lengths),))]
-    used = torch.cat([tail.flatten(), chosen.unique()])
-    mask = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], dtype=torch.bool)
-    return {
-        "q": torch.randn(bs, tokens, KV_HEADS * group, HEAD_DIM).to(dtype),
-        "k_buffer": pool(slots, used, HEAD_DIM, dtype),
-        "v_buffer": pool(slots, used, value_dim, dtype),
-        "kv_indptr": indptr(lengths),
-        "kv_indices": chosen.int(),
-        "head_channels": torch.tensor([2, 0])[:KV_HEADS],
-        "tail_slots": tail,
-        "tail_mask": mask.repeat(bs, 1, 1),
-        "sm_scale": 0.3,
-    }
-
-
-def verify_by_definition(
-    q, k_buffer, v_buffer, kv_indptr, kv_indices, head_channels, tail_slots, tail_mask, sm_scale
-) -> torch.Tensor:
-    bs, tokens, heads, _ = q.shape
-    channels, group = (len(kv_indptr) - 1) // bs, heads // k_buffer.shape[1]
-    out = torch.zeros(bs, tokens, heads, v_buffer.shape[2], dtype=torch.float64)
-    for b in range(bs):
-        for head in range(heads):
-            kv_head = head // group
-            row = b * channels + int(head_channels[kv_head])
-            context = kv_indices[kv_indptr[row] : kv_indptr[row + 1]].tolist()
-            for t in range(tokens):
-                slots = context + [
-                    int(s) for s, seen in zip(tail_slots[b], tail_mask[b, t], strict=True) if seen
-                ]
-                probs = probability(q[b, t, head], k_buffer[:, kv_head], torch.tensor(slots), sm_scale)
-                out[b, t, head] = probs @ v_buffer[slots, kv_head].double()
-    return out
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("group", GROUPS)
-def test_verify_is_softmax_over_selection_and_tail(group: int, dtype: torch.dtype) -> None:
-    case = verify_case(group, dtype)
-    actual = sparse_verify_attention(**case)
-    assert actual.dtype == dtype
-    assert_close(actual, verify_by_definition(**case))
+def test_draft_attention_first_step_scores_the_carried_row_too(kernel: str, group: int) -> None:
+    batch = Batch(group=group)
+    check_draft(kernel, batch, branches=1, step=0)
 
 
-def test_verify_of_an_empty_batch() -> None:
-    case = verify_case(2)
-    empty = {
-        **case,
-        "q": case["q"][:0],
-        "kv_indptr": indptr([]),
-        "tail_slots": case["tail_slots"][:0],
-        "tail_mask": case["tail_mask"][:0],
-    }
-    assert sparse_verify_attention(**empty).shape == (0, 4, 2 * KV_HEADS, 8)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("branches, step", [(1, 1), (4, 0), (4, 1)])
+@pytest.mark.parametrize(
+    "pools", [("max", "max"), ("mean", "mean"), ("mean", "max"), ("max", "mean")], ids="-".join
+)
+def test_draft_attention_pools_rows_and_heads(kernel: str, branches: int, step: int, pools) -> None:
+    check_draft(kernel, Batch(lengths=[70, 9]), branches, step, pools, carried=step == 0)
 
 
+def check_draft(kernel, batch, branches, step, pools=("max", "max"), carried=True) -> None:
+    q, carried_q, carried_len, base, out, written = run_draft(kernel, batch, branches, step, pools, carried)
+    for b in range(len(batch.lengths)):
+        for w in range(branches):
+            slots = branch_slots(batch, b, w, step)
+            heads = range(KV_HEADS * batch.group)
+            expected = torch.stack([batch.attend(q[b * branches + w], h, slots) for h in heads])
+            assert_close(out[b * branches + w], expected)
+    found = pooled_by_definition(batch, q, carried_q, carried_len, branches, step, pools)
+    check_importance(batch, base, written, found, pools, carried)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_draft_attention_of_the_carried_row_alone(kernel: str) -> None:
+    batch = Batch(lengths=[70, 9])
+    _, carried_q, carried_len, base, out, written = run_draft(kernel, batch, 0, 0)
+    assert out is None
+    found = pooled_by_definition(batch, None, carried_q, carried_len, 0, 0, ("max", "max"))
+    check_importance(batch, base, written, found, ("max", "max"), True)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_request_without_columns_is_attended_but_not_scored(kernel: str) -> None:
+    batch = Batch(lengths=[9, 70])
+    batch.ctx_start[1] = -1
+    check_draft(kernel, batch, branches=1, step=0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_draft_attention_in_half_precision(kernel: str, dtype: torch.dtype) -> None:
+    skip_bf16_in_the_interpreter(kernel, dtype)
+    batch = Batch(lengths=[70, 9], dtype=dtype)
+    q, *_, out, _ = run_draft(kernel, batch, 1, 0)
+    expected = torch.stack([batch.attend(q[1], h, branch_slots(batch, 1, 0, 0)) for h in range(4)])
+    assert_close(out[1], expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_draft_attention_of_an_empty_batch(kernel: str) -> None:
+    *_, out, _ = run_draft(kernel, Batch(lengths=[]), 1, 0)
+    assert out.shape[0] == 0
+
+
+# ---- selection
+
+
+def run_select(kernel, batch: Batch, importance, counts: list[int], sink, recent, top_p=None):
+    """[b][channel] -> sorted positions, None for the whole context."""
+    channels, bs = importance.shape[0], len(batch.lengths)
+    kv_count = torch.tensor(counts, dtype=torch.int32)[:, None].expand(bs, channels).contiguous().to(DEVICE)
+    width = max([*batch.lengths, 1])
+    kv_start = (torch.arange(bs * channels).view(bs, channels) * width).to(DEVICE)
+    kv_indices = torch.full((bs * channels * width + 8,), -7, dtype=torch.int32, device=DEVICE)
+    budgets = torch.tensor(counts).clamp(min=0)
+    args = on_device([importance, batch.ctx_start, batch.seq_lens, budgets])
+    places = on_device([batch.table, batch.reqs])
+    limits = None if top_p is None else torch.tensor(top_p, dtype=torch.float32, device=DEVICE)
+    ops(kernel).select_tokens(*args, sink, recent, *places, kv_indices, kv_start, kv_count, limits)
+    found, used = [], 0
+    for b in range(bs):
+        position = {int(slot): p for p, slot in enumerate(batch.table[batch.reqs[b]])}
+        lists = []
+        for c in range(channels):
+            start, count = int(kv_start[b, c]), int(kv_count[b, c])
+            entries = kv_indices[start : start + max(count, 0)].tolist()
+            used += len(entries)
+            lists.append(None if count < 0 else sorted(position[slot] for slot in entries))
+        found.append(lists)
+    if top_p is None:
+        assert int((kv_indices != -7).sum()) == used  # nothing else was written
+    return found
+
+
+def top_by_definition(scores: torch.Tensor, count: int, sink: int, recent: int) -> list[int]:
+    length = len(scores)
+    forced = set(range(sink)) | set(range(length - recent, length))
+    rank = [math.inf if math.isnan(s) else s for s in scores.tolist()]
+    free = sorted((p for p in range(length) if p not in forced), key=lambda p: (-rank[p], -p))
+    return sorted(forced | set(free[: count - len(forced)]))
+
+
+def scores_like(kind: str, batch: Batch) -> torch.Tensor:
+    scores = (torch.rand(3, batch.columns) ** 6 * 16384).half()
+    if kind == "tied":
+        scores = (torch.randint(0, 3, scores.shape) * 5).half()
+    elif kind == "tiny":  # float16 subnormals
+        scores = (torch.rand(scores.shape) * 6e-5).half()
+    elif kind == "unknown":
+        scores[:, 5::7] = math.nan
+    return scores
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", ["distinct", "tied", "tiny", "unknown"])
+@pytest.mark.parametrize("counts", [[12, -1, 40, 13], [-1, -1, 11, 129], [10, -1, 10, 10]], ids=str)
+def test_selection_follows_the_definition(kernel: str, kind: str, counts: list[int]) -> None:
+    batch, sink, recent = Batch(), 3, 7
+    importance = scores_like(kind, batch)
+    found = run_select(kernel, batch, importance, counts, sink, recent)
+    for b, (length, count) in enumerate(zip(batch.lengths, counts, strict=True)):
+        for c in range(3):
+            row = importance[c, int(batch.ctx_start[b]) :][:length]
+            assert found[b][c] == (None if count < 0 else top_by_definition(row, count, sink, recent))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_selection_over_several_blocks(kernel: str) -> None:
+    batch = Batch(lengths=[5000])
+    for kind in ("distinct", "tied"):
+        importance = scores_like(kind, batch)[:1]
+        found = run_select(kernel, batch, importance, [700], 4, 64)
+        assert found[0][0] == top_by_definition(importance[0, :5000], 700, 4, 64)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.95, 1.0])
+def test_top_p_is_the_smallest_set_that_holds_it(kernel: str, top_p: float) -> None:
+    batch, sink, recent = Batch(lengths=[70, 130]), 2, 5
+    importance = scores_like("distinct", batch)
+    found = run_select(kernel, batch, importance, [60, 100], sink, recent, [top_p, math.inf])
+    for c in range(3):
+        row = importance[c, :70].double()
+        row[0] = 0  # no draft score
+        chosen = found[0][c]
+        assert chosen == top_by_definition(importance[c, :70], len(chosen), sink, recent)
+        free = [p for p in chosen if sink <= p < 65]
+        held, least = row[chosen].sum() / row.sum(), min((float(row[p]) for p in free), default=0.0)
+        # float32 sums may be a rounding off, never a token that matters.
+        assert len(chosen) == 60 or held >= top_p - 1e-5
+        assert not free or held - least / row.sum() < top_p + 1e-5
+        assert len(found[1][c]) == 100  # plain budgets share the batch
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_selection_of_an_empty_batch(kernel: str) -> None:
+    assert run_select(kernel, Batch(lengths=[]), torch.zeros(3, 64).half(), [], 4, 8) == []
+
+
+# ---- verify
+
+
+def chain(bs: int) -> torch.Tensor:
+    return torch.ones(TOKENS, TOKENS).tril().bool().expand(bs, -1, -1).contiguous()
+
+
+def run_verify(kernel: str, batch: Batch, counts: list[int], tail_mask=None):
+    """(queries, lists, output, attended); channel 1 takes the latest positions, channel 0 the earliest."""
+    bs, width = len(batch.lengths), max([*batch.lengths, 1])
+    q = batch.queries(bs, TOKENS)
+    kv_start = torch.arange(bs * 2).view(bs, 2) * width
+    kv_indices = torch.full((bs * 2 * width + 8,), 10**6, dtype=torch.int32)
+    lists = []
+    for b, (length, count) in enumerate(zip(batch.lengths, counts, strict=True)):
+        whole = list(range(length))
+        picks = [whole, whole] if count < 0 else [whole[:count], whole[length - count :]]
+        for c, picked in enumerate(picks):
+            kv_indices[kv_start[b, c] : kv_start[b, c] + len(picked)] = batch.slots(b, picked).int()
+        lists.append(picks)
+    kv_count = torch.tensor(counts, dtype=torch.int32)[:, None].expand(bs, 2).contiguous()
+    attended = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    mask = chain(bs) if tail_mask is None else tail_mask
+    heads = torch.tensor([1, 0], dtype=torch.int32)
+    args = [
+        q,
+        batch.k,
+        batch.v,
+        kv_indices,
+        kv_start,
+        kv_count,
+        heads,
+        batch.table,
+        batch.reqs,
+        batch.seq_lens,
+        mask,
+    ]
+    out = ops(kernel).sparse_verify_attention(*on_device(args), DIM**-0.5, attended)
+    return q, lists, out.cpu(), attended.tolist()
+
+
+def check_verify(batch: Batch, q, lists, out, mask) -> None:
+    for b, length in enumerate(batch.lengths):
+        for row in range(TOKENS):
+            tail = [length + j for j in range(TOKENS) if mask[b, row, j]]
+            expected = [
+                batch.attend(q[b, row], h, batch.slots(b, lists[b][[1, 0][h // batch.group]] + tail))
+                for h in range(KV_HEADS * batch.group)
+            ]
+            assert_close(out[b, row], torch.stack(expected))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_verify_is_softmax_over_selection_and_tail(kernel: str, group: int) -> None:
+    batch, counts = Batch(group=group), [5, -1, 66, -1]
+    q, lists, out, attended = run_verify(kernel, batch, counts)
+    check_verify(batch, q, lists, out, chain(4))
+    assert attended == [2 * (5 + 1 + 66 + 130), 2 * sum(LENGTHS)]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_verify_in_half_precision(kernel: str, dtype: torch.dtype) -> None:
+    skip_bf16_in_the_interpreter(kernel, dtype)
+    batch = Batch(lengths=[70, 9], dtype=dtype)
+    q, lists, out, _ = run_verify(kernel, batch, [65, 4])
+    check_verify(batch, q, lists, out, chain(2))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_verify_of_a_tree(kernel: str) -> None:
+    batch = Batch(lengths=[70, 9])
+    mask = (
+        torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]])
+        .bool()
+        .expand(2, -1, -1)
+        .contiguous()
+    )
+    q, lists, out, _ = run_verify(kernel, batch, [20, 4], mask)
+    check_verify(batch, q, lists, out, mask)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_verify_does_not_count_the_padding_slot(kernel: str) -> None:
+    batch = Batch(lengths=[9, 70])
+    padding = replace(batch)
+    padding.table[0] = padding.table[padding.reqs[0]]
+    padding.k[:] = padding.v[:] = 0.0
+    padding.reqs[0] = 0
+    *_, attended = run_verify(kernel, padding, [-1, 20])
+    assert attended == [2 * 20, 2 * 70]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_verify_of_an_empty_batch(kernel: str) -> None:
+    assert run_verify(kernel, Batch(lengths=[]), [])[2].shape == (0, TOKENS, 4, DIM)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_needle_at_any_position_is_selected_and_seen(kernel: str) -> None:
+    """Draft scores a needle, selection keeps it, verify's output shows it: off by none."""
+    length, sink, recent = 30, 2, 4
+    for position in range(1, length):
+        batch = Batch(lengths=[length], group=1)
+        batch.k[:] = batch.v[:] = 0.0
+        batch.k[batch.slots(0, [position - 1])] = 20.0  # draft index p is position p + 1
+        importance = torch.zeros(1, batch.columns).half().to(DEVICE)
+        speakers = Members(
+            torch.tensor([0], dtype=torch.int32),
+            torch.tensor([[0, 1]], dtype=torch.int32),
+            torch.tensor([0.5]),
+            torch.tensor([True]),
+        )
+        carried_len = torch.full((batch.table.shape[0],), length)
+        carried = torch.ones(batch.table.shape[0], KV_HEADS, DIM)
+        args = [None, carried, carried_len, batch.k, batch.v, batch.table, batch.reqs, batch.seq_lens]
+        ops(kernel).draft_attention(
+            *on_device([*args, batch.ctx_start]), 0, 1, 1.0, Members(*on_device(speakers)), importance, 1
+        )
+        found = run_select(kernel, batch, importance.cpu(), [7], sink, recent)[0][0]
+        assert position in found
+        assert len(found) == 7
+        if sink <= position < length - recent:
+            assert set(found) == {0, 1, 26, 27, 28, 29, position}
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     "change",
     [
-        {"q": torch.zeros(3, 4, HEAD_DIM)},
-        {"q": torch.zeros(3, 4, 3, HEAD_DIM)},
-        {"q": torch.zeros(3, 4, 4, HEAD_DIM + 1)},
-        {"k_buffer": torch.zeros(200, HEAD_DIM)},
-        {"v_buffer": torch.zeros(199, KV_HEADS, 8)},
-        {"kv_indptr": indptr([1] * 10)},
-        {"kv_indptr": indptr([1] * 9).float()},
+        {"q": torch.zeros(1, TOKENS, 3, DIM)},
+        {"q": torch.zeros(1, TOKENS, 4, DIM + 1)},
         {"head_channels": torch.zeros(3)},
-        {"tail_slots": torch.zeros(3, 5)},
-        {"tail_mask": torch.ones(3, 4, 5, dtype=torch.bool)},
-        {"tail_mask": torch.ones(4, 4, dtype=torch.bool)},
+        {"kv_count": torch.zeros(2, 1)},
+        {"tail_mask": torch.ones(1, TOKENS, TOKENS + 1)},
     ],
-    ids=lambda change: next(iter(change)),
+    ids=["heads", "dim", "channels", "counts", "mask"],
 )
-def test_verify_refuses(change: dict) -> None:
+def test_verify_refuses_shapes_that_do_not_fit(kernel: str, change: dict) -> None:
+    batch = Batch(lengths=[9])
+    args = {
+        "q": batch.queries(1, TOKENS),
+        "k_buffer": batch.k,
+        "v_buffer": batch.v,
+        "kv_indices": torch.zeros(8, dtype=torch.int32),
+        "kv_start": torch.zeros(1, 1, dtype=torch.int64),
+        "kv_count": torch.zeros(1, 1, dtype=torch.int32),
+        "head_channels": torch.zeros(KV_HEADS, dtype=torch.int32),
+        "req_to_token": batch.table,
+        "req_pool_indices": batch.reqs,
+        "seq_lens": batch.seq_lens,
+        "tail_mask": chain(1),
+        "sm_scale": 1.0,
+        "attended": torch.zeros(2, dtype=torch.int64),
+        **change,
+    }
     with pytest.raises(ValueError, match="sparse_verify_attention: "):
-        sparse_verify_attention(**{**verify_case(2), **change})
+        ops(kernel).sparse_verify_attention(**args)
 
 
-def test_a_needle_at_any_position_is_selected_and_seen() -> None:
-    """Slots are permuted, the budget is a tenth: only the needle's own position brings its value in."""
-    context, sink, recent, budget = 40, 1, 1, 4
-    slots = torch.randperm(context + 1)
-    weights, offsets = torch.ones(1, 2), indptr([context])
-    for position in range(context):
-        k, v = 0.1 * torch.randn(2, context + 1, 1, HEAD_DIM)
-        q = torch.randn(1, 2, HEAD_DIM)
-        q[0, 1] = q[0, 0]
-        needle = slots[position]
-        k[needle, 0], v[needle, 0] = 3 * q[0, 0], 7.0
-
-        importance = row_importance(q, k, offsets, slots[:context], weights, 1.0)
-        chosen = select_tokens(importance, offsets, torch.tensor([budget]), sink, recent)[1]
-        assert position in chosen and len(chosen) == budget
-
-        def verify(positions: torch.Tensor, q=q, k=k, v=v) -> torch.Tensor:
-            tail, mask = slots[context:].view(1, 1), torch.ones(1, 1, 1, dtype=torch.bool)
-            return sparse_verify_attention(
-                q[None], k, v, indptr([len(positions)]), slots[positions], torch.tensor([0]), tail, mask, 1.0
-            )
-
-        torch.testing.assert_close(verify(chosen), torch.full((1, 1, 2, HEAD_DIM), 7.0), rtol=0, atol=0.05)
-        assert verify(chosen[chosen != position]).max() < 1
+def test_unknown_implementations_and_pools_are_refused() -> None:
+    with pytest.raises(ValueError, match="'cuda'"):
+        ops("cuda")
+    with pytest.raises(ValueError, match="pool_heads"):
+        run_draft("torch", Batch(lengths=[9]), 1, 0, ("median", "max"))

@@ -20,7 +20,13 @@ def pair(tmp_path_factory):
 
 
 def run(command: list[str], **env: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "SGLANG_PLATFORM": "sts_cpu", "OMP_NUM_THREADS": "1", **env}
+    environment = {
+        **os.environ,
+        "SGLANG_PLATFORM": "sts_cpu",
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "0",
+        **env,
+    }
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
 

@@ -1,11 +1,37 @@
-"""Ops of draft-guided sparse attention (STS, arXiv 2605.15508).
+"""Ops of draft-guided sparse attention (STS, arXiv 2605.15508): score, select, attend.
 
-Each op is a module with a plain-torch implementation that validates its arguments and runs on any
-device. This package imports torch (and, where kernels exist, triton) and never sglang.
+Three functions in two implementations of the same signature: `ops("torch")` is the reference on any
+device, `ops("triton")` the kernels. This package imports torch and triton and never sglang.
 """
 
-from sts_kernels.importance import row_importance
-from sts_kernels.select import select_tokens
-from sts_kernels.verify import sparse_verify_attention
+from __future__ import annotations
 
-__all__ = ["row_importance", "select_tokens", "sparse_verify_attention"]
+from collections.abc import Callable
+from typing import NamedTuple
+
+from sts_kernels.checks import IMPORTANCE_SCALE
+from sts_kernels.reference import SHIFT, Members
+
+__all__ = ["IMPORTANCE_SCALE", "SHIFT", "Members", "Ops", "ops"]
+
+
+class Ops(NamedTuple):
+    """The three steps of a round; see `sts_kernels.reference` for what they take and write."""
+
+    draft_attention: Callable
+    select_tokens: Callable
+    sparse_verify_attention: Callable
+
+
+def ops(kernel: str) -> Ops:
+    """The steps by implementation, "torch" or "triton"; ValueError for another name."""
+    if kernel == "torch":
+        from sts_kernels import reference as score
+        from sts_kernels import reference as select
+        from sts_kernels import reference as verify
+    elif kernel == "triton":
+        from sts_kernels import draft_attention as score
+        from sts_kernels import select, verify
+    else:
+        raise ValueError(f"kernel must be 'torch' or 'triton', got {kernel!r}")
+    return Ops(score.draft_attention, select.select_tokens, verify.sparse_verify_attention)

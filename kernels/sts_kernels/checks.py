@@ -1,20 +1,98 @@
-"""Argument checks shared by the ops: one line that says what came and what was expected."""
+"""Argument checks shared by the kernels and their twins: one line, what came and what was expected."""
 
 from __future__ import annotations
 
 import torch
 
-
-def expect_dims(op: str, **tensors: tuple[torch.Tensor, int]) -> None:
-    """Raise ValueError unless every `name=(tensor, dims)` has that number of dimensions."""
-    for name, (tensor, dims) in tensors.items():
-        if tensor.dim() != dims:
-            raise ValueError(f"{op}: {name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
+# Importance is stored as float16 probability * 2**14: relative precision 2**-11 down to 4e-9, below
+# what a token among 128K can get on average by three orders of magnitude.
+IMPORTANCE_SCALE = 2.0**14
 
 
-def expect_indptr(op: str, name: str, indptr: torch.Tensor, rows: int) -> None:
-    """Raise ValueError unless `indptr` is a 1-D integer tensor of rows + 1 offsets."""
-    if indptr.dim() != 1 or indptr.numel() != rows + 1 or indptr.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"{op}: {name} must be int32 or int64 [{rows + 1}], got {indptr.dtype} {tuple(indptr.shape)}"
-        )
+def expect(op: str, ok: bool, message: str) -> None:
+    """Raise ValueError `op: message` unless `ok`."""
+    if not ok:
+        raise ValueError(f"{op}: {message}")
+
+
+def expect_importance(op: str, importance: torch.Tensor) -> None:
+    """float16 everywhere; float32 for the twins, which the reference server uses to be exact."""
+    ok = importance.dim() == 2 and importance.dtype in (torch.float16, torch.float32)
+    expect(
+        op, ok, f"importance must be [channels, columns], got {importance.dtype} {tuple(importance.shape)}"
+    )
+
+
+def check_verify(q, k_buffer, v_buffer, kv_start, kv_count, head_channels, tail_mask) -> None:
+    """Shapes of sparse_verify_attention."""
+    op = "sparse_verify_attention"
+    expect(
+        op, q.dim() == 4 and q.is_contiguous(), f"q must be contiguous [bs, T, H_q, D], got {tuple(q.shape)}"
+    )
+    bs, tokens, q_heads, dim = q.shape
+    expect(
+        op,
+        k_buffer.dim() == 3 and k_buffer.shape == v_buffer.shape and k_buffer.shape[2] == dim,
+        f"pools {tuple(k_buffer.shape)} and {tuple(v_buffer.shape)} do not fit q {tuple(q.shape)}",
+    )
+    expect(
+        op,
+        k_buffer.stride() == v_buffer.stride() and k_buffer.stride(2) == 1,
+        "pools must share strides [.., .., 1]",
+    )
+    expect(op, q_heads % k_buffer.shape[1] == 0, f"{q_heads} query heads for {k_buffer.shape[1]} KV heads")
+    expect(
+        op, head_channels.numel() == k_buffer.shape[1], f"head_channels has {head_channels.numel()} entries"
+    )
+    expect(
+        op,
+        kv_start.shape == kv_count.shape and kv_count.dim() == 2 and kv_count.shape[0] == bs,
+        f"kv_start {tuple(kv_start.shape)} and kv_count {tuple(kv_count.shape)} must be [bs, channels]",
+    )
+    expect(
+        op,
+        tail_mask.shape == (bs, tokens, tokens),
+        f"tail_mask must be [bs, T, T], got {tuple(tail_mask.shape)}",
+    )
+
+
+def check_select(importance, budgets, kv_start, kv_count) -> None:
+    """Shapes of select_tokens."""
+    op = "select_tokens"
+    expect_importance(op, importance)
+    shape = (budgets.numel(), importance.shape[0])
+    expect(
+        op,
+        kv_start.shape == shape and kv_count.shape == shape,
+        f"kv_start {tuple(kv_start.shape)} and kv_count {tuple(kv_count.shape)} must be {shape}",
+    )
+
+
+def check_draft(q, carried_q, k_buffer, v_buffer, members, importance, pool_heads, pool_rows) -> None:
+    """Shapes of draft_attention."""
+    op = "draft_attention"
+    for name, rows in (("q", q), ("carried_q", carried_q)):
+        if rows is not None:
+            expect(
+                op,
+                rows.dim() == 3 and rows.shape[2] == k_buffer.shape[2],
+                f"{name} has shape {tuple(rows.shape)}",
+            )
+            heads = rows.shape[1]
+            expect(
+                op, heads % k_buffer.shape[1] == 0, f"{heads} query heads for {k_buffer.shape[1]} KV heads"
+            )
+    expect(op, q is not None or carried_q is not None, "neither q nor carried_q is given")
+    expect(
+        op,
+        k_buffer.shape == v_buffer.shape,
+        f"pools {tuple(k_buffer.shape)} and {tuple(v_buffer.shape)} differ",
+    )
+    expect_importance(op, importance)
+    expect(
+        op,
+        members.heads.shape[0] == members.channels.numel() == members.scale.numel(),
+        "members do not agree",
+    )
+    for name, pool in (("pool_heads", pool_heads), ("pool_rows", pool_rows)):
+        expect(op, pool in ("max", "mean"), f"{name} must be 'max' or 'mean', got {pool!r}")

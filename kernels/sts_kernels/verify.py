@@ -1,86 +1,220 @@
-"""Sparse verify attention: all draft rows of a request over its selected tokens and the tail."""
+"""Sparse verify attention in Triton: split-KV over per-head slot lists, all rows of a request in a tile."""
 
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+import triton
+import triton.language as tl
 
-from sts_kernels.checks import expect_dims, expect_indptr
+from sts_kernels.checks import check_verify
+
+LOG2E = 1.4426950408889634
 
 
 def sparse_verify_attention(
     q: torch.Tensor,
     k_buffer: torch.Tensor,
     v_buffer: torch.Tensor,
-    kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
+    kv_start: torch.Tensor,
+    kv_count: torch.Tensor,
     head_channels: torch.Tensor,
-    tail_slots: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
     tail_mask: torch.Tensor,
     sm_scale: float,
+    attended: torch.Tensor,
 ) -> torch.Tensor:
-    """Exact softmax attention over (selected context + tail), per (request, KV head).
+    """Kernel of `sts_kernels.reference.sparse_verify_attention` (see there); graph-safe, no host sync.
 
-    Args:
-        q: [bs, T, H_q, D] queries of the T draft tokens of each request.
-        k_buffer, v_buffer: [slots, H_kv, D] key and value pools.
-        kv_indptr: int [bs * channels + 1], request-major offsets into `kv_indices`.
-        kv_indices: int [nnz] slots of the selected context tokens.
-        head_channels: int [H_kv], the channel whose selection a KV head attends to.
-        tail_slots: int [bs, T] slots of the draft tokens themselves.
-        tail_mask: bool [bs, T, T], row i may attend to tail token j (causal chain or tree).
-        sm_scale: scale of the logits.
-
-    Returns:
-        [bs, T, H_q, D_v] in the dtype of q.
-
-    Raises:
-        ValueError: on shapes that do not fit.
+    All T * G query rows of a (request, KV head) share one read of the selected KV.
     """
-    _check(q, k_buffer, v_buffer, kv_indptr, head_channels, tail_slots, tail_mask)
-    bs, num_tokens, q_heads, _ = q.shape
+    check_verify(q, k_buffer, v_buffer, kv_start, kv_count, head_channels, tail_mask)
+    bs, tokens, q_heads, dim = q.shape
     kv_heads = k_buffer.shape[1]
-    group = q_heads // kv_heads
-    out = q.new_empty(bs, num_tokens, q_heads, v_buffer.shape[2])
+    rows = max(16, triton.next_power_of_2(tokens * (q_heads // kv_heads)))
+    splits = _splits(bs * kv_heads, req_to_token.shape[1])
+    out = torch.empty_like(q)
     if bs == 0:
         return out
-    channels = (kv_indptr.numel() - 1) // bs
-    offsets = kv_indptr.tolist()
-    head_channel = head_channels.tolist()
-    for b in range(bs):
-        for h in range(kv_heads):
-            row = b * channels + head_channel[h]
-            selected = kv_indices[offsets[row] : offsets[row + 1]].long()
-            slots = torch.cat([selected, tail_slots[b].long()])
-            heads = slice(h * group, (h + 1) * group)
-            mask = torch.ones(num_tokens, slots.numel(), dtype=torch.bool, device=q.device)
-            mask[:, selected.numel() :] = tail_mask[b]
-            out[b, :, heads] = scaled_dot_product_attention(
-                q[b, :, heads].transpose(0, 1)[None],  # [1, G, T, D]
-                k_buffer[slots, h].to(q.dtype).expand(1, group, -1, -1),
-                v_buffer[slots, h].to(q.dtype).expand(1, group, -1, -1),
-                attn_mask=mask,
-                scale=sm_scale,
-            )[0].transpose(0, 1)
+    partial = torch.empty(bs, kv_heads, splits, rows, dim, dtype=torch.float32, device=q.device)
+    stats = torch.empty(bs, kv_heads, splits, rows, 2, dtype=torch.float32, device=q.device)
+    shape = {"T": tokens, "H_Q": q_heads, "H_KV": kv_heads, "D": dim, "ROWS": rows, "SPLITS": splits}
+    _split_kernel[(bs, kv_heads, splits)](
+        q,
+        k_buffer,
+        v_buffer,
+        partial,
+        stats,
+        kv_indices,
+        kv_start,
+        kv_count,
+        head_channels,
+        req_to_token,
+        req_pool_indices,
+        seq_lens,
+        tail_mask,
+        attended,
+        sm_scale * LOG2E,
+        kv_count.shape[1],
+        k_buffer.stride(0),
+        k_buffer.stride(1),
+        req_to_token.stride(0),
+        BLOCK=64,
+        TAIL=max(16, triton.next_power_of_2(tokens)),
+        num_warps=4,
+        num_stages=3,
+        **shape,
+    )
+    _merge_kernel[(bs, tokens, q_heads)](partial, stats, out, **shape)
     return out
 
 
-def _check(q, k_buffer, v_buffer, kv_indptr, head_channels, tail_slots, tail_mask) -> None:
-    op = "sparse_verify_attention"
-    expect_dims(op, q=(q, 4), k_buffer=(k_buffer, 3), v_buffer=(v_buffer, 3), tail_mask=(tail_mask, 3))
-    bs, num_tokens, q_heads, head_dim = q.shape
-    if k_buffer.shape[:2] != v_buffer.shape[:2] or k_buffer.shape[2] != head_dim:
-        raise ValueError(
-            f"{op}: pools {tuple(k_buffer.shape)}, {tuple(v_buffer.shape)} do not fit q {tuple(q.shape)}"
+def _splits(programs: int, max_context: int) -> int:
+    """KV splits of a (request, KV head): enough programs for two waves of 132 SMs, never below 1,024
+    tokens of a full context, a power of two for the merge."""
+    wanted = triton.next_power_of_2(max(1, 264 // max(1, programs)))
+    return max(1, min(wanted, triton.next_power_of_2(max_context // 1024), 64))
+
+
+@triton.jit
+def _attend(
+    q, k_ptr, v_ptr, slots, ok, seen, head_offset, stride_slot, dims, scale, peak, norm, acc
+):  # fmt: skip
+    """One online-softmax step over a block of slots; `seen` [ROWS, BLOCK] masks."""
+    kv_offs = slots.to(tl.int64) * stride_slot + head_offset
+    k = tl.load(k_ptr + kv_offs[:, None] + dims[None, :], mask=ok[:, None], other=0.0)  # [BLOCK, D]
+    s = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(s, 1))
+    # A row that has seen nothing yet has no maximum: keep the exponents finite, its sum stays 0.
+    safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    fade = tl.exp2(peak - safe)
+    p = tl.exp2(s - safe[:, None])
+    v = tl.load(v_ptr + kv_offs[:, None] + dims[None, :], mask=ok[:, None], other=0.0)
+    acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return new_peak, norm * fade + tl.sum(p, 1), acc
+
+
+@triton.jit
+def _split_kernel(
+    q_ptr,  # [bs, T, H_q, D]
+    k_ptr,  # [slots, H_kv, D]
+    v_ptr,
+    partial_ptr,  # float32 [bs, H_kv, SPLITS, ROWS, D]
+    stats_ptr,  # float32 [bs, H_kv, SPLITS, ROWS, 2]: maximum in log2, sum
+    indices_ptr,
+    start_ptr,  # [bs, channels]
+    count_ptr,  # [bs, channels], -1: the whole context
+    head_channels_ptr,
+    table_ptr,  # req_to_token
+    reqs_ptr,
+    lens_ptr,
+    mask_ptr,  # [bs, T, T]
+    attended_ptr,  # int64 [2]: selected, available
+    scale,
+    channels,
+    stride_slot,
+    stride_head,
+    stride_table,
+    T: tl.constexpr,
+    H_Q: tl.constexpr,
+    H_KV: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,  # T * group, padded to a power of two of at least 16
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,  # T padded to a power of two of at least 16
+    SPLITS: tl.constexpr,
+):
+    b, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    GROUP: tl.constexpr = H_Q // H_KV
+    channel = tl.load(head_channels_ptr + h)
+    length = tl.load(lens_ptr + b).to(tl.int32)
+    count = tl.load(count_ptr + b * channels + channel)
+    req = tl.load(reqs_ptr + b).to(tl.int64)
+    row_ptr = table_ptr + req * stride_table
+    if count < 0:
+        total = length
+        list_ptr = row_ptr
+    else:
+        total = count
+        list_ptr = indices_ptr + tl.load(start_ptr + b * channels + channel)
+    if (split == 0) & (req > 0):  # slot 0 is the padding of CUDA graphs
+        tl.atomic_add(attended_ptr, total.to(tl.int64))
+        tl.atomic_add(attended_ptr + 1, length.to(tl.int64))
+
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, D)
+    row_token = rows // GROUP
+    row_ok = rows < T * GROUP
+    q_offs = ((b * T + row_token) * H_Q + h * GROUP + rows % GROUP) * D
+    q = tl.load(q_ptr + q_offs[:, None] + dims[None, :], mask=row_ok[:, None], other=0.0)  # [ROWS, D]
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    norm = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
+
+    per_split = tl.cdiv(tl.cdiv(total, BLOCK), SPLITS) * BLOCK
+    first = split * per_split
+    last = tl.minimum(first + per_split, total)
+    for block in range(first, last, BLOCK):
+        offs = block + tl.arange(0, BLOCK)
+        ok = offs < last
+        slots = tl.load(list_ptr + offs, mask=ok, other=0)
+        peak, norm, acc = _attend(
+            q,
+            k_ptr,
+            v_ptr,
+            slots,
+            ok,
+            ok[None, :],
+            h * stride_head,
+            stride_slot,
+            dims,
+            scale,
+            peak,
+            norm,
+            acc,
         )
-    if q_heads % k_buffer.shape[1] or head_channels.numel() != k_buffer.shape[1]:
-        raise ValueError(
-            f"{op}: {q_heads} query heads, {head_channels.numel()} channels, {k_buffer.shape[1]} KV heads"
+    if split == SPLITS - 1:
+        # The tail: the draft tokens themselves, each seeing what its row of the mask allows.
+        cols = tl.arange(0, TAIL)
+        ok = cols < T
+        slots = tl.load(row_ptr + length + cols, mask=ok, other=0)
+        seen = tl.load(
+            mask_ptr + (b * T + row_token[:, None]) * T + cols[None, :],
+            mask=row_ok[:, None] & ok[None, :],
+            other=0,
         )
-    if tail_slots.shape != (bs, num_tokens) or tail_mask.shape != (bs, num_tokens, num_tokens):
-        raise ValueError(
-            f"{op}: tail {tuple(tail_slots.shape)}, {tuple(tail_mask.shape)} for q {tuple(q.shape)}"
+        peak, norm, acc = _attend(
+            q, k_ptr, v_ptr, slots, ok, seen != 0, h * stride_head, stride_slot, dims, scale, peak, norm, acc
         )
-    if bs and (kv_indptr.numel() - 1) % bs:
-        raise ValueError(f"{op}: kv_indptr of {kv_indptr.numel()} does not divide into {bs} requests")
-    expect_indptr(op, "kv_indptr", kv_indptr, kv_indptr.numel() - 1)
+    base = ((b * H_KV + h) * SPLITS + split) * ROWS
+    tl.store(partial_ptr + (base + rows[:, None]) * D + dims[None, :], acc)
+    tl.store(stats_ptr + (base + rows) * 2, peak)
+    tl.store(stats_ptr + (base + rows) * 2 + 1, norm)
+
+
+@triton.jit
+def _merge_kernel(
+    partial_ptr,
+    stats_ptr,
+    out_ptr,  # [bs, T, H_q, D]
+    T: tl.constexpr,
+    H_Q: tl.constexpr,
+    H_KV: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    b, token, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    GROUP: tl.constexpr = H_Q // H_KV
+    row = token * GROUP + head % GROUP
+    dims = tl.arange(0, D)
+    base = ((b * H_KV + head // GROUP) * SPLITS + tl.arange(0, SPLITS)) * ROWS + row  # [SPLITS]
+    peak = tl.load(stats_ptr + base * 2)
+    norm = tl.load(stats_ptr + base * 2 + 1)
+    # Every row sees itself in the tail, so one split at least has a finite maximum.
+    weight = tl.exp2(peak - tl.max(peak, 0))
+    partial = tl.load(partial_ptr + base[:, None] * D + dims[None, :])
+    out = tl.sum(partial * weight[:, None], 0) / tl.sum(norm * weight, 0)
+    tl.store(out_ptr + ((b * T + token) * H_Q + head) * D + dims, out.to(out_ptr.dtype.element_ty))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from sts_kernels import row_importance
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from sts_sglang.backends.reference import Segment, TorchBackend
+from sts_sglang.backends.reference import TorchBackend, write_kv
+from sts_sglang.importance import NO_MEMBERS
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -17,118 +18,136 @@ if TYPE_CHECKING:
     from sts_sglang.runtime import StsRuntime
 
 
-class _CapturingBackend(TorchBackend):
-    """Dense torch attention; subclasses say which rows are captured and where they go."""
+class CarryLastRow:
+    """Mixin of a dense backend for the draft's prefill and draft-extend.
 
-    def __init__(self, model_runner: ModelRunner):
-        super().__init__(model_runner)
-        self.runtime: StsRuntime | None = None  # set by the draft-target binding
+    Keeps the query of each request's last accepted token: that row is the bonus token's, verify row 0
+    of the next round.
+    """
+
+    runtime: StsRuntime | None = None  # set by the draft-target binding
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         out = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        rows = self.captured_rows()
-        if self.runtime is not None and rows:
-            queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-            self._capture(queries, rows, layer)
+        if self.runtime is not None:
+            self._carry(q, layer, forward_batch)
         return out
 
-    forward_decode = forward_extend
-
-    def captured_rows(self) -> list[tuple[int, Segment]]:
-        """(query row, segment cut to the keys that row sees) of every row to capture."""
-        raise NotImplementedError
-
-    def store(self, index: int, segment: Segment, partial: torch.Tensor) -> None:
-        """Keep one captured row's part from the current layer."""
-        raise NotImplementedError
-
-    def _capture(self, q: torch.Tensor, rows: list[tuple[int, Segment]], layer: RadixAttention) -> None:
-        lengths = torch.tensor([0] + [segment.slots.numel() for _, segment in rows])
-        partial = row_importance(
-            q[[row for row, _ in rows]],
-            self.kv_buffers(layer)[0],
-            lengths.cumsum(0),
-            torch.cat([segment.slots for _, segment in rows]),
-            self.runtime.channel_weights(layer.layer_id, layer.tp_q_head_num),
-            layer.scaling,
-            self.runtime.config.pool_heads,
-        )
-        parts = partial.split(lengths[1:].tolist(), dim=1)
-        for index, ((_, segment), part) in enumerate(zip(rows, parts, strict=True)):
-            self.store(index, segment, part)
+    def _carry(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> None:
+        accepted = getattr(fb.spec_info, "num_accept_tokens", None)
+        if accepted is None:  # prefill: the last row of each request
+            rows, committed = fb.extend_seq_lens.cumsum(0) - 1, fb.seq_lens
+        else:  # draft-extend runs all T rows of a request and says how many of them count
+            width = fb.spec_info.num_tokens_per_req
+            rows = torch.arange(accepted.numel(), device=accepted.device) * width + accepted - 1
+            committed = fb.seq_lens - width + accepted
+        queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)[rows]
+        self.runtime.state.carry(layer.layer_id, fb.req_pool_indices, queries, committed)
 
 
-class DraftExtendBackend(_CapturingBackend):
-    """Draft prefill and draft-extend: captures the row of each request's last accepted token.
-
-    That row belongs to the bonus token, verify row 0 of the next round.
-    """
-
-    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        super().init_forward_metadata(forward_batch)
-        self._rows = []
-        if self.runtime is None or not self.segments:
-            return
-        # Prefill keeps its last row; draft-extend runs all T rows and only those accepted count.
-        accepted = getattr(forward_batch.spec_info, "num_accept_tokens", None)
-        ends = [s.end - s.start for s in self.segments] if accepted is None else accepted.tolist()
-        for segment, end in zip(self.segments, ends, strict=True):
-            hidden = segment.end - segment.start - end  # keys of rows after the captured one
-            seen = segment.slots[: segment.slots.numel() - hidden]
-            self._rows.append((segment.start + end - 1, segment._replace(slots=seen)))
-            self.runtime.rows.start_carried(segment.req)
-
-    def captured_rows(self) -> list[tuple[int, Segment]]:
-        return self._rows
-
-    def store(self, index: int, segment: Segment, partial: torch.Tensor) -> None:
-        self.runtime.rows.add_carried(segment.req, partial)
+class DraftExtendBackend(CarryLastRow, TorchBackend):
+    """Dense torch attention for the draft's prefill and draft-extend."""
 
 
-class DraftStepBackend(_CapturingBackend):
-    """One draft decode step: captures every row (one per request and branch)."""
+class DraftStepBackend(AttentionBackend):
+    """One draft decode step; the first of a round also scores the carried rows."""
 
     def __init__(self, model_runner: ModelRunner, step: int, topk: int, num_steps: int):
-        super().__init__(model_runner)
+        super().__init__()
+        self.req_to_token_pool = model_runner.req_to_token_pool
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.max_context_len = model_runner.model_config.context_len
         self.step, self.topk, self.num_steps = step, topk, num_steps
+        self.runtime: StsRuntime | None = None
+        self.columns: torch.Tensor | None = None  # set by DraftMultiStepBackend once a round
 
-    def _decode_segments(self, fb: ForwardBatch) -> list[Segment]:
-        """A branch sees the committed tokens and its own scratch slots [L + branch * S, + step]."""
-        segments = []
-        for req, length in zip(fb.req_pool_indices.tolist(), fb.seq_lens.tolist(), strict=True):
-            committed = self.request_slots(req, length)
-            for branch in range(self.topk):
-                scratch = length + branch * self.num_steps
-                own = self.request_slots(req, scratch + self.step + 1, scratch)
-                row = len(segments)
-                segments.append(Segment(req, row, row + 1, torch.cat([committed, own]), None))
-        return segments
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
 
-    def captured_rows(self) -> list[tuple[int, Segment]]:
-        return [(segment.start, segment) for segment in self.segments]
-
-    def store(self, index: int, segment: Segment, partial: torch.Tensor) -> None:
-        self.runtime.rows.add_step(segment.req, (self.step, index % self.topk), partial)
+    def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
+        if save_kv_cache and k is not None:
+            write_kv(self.token_to_kv_pool, k, v, layer, forward_batch)
+        runtime, state = self.runtime, self.runtime.state
+        members = state.members.get(layer.layer_id, NO_MEMBERS)
+        speaks = layer.layer_id in state.members
+        out = runtime.ops.draft_attention(
+            q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
+            state.carried_q[layer.layer_id] if speaks and self.step == 0 else None,
+            state.carried_len,
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
+            self.req_to_token_pool.req_to_token,
+            forward_batch.req_pool_indices,
+            forward_batch.seq_lens,
+            self.columns,
+            self.step,
+            self.num_steps,
+            layer.scaling,
+            members,
+            state.importance,
+            runtime.rows_per_round,
+            runtime.config.pool_heads,
+            runtime.config.pool_rows,
+        )
+        return out.flatten(1)
 
 
 class DraftMultiStepBackend:
     """The container SGLang's draft worker expects: one backend per decode step (S - 1 of them)."""
 
-    needs_cpu_seq_lens = True
+    needs_cpu_seq_lens = False
 
     def __init__(self, model_runner: ModelRunner, topk: int, num_steps: int):
-        self.runtime: StsRuntime | None = None  # set by the draft-target binding
+        self.topk, self.num_steps = topk, num_steps
         self.attn_backends = [
             DraftStepBackend(model_runner, step, topk, num_steps) for step in range(num_steps - 1)
         ]
 
     def bind(self, runtime: StsRuntime) -> None:
         """Give every step its destination."""
-        for backend in (self, *self.attn_backends):
+        for backend in self.attn_backends:
             backend.runtime = runtime
 
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Nothing to allocate: the state is static already."""
+
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        if self.runtime is not None:
-            self.runtime.rows.start_round()
+        self.init_forward_metadata_in_graph(forward_batch)
+
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        """Nothing happens outside the graph."""
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """Columns of the round, recorded into the graph of each batch size."""
+        if forward_batch.forward_mode.is_idle():
+            return
         for backend in self.attn_backends:
-            backend.init_forward_metadata(forward_batch)
+            if backend is self.attn_backends[0]:
+                columns = backend.runtime.state.columns(forward_batch.seq_lens)
+            backend.columns = columns
+
+
+def score_carried_rows(runtime: StsRuntime, draft_pool, table, reqs, seq_lens) -> None:
+    """Rounds without a draft decode step (S = 1) have only the carried row: score it by itself."""
+    state = runtime.state
+    columns = state.columns(seq_lens)
+    for layer, members in state.members.items():
+        runtime.ops.draft_attention(
+            None,
+            state.carried_q[layer],
+            state.carried_len,
+            draft_pool.get_key_buffer(layer),
+            draft_pool.get_value_buffer(layer),
+            table,
+            reqs,
+            seq_lens,
+            columns,
+            0,
+            1,
+            runtime.draft_scaling,
+            members,
+            state.importance,
+            runtime.rows_per_round,
+            runtime.config.pool_heads,
+            runtime.config.pool_rows,
+        )

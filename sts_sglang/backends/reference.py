@@ -54,10 +54,6 @@ class TorchBackend(AttentionBackend):
         """int64 slots of positions [start, end) of a request."""
         return self.req_to_token_pool.req_to_token[req, start:end].long()
 
-    def write_kv(self, k, v, layer: RadixAttention, forward_batch: ForwardBatch) -> None:
-        """Store this forward's keys and values at their slots."""
-        self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
-
     def kv_buffers(self, layer: RadixAttention) -> tuple[torch.Tensor, torch.Tensor]:
         """[slots, H_kv, D] key and value pools of a layer."""
         pool = self.token_to_kv_pool
@@ -65,7 +61,7 @@ class TorchBackend(AttentionBackend):
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         if save_kv_cache and k is not None:
-            self.write_kv(k, v, layer, forward_batch)
+            write_kv(self.token_to_kv_pool, k, v, layer, forward_batch)
         return self.attend(q, layer)
 
     forward_decode = forward_extend
@@ -117,14 +113,19 @@ class TorchBackend(AttentionBackend):
         return segments
 
 
+def write_kv(pool, k, v, layer: RadixAttention, forward_batch: ForwardBatch) -> None:
+    """Store this forward's keys and values at their slots."""
+    pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+
+
 def tail_masks(fb: ForwardBatch) -> torch.Tensor:
     """bool [bs, T, T]: which draft tokens each draft token of a verify batch sees.
 
-    SGLang hands the tree over as QLEN_ONLY ([T, T] a request) or FULL_MASK ([T, L + T] a request,
-    possibly in a longer preallocated buffer); without a mask the draft is a chain.
+    SGLang hands a tree over as QLEN_ONLY ([T, T] a request) or FULL_MASK ([T, L + T] a request, possibly
+    in a longer preallocated buffer); without branches the draft is a chain.
     """
     tokens, mask, bs = fb.spec_info.draft_token_num, fb.spec_info.custom_mask, fb.batch_size
-    if mask is None:
+    if mask is None or fb.spec_info.topk == 1:
         chain = torch.ones(tokens, tokens, dtype=torch.bool, device=fb.seq_lens.device).tril()
         return chain.expand(bs, -1, -1)
     if mask.numel() == bs * tokens * tokens:

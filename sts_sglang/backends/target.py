@@ -2,144 +2,120 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sts_kernels import select_tokens, sparse_verify_attention
 
-from sts_sglang.backends.reference import TorchBackend, tail_masks
+from sts_sglang.backends.draft import score_carried_rows
+from sts_sglang.backends.reference import tail_masks, write_kv
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
+    from sts_sglang.importance import Selection
     from sts_sglang.runtime import StsRuntime
 
 
-@dataclass
-class VerifyPlan:
-    """What one verify round attends to; the same for every sparse layer."""
-
-    kv_indptr: torch.Tensor  # int64 [bs * channels + 1]
-    kv_indices: torch.Tensor  # int64 [nnz] slots
-    tail_slots: torch.Tensor  # int64 [bs, T]
-    tail_mask: torch.Tensor  # bool [bs, T, T]
-    lengths: list[int]  # committed tokens per request
-    unknown: int  # requests without importance, attended whole
-
-
 class StsTargetBackend(AttentionBackend):
-    """Holds a dense backend for prefill and decode, and owns the sparse verify path."""
+    """Holds a dense backend for prefill and decode, and owns the sparse verify path.
 
-    def __init__(self, model_runner: ModelRunner):
+    Args:
+        model_runner: the target's.
+        dense: attention backend for everything but sparse verify layers.
+    """
+
+    def __init__(self, model_runner: ModelRunner, dense: AttentionBackend):
         super().__init__()
-        self.dense = TorchBackend(model_runner)
-        self.device = self.dense.device
-        self.req_to_token_pool = self.dense.req_to_token_pool
-        self.token_to_kv_pool = self.dense.token_to_kv_pool
-        self.max_context_len = self.dense.max_context_len
-        self.num_layers = model_runner.model_config.num_hidden_layers
+        self.dense = dense
+        self.device = model_runner.device
+        self.req_to_token_pool = model_runner.req_to_token_pool
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.max_context_len = model_runner.model_config.context_len
+        self.needs_cpu_seq_lens = dense.needs_cpu_seq_lens
         self.runtime: StsRuntime | None = None  # set by the draft-target binding
-        self.plan: VerifyPlan | None = None
+        self._selection: Selection | None = None
+        self._tail_mask: torch.Tensor | None = None
+        self._mask_buffer: torch.Tensor | None = None  # trees under CUDA graphs
 
     def support_triton(self) -> bool:
-        return False
+        return self.dense.support_triton()
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        self.dense.init_cuda_graph_state(max_bs, max_num_tokens)
+        tokens = max_num_tokens // max_bs
+        self._mask_buffer = torch.ones(max_bs * tokens * tokens, dtype=torch.bool, device=self.device)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def get_verify_buffers_to_fill_after_draft(self):
+        # The tree mask must be where the graph reads it; QLEN_ONLY, see compat.use_qlen_tree_mask.
+        return [self._mask_buffer, None]
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        self.plan = None
-        verify = forward_batch.forward_mode.is_target_verify()
-        if not verify or self.runtime.config.dense_layers:
+        if not forward_batch.forward_mode.is_target_verify():
             self.dense.init_forward_metadata(forward_batch)
-        if verify:
-            self.plan = self._plan_verify(forward_batch)
+            return
+        if self.runtime.config.dense_layers:
+            self.dense.init_forward_metadata(forward_batch)
+        self._plan_verify(forward_batch)
+
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        if not forward_batch.forward_mode.is_target_verify() or self.runtime.config.dense_layers:
+            self.dense.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        if not forward_batch.forward_mode.is_target_verify() or self.runtime.config.dense_layers:
+            self.dense.init_forward_metadata_in_graph(forward_batch)
+        if forward_batch.forward_mode.is_target_verify():
+            self._plan_verify(forward_batch)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
-        if self.plan is None:
-            return self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        if save_kv_cache and k is not None:
-            self.dense.write_kv(k, v, layer, forward_batch)
-        if layer.layer_id in self.runtime.config.dense_layers:
-            out = self.dense.attend(q, layer)
-            self._count(layer, selected=sum(self.plan.lengths) * layer.tp_k_head_num)
-        else:
-            out = self._attend_selected(q, layer)
+        verify = forward_batch.forward_mode.is_target_verify()
+        if verify and layer.layer_id not in self.runtime.config.dense_layers:
+            if save_kv_cache and k is not None:
+                write_kv(self.token_to_kv_pool, k, v, layer, forward_batch)
+            return self._attend_selected(q, layer, forward_batch)
+        out = self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        if verify:
+            there = (forward_batch.seq_lens * (forward_batch.req_pool_indices > 0)).sum()
+            self.runtime.state.counts[2:] += there * layer.tp_k_head_num
         return out
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         return self.dense.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
 
-    def _plan_verify(self, fb: ForwardBatch) -> VerifyPlan:
-        """Select per (request, channel) and look the slots up."""
-        runtime, config = self.runtime, self.runtime.config
-        reqs, lengths = fb.req_pool_indices.tolist(), fb.seq_lens.tolist()
-        rows = [runtime.rows.context(req, length) for req, length in zip(reqs, lengths, strict=True)]
-        unknown = torch.tensor([row is None for row in rows], device=self.device)
-        keeps = torch.tensor(
-            [runtime.request_keep.get(req, torch.nan) for req in reqs],
-            dtype=torch.float64,
-            device=self.device,
-        )
-        budgets = torch.where(unknown, fb.seq_lens, config.budget_tokens(fb.seq_lens, keeps))
-        top_p = None
-        if config.policy == "top_p":
-            top_p = torch.where(unknown | ~keeps.isnan(), torch.inf, config.top_p)
-        channels = len(runtime.head_map.channels)
-        scores = [
-            torch.zeros(channels, length, device=self.device) if row is None else row
-            for row, length in zip(rows, lengths, strict=True)
-        ]
-        indptr, positions = select_tokens(
-            torch.cat(scores, dim=1),
-            torch.tensor([0, *lengths]).cumsum(0),
-            budgets,
-            config.sink,
-            config.recent,
-            top_p,
-        )
+    def _plan_verify(self, fb: ForwardBatch) -> None:
+        """Select per (request, channel); runs once a round, before the first layer."""
+        runtime, table = self.runtime, self.req_to_token_pool.req_to_token
+        if runtime.num_steps == 1:
+            score_carried_rows(runtime, runtime.draft_pool, table, fb.req_pool_indices, fb.seq_lens)
+        self._selection = runtime.state.select(runtime.ops, fb.req_pool_indices, fb.seq_lens, table)
+        self._tail_mask = self._tail_masks(fb).contiguous()
+
+    def _tail_masks(self, fb: ForwardBatch) -> torch.Tensor:
         tokens = fb.spec_info.draft_token_num
-        per_request = positions.split((indptr[channels::channels] - indptr[:-1:channels]).tolist())
-        table = self.req_to_token_pool.req_to_token
-        return VerifyPlan(
-            kv_indptr=indptr,
-            kv_indices=torch.cat(
-                [table[req, chosen].long() for req, chosen in zip(reqs, per_request, strict=True)]
-            ),
-            tail_slots=torch.stack(
-                [self.dense.request_slots(req, n + tokens, n) for req, n in zip(reqs, lengths, strict=True)]
-            ),
-            tail_mask=tail_masks(fb),
-            lengths=lengths,
-            unknown=int(unknown.sum()),
-        )
+        if self._mask_buffer is None or fb.spec_info.topk == 1:
+            return tail_masks(fb)
+        return self._mask_buffer[: fb.batch_size * tokens * tokens].view(-1, tokens, tokens)
 
-    def _attend_selected(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
-        plan = self.plan
-        bs, tokens = plan.tail_slots.shape
-        keys, values = self.dense.kv_buffers(layer)
-        head_channels = self.runtime.head_channels(layer.layer_id)
-        out = sparse_verify_attention(
-            q.reshape(bs, tokens, layer.tp_q_head_num, layer.qk_head_dim),
-            keys,
-            values,
-            plan.kv_indptr,
-            plan.kv_indices,
-            head_channels,
-            plan.tail_slots,
-            plan.tail_mask,
+    def _attend_selected(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
+        runtime = self.runtime
+        out = runtime.ops.sparse_verify_attention(
+            q.view(fb.batch_size, -1, layer.tp_q_head_num, layer.qk_head_dim),
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
+            runtime.state.kv_indices,
+            *self._selection,
+            runtime.head_channels(layer.layer_id),
+            self.req_to_token_pool.req_to_token,
+            fb.req_pool_indices,
+            fb.seq_lens,
+            self._tail_mask,
             layer.scaling,
+            runtime.state.counts[2:],
         )
-        attended = plan.kv_indptr.diff().view(bs, -1)[:, head_channels]
-        self._count(layer, selected=int(attended.sum()))
-        return out.reshape(bs * tokens, -1)
-
-    def _count(self, layer: RadixAttention, selected: int) -> None:
-        """Count what this layer attended to; requests are counted with the last layer."""
-        counters, plan = self.runtime.counters, self.plan
-        counters.selected_tokens += selected
-        counters.available_tokens += sum(plan.lengths) * layer.tp_k_head_num
-        if layer.layer_id == self.num_layers - 1:
-            counters.dense_verifies += plan.unknown
-            counters.sparse_verifies += len(plan.lengths) - plan.unknown
+        return out.view(q.shape[0], -1)

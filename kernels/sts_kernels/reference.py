@@ -1,0 +1,254 @@
+"""Plain-torch twins of the kernels: the same signatures and results, on any device, with host loops.
+
+The three steps of a round share these static buffers, so that a CUDA graph can record them:
+
+* *columns*: request b owns the columns [ctx_start[b], ctx_start[b] + seq_lens[b]) of `importance`, none
+  when ctx_start[b] is -1 (no room: its rows are not scored and it attends to its whole context);
+* `importance`: float16 [channels, columns], probability * IMPORTANCE_SCALE of each context position
+  (the twins take float32 too, where a rounding must not decide between near-equal scores);
+* `kv_indices` with `kv_start` and `kv_count`: the slots each (request, channel) attends to.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from sts_kernels.checks import IMPORTANCE_SCALE, check_draft, check_select, check_verify
+
+SHIFT = 1  # the draft key at index p is the target's token p + 1
+
+
+class Members(NamedTuple):
+    """The channels that one draft layer feeds.
+
+    channels: int32 [n], rows of `importance`. heads: int32 [n, most], query heads of this layer, -1
+    padded. scale: float32 [n], 1 / number of heads of the channel in all layers (pool_heads "mean").
+    fresh: bool [n], this is the first layer to feed the channel.
+    """
+
+    channels: torch.Tensor
+    heads: torch.Tensor
+    scale: torch.Tensor
+    fresh: torch.Tensor
+
+
+def draft_attention(
+    q: torch.Tensor | None,
+    carried_q: torch.Tensor | None,
+    carried_len: torch.Tensor,
+    k_buffer: torch.Tensor,
+    v_buffer: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    ctx_start: torch.Tensor,
+    step: int,
+    num_steps: int,
+    sm_scale: float,
+    members: Members,
+    importance: torch.Tensor,
+    total_rows: int,
+    pool_heads: str = "max",
+    pool_rows: str = "max",
+) -> torch.Tensor | None:
+    """One draft decode step of one layer: its attention, and its rows' importance pooled in.
+
+    Row w of request b (a branch) attends to the committed tokens [0, L) and to its own scratch slots at
+    L + w * num_steps + [0, step]. With `carried_q` the request's carried row (the last accepted token's
+    query, kept from the previous draft-extend) is scored too, over [0, L), in the same read of the keys.
+
+    Args:
+        q: [bs * W, H_q, D] queries of this step, request-major, or None to score the carried row only.
+        carried_q: [requests, H_q, D] by req_pool_idx, or None when it has been scored already.
+        carried_len: int [requests], the committed length a carried row was made for; a row whose length
+            is not seq_lens[b] is a leftover and scores 0.
+        k_buffer, v_buffer: [slots, H_kv, D] draft pools.
+        req_to_token, req_pool_indices, seq_lens: slots by position; requests; committed lengths L.
+        ctx_start: int64 [bs] first column of each request.
+        step, num_steps: this decode step and the steps of a round.
+        members: channels this layer feeds.
+        importance: written. A fresh member overwrites when this call scores the round's first rows
+            (`carried_q` given), else it is combined with what is there by pool_rows (maximum or sum);
+            a channel with heads in several layers therefore needs pool_heads == pool_rows.
+        total_rows: rows of a round per request, the divisor of pool_rows "mean".
+
+    Returns:
+        [bs * W, H_q, D], None without q.
+    """
+    check_draft(q, carried_q, k_buffer, v_buffer, members, importance, pool_heads, pool_rows)
+    group = (carried_q if q is None else q).shape[1] // k_buffer.shape[1]
+    branches = 0 if q is None else q.shape[0] // max(1, seq_lens.numel())
+    out = None if q is None else torch.empty_like(q)
+    for b, (req, length) in enumerate(zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)):
+        column, probs = int(ctx_start[b]), []
+        if carried_q is not None:
+            row = _probabilities(carried_q[req], k_buffer, req_to_token[req, :length], sm_scale, group)
+            probs.append(row if int(carried_len[req]) == length else torch.zeros_like(row))
+        for w in range(branches):
+            scratch = length + w * num_steps
+            slots = torch.cat([req_to_token[req, :length], req_to_token[req, scratch : scratch + step + 1]])
+            row = _probabilities(q[b * branches + w], k_buffer, slots, sm_scale, group)
+            values = v_buffer[slots.long()].float().repeat_interleave(group, 1)  # [n, H_q, D]
+            out[b * branches + w] = torch.einsum("hn,nhd->hd", row, values).to(q.dtype)
+            probs.append(row[:, :length])
+        if column >= 0 and members.channels.numel():
+            pooled = _pool(torch.stack(probs), members, total_rows, pool_heads, pool_rows)
+            _combine(importance, pooled, members, column, length, carried_q is not None, pool_rows)
+    return out
+
+
+def select_tokens(
+    importance: torch.Tensor,
+    ctx_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    budgets: torch.Tensor,
+    sink: int,
+    recent: int,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_start: torch.Tensor,
+    kv_count: torch.Tensor,
+    top_p: torch.Tensor | None = None,
+) -> None:
+    """Slots of sink, recent and the top of importance for every (request, channel) with kv_count >= 0.
+
+    Of equal importance the later position wins; NaN is unknown and ranks above every score. The first
+    `sink` and last `recent` positions are taken whatever their importance holds.
+
+    Args:
+        importance: [channels, columns].
+        ctx_start, seq_lens: columns and lengths of the requests.
+        budgets: int [bs], at least sink + recent and below the context where kv_count >= 0.
+        kv_start: int64 [bs, channels] first entry of each list; kv_count: int32 [bs, channels], its
+            length, or -1 to attend to the whole context (nothing is written then).
+        kv_indices: int32, written; the order within a list is not specified.
+        top_p: float32 [bs] or None. A finite entry cuts each list of the request to the smallest one
+            that holds this part of the importance at positions [1, L) (position 0 has no score), and
+            writes its length to kv_count. Unknown tokens have no mass and stay in.
+    """
+    check_select(importance, budgets, kv_start, kv_count)
+    for b, (req, length) in enumerate(zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)):
+        for c in range(importance.shape[0]):
+            count, start = int(kv_count[b, c]), int(kv_start[b, c])
+            if count < 0:
+                continue
+            column = int(ctx_start[b])
+            scores = importance[c, column : column + length].float()
+            chosen = _top(scores, count, sink, recent)
+            if top_p is not None and bool(top_p[b].isfinite()):
+                count = _top_p_count(scores, chosen, sink + recent, float(top_p[b]))
+                kv_count[b, c], chosen = count, chosen[:count]
+            kv_indices[start : start + count] = req_to_token[req, chosen].to(kv_indices.dtype)
+
+
+def sparse_verify_attention(
+    q: torch.Tensor,
+    k_buffer: torch.Tensor,
+    v_buffer: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_start: torch.Tensor,
+    kv_count: torch.Tensor,
+    head_channels: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tail_mask: torch.Tensor,
+    sm_scale: float,
+    attended: torch.Tensor,
+) -> torch.Tensor:
+    """Exact softmax attention of each draft token over (selected context + tail), per (request, KV head).
+
+    Args:
+        q: [bs, T, H_q, D] queries of the T draft tokens of each request.
+        k_buffer, v_buffer: [slots, H_kv, D] target pools.
+        kv_indices, kv_start, kv_count: the lists of select_tokens; a count of -1 is the whole context.
+        head_channels: int [H_kv], the channel whose list a KV head attends to.
+        req_to_token, req_pool_indices, seq_lens: slots by position; requests; committed lengths L. The
+            tail is at positions [L, L + T).
+        tail_mask: bool [bs, T, T], row i may attend to tail token j (causal chain or tree).
+        sm_scale: scale of the logits.
+        attended: int64 [2], adds the context tokens attended to and those there, per (request, KV head).
+            Request slot 0 is not counted: SGLang pads the batches of CUDA graphs with it.
+
+    Returns:
+        [bs, T, H_q, D] in the dtype of q.
+    """
+    check_verify(q, k_buffer, v_buffer, kv_start, kv_count, head_channels, tail_mask)
+    bs, tokens, q_heads, _ = q.shape
+    kv_heads = k_buffer.shape[1]
+    group = q_heads // kv_heads
+    out = torch.empty_like(q)
+    channels = head_channels.tolist()
+    for b, (req, length) in enumerate(zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)):
+        tail = req_to_token[req, length : length + tokens].long()
+        for h, channel in enumerate(channels):
+            count, start = int(kv_count[b, channel]), int(kv_start[b, channel])
+            selected = req_to_token[req, :length] if count < 0 else kv_indices[start : start + count]
+            slots = torch.cat([selected.long(), tail])
+            if req > 0:
+                attended += torch.tensor([selected.numel(), length], device=attended.device)
+            heads = slice(h * group, (h + 1) * group)
+            mask = torch.ones(tokens, slots.numel(), dtype=torch.bool, device=q.device)
+            mask[:, selected.numel() :] = tail_mask[b]
+            out[b, :, heads] = scaled_dot_product_attention(
+                q[b, :, heads].transpose(0, 1)[None],  # [1, G, T, D]
+                k_buffer[slots, h].to(q.dtype).expand(1, group, -1, -1),
+                v_buffer[slots, h].to(q.dtype).expand(1, group, -1, -1),
+                attn_mask=mask,
+                scale=sm_scale,
+            )[0].transpose(0, 1)
+    return out
+
+
+def _probabilities(q, k_buffer, slots, sm_scale, group) -> torch.Tensor:
+    """float32 [H_q, n] of one row [H_q, D] over n slots."""
+    keys = k_buffer[slots.long()].float().repeat_interleave(group, 1)  # [n, H_q, D]
+    return torch.softmax(torch.einsum("hd,nhd->hn", q.float(), keys) * sm_scale, dim=-1)
+
+
+def _pool(probs, members: Members, total_rows, pool_heads, pool_rows) -> torch.Tensor:
+    """[rows, H_q, n] to [members, n]: heads of the channel first, then rows."""
+    pooled = []
+    for heads, scale in zip(members.heads.tolist(), members.scale.tolist(), strict=True):
+        spoken = probs[:, [h for h in heads if h >= 0]]
+        row = spoken.amax(1) if pool_heads == "max" else spoken.sum(1) * scale
+        pooled.append(row.amax(0) if pool_rows == "max" else row.sum(0) / total_rows)
+    return torch.stack(pooled)
+
+
+def _combine(importance, pooled, members, column, length, first_rows, pool_rows) -> None:
+    """Write [members, L] draft scores to the columns of the target positions they are about."""
+    scaled = (pooled[:, : length - SHIFT] * IMPORTANCE_SCALE).to(importance.dtype)
+    for i, channel in enumerate(members.channels.tolist()):
+        target = importance[channel, column + SHIFT : column + length]
+        if first_rows and bool(members.fresh[i]):
+            target.copy_(scaled[i])
+        elif pool_rows == "max":
+            torch.maximum(target, scaled[i], out=target)
+        else:
+            target.add_(scaled[i])
+
+
+def _top(scores: torch.Tensor, count: int, sink: int, recent: int) -> torch.Tensor:
+    """Positions of one list: sink, recent, then by rank."""
+    length = scores.numel()
+    free = scores[sink : length - recent].nan_to_num(nan=torch.inf)
+    # A stable sort of the reversed row puts the later of two equal positions first.
+    order = free.numel() - 1 - torch.argsort(free.flip(0), descending=True, stable=True)
+    forced = [*range(sink), *range(length - recent, length)]
+    chosen = order[: count - sink - recent] + sink
+    return torch.cat([torch.tensor(forced, device=chosen.device, dtype=chosen.dtype), chosen])
+
+
+def _top_p_count(scores: torch.Tensor, chosen: torch.Tensor, forced: int, top_p: float) -> int:
+    """Entries of `chosen` up to the first at which `top_p` of the mass is held."""
+    mass = scores.double().nan_to_num(nan=0.0)
+    mass[0] = 0
+    held = mass[chosen].cumsum(0)
+    must = forced + int(scores[chosen[forced:]].isnan().sum())
+    reached = int(torch.searchsorted(held, top_p * mass.sum())) + 1
+    return min(max(must, reached), chosen.numel())
