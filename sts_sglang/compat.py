@@ -13,7 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 SGLANG_VERSION = "0.5.16"
-FLASHINFER_VERSION = "0.6.14"
 
 _SPEC = "sglang.srt.speculative"
 _WORKER = f"{_SPEC}.eagle_worker_v2.EAGLEWorkerV2"
