@@ -53,7 +53,7 @@ class RoundState:
         draft_dim: int,
         dtype: torch.dtype,
         device: str,
-        importance_dtype: torch.dtype = torch.float32,
+        importance_dtype: torch.dtype,
     ):
         self.config = config
         channels = len(head_map.channels)

@@ -56,7 +56,7 @@ class StsRuntime:
             else headmap.proportional(target, draft)
         )
         _check_pools(config, self.head_map)
-        self.kernel = "torch"  # the only choice that validate.KERNELS lets through
+        self.kernel = "torch" if config.kernel == "auto" else config.kernel
         self.ops = ops(self.kernel)
         self.num_steps = shape.num_steps
         self.rows_per_round = 1 + (shape.num_steps - 1) * shape.topk
@@ -71,6 +71,7 @@ class StsRuntime:
             shape.head_dim,
             shape.dtype,
             device,
+            torch.float16 if self.kernel == "triton" else torch.float32,
         )
         self.graphs: dict[str, bool] = {}
         self._head_channels = [

@@ -8,6 +8,7 @@ and refuses deterministic inference, pages with trees, or GPT-OSS, in words that
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sts_sglang.config import StsConfig
@@ -172,6 +173,8 @@ def check_device(server_args: ServerArgs) -> None:
 def check_kernel(server_args: ServerArgs, config: StsConfig) -> None:
     """Whether `config.kernel` exists for the device, which `check_device` accepted. Raises `Refusal`."""
     available = KERNELS[server_args.device]
+    if server_args.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        available = (*available, "triton")  # as numpy: far too slow to serve, for tests of the whole path
     if config.kernel not in available:
         raise Refusal(
             f"sts_config.kernel: {config.kernel!r} is not available on device {server_args.device} in this "

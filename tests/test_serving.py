@@ -329,3 +329,20 @@ def test_eagle_head_with_a_fixed_budget(pair, logs):
         lengths = counters["available_tokens"] // (layers * kv_heads)
         expected = kv_heads * (lengths + (layers - 1) * 32 * counters["sparse_verifies"])
         assert counters["selected_tokens"] == pytest.approx(expected, rel=0.01)
+
+
+def test_the_triton_kernels_serve_in_the_interpreter(pair, logs):
+    """The whole path with the kernels in place of their twins: slow, so few and short requests."""
+    args = (*TREE, "--max-running-requests", "2")
+    config = {**SPARSE, "kernel": "triton"}
+    env = {"TRITON_INTERPRET": "1"}
+    with sts_server(pair, logs, "triton", "STANDALONE", "draft", config, *args, env=env) as server:
+        prompts = [random_ids(n, 900 + n) for n in (70, 101)]
+        answers = server.generate_all(prompts, 8)
+        assert server.sts()["kernel"] == "triton"
+        counters = server.counters()
+    oracle, rule = Oracle(pair["target"], pair["draft"]), replace(RULE, topk=4, num_tokens=8)
+    traces = [oracle.generate(ids, 8, rule) for ids in prompts]
+    assert [a["output_ids"] for a in answers] == [t.tokens for t in traces]
+    assert counters["dense_verifies"] == 0
+    assert counters["selected_tokens"] == sum(t.selected for t in traces)

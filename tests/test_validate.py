@@ -541,7 +541,8 @@ def test_device(launch, flags, monkeypatch):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("kernel", ["flashinfer", "triton"])
-def test_known_kernel_that_does_not_exist_yet(device, kernel):
+def test_known_kernel_that_does_not_exist_yet(device, kernel, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     args = SimpleNamespace(device=device)
     validate.check_kernel(args, StsConfig())
     with pytest.raises(Refusal) as caught:
@@ -552,7 +553,8 @@ def test_known_kernel_that_does_not_exist_yet(device, kernel):
     )
 
 
-def test_configuration_is_checked_at_launch(launch):
+def test_configuration_is_checked_at_launch(launch, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(Refusal, match=r"^sts_config\.kernel: 'triton'"):
         launch(config=StsConfig(kernel="triton"))
     with pytest.raises(ConfigError, match=r"^sts_config\.dense_layers: got layer 2"):
