@@ -6,7 +6,7 @@ size, so one compilation serves every sequence length.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -30,21 +30,6 @@ class Config:
     rope_theta: float = 1_000_000.0
     max_position_embeddings: int = 40960
     rms_norm_eps: float = 1e-5
-
-    def as_huggingface(self) -> dict:
-        return {
-            **asdict(self),
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "tie_word_embeddings": True,
-            "dtype": "bfloat16",
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        }
 
 
 TARGET = Config(256, 8, 4, 2, 768)
