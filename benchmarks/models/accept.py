@@ -22,9 +22,10 @@ DRAFTS = {"STANDALONE": "draft", "EAGLE3": "eagle3"}
 SPECULATION = "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4".split()
 
 
-def server(models: Path, algorithm: str, log: Path, more: list[str]) -> LocalServer:
+def server(models: Path, algorithm: str, config: str, log: Path, more: list[str]) -> LocalServer:
     args = ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(models / DRAFTS[algorithm]), *SPECULATION]
-    args += ["--context-length", "33792", "--max-running-requests", "2", "--mem-fraction-static", "0.5", *more]
+    args += ["--context-length", "33792", "--max-running-requests", "2", "--mem-fraction-static", "0.5"]
+    args += ["--attention-backend", "sts", "--sts-config", config, *more]
     env = {"HF_HUB_OFFLINE": "1"}
     if not torch.cuda.is_available():
         args += ["--device", "cpu", "--dtype", "float32", "--max-total-tokens", "70000"]
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--algorithm", choices=DRAFTS, required=True)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--sts-config", default='{"keep": 1.0}', help="everything kept: dense, unless changed")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--items", type=int, default=6)
     parser.add_argument("--tasks", nargs="+", default=[*EXAM, "text"])
@@ -71,7 +73,7 @@ def main() -> None:
     writer = Writer(args.corpus, "test", load_text(args.corpus / "val.bin.xz"))
     log = Path(tempfile.mkdtemp()) / "server.log"
     results = []
-    with server(args.models, args.algorithm, log, args.server) as running:
+    with server(args.models, args.algorithm, args.sts_config, log, args.server) as running:
         for name in tqdm(args.tasks):
             results.append({"algorithm": args.algorithm, **measure(running, writer, name, args.length, args.items)})
             tqdm.write(json.dumps(results[-1]))
