@@ -3,8 +3,8 @@
     apt-get download PACKAGES; for f in *.deb; do dpkg -x $f DEBIAN_DIR/${f%%_*}; done
     python benchmarks/models/corpus.py --debian DEBIAN_DIR --out .data/corpus
 
-writes tokenizer.json (unless it is there), {train,val}.bin.xz (uint16), words.json (the name pool) and sources.json
-(name, license, bytes). The validation half is every document whose hash falls into the first hundredth.
+writes tokenizer.json (unless it is there), {train,val}.bin.xz (uint16), words.json (the name pool) and
+sources.json (name, license, bytes). The validation half is every document whose hash falls into the first hundredth.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def clean(text: str) -> str:
 
 
 def read(path: Path) -> str:
-    raw = gzip.open(path).read() if path.suffix in (".gz", ".dz") else path.read_bytes()
+    raw = path.read_bytes()
+    if path.suffix in (".gz", ".dz"):
+        raw = gzip.decompress(raw)
     text = raw.decode("utf-8", errors="ignore").replace("\r", "").replace("\t", "    ")
     return clean(strip_html(text) if path.suffix == ".html" else text)
 
@@ -96,7 +98,7 @@ def texts(source: Source, root: Path) -> Iterator[str]:
     left = int(source.megabytes * 1e6)
     for path in sorted(root.glob(source.pattern), key=lambda p: stable_hash(str(p.relative_to(root)))):
         text = read(path)[:400_000]
-        if 500 < len(text):
+        if len(text) > 500:
             yield text[:left]
             left -= len(text)
         if left <= 0:
@@ -111,7 +113,14 @@ def collect(debian: Path) -> tuple[list[str], list[dict]]:
     for source, root in roots:
         found = list(texts(source, root))
         documents += found
-        rows.append({"name": source.name, "license": source.license, "files": len(found), "bytes": sum(map(len, found))})
+        rows.append(
+            {
+                "name": source.name,
+                "license": source.license,
+                "files": len(found),
+                "bytes": sum(map(len, found)),
+            }
+        )
         print(rows[-1])
     return documents, rows
 
@@ -143,7 +152,9 @@ def save_tokens(path: Path, tok: Tokenizer, documents: list[str]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--debian", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -157,7 +168,10 @@ def main() -> None:
     tok = Tokenizer.from_file(str(saved)) if saved.exists() else train_tokenizer(train[::3])
     tok.save(str(saved))
     (args.out / "words.json").write_text(json.dumps(name_pool(train)))
-    sizes = {name: save_tokens(args.out / f"{name}.bin.xz", tok, part) for name, part in (("train", train), ("val", val))}
+    sizes = {
+        name: save_tokens(args.out / f"{name}.bin.xz", tok, part)
+        for name, part in (("train", train), ("val", val))
+    }
     (args.out / "sources.json").write_text(json.dumps({**sizes, "sources": rows}, indent=1))
 
 

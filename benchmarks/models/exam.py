@@ -1,6 +1,6 @@
 """Dense greedy accuracy of the target on held-out tasks, by task, length and depth of the needle.
 
-    python benchmarks/models/exam.py --corpus .data/corpus --models DIR --out FILE.json --lengths 4096 16384 32768 --items 50
+python benchmarks/models/exam.py --lengths 4096 16384 32768 --items 44 --out FILE.jsonl [--corpus .data/corpus]
 """
 
 from __future__ import annotations
@@ -13,16 +13,26 @@ from pathlib import Path
 import torch
 from model import DRAFT, TARGET, Llama
 from safetensors.torch import load_file
-from tasks import EXAM, ROOM, Question, Row, Writer, load_text
+from tasks import EXAM, ROOM, Question, Row, Writer
 from tqdm import tqdm
 
 DEPTHS = [i / 10 for i in range(11)]
 
 
+SHIPPED = Path(__file__).parents[2] / "sts_sglang" / "models"
+
+
 def load(folder: Path, name: str, device: str) -> Llama:
-    model = Llama({"target": TARGET, "draft": DRAFT}[name])
-    model.load_state_dict(load_file(folder / f"{name}.safetensors"))
+    """A model from a folder of checkpoints or of Hugging Face folders."""
+    model, checkpoint = Llama({"target": TARGET, "draft": DRAFT}[name]), folder / f"{name}.safetensors"
+    model.load_state_dict(
+        load_file(checkpoint if checkpoint.exists() else folder / name / "model.safetensors")
+    )
     return model.to(device).eval()
+
+
+def heldout(corpus: Path | None) -> Writer:
+    return Writer.of_corpus(corpus, "test") if corpus else Writer.shipped(SHIPPED / "target")
 
 
 def score(answer: str, question: Question) -> float:
@@ -42,7 +52,9 @@ def answers(model: Llama, writer: Writer, rows: list[Row], tokens_at_once: int) 
     return texts
 
 
-def examine(model: Llama, writer: Writer, name: str, length: int, items: int, tokens_at_once: int, show: int = 0) -> dict:
+def examine(
+    model: Llama, writer: Writer, name: str, length: int, items: int, tokens_at_once: int, show: int = 0
+) -> dict:
     rng = random.Random(f"exam {name} {length}")
     depths = [DEPTHS[i % len(DEPTHS)] if name == "single" else None for i in range(items)]
     rows, questions = zip(*(writer.examination(name, length, rng, d) for d in depths), strict=True)
@@ -54,34 +66,41 @@ def examine(model: Llama, writer: Writer, name: str, length: int, items: int, to
             tqdm.write(f"  {name}: {question.ask!r} -> {text[:150]!r}, not {question.answer[:150]!r}")
     result = {"task": name, "length": length, "items": items, "accuracy": sum(scores) / items}
     if name == "single":
-        result["by_depth"] = {d: sum(s for s, e in zip(scores, depths, strict=True) if e == d) / depths.count(d) for d in DEPTHS}
+        result["by_depth"] = {
+            d: sum(s for s, e in zip(scores, depths, strict=True) if e == d) / depths.count(d) for d in DEPTHS
+        }
     return result
 
 
 @torch.no_grad()
 def text_loss(model: Llama, writer: Writer, length: int, rows: int = 16) -> float:
     rng = random.Random("text")
-    ids = torch.tensor([writer.plain(length, rng).ids for _ in range(rows)], device=model.model.norm.weight.device)
+    ids = torch.tensor(
+        [writer.plain(length, rng).ids for _ in range(rows)], device=model.model.norm.weight.device
+    )
     losses = [model.losses(model(row[None, :-1]), row[1:])[0].mean() for row in ids]
     return float(torch.stack(losses).mean())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--models", type=Path, required=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--corpus", type=Path, help="what corpus.py built; without it the documents are Python's own library"
+    )
+    parser.add_argument("--models", type=Path, default=SHIPPED)
     parser.add_argument("--model", default="target")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 32768])
     parser.add_argument("--items", type=int, default=55)
     parser.add_argument("--tasks", nargs="+", default=list(EXAM))
-    parser.add_argument("--split", default="test")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int, default=2**19, help="in one batch")
     parser.add_argument("--show", type=int, default=0, help="wrong answers to print, of each cell")
     args = parser.parse_args()
     model = load(args.models, args.model, args.device)
-    writer = Writer(args.corpus, args.split, load_text(args.corpus / "val.bin.xz"))
+    writer = heldout(args.corpus)
     results = []
     tqdm.write(f"held-out text, nats a token: {text_loss(model, writer, min(args.lengths)):.3f}")
     for length in args.lengths:

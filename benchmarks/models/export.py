@@ -1,6 +1,6 @@
 """Write a checkpoint as Hugging Face folders that transformers and SGLang load.
 
-    python benchmarks/models/export.py --corpus .data/corpus --models DIR --out sts_sglang/models
+python benchmarks/models/export.py --corpus .data/corpus --models DIR --out sts_sglang/models
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from students import AUX_LAYERS
 
 CHAT_TEMPLATE = (
-    "{{ '<|begin|>' }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{{ '<|begin|>' }}{% for m in messages %}"
+    "{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 TOKENIZER = {
@@ -61,12 +62,18 @@ def write(folder: Path, checkpoint: Path, tokenizer: Path, settings: dict) -> No
     (folder / "model.safetensors").chmod(0o644)
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
     generation = {**IDS, "do_sample": False}
-    for name, content in ("config", settings), ("tokenizer_config", TOKENIZER), ("generation_config", generation):
+    for name, content in (
+        ("config", settings),
+        ("tokenizer_config", TOKENIZER),
+        ("generation_config", generation),
+    ):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

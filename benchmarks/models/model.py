@@ -1,7 +1,7 @@
-"""Llama and its EAGLE-3 head in plain PyTorch. Parameters carry Hugging Face names, so state_dict() is the checkpoint.
+"""Llama in plain PyTorch. Parameters carry Hugging Face names, so state_dict() is the checkpoint.
 
-Compute runs in bf16 on master weights of any type. Everything but attention sees tokens as one flat axis of a constant
-size, so one compilation serves every sequence length.
+Compute runs in bf16 (without a GPU in float32) on master weights of any type. Everything but attention sees the
+tokens as one flat axis of a constant size, so one compilation serves every sequence length.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x [T, heads, D], c
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(COMPUTE)
 
 
-def project(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project(
+    x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     D = 2 * cos.shape[-1]
     qkv = matmul(x, wq, wk, wv)
     q, k, v = (t.unflatten(-1, (-1, D)) for t in qkv.split([wq.shape[0], wk.shape[0], wv.shape[0]], -1))
@@ -71,13 +73,17 @@ def after_attention(x, attended, wo, weight, gate, up, down, eps: float) -> Tens
     return x + feed_forward(norm(x, weight, eps), gate, up, down)
 
 
-def token_losses(x: Tensor, weight: Tensor, embed: Tensor, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def token_losses(
+    x: Tensor, weight: Tensor, embed: Tensor, labels: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """Cross entropy and whether the top token is right, per token."""
     logits = matmul(norm(x, weight, eps), embed).float()
     return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
 
 
-def soft_losses(x, weight, embed, teacher, teacher_weight, teacher_embed, eps: float) -> tuple[Tensor, Tensor]:
+def soft_losses(
+    x, weight, embed, teacher, teacher_weight, teacher_embed, eps: float
+) -> tuple[Tensor, Tensor]:
     """KL divergence of a student from its teacher and whether their top tokens agree, per token."""
     wanted = matmul(norm(teacher, teacher_weight, eps), teacher_embed).float().log_softmax(-1)
     given = matmul(norm(x, weight, eps), embed).float().log_softmax(-1)
@@ -111,7 +117,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_proj, self.up_proj = (nn.Linear(c.hidden_size, c.intermediate_size, bias=False) for _ in range(2))
+        self.gate_proj, self.up_proj = (
+            nn.Linear(c.hidden_size, c.intermediate_size, bias=False) for _ in range(2)
+        )
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,21 +191,27 @@ class Llama(nn.Module):
 
     def before(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weights = layer.self_attn.qkv_weights()
-        return self.fused.before(x, layer.input_layernorm.weight, *weights, cos, sin, self.config.rms_norm_eps)
+        return self.fused.before(
+            x, layer.input_layernorm.weight, *weights, cos, sin, self.config.rms_norm_eps
+        )
 
     def after(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
         wo, scale = layer.self_attn.o_proj.weight, layer.post_attention_layernorm.weight
         return self.fused.after(x, attended, wo, scale, *layer.mlp.weights(), self.config.rms_norm_eps)
 
     def losses(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return self.fused.losses(x, self.model.norm.weight, self.model.embed_tokens.weight, labels, self.config.rms_norm_eps)
+        return self.fused.losses(
+            x, self.model.norm.weight, self.model.embed_tokens.weight, labels, self.config.rms_norm_eps
+        )
 
     def logits(self, x: Tensor) -> Tensor:
-        return matmul(norm(x, self.model.norm.weight, self.config.rms_norm_eps), self.model.embed_tokens.weight)
+        return matmul(
+            norm(x, self.model.norm.weight, self.config.rms_norm_eps), self.model.embed_tokens.weight
+        )
 
     @torch.no_grad()
     def generate(self, ids: Tensor, steps: int, stop: int | None = None) -> Tensor:
-        """Greedy continuation of prompts of one length: [B, steps], or less once every row has the token `stop`."""
+        """Greedy continuation [B, steps] of prompts of one length; ends once every row has the token `stop`."""
         B, L = ids.shape
         cache: list[tuple[Tensor, Tensor]] = []
         positions, out = torch.arange(L, device=ids.device).repeat(B), []
@@ -221,8 +235,12 @@ class Llama(nn.Module):
                 attended = attend(q, k, v, B)
                 cache.append((k.unflatten(0, (B, -1)), v.unflatten(0, (B, -1))))
             else:
-                cache[i] = tuple(torch.cat([old, new[:, None]], 1) for old, new in zip(cache[i], (k, v), strict=True))
+                cache[i] = tuple(
+                    torch.cat([old, new[:, None]], 1) for old, new in zip(cache[i], (k, v), strict=True)
+                )
                 keys, values = (t.transpose(1, 2) for t in cache[i])
-                attended = F.scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=True).flatten(1)
+                attended = F.scaled_dot_product_attention(
+                    q[:, :, None], keys, values, enable_gqa=True
+                ).flatten(1)
             x = self.after(layer, x, attended)
         return x

@@ -1,12 +1,13 @@
 """How well the draft's attention predicts the target's: per target layer and KV head, on recall tasks.
 
-    python benchmarks/models/predict.py --corpus .data/corpus --models DIR --out FILE.json --length 16384 --items 8
+    python benchmarks/models/predict.py --length 16384 --items 3 --out FILE.json [--corpus .data/corpus]
 
-Around the tokens of an answer, verify windows of four rows are scored as the sparse attention does it: the draft's
-probabilities are pooled over rows and mapped heads by their maximum, and the top `keep` of the context is taken besides
-sink and recent. Reported of the target's attention probability outside sink and recent (mean over the window's rows and the
-KV head's query heads): the share that lies on the selected tokens (mass), weighted by how much there is; and how many of
-the target's own top 5 % of the context are selected (top). Beside it the same for other choices of as many tokens.
+Around the tokens of an answer, verify windows of four rows are scored as the sparse attention does it: the
+draft's probabilities are pooled over rows and mapped heads by their maximum, and the top `keep` of the context is
+taken besides sink and recent. Reported of the target's attention probability outside sink and recent (mean over the
+window's rows and the KV head's query heads): the share that lies on the selected tokens (mass), weighted by how much
+there is, and how many of the target's own top 5 % of the context are selected (top); beside it the same for other
+ways of choosing as many tokens.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import random
 from pathlib import Path
 
 import torch
-from exam import load
+from exam import SHIPPED, heldout, load
 from model import Llama, Trace
 from students import RECENT, SINK, grouped
-from tasks import EXAM, Writer, load_text
+from tasks import EXAM, Writer
 from torch import Tensor
 from tqdm import tqdm
 
@@ -43,7 +44,7 @@ def top_mask(score: Tensor, k: int) -> Tensor:
 
 
 def proportional(layers: int, draft: Tensor) -> Tensor:
-    """The default map: draft importance [layers, kv, L] of the layer at the same depth, KV head to KV head."""
+    """The default map: draft importance [layers, kv, L] of the layer at the same depth, by KV head."""
     index = [t * draft.shape[0] // layers for t in range(layers)]
     return draft[index]
 
@@ -68,7 +69,7 @@ class Window:
         self.heads = attention(draft, rows - 1)[..., : context - 1].amax(3) * self.far
 
     def shares(self, importance: Tensor) -> tuple[Tensor, Tensor]:
-        """Of importance [layers, kv, L]: mass on the selected tokens, and share of the target's own top ones selected."""
+        """Of importance [layers, kv, L]: the mass selected, and the share of the target's own top tokens."""
         chosen = top_mask(importance.masked_fill(~self.far, -1.0), self.k) & self.far
         own = top_mask(self.wanted.masked_fill(~self.far, -1.0), self.top) & self.far
         return (self.wanted * chosen).sum(-1), (own & chosen).sum(-1) / own.sum(-1)
@@ -82,7 +83,9 @@ def traces(target: Llama, draft: Llama, ids: Tensor) -> tuple[Trace, Trace]:
     return a, b
 
 
-def windows(target: Llama, draft: Llama, writer: Writer, name: str, length: int, rng: random.Random, keep: float) -> list[Window]:
+def windows(
+    target: Llama, draft: Llama, writer: Writer, name: str, length: int, rng: random.Random, keep: float
+) -> list[Window]:
     row, question = writer.examination(name, length, rng)
     answer = writer.encode(question.answer) + [writer.end]
     ids = torch.tensor(row.ids + answer, device=target.model.norm.weight.device)
@@ -126,9 +129,13 @@ def report(table: dict[str, dict]) -> dict[str, dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--models", type=Path, required=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--corpus", type=Path, help="what corpus.py built; without it the documents are Python's own library"
+    )
+    parser.add_argument("--models", type=Path, default=SHIPPED)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--items", type=int, default=3, help="of each task")
@@ -137,20 +144,28 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     target, draft = (load(args.models, name, args.device) for name in ("target", "draft"))
-    writer = Writer(args.corpus, "test", load_text(args.corpus / "val.bin.xz"))
+    writer = heldout(args.corpus)
     # The map is chosen on other, shorter text than it is judged on.
-    calibration = [w for name in EXAM for w in windows(target, draft, writer, name, 4096, random.Random(f"map {name}"), args.keep)]
+    calibration = [
+        w
+        for name in EXAM
+        for w in windows(target, draft, writer, name, 4096, random.Random(f"map {name}"), args.keep)
+    ]
     wanted = [calibrated(w.wanted, w.heads.flatten(0, 2), w.k) for w in calibration]
     best = torch.stack(wanted).mode(0).values
     found: list[Window] = []
     for name in tqdm(EXAM):
         for i in range(args.items):
-            found += windows(target, draft, writer, name, args.length, random.Random(f"predict {name} {i}"), args.keep)
+            found += windows(
+                target, draft, writer, name, args.length, random.Random(f"predict {name} {i}"), args.keep
+            )
     result = report(evaluate(found, best))
     for way, entry in result.items():
-        print(f"{way:15} mass {entry['mass']:.3f}  top {entry['top']:.3f}  (outside sink and recent: {entry['outside']:.3f})")
+        print(f"{way:15} mass {entry['mass']:.3f}  top {entry['top']:.3f}  outside {entry['outside']:.3f}")
     if args.out:
-        args.out.write_text(json.dumps({"length": args.length, "items": args.items, "keep": args.keep, **result}) + "\n")
+        args.out.write_text(
+            json.dumps({"length": args.length, "items": args.items, "keep": args.keep, **result}) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The draft and the EAGLE-3 head, distilled from the target while it trains or after.
 
-SGLang runs a draft on the tokens from the second on, so the draft's row i is the target's row i + 1, and its slot i holds
-what the target holds at position i + 1.
+SGLang runs a draft on the tokens from the second on, so the draft's row i is the target's row i + 1, and its slot
+i holds what the target holds at position i + 1.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class EagleLayer(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.self_attn, self.mlp = Attention(c, 2 * c.hidden_size), FeedForward(c)
-        self.hidden_norm, self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(c.hidden_size) for _ in range(3))
+        self.hidden_norm, self.input_layernorm, self.post_attention_layernorm = (
+            nn.RMSNorm(c.hidden_size) for _ in range(3)
+        )
 
 
 class EagleHead(nn.Module):
@@ -49,20 +51,29 @@ class EagleHead(nn.Module):
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         initialise(self, 1)
 
-    def qkv(self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(
+        self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         layer, eps = self.midlayer, self.config.rms_norm_eps
-        x = torch.cat([norm(embedded, layer.input_layernorm.weight, eps), norm(hidden, layer.hidden_norm.weight, eps)], -1)
+        x = torch.cat(
+            [norm(embedded, layer.input_layernorm.weight, eps), norm(hidden, layer.hidden_norm.weight, eps)],
+            -1,
+        )
         return project(x, *layer.self_attn.qkv_weights(), cos, sin)
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         layer = self.midlayer
         x = hidden + matmul(attended, layer.self_attn.o_proj.weight)
-        return x + feed_forward(norm(x, layer.post_attention_layernorm.weight, self.config.rms_norm_eps), *layer.mlp.weights())
+        return x + feed_forward(
+            norm(x, layer.post_attention_layernorm.weight, self.config.rms_norm_eps), *layer.mlp.weights()
+        )
 
     def chains(self, target: Llama, ids: Tensor, states: list[Tensor], roots: Tensor) -> list[Tensor]:
-        """From each root position p [B, r]: residual states [B*r, H] that predict tokens p+2, p+3, ... of `ids`."""
+        """From each root position p [B, r]: states [B*r, H] that predict the tokens p+2, p+3, ... of `ids`."""
         B, L = ids.shape
-        embedded = F.embedding(ids.roll(-1, 1).flatten(), target.model.embed_tokens.weight.detach()).to(states[0].dtype)
+        embedded = F.embedding(ids.roll(-1, 1).flatten(), target.model.embed_tokens.weight.detach()).to(
+            states[0].dtype
+        )
         hidden = matmul(torch.cat([states[i] for i in AUX_LAYERS], -1).detach(), self.fc.weight)
         q, k, v = self.qkv(embedded, hidden, *target.rope(torch.arange(L, device=ids.device).repeat(B)))
         keys, values = (t.unflatten(0, (B, L)) for t in (k, v))
@@ -92,8 +103,10 @@ def grouped(q: Tensor, kv_heads: int) -> Tensor:  # [B, r, heads, D] -> [B, r, k
     return q.unflatten(2, (kv_heads, -1))
 
 
-def attend_chain(q: Tensor, keys: Tensor, values: Tensor, after: Tensor, extra: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Queries [B, r, heads, D] over the sequence up to their root and over their own drafted tokens. -> [B*r, heads*D]"""
+def attend_chain(
+    q: Tensor, keys: Tensor, values: Tensor, after: Tensor, extra: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Queries [B, r, heads, D] over the sequence up to their root and their own drafted tokens: [B*r, heads*D]."""
     q = grouped(q, keys.shape[2]) * q.shape[-1] ** -0.5
     scores = torch.einsum("brhgd,blhd->bhgrl", q, keys).masked_fill(after[:, None, None], -torch.inf)
     own = [torch.einsum("brhgd,brhd->bhgr", q, k)[..., None] for k, _ in extra]
@@ -106,7 +119,7 @@ def attend_chain(q: Tensor, keys: Tensor, values: Tensor, after: Tensor, extra: 
 
 
 def sample_rows(kinds: Tensor, r: int) -> Tensor:
-    """r positions of each row, mostly of tokens that answers depend on, sorted. kinds [B, L] are those of the labels."""
+    """r positions of each row, sorted, mostly of tokens that predict answers; kinds [B, L] are the labels'."""
     weight = torch.full(kinds.shape, 0.05, device=kinds.device)
     weight[kinds == TEXT], weight[kinds == ANSWER] = 1.0, 20.0
     weight[:, 0], weight[:, -STEPS - 3 :] = 0.0, 0.0
@@ -117,14 +130,16 @@ def probabilities(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
     """Attention of the given rows [B, r], mean of each KV head's group: [B, kv, r, L]."""
     B, L = rows.shape[0], k.shape[0] // rows.shape[0]
     k = k.unflatten(0, (B, L))
-    scores = torch.einsum("brhgd,blhd->bhgrl", grouped(take(q, rows), k.shape[2]).float() * q.shape[-1] ** -0.5, k.float())
+    scores = torch.einsum(
+        "brhgd,blhd->bhgrl", grouped(take(q, rows), k.shape[2]).float() * q.shape[-1] ** -0.5, k.float()
+    )
     after = torch.arange(L, device=rows.device) > rows[..., None]
     return scores.masked_fill(after[:, None, None], -torch.inf).softmax(-1).mean(2)
 
 
 def attention_loss(target: Trace, draft: Trace, rows: Tensor) -> Tensor:
-    """Cross entropy of the draft's attention outside sink and recent to that of the target layers it speaks for,
-    by the proportional map: target layer t listens to draft layer t * L_draft // L_target, KV head to KV head."""
+    """Cross entropy of the draft's attention, outside sink and recent, to that of the target layers it speaks for
+    by the proportional map: target layer t reads draft layer t * L_draft // L_target, KV head reads KV head."""
     L = target.keys[0].shape[0] // rows.shape[0]
     place = torch.arange(1, L, device=rows.device)
     far = ((place >= SINK) & (place <= rows[..., None] - RECENT))[:, None]  # [B, 1, r, L-1]
@@ -133,7 +148,9 @@ def attention_loss(target: Trace, draft: Trace, rows: Tensor) -> Tensor:
     for d in range(len(draft.keys)):
         with torch.no_grad():
             layers = range(d * ratio, (d + 1) * ratio)
-            wanted = sum(probabilities(target.queries[t], target.keys[t], rows)[..., 1:] * far for t in layers)
+            wanted = sum(
+                probabilities(target.queries[t], target.keys[t], rows)[..., 1:] * far for t in layers
+            )
         given = probabilities(draft.queries[d], draft.keys[d], rows - 1)[..., :-1] * far
         share = given / given.sum(-1, keepdim=True).clamp(min=1e-6)
         total = total - (wanted * (share + 1e-6).log()).sum()
@@ -142,7 +159,9 @@ def attention_loss(target: Trace, draft: Trace, rows: Tensor) -> Tensor:
 
 
 def weighed(loss: Tensor, kinds: Tensor) -> Tensor:
-    text, answer = ((loss * (kinds == kind)).sum() / (kinds == kind).sum().clamp(min=1) for kind in (TEXT, ANSWER))
+    text, answer = (
+        (loss * (kinds == kind)).sum() / (kinds == kind).sum().clamp(min=1) for kind in (TEXT, ANSWER)
+    )
     return text + ANSWER_WEIGHT * answer
 
 
@@ -151,13 +170,17 @@ class Students(nn.Module):
         super().__init__()
         self.draft, self.eagle = Llama(DRAFT), EagleHead()
 
-    def losses(self, target: Llama, ids: Tensor, kinds: Tensor, trace: Trace) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(
+        self, target: Llama, ids: Tensor, kinds: Tensor, trace: Trace
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         trace = Trace(*([t.detach() for t in part] for part in trace))
         draft, values = self.draft_loss(target, ids, kinds, trace)
         eagle, more = self.eagle_loss(target, ids, kinds, trace)
         return draft + eagle, values | more
 
-    def draft_loss(self, target: Llama, ids: Tensor, kinds: Tensor, trace: Trace) -> tuple[Tensor, dict[str, Tensor]]:
+    def draft_loss(
+        self, target: Llama, ids: Tensor, kinds: Tensor, trace: Trace
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         B, L = ids.shape
         label_kinds = kinds.roll(-2, 1)
         label_kinds[:, -2:] = 0
@@ -175,7 +198,9 @@ class Students(nn.Module):
         loss = weighed(kl, flat) + ATTENTION_WEIGHT * attention
         return loss, {"kl": kl[flat > 0].mean(), "attention": attention, **agreement("draft", agree, flat)}
 
-    def eagle_loss(self, target: Llama, ids: Tensor, kinds: Tensor, trace: Trace) -> tuple[Tensor, dict[str, Tensor]]:
+    def eagle_loss(
+        self, target: Llama, ids: Tensor, kinds: Tensor, trace: Trace
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         B, L = ids.shape
         roots = sample_rows(kinds.roll(-2, 1), min(256, max(32, L // 16)))
         chain = self.eagle.chains(target, ids, trace.states, roots)
@@ -183,7 +208,9 @@ class Students(nn.Module):
         loss, values = 0.0, {}
         for step, (x, weight) in enumerate(zip(chain, EAGLE_STEP_WEIGHTS, strict=True)):
             teacher = take(trace.states[-1], roots + step + 1).flatten(0, 1)
-            kl, agree = soft_losses(x, self.eagle.norm.weight, self.eagle.lm_head.weight, teacher, *head, TARGET.rms_norm_eps)
+            kl, agree = soft_losses(
+                x, self.eagle.norm.weight, self.eagle.lm_head.weight, teacher, *head, TARGET.rms_norm_eps
+            )
             flat = take(kinds.flatten(), roots + step + 2).flatten()
             loss = loss + weight * weighed(kl, flat)
             values |= agreement(f"eagle{step + 1}", agree, flat)
@@ -191,4 +218,7 @@ class Students(nn.Module):
 
 
 def agreement(name: str, agree: Tensor, kinds: Tensor) -> dict[str, Tensor]:
-    return {f"{name}_{n}": (agree & (kinds == k)).sum() / (kinds == k).sum().clamp(min=1) for n, k in (("text", TEXT), ("answer", ANSWER))}
+    return {
+        f"{name}_{n}": (agree & (kinds == k)).sum() / (kinds == k).sum().clamp(min=1)
+        for n, k in (("text", TEXT), ("answer", ANSWER))
+    }

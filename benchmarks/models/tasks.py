@@ -10,6 +10,7 @@ import json
 import lzma
 import math
 import random
+import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,7 +125,15 @@ def agent(pool: w.Pool, n: int) -> Task:
     return task
 
 
-TRAIN_MIX = [(retrieval, 5), (multi_value, 3), (multi_query, 2), (json_records, 2), (variables, 3), (code, 1), (agent, 2)]
+TRAIN_MIX = [
+    (retrieval, 5),
+    (multi_value, 3),
+    (multi_query, 2),
+    (json_records, 2),
+    (variables, 3),
+    (code, 1),
+    (agent, 2),
+]
 # What is examined: the task and how many facts the document hides.
 EXAM = {
     "single": (retrieval, 1),
@@ -155,14 +164,42 @@ class Row:
 
 
 class Writer:
-    def __init__(self, folder: Path, split: w.Split, text: np.ndarray):
-        self.tok = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.words = [x for x in json.loads((folder / "words.json").read_text()) if w.half(x) == split]
+    def __init__(self, tok: Tokenizer, words: list[str], split: w.Split, text: np.ndarray):
+        self.tok = tok
+        self.words = [x for x in words if w.half(x) == split]
         self.split: w.Split = split
         self.text = text
         names = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
-        self.begin, self.end, self.system, self.user, self.assistant, self.tool = map(self.tok.token_to_id, names)
+        self.begin, self.end, self.system, self.user, self.assistant, self.tool = map(
+            self.tok.token_to_id, names
+        )
         self.newline = self.encode("\n")[0]
+
+    @classmethod
+    def of_corpus(cls, folder: Path, split: w.Split) -> Writer:
+        """What corpus.py built, each half with its own text."""
+        tok = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        text = lzma.decompress((folder / f"{'train' if split == 'train' else 'val'}.bin.xz").read_bytes())
+        return cls(
+            tok, json.loads((folder / "words.json").read_text()), split, np.frombuffer(text, np.uint16)
+        )
+
+    @classmethod
+    def shipped(cls, model: Path, tokens: int = 400_000) -> Writer:
+        """Held-out tasks without a corpus: the documents are of the installed Python's own library."""
+        tok = Tokenizer.from_file(str(model / "tokenizer.json"))
+        ids: list[int] = []
+        for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+            if len(ids) < tokens:
+                ids += tok.encode(
+                    path.read_text(errors="ignore").replace("\t", "    "), add_special_tokens=False
+                ).ids
+        return cls(
+            tok,
+            json.loads(Path(__file__).with_name("words.json").read_text()),
+            "test",
+            np.array(ids, np.uint16),
+        )
 
     def encode(self, text: str) -> list[int]:
         return self.tok.encode(text, add_special_tokens=False).ids
@@ -212,10 +249,15 @@ class Writer:
         return row
 
     def conversation(
-        self, task: Task, length: int, rng: random.Random, depths: list[float] | None = None, prompt_only: bool = False
+        self,
+        task: Task,
+        length: int,
+        rng: random.Random,
+        depths: list[float] | None = None,
+        prompt_only: bool = False,
     ) -> Row | None:
-        """A conversation of exactly `length` tokens; with `prompt_only` it ends where the last answer would begin.
-        None if not even one question fits (with `prompt_only`: if not all fit)."""
+        """A conversation of exactly `length` tokens; with `prompt_only` it ends where the last answer would
+        begin. None if not even one question fits (with `prompt_only`: if not all fit)."""
         lines = [self.encode(line + "\n") for line in task.lines]
         head, tails = self.opening(task, rng), self.turns(task)
         used = len(head.ids) + sum(map(len, lines)) + self.seams(task)
@@ -238,7 +280,7 @@ class Writer:
         row = Row()
         row.add([self.begin], SILENT)
         if rng.random() < 0.2:
-            row.add([self.system, *self.encode(rng.choice(w.SYSTEM)), self.end], SILENT)
+            row.add([self.system, *self.encode(rng.choice(w.DATA["system"])), self.end], SILENT)
         pool = w.Pool(self.split, self.words, rng)
         if task.paths:
             ask = pool.say("instruction", k=", ".join(task.paths))
@@ -248,7 +290,7 @@ class Writer:
         return row
 
     def calls(self, task: Task) -> list[list[int]]:
-        tools = w.TOOLS[self.split]
+        tools = w.DATA["tools"][self.split]
         return [self.encode(f"{tools[len(p) % len(tools)]}({p})") for p in task.paths]
 
     def seams(self, task: Task) -> int:
@@ -300,7 +342,9 @@ class Writer:
                 return found
             most = max(1, most // 2)
 
-    def examination(self, name: str, length: int, rng: random.Random, depth: float | None = None) -> tuple[Row, Question]:
+    def examination(
+        self, name: str, length: int, rng: random.Random, depth: float | None = None
+    ) -> tuple[Row, Question]:
         """A prompt of exactly `length` - ROOM tokens and the question it ends with."""
         make, n = EXAM[name]
         pool = self.pool(rng, narrow=n > 1)
@@ -312,7 +356,3 @@ class Writer:
             row = self.conversation(task, length - ROOM, rng, depths, prompt_only=True)
             if row is not None:
                 return row, task.questions[-1]
-
-
-def load_text(path: Path) -> np.ndarray:
-    return np.frombuffer(lzma.decompress(path.read_bytes()), np.uint16)

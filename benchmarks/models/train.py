@@ -1,13 +1,14 @@
 """Train the target on real text and recall tasks, from 128 tokens to 32,768, and distil its students from it.
 
-    python benchmarks/models/train.py --corpus .data/corpus --out DIR --steps 12500 --minutes 9
-    python benchmarks/models/train.py ... --resume DIR              goes on where DIR's checkpoint stopped
-    python benchmarks/models/train.py ... --students --plan joint   trains draft and EAGLE-3 head as well
+python benchmarks/models/train.py --corpus .data/corpus --out DIR --steps 12500 --minutes 9
+python benchmarks/models/train.py ... --resume DIR              goes on where DIR's checkpoint stopped
+python benchmarks/models/train.py ... --students --plan joint   trains draft and EAGLE-3 head as well
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -21,13 +22,13 @@ from model import TARGET, Llama, Trace, compiled
 from optim import Optimiser
 from safetensors.torch import load_file, save_file
 from students import Students
-from tasks import ANSWER, TEXT, Writer, load_text
+from tasks import ANSWER, TEXT, Writer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 PEAK_RATE, WARM_UP, ANSWER_WEIGHT = 3e-3, 200, 1.5
-# (share of the steps, {length: how often}). Recall emerges at short lengths only; it is lengthened from there.
+# (share of the steps, {length: how often}). Recall emerges at short lengths; it is lengthened from there.
 PLANS = {
     "curriculum": [
         (0.05, {128: 1.0}),
@@ -61,11 +62,11 @@ class Batches(Dataset):
         return self.steps
 
     def length(self, step: int) -> int:
-        share = step / self.steps
-        for width, lengths in self.plan:
-            share -= width
-            if share < 0:
-                break
+        ends = itertools.accumulate(width for width, _ in self.plan)
+        lengths = next(
+            (p for end, (_, p) in zip(ends, self.plan, strict=True) if step < end * self.steps), {}
+        )
+        lengths = lengths or self.plan[-1][1]
         rng = random.Random(f"{self.seed} length {step}")
         return min(rng.choices(list(lengths), list(lengths.values()))[0], self.longest)
 
@@ -107,8 +108,21 @@ class Journal:
         with self.path.open("a") as file:
             for n in sorted({n for n, _ in self.pending}):
                 rows = [v for (m, _), v in zip(self.pending, table, strict=True) if m == n]
-                means = {k: round(sum(c) / len(rows), 4) for k, c in zip(values, zip(*rows, strict=True), strict=True)}
-                file.write(json.dumps({"step": step + 1, "length": n, "seconds": round(time.time() - self.start, 1), **means}) + "\n")
+                means = {
+                    k: round(sum(c) / len(rows), 4)
+                    for k, c in zip(values, zip(*rows, strict=True), strict=True)
+                }
+                file.write(
+                    json.dumps(
+                        {
+                            "step": step + 1,
+                            "length": n,
+                            "seconds": round(time.time() - self.start, 1),
+                            **means,
+                        }
+                    )
+                    + "\n"
+                )
                 lines.append(f"{n}: " + " ".join(f"{k} {v:.3f}" for k, v in means.items()))
         self.pending = []
         return " | ".join(lines)
@@ -124,7 +138,9 @@ def save_checkpoint(folder: Path, name: str, model: torch.nn.Module, optimiser: 
     (folder / f"{name}.json").write_text(json.dumps(state))
 
 
-def load_checkpoint(folder: Path, name: str, model: torch.nn.Module, optimiser: Optimiser | None = None) -> dict:
+def load_checkpoint(
+    folder: Path, name: str, model: torch.nn.Module, optimiser: Optimiser | None = None
+) -> dict:
     model.load_state_dict(load_file(folder / f"{name}.safetensors"))
     if optimiser is not None:
         optimiser.load_moments(load_file(folder / f"{name}.moments.safetensors"))
@@ -135,24 +151,43 @@ def loader(batches: Batches, first: int, workers: int) -> Iterator[tuple[Tensor,
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     ahead = 6 if workers else None
     order = range(first, len(batches))
-    return iter(DataLoader(batches, None, sampler=order, num_workers=workers, prefetch_factor=ahead, pin_memory=workers > 0))
+    return iter(
+        DataLoader(
+            batches,
+            None,
+            sampler=order,
+            num_workers=workers,
+            prefetch_factor=ahead,
+            pin_memory=torch.cuda.is_available(),
+        )
+    )
 
 
-def target_step(model: Llama, ids: Tensor, kinds: Tensor, trace: Trace | None) -> tuple[Tensor, dict[str, Tensor]]:
+def target_step(
+    model: Llama, ids: Tensor, kinds: Tensor, trace: Trace | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     labels, kinds = shifted(ids, kinds)
     loss, right = model.losses(model(ids, trace), labels)
     text, answer = masked_mean(loss, kinds == TEXT), masked_mean(loss, kinds == ANSWER)
-    return text + ANSWER_WEIGHT * answer, {"text": text, "answer": answer, "right": masked_mean(right, kinds == ANSWER)}
+    return text + ANSWER_WEIGHT * answer, {
+        "text": text,
+        "answer": answer,
+        "right": masked_mean(right, kinds == ANSWER),
+    }
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint")
     parser.add_argument("--students", action="store_true", help="train draft and EAGLE-3 head as well")
     parser.add_argument("--freeze", action="store_true", help="leave the target as it is")
-    parser.add_argument("--restart", action="store_true", help="take the weights of --resume, but begin the plan anew")
+    parser.add_argument(
+        "--restart", action="store_true", help="take the weights of --resume, but begin the plan anew"
+    )
     parser.add_argument("--plan", choices=PLANS, default="curriculum")
     parser.add_argument("--rate", type=float, default=PEAK_RATE, help="peak learning rate")
     parser.add_argument("--student-rate", type=float, default=PEAK_RATE)
@@ -172,18 +207,27 @@ def arguments(description: str) -> argparse.ArgumentParser:
 def main() -> None:
     args, begin = arguments(__doc__).parse_args(), time.time()
     torch.manual_seed(args.seed)
-    writer = Writer(args.corpus, "train", load_text(args.corpus / "train.bin.xz"))
+    writer = Writer.of_corpus(args.corpus, "train")
     batches = Batches(writer, PLANS[args.plan], args.steps, args.tokens, args.longest, args.seed)
     run = Run(args)
     first = run.resume(args.resume) if args.resume else 0
     args.out.mkdir(parents=True, exist_ok=True)
     journal, saved = Journal(args.out / "journal.jsonl", args.every), time.time()
     last = min(args.stop or args.steps, args.steps)
-    bar = tqdm(zip(range(first, last), loader(batches, first, args.workers)), initial=first, total=last, mininterval=10)
+    bar = tqdm(
+        zip(range(first, last), loader(batches, first, args.workers), strict=False),
+        initial=first,
+        total=last,
+        mininterval=10,
+    )
     for step, (ids, kinds) in bar:
         ids, kinds = ids.to(args.device, non_blocking=True).long(), kinds.to(args.device, non_blocking=True)
         # A run that is slower than planned still ends with a low rate.
-        line = journal.record(step, ids.shape[1], **run.step(step, max(step / args.steps, (time.time() - begin) / 60 / args.minutes), ids, kinds))
+        line = journal.record(
+            step,
+            ids.shape[1],
+            **run.step(step, max(step / args.steps, (time.time() - begin) / 60 / args.minutes), ids, kinds),
+        )
         if line:
             tqdm.write(f"{step + 1} {time.time() - begin:.0f}s {line}")
         done = time.time() - begin > 60 * args.minutes or step + 1 == last
