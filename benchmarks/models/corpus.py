@@ -4,7 +4,8 @@
     python benchmarks/models/corpus.py --debian DEBIAN_DIR --out .data/corpus
 
 writes tokenizer.json (unless it is there), {train,val}.bin.xz (uint16), words.json (the name pool) and
-sources.json (name, license, bytes). The validation half is every document whose hash falls into the first hundredth.
+sources.json (name, license, bytes). The validation half is every document whose hash falls into the first
+hundredth.
 """
 
 from __future__ import annotations

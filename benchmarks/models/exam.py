@@ -1,6 +1,6 @@
 """Dense greedy accuracy of the target on held-out tasks, by task, length and depth of the needle.
 
-python benchmarks/models/exam.py --lengths 4096 16384 32768 --items 44 --out FILE.jsonl [--corpus .data/corpus]
+python benchmarks/models/exam.py --lengths 4096 16384 32768 --items 44 [--out FILE.jsonl --corpus DIR]
 """
 
 from __future__ import annotations

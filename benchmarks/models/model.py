@@ -1,7 +1,7 @@
 """Llama in plain PyTorch. Parameters carry Hugging Face names, so state_dict() is the checkpoint.
 
-Compute runs in bf16 (without a GPU in float32) on master weights of any type. Everything but attention sees the
-tokens as one flat axis of a constant size, so one compilation serves every sequence length.
+Compute runs in bf16 (without a GPU in float32) on master weights of any type. Everything but attention sees
+the tokens as one flat axis of a constant size, so one compilation serves every sequence length.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def generate(self, ids: Tensor, steps: int, stop: int | None = None) -> Tensor:
-        """Greedy continuation [B, steps] of prompts of one length; ends once every row has the token `stop`."""
+        """Greedy continuation [B, steps] of prompts of one length; ends once every row has `stop`."""
         B, L = ids.shape
         cache: list[tuple[Tensor, Tensor]] = []
         positions, out = torch.arange(L, device=ids.device).repeat(B), []

@@ -3,11 +3,11 @@
     python benchmarks/models/predict.py --length 16384 --items 3 --out FILE.json [--corpus .data/corpus]
 
 Around the tokens of an answer, verify windows of four rows are scored as the sparse attention does it: the
-draft's probabilities are pooled over rows and mapped heads by their maximum, and the top `keep` of the context is
-taken besides sink and recent. Reported of the target's attention probability outside sink and recent (mean over the
-window's rows and the KV head's query heads): the share that lies on the selected tokens (mass), weighted by how much
-there is, and how many of the target's own top 5 % of the context are selected (top); beside it the same for other
-ways of choosing as many tokens.
+draft's probabilities are pooled over rows and mapped heads by their maximum, and the top `keep` of the
+context is taken besides sink and recent. Reported of the target's attention probability outside sink and
+recent (mean over the window's rows and the KV head's query heads): the share that lies on the selected
+tokens (mass), weighted by how much there is, and how many of the target's own top 5 % of the context are
+selected (top); beside it the same for other ways of choosing as many tokens.
 """
 
 from __future__ import annotations

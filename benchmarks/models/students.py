@@ -1,7 +1,7 @@
 """The draft and the EAGLE-3 head, distilled from the target while it trains or after.
 
-SGLang runs a draft on the tokens from the second on, so the draft's row i is the target's row i + 1, and its slot
-i holds what the target holds at position i + 1.
+SGLang runs a draft on the tokens from the second on, so the draft's row i is the target's row i + 1, and
+its slot i holds what the target holds at position i + 1.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ AUX_LAYERS = (1, 4, 6)  # target layers whose output the EAGLE-3 head reads
 STEPS = 3  # tokens the head is trained to draft in a row
 SINK, RECENT = 4, 64  # always kept by the sparse attention, so not worth predicting
 ANSWER_WEIGHT, ATTENTION_WEIGHT = 1.5, 0.3
+CONCENTRATED = 0.03  # share of the context that a head of the target may look at for free
 EAGLE_STEP_WEIGHTS = (1.0, 0.8, 0.6)
 
 
@@ -69,7 +70,7 @@ class EagleHead(nn.Module):
         )
 
     def chains(self, target: Llama, ids: Tensor, states: list[Tensor], roots: Tensor) -> list[Tensor]:
-        """From each root position p [B, r]: states [B*r, H] that predict the tokens p+2, p+3, ... of `ids`."""
+        """From each root position p [B, r]: states [B*r, H] that predict tokens p+2, p+3, ... of `ids`."""
         B, L = ids.shape
         embedded = F.embedding(ids.roll(-1, 1).flatten(), target.model.embed_tokens.weight.detach()).to(
             states[0].dtype
@@ -106,7 +107,7 @@ def grouped(q: Tensor, kv_heads: int) -> Tensor:  # [B, r, heads, D] -> [B, r, k
 def attend_chain(
     q: Tensor, keys: Tensor, values: Tensor, after: Tensor, extra: list[tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """Queries [B, r, heads, D] over the sequence up to their root and their own drafted tokens: [B*r, heads*D]."""
+    """Queries [B, r, heads, D] over what precedes their root and their drafted tokens: [B*r, heads*D]."""
     q = grouped(q, keys.shape[2]) * q.shape[-1] ** -0.5
     scores = torch.einsum("brhgd,blhd->bhgrl", q, keys).masked_fill(after[:, None, None], -torch.inf)
     own = [torch.einsum("brhgd,brhd->bhgr", q, k)[..., None] for k, _ in extra]
@@ -119,7 +120,7 @@ def attend_chain(
 
 
 def sample_rows(kinds: Tensor, r: int) -> Tensor:
-    """r positions of each row, sorted, mostly of tokens that predict answers; kinds [B, L] are the labels'."""
+    """r positions of each row, sorted, mostly those that predict answers; kinds [B, L] of the labels."""
     weight = torch.full(kinds.shape, 0.05, device=kinds.device)
     weight[kinds == TEXT], weight[kinds == ANSWER] = 1.0, 20.0
     weight[:, 0], weight[:, -STEPS - 3 :] = 0.0, 0.0
@@ -138,8 +139,10 @@ def probabilities(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
 
 
 def attention_loss(target: Trace, draft: Trace, rows: Tensor) -> Tensor:
-    """Cross entropy of the draft's attention, outside sink and recent, to that of the target layers it speaks for
-    by the proportional map: target layer t reads draft layer t * L_draft // L_target, KV head reads KV head."""
+    """Cross entropy, outside sink and recent, of the draft's attention to that of the target heads it serves.
+
+    The map is the proportional one: layer t reads draft layer t * L_draft // L_target, KV head by KV head.
+    """
     L = target.keys[0].shape[0] // rows.shape[0]
     place = torch.arange(1, L, device=rows.device)
     far = ((place >= SINK) & (place <= rows[..., None] - RECENT))[:, None]  # [B, 1, r, L-1]
@@ -156,6 +159,20 @@ def attention_loss(target: Trace, draft: Trace, rows: Tensor) -> Tensor:
         total = total - (wanted * (share + 1e-6).log()).sum()
         mass = mass + wanted.sum()
     return total / mass.clamp(min=1.0)
+
+
+def tail_loss(trace: Trace, rows: Tensor) -> Tensor:
+    """The target's attention outside sink and recent that its heads' top CONCENTRATED tokens do not hold.
+
+    Without this, heads spread over so many tokens that no selection of a tenth of them could serve them."""
+    L = trace.keys[0].shape[0] // rows.shape[0]
+    place = torch.arange(L, device=rows.device)
+    far = ((place >= SINK) & (place <= rows[..., None] - RECENT))[:, None]
+    total = rows.new_zeros((), dtype=torch.float32)
+    for q, k in zip(trace.queries, trace.keys, strict=True):
+        p = probabilities(q, k, rows) * far
+        total = total + (p.sum(-1) - p.topk(max(8, int(CONCENTRATED * L)), -1).values.sum(-1)).mean()
+    return total / len(trace.keys)
 
 
 def weighed(loss: Tensor, kinds: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from model import TARGET, Llama, Trace, compiled
 from optim import Optimiser
 from safetensors.torch import load_file, save_file
-from students import Students
+from students import Students, sample_rows, tail_loss
 from tasks import ANSWER, TEXT, Writer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -184,6 +184,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint")
     parser.add_argument("--students", action="store_true", help="train draft and EAGLE-3 head as well")
+    parser.add_argument("--concentrate", type=float, default=0.0, help="weight of diffuse attention")
     parser.add_argument("--freeze", action="store_true", help="leave the target as it is")
     parser.add_argument(
         "--restart", action="store_true", help="take the weights of --resume, but begin the plan anew"
@@ -267,9 +268,12 @@ class Run:
         return 0 if self.args.restart else state["step"]
 
     def step(self, step: int, share: float, ids: Tensor, kinds: Tensor) -> dict[str, Tensor]:
-        trace = None if self.students is None else Trace([], [], [])
+        trace = Trace([], [], []) if self.students is not None or self.args.concentrate else None
         with torch.set_grad_enabled(not self.args.freeze):
             loss, values = target_step(self.target, ids, kinds.clone(), trace)
+            if self.args.concentrate:
+                tail = tail_loss(trace, sample_rows(kinds.roll(-1, 1), 16))
+                loss, values = loss + self.args.concentrate * tail, values | {"tail": tail}
         if self.students is not None:
             more, metrics = self.students.losses(self.target, ids, kinds, trace)
             loss, values = (more if self.args.freeze else loss + more), values | metrics
