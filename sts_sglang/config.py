@@ -25,6 +25,7 @@ MAX_LAYERS = 1024
 Policy = Literal["ratio", "fixed", "top_p"]
 Pooling = Literal["max", "mean"]
 Kernel = Literal["auto", "flashinfer", "triton", "torch"]
+History = Literal["off", "warm", "blend"]
 
 # A share of a token below this is float error (0.1 * 30 = 3.0000000000000004), not a token.
 # It exceeds the error of keep * context for every context up to 2**33 tokens.
@@ -119,6 +120,9 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "pool_heads": _choice(get_args(Pooling)),
     "head_map": _head_map,
     "kernel": _choice(get_args(Kernel)),
+    "history": _choice(get_args(History)),
+    "history_weight": _share,
+    "history_decay": _share,
 }
 
 
@@ -151,6 +155,13 @@ class StsConfig:
     """Path of a head map file, relative to the working directory; None: the proportional map."""
     kernel: Kernel = "auto"
     """Kernels to run; validate.py says which exist on a device."""
+    history: History = "off"
+    """What KV slots remember of earlier rounds, shared with whoever shares the prefix: unused, in the
+    first verify of a request only, or in every verify."""
+    history_weight: float = 0.5
+    """Part of a remembered token's score that comes from memory; the rest is this round's."""
+    history_decay: float = 0.9
+    """Factor on what a slot remembers, once in every round that touches it."""
 
     def __post_init__(self) -> None:
         for name, read in _READERS.items():

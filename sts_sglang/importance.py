@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from sts_kernels import Members
+from sts_kernels import UNKNOWN, Members
 from sts_sglang.config import StsConfig
 from sts_sglang.headmap import HeadMap
 
@@ -36,7 +36,7 @@ class RoundState:
 
     Args:
         config, head_map: what to keep, and the channels.
-        requests: request slots (rows of req_to_token).
+        requests: request slots (rows of req_to_token); slots: KV slots.
         columns: context tokens of a batch that can be scored; a request that does not fit attends whole.
         draft_heads, draft_dim: query heads and head size of the draft.
         dtype, device: of the draft's queries.
@@ -48,6 +48,7 @@ class RoundState:
         config: StsConfig,
         head_map: HeadMap,
         requests: int,
+        slots: int,
         columns: int,
         draft_heads: int,
         draft_dim: int,
@@ -71,14 +72,19 @@ class RoundState:
         share = config.keep if config.policy == "ratio" else 0.1
         lists = channels * int(columns * min(1.0, 1.25 * share) + 4 * max(config.budget, 1024))
         self.kv_indices = torch.zeros(lists, dtype=torch.int32, device=device)
+        self.history = (
+            SlotHistory(config, channels, slots, requests, device) if config.history != "off" else None
+        )
         # sparse verifies, dense verifies, context tokens attended to, context tokens there
         self.counts = torch.zeros(4, dtype=torch.int64, device=device)
 
-    def carry(self, layer: int, reqs: torch.Tensor, q: torch.Tensor, committed: torch.Tensor) -> None:
+    def carry(self, layer: int, reqs, q: torch.Tensor, committed: torch.Tensor, prefill: bool) -> None:
         """Keep the rows [bs, H_q, D] of a draft layer, made for the committed lengths [bs]."""
         if layer in self.carried_q:
             self.carried_q[layer][reqs] = q
             self.carried_len[reqs] = committed
+            if prefill and self.history is not None:
+                self.history.fresh_request[reqs] = True
 
     def columns(self, seq_lens: torch.Tensor) -> torch.Tensor:
         """int64 [bs] first column of each request, -1 where its context does not fit."""
@@ -102,6 +108,9 @@ class RoundState:
         top_p = None
         if config.policy == "top_p":
             top_p = torch.where(keeps.isnan(), config.top_p, torch.inf).float()
+        if self.history is not None:
+            starts = torch.where(known, columns, -1)
+            self.history.blend(ops, self.importance, starts, seq_lens, reqs, table)
         ops.select_tokens(
             self.importance,
             columns,
@@ -124,11 +133,56 @@ class RoundState:
     def nbytes(self) -> dict[str, int]:
         """Bytes by purpose."""
         carried = [*self.carried_q.values(), self.carried_len, self.keeps]
+        history = {} if self.history is None else {"history": self.history.nbytes()}
         return {
+            **history,
             "importance": self.importance.nbytes,
             "kv_indices": self.kv_indices.nbytes,
             "carried_rows": sum(t.nbytes for t in carried),
         }
+
+
+class SlotHistory:
+    """What KV slots remember of the importance their tokens had, by the slot of the *target's* token.
+
+    A slot forgets when the target writes it for a token, so what it remembers is of its present
+    occupant, whatever happened in between (eviction, flush, abort, retraction): no hook on the
+    allocator is needed. Requests with a common prefix share its slots, and so what was learned of it.
+    """
+
+    def __init__(self, config: StsConfig, channels: int, slots: int, requests: int, device: str):
+        self.config = config
+        self.remembered = torch.full((channels, slots), UNKNOWN, device=device)
+        self.stamp = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.round = torch.zeros(1, dtype=torch.int32, device=device)
+        self.fresh_request = torch.zeros(requests, dtype=torch.bool, device=device)
+
+    def forget(self, slots: torch.Tensor) -> None:
+        """The target writes these slots now."""
+        self.remembered[:, slots] = UNKNOWN
+
+    def blend(self, ops, importance, starts, seq_lens, reqs, table: torch.Tensor) -> None:
+        """Mix memory into the importance of a verify batch and remember the batch; starts -1: not known."""
+        self.round += 1
+        weight = torch.full_like(seq_lens, self.config.history_weight, dtype=torch.float32)
+        if self.config.history == "warm":
+            weight = weight * self.fresh_request[reqs]
+        self.fresh_request[reqs] = False
+        ops.blend_history(
+            importance,
+            starts,
+            seq_lens,
+            table,
+            reqs,
+            self.remembered,
+            self.stamp,
+            self.round,
+            weight,
+            self.config.history_decay,
+        )
+
+    def nbytes(self) -> int:
+        return self.remembered.nbytes + self.stamp.nbytes
 
 
 def members_by_layer(head_map: HeadMap, device: str) -> dict[int, Members]:

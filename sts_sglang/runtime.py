@@ -29,6 +29,7 @@ class DraftShape(NamedTuple):
     topk: int
     head_dim: int
     requests: int  # request slots, the padding slot included
+    slots: int  # KV slots, page 0 included
     columns: int  # context tokens of a batch to score
     pool: Any  # KV pool of the draft
     dtype: torch.dtype
@@ -66,6 +67,7 @@ class StsRuntime:
             config,
             self.head_map,
             shape.requests,
+            shape.slots,
             shape.columns,
             draft.q_heads,
             shape.head_dim,
@@ -182,6 +184,7 @@ def _draft_shape(worker: Any, parts: compat.SpecParts) -> DraftShape:
         topk=worker.topk,
         head_dim=runner.model_config.head_dim,
         requests=table.shape[0],
+        slots=pool.get_key_buffer(0).shape[0],
         # Requests that share a prefix each score it: twice the pool, or all they can have at all.
         columns=min(2 * pool.size, batches * runner.model_config.context_len),
         pool=pool,

@@ -182,6 +182,15 @@ def check_kernel(server_args: ServerArgs, config: StsConfig) -> None:
         )
 
 
+def check_history(server_args: ServerArgs, config: StsConfig) -> None:
+    """Whether slots can remember with this cache. Raises `Refusal`."""
+    if config.history != "off" and server_args.enable_hierarchical_cache:
+        raise Refusal(
+            "sts_config.history: --enable-hierarchical-cache brings KV back into slots that remember their "
+            'earlier occupants; set history to "off" or remove the flag'
+        )
+
+
 def check_target(target: ModelConfig) -> None:
     """Check the target's own configuration. Raises `Refusal`."""
     _check_model("--model-path", target, TARGETS)
@@ -206,6 +215,7 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> None:
     check_resolved(server_args)
     check_device(server_args)
     check_kernel(server_args, config)
+    check_history(server_args, config)
     target = server_args.get_model_config()
     check_target(target)
     draft = _draft_config(server_args, target)

@@ -38,6 +38,12 @@ class Rule:
     swap_heads: bool = False  # KV heads read each other's draft heads
     drop_tail: bool = False  # draft tokens do not see the ones before them
     drop_carried: bool = False  # the previous draft-extend's row is not pooled
+    # (draft index, token): the last draft key of a matched prefix was made for the donor's next token,
+    # and SGLang's STANDALONE draft does not write it again.
+    donor: tuple[int, int] | None = None
+    history: str = "off"
+    history_weight: float = 0.5
+    history_decay: float = 0.9
 
     def budget(self, context: int) -> int:
         return min(context, max(self.floor, self.sink + self.recent, math.ceil(self.keep * context - 1e-9)))
@@ -53,6 +59,7 @@ class Trace:
     near_ties: int = 0
     selected: int = 0
     available: int = 0
+    memory: dict[tuple, float] = field(default_factory=dict)  # (layer, KV head, position) -> score
 
 
 @dataclass
@@ -140,9 +147,12 @@ class Oracle:
             layer.self_attn.register_forward_pre_hook(self._mask_hook(i), with_kwargs=True)
 
     @torch.no_grad()
-    def generate(self, prompt: list[int], new_tokens: int, rule: Rule) -> Trace:
-        """Greedy continuation of `prompt` by exactly `new_tokens` (EOS ignored)."""
-        trace, config = Trace(), self.target.config
+    def generate(self, prompt: list[int], new_tokens: int, rule: Rule, memory: dict | None = None) -> Trace:
+        """Greedy continuation of `prompt` by exactly `new_tokens` (EOS ignored).
+
+        `memory` is what an earlier request over a common prefix left for the positions of the prefix.
+        """
+        trace, config = Trace(memory=dict(memory or {})), self.target.config
         size = len(prompt) + new_tokens + rule.num_tokens + 1
         causal = torch.ones(size, size, dtype=torch.bool).tril()
         seen = causal.repeat(config.num_hidden_layers, config.num_attention_heads, 1, 1)
@@ -176,6 +186,8 @@ class Oracle:
         """
         k, length = rule.topk, len(tokens) - 1
         ids, positions = tokens[1:], list(range(length))
+        if rule.donor:
+            ids[rule.donor[0]] = rule.donor[1]
         mask = torch.ones(length, length, dtype=torch.bool).tril()
         states = self.draft.project(hidden) if isinstance(self.draft, Eagle3Draft) else None
         logits, out, attention = self.draft(ids, states, positions, mask)
@@ -231,6 +243,7 @@ class Oracle:
                 last = -(-(speaker + 1) * draft.heads // kv_heads)
                 spoken = source[first:last]
                 score = spoken.amax((0, 1)) if rule.pool == "max" else spoken.mean((0, 1))
+                score = self._blend(score, (layer, h), length, rule, trace)
                 chosen = self._top(score, length, rule, trace)
                 trace.selected += len(chosen)
                 trace.available += length
@@ -239,6 +252,21 @@ class Oracle:
             path = [node] if rule.drop_tail else tree.path(node)
             rows[:, :, node, [length + n for n in path]] = True
         return rows
+
+    @staticmethod
+    def _blend(score: torch.Tensor, head: tuple, length: int, rule: Rule, trace: Trace) -> torch.Tensor:
+        """Mix memory into the draft's scores (by draft index), then remember this round."""
+        if rule.history == "off":
+            return score
+        weight = rule.history_weight if rule.history == "blend" or trace.rounds == 0 else 0.0
+        mixed = score.clone()
+        for position in range(1, length):
+            key, fresh = (*head, position), float(score[position - rule.shift])
+            remembered = trace.memory.get(key)
+            if remembered is not None:
+                mixed[position - rule.shift] = (1 - weight) * fresh + weight * remembered
+            trace.memory[key] = max(fresh, (remembered or 0.0) * rule.history_decay)
+        return mixed
 
     @staticmethod
     def _top(score: torch.Tensor, length: int, rule: Rule, trace: Trace) -> list[int]:

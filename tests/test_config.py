@@ -28,6 +28,9 @@ EVERY_KEY = {
     "pool_heads": "mean",
     "head_map": "maps/pair.json",
     "kernel": "torch",
+    "history": "blend",
+    "history_weight": 0.25,
+    "history_decay": 0.5,
 }
 
 
@@ -115,6 +118,9 @@ BAD_VALUES = {
     "pool_heads": (["min", "MAX", None, True], "max | mean"),
     "head_map": (["", "  ", 1, ["m.json"], "a\0b", "\ud800", "x" * 4097], "path of a head map"),
     "kernel": (["cuda", "", None, 0], "auto | flashinfer | triton | torch"),
+    "history": (["on", "", None, True], "off | warm | blend"),
+    "history_weight": ([0, -0.1, 1.01, True, "0.5", None, math.nan], "a number above 0 and at most 1"),
+    "history_decay": ([0, 2, True, "0.9", None, math.inf], "a number above 0 and at most 1"),
 }
 
 

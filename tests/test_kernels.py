@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from sts_kernels import IMPORTANCE_SCALE, Members, ops
+from sts_kernels import IMPORTANCE_SCALE, UNKNOWN, Members, ops
 from tests.tolerances import assert_close
 
 KERNELS = ["torch", "triton"]
@@ -311,6 +311,41 @@ def test_top_p_is_the_smallest_set_that_holds_it(kernel: str, top_p: float) -> N
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_selection_of_an_empty_batch(kernel: str) -> None:
     assert run_select(kernel, Batch(lengths=[]), torch.zeros(3, 64).half(), [], 4, 8) == []
+
+
+# ---- history
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_history_is_mixed_decayed_once_and_kept_at_its_maximum(kernel: str) -> None:
+    """Requests 1 and 2 share a prefix; request 3 has no columns and is left alone."""
+    batch = Batch(lengths=[70, 90, 40, 1])
+    batch.table[batch.reqs[1], :50] = batch.table[batch.reqs[0], :50]
+    batch.ctx_start[2] = -1
+    slots = int(batch.table.max()) + 1
+    history = torch.where(torch.rand(3, slots) < 0.5, UNKNOWN, torch.rand(3, slots) * 100)
+    stamp = torch.zeros(slots, dtype=torch.int32)
+    weight, decay = torch.tensor([0.5, 0.25, 0.5, 1.0]), 0.8
+    importance = (torch.rand(3, batch.columns) * 100).half()
+    mixed, kept = importance.double(), history.double()
+    for c in range(3):
+        found: dict[int, float] = {}
+        for b in (0, 1):
+            for position in range(1, batch.lengths[b]):
+                column = int(batch.ctx_start[b]) + position
+                slot, fresh = int(batch.slots(b, [position])), float(importance[c, column])
+                known, w = float(history[c, slot]), float(weight[b])
+                mixed[c, column] = fresh if known == UNKNOWN else (1 - w) * fresh + w * known
+                found[slot] = max(fresh, found.get(slot, 0.0))
+        for slot, fresh in found.items():
+            known = float(history[c, slot])
+            kept[c, slot] = fresh if known == UNKNOWN else max(fresh, decay * known)
+    args = [importance, batch.ctx_start, batch.seq_lens, batch.table, batch.reqs, history, stamp]
+    args = on_device([a.clone() for a in args])
+    now = torch.tensor([7], dtype=torch.int32, device=DEVICE)
+    ops(kernel).blend_history(*args, now, weight.to(DEVICE), decay)
+    torch.testing.assert_close(args[0].cpu().double(), mixed, rtol=1e-3, atol=1e-3)  # one rounding to float16
+    torch.testing.assert_close(args[5].cpu().double(), kept, rtol=1e-6, atol=1e-6)
 
 
 # ---- verify

@@ -346,3 +346,34 @@ def test_the_triton_kernels_serve_in_the_interpreter(pair, logs):
     assert [a["output_ids"] for a in answers] == [t.tokens for t in traces]
     assert counters["dense_verifies"] == 0
     assert counters["selected_tokens"] == sum(t.selected for t in traces)
+
+
+@pytest.mark.parametrize("mode", ["blend", "warm"])
+def test_history_follows_the_prefix_and_forgets_with_its_slots(pair, logs, mode):
+    """Turn 2 starts from what turn 1 learned; after a flush nobody remembers; both against the oracle."""
+    config = {**SPARSE, "history": mode, "history_weight": 1.0}
+    rule = replace(RULE, history=mode, history_weight=1.0)
+    oracle = Oracle(pair["target"], pair["draft"])
+    prompt = random_ids(240, 31)
+    with sts_server(pair, logs, f"history-{mode}", "STANDALONE", "draft", config, *CHAIN) as server:
+        first = server.generate(prompt, 24)
+        trace = oracle.generate(prompt, 24, rule)
+        assert first["output_ids"] == trace.tokens
+        # The prompt's slots are cached; the suffix is new, so nothing is remembered of it.
+        turn = prompt + random_ids(30, 32)
+        second = server.generate(turn, 24)
+        assert second["meta_info"]["cached_tokens"] == len(prompt)
+        inherited = {key: value for key, value in trace.memory.items() if key[2] < len(prompt)}
+        hit = replace(rule, donor=(len(prompt) - 1, first["output_ids"][0]))
+        warm = oracle.generate(turn, 24, hit, inherited).tokens
+        assert second["output_ids"] == warm
+        assert warm != oracle.generate(turn, 24, hit).tokens, "nobody notices whether anything was inherited"
+        server.get("/flush_cache")
+        assert server.generate(turn, 24)["output_ids"] == oracle.generate(turn, 24, rule).tokens
+
+
+def test_without_history_foreign_requests_leave_no_trace(sparse):
+    prompt = random_ids(300, 51)
+    before = sparse.generate(prompt, 24)["output_ids"]
+    sparse.generate_all([prompt[:200] + random_ids(90, 52 + i) for i in range(4)], 24)
+    assert sparse.generate(prompt, 24)["output_ids"] == before

@@ -577,3 +577,11 @@ def test_unreadable_target_is_left_to_sglang(path):
 
 def test_a_refusal_is_one_line():
     assert str(Refusal("a\nb\t c\u2028d")) == "a b c d"
+
+
+def test_history_needs_a_cache_whose_slots_are_written_by_forwards():
+    hierarchical = SimpleNamespace(enable_hierarchical_cache=True)
+    validate.check_history(hierarchical, StsConfig())
+    with pytest.raises(Refusal, match=r"^sts_config\.history: --enable-hierarchical-cache .* set history to"):
+        validate.check_history(hierarchical, StsConfig(history="blend"))
+    validate.check_history(SimpleNamespace(enable_hierarchical_cache=False), StsConfig(history="warm"))

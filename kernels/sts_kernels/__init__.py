@@ -1,6 +1,6 @@
-"""Ops of draft-guided sparse attention (STS, arXiv 2605.15508): score, select, attend.
+"""Ops of draft-guided sparse attention (STS, arXiv 2605.15508): score, remember, select, attend.
 
-Three functions in two implementations of the same signature: `ops("torch")` is the reference on any
+Four functions in two implementations of the same signature: `ops("torch")` is the reference on any
 device, `ops("triton")` the kernels. This package imports torch and triton and never sglang.
 """
 
@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sts_kernels.checks import IMPORTANCE_SCALE
+from sts_kernels.checks import IMPORTANCE_SCALE, UNKNOWN
 from sts_kernels.reference import SHIFT, Members
 
-__all__ = ["IMPORTANCE_SCALE", "SHIFT", "Members", "Ops", "ops"]
+__all__ = ["IMPORTANCE_SCALE", "SHIFT", "UNKNOWN", "Members", "Ops", "ops"]
 
 
 class Ops(NamedTuple):
-    """The three steps of a round; see `sts_kernels.reference` for what they take and write."""
+    """The steps of a round; see `sts_kernels.reference` for what they take and write."""
 
     draft_attention: Callable
+    blend_history: Callable
     select_tokens: Callable
     sparse_verify_attention: Callable
 
@@ -26,12 +27,18 @@ class Ops(NamedTuple):
 def ops(kernel: str) -> Ops:
     """The steps by implementation, "torch" or "triton"; ValueError for another name."""
     if kernel == "torch":
+        from sts_kernels import reference as history
         from sts_kernels import reference as score
         from sts_kernels import reference as select
         from sts_kernels import reference as verify
     elif kernel == "triton":
         from sts_kernels import draft_attention as score
-        from sts_kernels import select, verify
+        from sts_kernels import history, select, verify
     else:
         raise ValueError(f"kernel must be 'torch' or 'triton', got {kernel!r}")
-    return Ops(score.draft_attention, select.select_tokens, verify.sparse_verify_attention)
+    return Ops(
+        score.draft_attention,
+        history.blend_history,
+        select.select_tokens,
+        verify.sparse_verify_attention,
+    )

@@ -7,6 +7,9 @@ import torch
 # Importance is stored as float16 probability * 2**14: relative precision 2**-11 down to 4e-9, below
 # what a token among 128K can get on average by three orders of magnitude.
 IMPORTANCE_SCALE = 2.0**14
+# What a slot remembers that was never scored since it was written. Below every score, so that an integer
+# maximum of the bits (Triton has no atomic maximum of floats) never keeps it.
+UNKNOWN = -1.0
 
 
 def expect(op: str, ok: bool, message: str) -> None:
@@ -96,3 +99,13 @@ def check_draft(q, carried_q, k_buffer, v_buffer, members, importance, pool_head
     )
     for name, pool in (("pool_heads", pool_heads), ("pool_rows", pool_rows)):
         expect(op, pool in ("max", "mean"), f"{name} must be 'max' or 'mean', got {pool!r}")
+
+
+def check_history(importance, history, stamp, weight) -> None:
+    """Shapes of blend_history."""
+    op = "blend_history"
+    expect_importance(op, importance)
+    ok = history.dim() == 2 and history.dtype == torch.float32 and history.shape[0] == importance.shape[0]
+    expect(op, ok, f"history must be float32 [channels, slots], got {history.dtype} {tuple(history.shape)}")
+    expect(op, stamp.shape == history.shape[1:] and stamp.dtype == torch.int32, "stamp must be int32 [slots]")
+    expect(op, weight.dtype == torch.float32, f"weight must be float32 [bs], got {weight.dtype}")

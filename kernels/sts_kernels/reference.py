@@ -16,7 +16,14 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from sts_kernels.checks import IMPORTANCE_SCALE, check_draft, check_select, check_verify
+from sts_kernels.checks import (
+    IMPORTANCE_SCALE,
+    UNKNOWN,
+    check_draft,
+    check_history,
+    check_select,
+    check_verify,
+)
 
 SHIFT = 1  # the draft key at index p is the target's token p + 1
 
@@ -252,3 +259,49 @@ def _top_p_count(scores: torch.Tensor, chosen: torch.Tensor, forced: int, top_p:
     must = forced + int(scores[chosen[forced:]].isnan().sum())
     reached = int(torch.searchsorted(held, top_p * mass.sum())) + 1
     return min(max(must, reached), chosen.numel())
+
+
+def blend_history(
+    importance: torch.Tensor,
+    ctx_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    history: torch.Tensor,
+    stamp: torch.Tensor,
+    round_: torch.Tensor,
+    weight: torch.Tensor,
+    decay: float,
+) -> None:
+    """Mix what slots remember into this round's importance, then let them remember this round.
+
+    Request b's importance at a position becomes (1 - weight[b]) * fresh + weight[b] * remembered where
+    its slot remembers something, and stays fresh where it does not. All requests read what slots
+    remembered before the round. Then each slot the batch touches decays once, and takes the maximum of
+    what it remembers and what each request that shares it found.
+
+    Args:
+        importance: [channels, columns], read and written at positions [1, L) of every request with columns.
+        history: float32 [channels, slots] by the slot of the target's token, UNKNOWN where nothing is
+            remembered (never zero: a token that was never scored is not an unimportant one).
+        stamp: int32 [slots], the last round that touched a slot; round_: int32 [1], this one.
+        weight: float32 [bs]. decay: factor a round.
+    """
+    check_history(importance, history, stamp, weight)
+    rows = []
+    for b, (req, length) in enumerate(zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)):
+        column = int(ctx_start[b])
+        if column < 0 or length <= SHIFT:
+            continue
+        place = importance[:, column + SHIFT : column + length]
+        slots = req_to_token[req, SHIFT:length].long()
+        rows.append((slots, place.to(torch.float32, copy=True), history[:, slots], place, float(weight[b])))
+    for slots, fresh, remembered, place, w in rows:
+        mixed = torch.where(remembered == UNKNOWN, fresh, (1 - w) * fresh + w * remembered)
+        place.copy_(mixed)
+        first = slots[stamp[slots] != int(round_)]
+        held = history[:, first]
+        history[:, first] = torch.where(held == UNKNOWN, held, held * decay)
+        stamp[first] = int(round_)
+    for slots, fresh, *_ in rows:
+        history[:, slots] = torch.maximum(history[:, slots], fresh)

@@ -42,7 +42,9 @@ class CarryLastRow:
             rows = torch.arange(accepted.numel(), device=accepted.device) * width + accepted - 1
             committed = fb.seq_lens - width + accepted
         queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)[rows]
-        self.runtime.state.carry(layer.layer_id, fb.req_pool_indices, queries, committed)
+        self.runtime.state.carry(
+            layer.layer_id, fb.req_pool_indices, queries, committed, prefill=accepted is None
+        )
 
 
 class DraftExtendBackend(CarryLastRow, TorchBackend):

@@ -74,6 +74,8 @@ class StsTargetBackend(AttentionBackend):
             self._plan_verify(forward_batch)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
+        if layer.layer_id == 0 and self.runtime.state.history is not None:
+            self.runtime.state.history.forget(forward_batch.out_cache_loc)
         verify = forward_batch.forward_mode.is_target_verify()
         if verify and layer.layer_id not in self.runtime.config.dense_layers:
             if save_kv_cache and k is not None:
