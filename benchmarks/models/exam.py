@@ -12,22 +12,18 @@ from pathlib import Path
 
 import torch
 from model import DRAFT, TARGET, Llama
-from safetensors.torch import load_file
 from tasks import EXAM, ROOM, Question, Row, Writer
 from tqdm import tqdm
+from train import load_checkpoint
 
 DEPTHS = [i / 10 for i in range(11)]
-
-
 SHIPPED = Path(__file__).parents[2] / "sts_sglang" / "models"
 
 
 def load(folder: Path, name: str, device: str) -> Llama:
     """A model from a folder of checkpoints or of Hugging Face folders."""
-    model, checkpoint = Llama({"target": TARGET, "draft": DRAFT}[name]), folder / f"{name}.safetensors"
-    model.load_state_dict(
-        load_file(checkpoint if checkpoint.exists() else folder / name / "model.safetensors")
-    )
+    model = Llama({"target": TARGET, "draft": DRAFT}[name])
+    load_checkpoint(folder, name, model)
     return model.to(device).eval()
 
 

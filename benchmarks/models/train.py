@@ -23,7 +23,7 @@ from optim import Optimiser
 from safetensors.torch import load_file, save_file
 from students import Students, sample_rows, tail_loss
 from tasks import ANSWER, TEXT, Writer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -128,7 +128,7 @@ class Journal:
         return " | ".join(lines)
 
 
-def save_checkpoint(folder: Path, name: str, model: torch.nn.Module, optimiser: Optimiser, **state) -> None:
+def save_checkpoint(folder: Path, name: str, model: nn.Module, optimiser: Optimiser, **state) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, tensors in ("", model.state_dict()), (".moments", optimiser.moments()):
         half = {k: v.to(torch.bfloat16) if v.ndim else v for k, v in tensors.items()}
@@ -138,13 +138,21 @@ def save_checkpoint(folder: Path, name: str, model: torch.nn.Module, optimiser: 
     (folder / f"{name}.json").write_text(json.dumps(state))
 
 
+def weights_of(folder: Path, name: str) -> Path:
+    """A checkpoint of this script or the shipped folder of the same model."""
+    own = folder / f"{name}.safetensors"
+    return own if own.exists() else folder / {"eagle": "eagle3"}.get(name, name) / "model.safetensors"
+
+
 def load_checkpoint(
     folder: Path, name: str, model: torch.nn.Module, optimiser: Optimiser | None = None
-) -> dict:
-    model.load_state_dict(load_file(folder / f"{name}.safetensors"))
-    if optimiser is not None:
-        optimiser.load_moments(load_file(folder / f"{name}.moments.safetensors"))
-    return json.loads((folder / f"{name}.json").read_text())
+) -> int:
+    """Returns the step to go on with; shipped models have neither step nor moments and begin at 0."""
+    model.load_state_dict(load_file(weights_of(folder, name)))
+    moments, state = folder / f"{name}.moments.safetensors", folder / f"{name}.json"
+    if optimiser is not None and moments.exists():
+        optimiser.load_moments(load_file(moments))
+    return json.loads(state.read_text())["step"] if state.exists() else 0
 
 
 def loader(batches: Batches, first: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -182,7 +190,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--resume", type=Path, help="folder of a checkpoint")
+    parser.add_argument("--resume", type=Path, help="folder of a checkpoint, or the shipped models")
     parser.add_argument("--students", action="store_true", help="train draft and EAGLE-3 head as well")
     parser.add_argument("--concentrate", type=float, default=0.0, help="weight of diffuse attention")
     parser.add_argument("--freeze", action="store_true", help="leave the target as it is")
@@ -259,13 +267,13 @@ class Run:
         """Loads what the folder has; students that it lacks begin anew."""
         if self.args.freeze:
             load_checkpoint(folder, "target", self.target)
-        state = {"step": 0}
+        step = 0
         for name, (model, optimiser) in self.optimisers.items():
-            if (folder / f"{name}.safetensors").exists():
-                state = load_checkpoint(folder, name, model, optimiser)
+            if weights_of(folder, name).exists():
+                step = load_checkpoint(folder, name, model, optimiser)
             elif name == "eagle":
                 model.lm_head.load_state_dict({"weight": self.target.model.embed_tokens.weight})
-        return 0 if self.args.restart else state["step"]
+        return 0 if self.args.restart else step
 
     def step(self, step: int, share: float, ids: Tensor, kinds: Tensor) -> dict[str, Tensor]:
         trace = Trace([], [], []) if self.students is not None or self.args.concentrate else None

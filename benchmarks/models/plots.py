@@ -1,0 +1,110 @@
+"""Draw results/*.jsonl: the curves of the training runs, the examination, and the prediction of attention.
+
+python benchmarks/models/plots.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).with_name("results")
+RUNS = ("run1", "run2", "run3")
+
+
+def lines(name: str) -> list[dict]:
+    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+
+
+def save(figure: plt.Figure, name: str) -> None:
+    figure.tight_layout()
+    figure.savefig(RESULTS / name, dpi=70)
+    plt.close(figure)
+
+
+def curves() -> None:
+    """Loss on text and on answers by length; a mean over few batches of few answers is noisy at 32,768."""
+    figure, axes = plt.subplots(3, 3, figsize=(15, 10))
+    for column, name in enumerate(RUNS):
+        rows = lines(f"{name}.jsonl")
+        for length in sorted({r["length"] for r in rows}):
+            part = [r for r in rows if r["length"] == length]
+            for axis, key in zip(axes[:2, column], ("text", "answer"), strict=True):
+                axis.plot([r["step"] for r in part], [r[key] for r in part], label=f"{length:,}", lw=1)
+            if "draft_answer" in part[0] and length > 128:
+                axis = axes[2, column]
+                axis.plot(
+                    [r["step"] for r in part], [r["draft_text"] for r in part], lw=1, label=f"text {length:,}"
+                )
+                axis.plot([r["step"] for r in part], [r["draft_answer"] for r in part], lw=1, ls=":")
+        axes[0, column].set_title(f"{name}: loss on text")
+        axes[1, column].set_title("loss on answers")
+        axes[1, column].set_yscale("log")
+        axes[0, column].legend()
+    axes[2, 2].set_title("draft agrees with target (dotted: answers)")
+    axes[2, 2].legend()
+    for axis in axes[2, :2]:
+        axis.axis("off")
+    axes[1, 2].set_xlabel("step")
+    save(figure, "curves.png")
+
+
+def heat(axis: plt.Axes, table: list[list[float]], rows: list[str], columns: list[str], title: str) -> None:
+    axis.imshow(table, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_title(title)
+    for i, row in enumerate(table):
+        for j, value in enumerate(row):
+            axis.text(
+                j, i, f"{value:.2f}", ha="center", va="center", color="w" if value < 0.7 else "k", fontsize=8
+            )
+
+
+def examination() -> None:
+    rows = lines("exam.jsonl")
+    cell = {(r["task"], r["length"]): r for r in rows}
+    lengths, names = sorted({r["length"] for r in rows}), list(dict.fromkeys(r["task"] for r in rows))
+    columns = [f"{n:,}" for n in lengths]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    heat(
+        axes[0],
+        [[cell[t, n]["accuracy"] for n in lengths] for t in names],
+        names,
+        columns,
+        "accuracy by task",
+    )
+    depths = list(cell["single", lengths[0]]["by_depth"])
+    table = [[cell["single", n]["by_depth"][d] for n in lengths] for d in depths]
+    heat(axes[1], table, depths, columns, "single needle by depth (0: start)")
+    save(figure, "exam.png")
+
+
+def prediction() -> None:
+    result = lines("predict.jsonl")[-1]
+    parts = [
+        ("proportional", "mass_by_head"),
+        ("target itself", "mass_by_head"),
+        ("proportional", "outside_by_head"),
+    ]
+    titles = [
+        "mass recall, default map",
+        "mass recall, the target's own choice",
+        "mass outside sink and recent",
+    ]
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.5))
+    for axis, (way, key), title in zip(axes, parts, titles, strict=True):
+        table = result[way][key]
+        heat(axis, table, [f"layer {i}" for i in range(len(table))], ["KV head 0", "KV head 1"], title)
+    save(figure, "predict.png")
+
+
+if __name__ == "__main__":
+    curves()
+    examination()
+    prediction()
