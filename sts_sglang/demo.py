@@ -9,19 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from sts_sglang.local_server import LocalServer
-from sts_sglang.tiny_pair import make_pair
 
-WORDS = """
-the a of and to in is that for on with as it was by at from this but not are have be or an they which one
-you were all her there would their we him been has when who will no more if out so up said what its about
-than into them can only other time new some could these two may first then do any like my now over such
-"""
+MODELS = Path(__file__).parent / "models"
+FACTS = {"amber lantern": "48213", "stone harbor": "90417", "quiet meadow": "15526"}
+ASKED = ("stone harbor", "amber lantern", "quiet meadow")
 
 
 class Pair(NamedTuple):
@@ -29,42 +27,27 @@ class Pair(NamedTuple):
 
     target: Path
     draft: Path
-    note: str
 
 
-def default_pair(folder: Path) -> Pair:
-    """The embedded pair; `folder` takes it when it has to be made first."""
-    paths = make_pair(folder)
-    note = (
-        "tiny target and draft with random weights from a fixed seed: the numbers are real, "
-        "the answers are not language"
-    )
-    return Pair(paths["target"], paths["draft"], note)
+def shipped_pair() -> Pair:
+    """The trained pair of this package (see models/MODEL_CARD.md)."""
+    return Pair(MODELS / "target", MODELS / "draft")
 
 
 def document(characters: int) -> str:
-    """Filler prose with a few facts in it, the same on every run."""
-    state, words, size, facts, choices = 1, [], 0, iter(FACTS), WORDS.split()
-    while size < characters:
-        state = (state * 1103515245 + 12345) % 2**31
-        word = choices[state // 65536 % len(choices)]
-        if len(words) % 400 == 200 and (fact := next(facts, None)):
-            word = f"\n{fact}\n{word}"
-        words.append(word)
-        size += len(word) + 1
-    return " ".join(words)
-
-
-FACTS = (
-    "The special number of the blue harbor is 48213.",
-    "The special number of the old bridge is 90417.",
-    "The special number of the green door is 15526.",
-)
-QUESTIONS = (
-    "What is the special number of the blue harbor?",
-    "What is the special number of the green door?",
-    "What is the special number of the old bridge?",
-)
+    """Source code of the running Python's library, with the facts far apart in it, one a line."""
+    lines: list[str] = []
+    size = 0
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for line in path.read_text(errors="ignore").splitlines():
+            if size >= characters:
+                break
+            lines.append(line)
+            size += len(line) + 1
+    for i, (name, code) in enumerate(FACTS.items()):
+        place = len(lines) * (2 * i + 1) // (2 * len(FACTS))
+        lines.insert(place, f"The access code of {name} is {code}.")
+    return "\n".join(lines)
 
 
 def launch_args(pair: Pair, sts_config: str | None, context: int) -> list[str]:
@@ -79,10 +62,10 @@ def launch_args(pair: Pair, sts_config: str | None, context: int) -> list[str]:
 
 def converse(server: LocalServer, text: str, max_tokens: int) -> None:
     """Ask the questions in one growing conversation and print a line of numbers under each answer."""
-    messages = [{"role": "user", "content": f"{text}\n\n{QUESTIONS[0]}"}]
-    for turn, question in enumerate(QUESTIONS, start=1):
-        if turn > 1:
-            messages.append({"role": "user", "content": question})
+    messages: list[dict] = []
+    for turn, name in enumerate(ASKED, start=1):
+        question = f"What is the access code of {name}?"
+        messages.append({"role": "user", "content": question if messages else f"{text}\n\n{question}"})
         before, started = server.counters(), time.monotonic()
         body = {"model": "demo", "messages": messages, "temperature": 0, "max_tokens": max_tokens}
         reply = server.post("/v1/chat/completions", body)
@@ -91,7 +74,8 @@ def converse(server: LocalServer, text: str, max_tokens: int) -> None:
         answer = reply["choices"][0]["message"]["content"]
         messages.append({"role": "assistant", "content": answer})
         delta = {name: after[name] - before[name] for name in after}
-        print(f"\n[{turn}] {question}\n    {answer!r}")
+        verdict = "right" if FACTS[name] in answer else f"wrong, the document says {FACTS[name]}"
+        print(f"\n[{turn}] {question}\n    {answer!r}  ({verdict})")
         print(
             f"    prompt {usage['prompt_tokens']} tokens, cached "
             f"{(usage.get('prompt_tokens_details') or {}).get('cached_tokens', 0)}, "
@@ -106,13 +90,13 @@ def converse(server: LocalServer, text: str, max_tokens: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Command line of the demo."""
     parser = argparse.ArgumentParser(prog="sts-sglang demo", description=__doc__)
-    parser.add_argument("--characters", type=int, default=12000, help="length of the document (%(default)s)")
+    parser.add_argument("--characters", type=int, default=40000, help="length of the document (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=24, help="length of an answer (%(default)s)")
     parser.add_argument("--sts-config", help="inline JSON or a path, as for the server")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        pair = default_pair(Path(folder) / "pair")
-        print(f"Models: {pair.note}.")
+        pair = shipped_pair()
+        print(f"Models: the trained pair in {MODELS}, a target of 7M parameters and a draft of 1M.")
         log = Path(folder) / "server.log"
         print("Starting SGLang with --attention-backend sts (20 to 60 s) ...", flush=True)
         server = LocalServer(
