@@ -115,6 +115,10 @@ def test_wheel(tmp_path: Path) -> None:
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert sorted(name for name in names if name.endswith(".py")) == SOURCES
     assert "sts_sglang/py.typed" in names
+    for model in ("target", "draft", "eagle3"):
+        assert {f"sts_sglang/models/{model}/{file}" for file in ("config.json", "model.safetensors")} <= set(
+            names
+        )
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
