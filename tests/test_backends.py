@@ -8,6 +8,7 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+from sts_kernels import UNKNOWN
 from sts_sglang.backends.draft import DraftExtendBackend, DraftMultiStepBackend
 from sts_sglang.backends.reference import TorchBackend, tail_masks
 from sts_sglang.backends.target import StsTargetBackend
@@ -216,6 +217,42 @@ def test_request_keep_overrides_the_policy_and_ends_with_its_request():
     request.sampling_params.custom_params = None
     rig.runtime.admit([request])
     assert {len(chosen) for chosen in rig.plan(CONTEXT + 1)} == {7}
+
+
+@pytest.mark.parametrize("mode", ["warm", "blend"])
+def test_memory_counts_in_the_first_verify_or_in_all(mode):
+    """A slot remembers a needle that this round's rows do not see."""
+    rig = Rig({**CONFIG, "history": mode, "history_weight": 1.0, "history_decay": 1.0})
+    history, length = rig.runtime.state.history, CONTEXT + 1
+    rig.draft_extend(CONTEXT, 1, torch.zeros(TOKENS, Q_HEADS * DIM))
+    history.fresh_request[Rig.REQ] = True  # as a prefill leaves it
+    found = []
+    for _ in range(2):
+        rig.draft_steps(length, {})
+        history.remembered[:, rig.slots[20]] = 1000.0
+        found.append(all(20 in chosen for chosen in rig.plan(length)))
+    assert found == [True, mode == "blend"]
+
+
+def test_a_prefill_makes_its_request_fresh_and_the_target_makes_slots_forget():
+    rig = Rig({**CONFIG, "history": "warm"})
+    history = rig.runtime.state.history
+    fb = rig.batch(
+        ForwardMode.EXTEND,
+        CONTEXT,
+        extend_prefix_lens=torch.tensor([10]),
+        extend_seq_lens=torch.tensor([CONTEXT - 10]),
+        spec_info=None,
+    )
+    rig.extend.init_forward_metadata(fb)
+    rig.extend.forward_extend(torch.randn(CONTEXT - 10, Q_HEADS * DIM), None, None, rig.layer(0), fb)
+    assert history.fresh_request.nonzero().flatten().tolist() == [Rig.REQ]
+    history.remembered[:] = 5.0
+    fb.out_cache_loc = rig.slots[10:CONTEXT]
+    rig.target.init_forward_metadata(fb)
+    rig.target.forward_extend(torch.randn(CONTEXT - 10, Q_HEADS * DIM), None, None, rig.layer(0), fb)
+    assert (history.remembered[:, rig.slots[10:CONTEXT]] == UNKNOWN).all()
+    assert (history.remembered[:, rig.slots[:10]] == 5.0).all()
 
 
 def test_top_p_takes_fewer_tokens_when_attention_is_peaked():

@@ -348,14 +348,13 @@ def test_the_triton_kernels_serve_in_the_interpreter(pair, logs):
     assert counters["selected_tokens"] == sum(t.selected for t in traces)
 
 
-@pytest.mark.parametrize("mode", ["blend", "warm"])
-def test_history_follows_the_prefix_and_forgets_with_its_slots(pair, logs, mode):
+def test_history_follows_the_prefix_and_forgets_with_its_slots(pair, logs):
     """Turn 2 starts from what turn 1 learned; after a flush nobody remembers; both against the oracle."""
-    config = {**SPARSE, "history": mode, "history_weight": 1.0}
-    rule = replace(RULE, history=mode, history_weight=1.0)
+    config = {**SPARSE, "history": "blend", "history_weight": 1.0}
+    rule = replace(RULE, history="blend", history_weight=1.0)
     oracle = Oracle(pair["target"], pair["draft"])
     prompt = random_ids(240, 31)
-    with sts_server(pair, logs, f"history-{mode}", "STANDALONE", "draft", config, *CHAIN) as server:
+    with sts_server(pair, logs, "history", "STANDALONE", "draft", config, *CHAIN) as server:
         first = server.generate(prompt, 24)
         trace = oracle.generate(prompt, 24, rule)
         assert first["output_ids"] == trace.tokens
