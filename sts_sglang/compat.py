@@ -59,12 +59,16 @@ HOOK_TARGETS = (
 
 # Names that are called or subclassed rather than hooked.
 SYMBOLS = (
+    "sglang.srt.configs.model_config.ModelConfig.from_server_args",
+    "sglang.srt.environ.envs.SGLANG_USE_MODELSCOPE",
     "sglang.srt.layers.attention.attention_registry.register_attention_backend",
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend",
     "sglang.srt.mem_cache.memory_pool.KVWriteLoc",
+    "sglang.srt.model_executor.cuda_graph_config.Backend.DISABLED",
     "sglang.srt.plugins.hook_registry.HookRegistry._patched",
     "sglang.srt.server_args.ATTENTION_BACKEND_CHOICES",
     "sglang.srt.server_args.add_attention_backend_choices",
+    "sglang.srt.utils.hf_transformers_utils.get_config",
     f"{_SPEC}.eagle_utils.TreeMaskMode.QLEN_ONLY",
     f"{_SPEC}.draft_utils.DraftBackendFactory._create_triton_decode_backend",
 )

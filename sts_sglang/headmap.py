@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
-
 from sts_sglang.config import ConfigError
 
 MAP_VERSION = 1
@@ -49,19 +47,6 @@ class HeadMap:
         """Channel of every KV head of a target layer."""
         index = {sources: i for i, sources in enumerate(self.channels)}
         return [index[sources] for sources in self.sources[layer]]
-
-    def channel_weights(self, draft_layer: int, q_heads: int) -> torch.Tensor:
-        """float32 [channels, q_heads]: 1 / size of the channel for its heads in this draft layer.
-
-        The weights of a channel add up to 1 over all draft layers, so adding the layers' weighted
-        probabilities is the mean over the channel's heads.
-        """
-        weights = torch.zeros(len(self.channels), q_heads)
-        for i, sources in enumerate(self.channels):
-            for layer, head in sources:
-                if layer == draft_layer:
-                    weights[i, head] = 1 / len(sources)
-        return weights
 
 
 def proportional(target: HeadCounts, draft: HeadCounts) -> HeadMap:

@@ -9,6 +9,7 @@ import torch
 
 from sts_sglang.config import ConfigError
 from sts_sglang.headmap import HeadCounts, load, proportional
+from sts_sglang.importance import members_by_layer
 
 TARGET, DRAFT = HeadCounts(4, 8, 2), HeadCounts(2, 4, 2)
 
@@ -46,16 +47,20 @@ def test_proportional_layers_share_channels():
     assert head_map.head_channels(0) == head_map.head_channels(1) != head_map.head_channels(2)
 
 
-def test_weights_of_a_channel_add_up_to_one_over_the_draft_layers(tmp_path):
+def test_sources_are_read_in_order_and_shares_add_up_over_the_draft_layers(tmp_path):
     data = valid()
-    data["sources"][0][0] = [[0, 1], [1, 3], [1, 0]]
+    data["sources"][0][0] = [[1, 3], [0, 1], [1, 0]]
     path = tmp_path / "map.json"
     path.write_text(json.dumps(data))
     head_map = load(str(path), TARGET, DRAFT)
-    total = sum(head_map.channel_weights(layer, DRAFT.q_heads).sum(1) for layer in range(DRAFT.layers))
-    torch.testing.assert_close(total, torch.ones(len(head_map.channels)))
     assert head_map.sources[0][0] == ((0, 1), (1, 0), (1, 3))
     assert head_map.origin == "map.json"
+    shares, fresh = torch.zeros(len(head_map.channels)), torch.zeros(len(head_map.channels))
+    for members in members_by_layer(head_map, "cpu").values():
+        shares[members.channels.long()] += members.scale * (members.heads >= 0).sum(1)
+        fresh[members.channels.long()] += members.fresh
+    torch.testing.assert_close(shares, torch.ones_like(shares))
+    assert (fresh == 1).all()  # one layer feeds a channel first
 
 
 def _set(*keys_and_value):
