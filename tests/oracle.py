@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ class Rule:
     # (draft index, token): the last draft key of a matched prefix was made for the donor's next token,
     # and SGLang's STANDALONE draft does not write it again.
     donor: tuple[int, int] | None = None
+    swapped_ties: frozenset[tuple[int, int, int]] = frozenset()  # near ties decided the other way
     history: str = "off"
     history_weight: float = 0.5
     history_decay: float = 0.9
@@ -51,12 +52,16 @@ class Rule:
 
 @dataclass
 class Trace:
-    """Output tokens, verify rounds, and selections whose k-th score has a neighbour within 1e-5."""
+    """Output tokens, verify rounds, and the selections that rounding may have decided otherwise.
+
+    A near tie, (round, draft layer, speaking head), is a selection whose k-th and next score are within
+    1e-5 of each other.
+    """
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     rounds: int = 0
-    near_ties: int = 0
+    near_ties: set[tuple[int, int, int]] = field(default_factory=set)
     selected: int = 0
     available: int = 0
     memory: dict[tuple, float] = field(default_factory=dict)  # (layer, KV head, position) -> score
@@ -145,6 +150,25 @@ class Oracle:
         self._masks: list[torch.Tensor] = []
         for i, layer in enumerate(self.target.model.layers):
             layer.self_attn.register_forward_pre_hook(self._mask_hook(i), with_kwargs=True)
+
+    def agree(self, tokens: list[int], prompt: list[int], rule: Rule, memory: dict | None = None) -> Trace:
+        """The trace that explains a server's `tokens`, which may decide near ties as it likes.
+
+        Raises AssertionError when no decision of them does.
+        """
+        tried: set[frozenset] = set()
+        open_ = [frozenset()]
+        while open_ and len(tried) < 64:
+            swapped = open_.pop()
+            tried.add(swapped)
+            trace = self.generate(prompt, len(tokens), replace(rule, swapped_ties=swapped), memory)
+            if trace.tokens == tokens:
+                return trace
+            more = (swapped | {tie} for tie in sorted(trace.near_ties - swapped))
+            open_ += [ties for ties in more if ties not in tried]
+        raise AssertionError(
+            f"the oracle says {trace.tokens}, not {tokens}; {len(tried)} decisions of near ties tried"
+        )
 
     @torch.no_grad()
     def generate(self, prompt: list[int], new_tokens: int, rule: Rule, memory: dict | None = None) -> Trace:
@@ -236,7 +260,8 @@ class Oracle:
         group = config.num_attention_heads // kv_heads
         rows = torch.zeros(*seen.shape[:2], count, length + count, dtype=torch.bool)
         for layer in range(config.num_hidden_layers):
-            source = tree.attention[layer * draft.layers // config.num_hidden_layers]
+            draft_layer = layer * draft.layers // config.num_hidden_layers
+            source = tree.attention[draft_layer]
             for h in range(kv_heads):
                 speaker = kv_heads - 1 - h if rule.swap_heads else h
                 first = speaker * draft.heads // kv_heads
@@ -244,7 +269,7 @@ class Oracle:
                 spoken = source[first:last]
                 score = spoken.amax((0, 1)) if rule.pool == "max" else spoken.mean((0, 1))
                 score = self._blend(score, (layer, h), length, rule, trace)
-                chosen = self._top(score, length, rule, trace)
+                chosen = self._top(score, length, rule, trace, (trace.rounds, draft_layer, speaker))
                 trace.selected += len(chosen)
                 trace.available += length
                 rows[layer, h * group : (h + 1) * group, :, chosen] = True
@@ -269,7 +294,7 @@ class Oracle:
         return mixed
 
     @staticmethod
-    def _top(score: torch.Tensor, length: int, rule: Rule, trace: Trace) -> list[int]:
+    def _top(score: torch.Tensor, length: int, rule: Rule, trace: Trace, tie: tuple) -> list[int]:
         forced = set(range(min(rule.sink, length))) | set(range(max(length - rule.recent, 0), length))
         free = [p for p in range(length) if p not in forced]
         value = {p: float(score[p - rule.shift]) for p in free}
@@ -277,7 +302,10 @@ class Oracle:
         count = rule.budget(length) - len(forced)
         if 0 < count < len(ranked):
             inside, outside = value[ranked[count - 1]], value[ranked[count]]
-            trace.near_ties += inside - outside <= 1e-5 * inside
+            if inside - outside <= 1e-5 * inside:
+                trace.near_ties.add(tie)
+                if tie in rule.swapped_ties:
+                    ranked[count - 1], ranked[count] = ranked[count], ranked[count - 1]
         return sorted(forced | set(ranked[: max(count, 0)]))
 
     def _verify(self, tokens, tree: Tree, rows, seen):
