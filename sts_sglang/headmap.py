@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from sts_sglang.config import ConfigError
+from sts_sglang.config import ConfigError, StsConfig
 
 MAP_VERSION = 1
 # Draft index p holds token p + 1 in every algorithm (the draft prefill runs on input_ids[1:] plus
@@ -47,6 +47,32 @@ class HeadMap:
         """Channel of every KV head of a target layer."""
         index = {sources: i for i, sources in enumerate(self.channels)}
         return [index[sources] for sources in self.sources[layer]]
+
+
+def counts(model_config: Any) -> HeadCounts:
+    """Attention shape of an SGLang ModelConfig."""
+    return HeadCounts(
+        layers=model_config.num_hidden_layers,
+        q_heads=model_config.num_attention_heads,
+        kv_heads=model_config.get_total_num_kv_heads(),
+    )
+
+
+def of_config(config: StsConfig, target: HeadCounts, draft: HeadCounts) -> HeadMap:
+    """The configured map for this pair, or the proportional default.
+
+    Raises:
+        ConfigError: the map does not fit the pair, or joins draft layers while the pools differ.
+    """
+    head_map = load(config.head_map, target, draft) if config.head_map else proportional(target, draft)
+    joined = any(len({layer for layer, _ in sources}) > 1 for sources in head_map.channels)
+    if joined and config.pool_heads != config.pool_rows:
+        # One buffer takes the rows of all layers: it cannot add layers and compare rows.
+        raise ConfigError(
+            f"sts_config.pool_heads: {config.pool_heads!r} with pool_rows {config.pool_rows!r} and a map "
+            "that joins heads of several draft layers; allowed: the same pool for both"
+        )
+    return head_map
 
 
 def proportional(target: HeadCounts, draft: HeadCounts) -> HeadMap:

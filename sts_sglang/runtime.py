@@ -15,7 +15,7 @@ from sts_sglang.importance import RoundState
 from sts_sglang.metrics import read_counters
 
 if TYPE_CHECKING:
-    from sts_sglang.headmap import HeadCounts, HeadMap
+    from sts_sglang.headmap import HeadCounts
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +51,7 @@ class StsRuntime:
         config.check_layers(target.layers)
         self.config = config
         self.device = device
-        self.head_map: HeadMap = (
-            headmap.load(config.head_map, target, draft)
-            if config.head_map
-            else headmap.proportional(target, draft)
-        )
-        _check_pools(config, self.head_map)
+        self.head_map = headmap.of_config(config, target, draft)
         self.kernel = "torch" if config.kernel == "auto" else config.kernel
         self.ops = ops(self.kernel)
         self.num_steps = shape.num_steps
@@ -146,8 +141,8 @@ def bind(worker: Any, config: StsConfig) -> StsRuntime:
             )
     runtime = StsRuntime(
         config,
-        _head_counts(parts.target_runner),
-        _head_counts(parts.draft_runner),
+        headmap.counts(parts.target_runner.model_config),
+        headmap.counts(parts.draft_runner.model_config),
         _draft_shape(worker, parts),
         str(target.device),
     )
@@ -166,15 +161,6 @@ def announce(runtime: StsRuntime) -> None:
     logger.info("STS serves: %s", json.dumps(described))
 
 
-def _head_counts(model_runner: Any) -> HeadCounts:
-    config = model_runner.model_config
-    return headmap.HeadCounts(
-        layers=len(model_runner.token_to_kv_pool.k_buffer),
-        q_heads=config.num_attention_heads,
-        kv_heads=config.get_total_num_kv_heads(),
-    )
-
-
 def _draft_shape(worker: Any, parts: compat.SpecParts) -> DraftShape:
     runner = parts.draft_runner
     table, pool = runner.req_to_token_pool.req_to_token, runner.token_to_kv_pool
@@ -190,12 +176,3 @@ def _draft_shape(worker: Any, parts: compat.SpecParts) -> DraftShape:
         pool=pool,
         dtype=runner.dtype,
     )
-
-
-def _check_pools(config: StsConfig, head_map: HeadMap) -> None:
-    joined = any(len({layer for layer, _ in sources}) > 1 for sources in head_map.channels)
-    if joined and config.pool_heads != config.pool_rows:
-        raise ConfigError(
-            f"sts_config.pool_heads: {config.pool_heads!r} with pool_rows {config.pool_rows!r} and a map "
-            "that joins heads of several draft layers; allowed: the same pool for both"
-        )

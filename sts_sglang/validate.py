@@ -11,6 +11,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sts_sglang import headmap
 from sts_sglang.config import StsConfig
 
 if TYPE_CHECKING:
@@ -222,6 +223,7 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> None:
     check_draft(draft, target)
     _check_kv_dtype(server_args, target, draft)
     config.check_layers(target.num_hidden_layers)
+    headmap.of_config(config, headmap.counts(target), headmap.counts(draft))
 
 
 def _flag(field: str) -> str:

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from sts_sglang.config import ConfigError
-from sts_sglang.headmap import HeadCounts, load, proportional
+from sts_sglang.config import ConfigError, StsConfig
+from sts_sglang.headmap import HeadCounts, load, of_config, proportional
 from sts_sglang.importance import members_by_layer
 
 TARGET, DRAFT = HeadCounts(4, 8, 2), HeadCounts(2, 4, 2)
@@ -123,3 +123,16 @@ def test_missing_and_large_files(tmp_path):
     large.write_bytes(b" " * (5 << 20))
     with pytest.raises(ConfigError, match="too large"):
         load(str(large), TARGET, DRAFT)
+
+
+def test_maps_that_join_draft_layers_need_one_pool(tmp_path):
+    data = valid()
+    data["sources"][0][0] = [[0, 0], [1, 0]]
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps(data))
+    joined = {"head_map": str(path)}
+    for pool in ("max", "mean"):
+        of_config(StsConfig(**joined, pool_heads=pool, pool_rows=pool), TARGET, DRAFT)
+    with pytest.raises(ConfigError, match=r"^sts_config\.pool_heads: 'mean' with pool_rows 'max'"):
+        of_config(StsConfig(**joined, pool_heads="mean"), TARGET, DRAFT)
+    of_config(StsConfig(pool_heads="mean"), TARGET, DRAFT)

@@ -559,6 +559,8 @@ def test_configuration_is_checked_at_launch(launch, monkeypatch):
         launch(config=StsConfig(kernel="triton"))
     with pytest.raises(ConfigError, match=r"^sts_config\.dense_layers: got layer 2"):
         launch(config=StsConfig(dense_layers=(2,)))
+    with pytest.raises(ConfigError, match=r"^head_map\.file: "):
+        launch(config=StsConfig(head_map="no-such-map.json"))
 
 
 @pytest.mark.parametrize("path", ["none", "DUMMY", "/no/such/model"])
