@@ -172,7 +172,7 @@ def run_arm(arm: str, options: argparse.Namespace) -> list[dict]:
                 json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}),
                 flush=True,
             )
-            rows.append({**row, "server": shlex.join(server.command)})
+            rows.append({**row, "server": server.shown_command()})
     return rows
 
 

@@ -88,7 +88,7 @@ def run_arm(arm: str, repeat: int, shapes: list[tuple[int, int]], options: argpa
             if before is not None:
                 row |= _sparsity(arm, before, server.counters())
             print(json.dumps(row), flush=True)
-            rows.append({**row, "server": shlex.join(server.command)})
+            rows.append({**row, "server": server.shown_command()})
     return rows
 
 

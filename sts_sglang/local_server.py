@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -44,6 +45,10 @@ class LocalServer:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def shown_command(self) -> str:
+        """The command for a result file: without this machine's folders."""
+        return shlex.join(Path(word).name if word.startswith("/") else word for word in self.command)
 
     def __enter__(self):
         end = time.monotonic() + self._start_seconds
