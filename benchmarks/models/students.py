@@ -29,7 +29,7 @@ from torch import Tensor, nn
 AUX_LAYERS = (1, 4, 6)  # target layers whose output the EAGLE-3 head reads
 STEPS = 3  # tokens the head is trained to draft in a row
 SINK, RECENT = 4, 64  # always kept by the sparse attention, so not worth predicting
-ANSWER_WEIGHT, ATTENTION_WEIGHT = 1.5, 0.3
+ANSWER_WEIGHT = 1.5
 CONCENTRATED = 0.03  # share of the context that a head of the target may look at for free
 EAGLE_STEP_WEIGHTS = (1.0, 0.8, 0.6)
 
@@ -183,9 +183,10 @@ def weighed(loss: Tensor, kinds: Tensor) -> Tensor:
 
 
 class Students(nn.Module):
-    def __init__(self):
+    def __init__(self, attention_weight: float = 0.3):
         super().__init__()
         self.draft, self.eagle = Llama(DRAFT), EagleHead()
+        self.attention_weight = attention_weight
 
     def losses(
         self, target: Llama, ids: Tensor, kinds: Tensor, trace: Trace
@@ -212,7 +213,7 @@ class Students(nn.Module):
         if L >= 512:
             next_kinds = kinds.roll(-1, 1)
             attention = attention_loss(trace, own, sample_rows(next_kinds, 16))
-        loss = weighed(kl, flat) + ATTENTION_WEIGHT * attention
+        loss = weighed(kl, flat) + self.attention_weight * attention
         return loss, {"kl": kl[flat > 0].mean(), "attention": attention, **agreement("draft", agree, flat)}
 
     def eagle_loss(

@@ -193,6 +193,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint, or the shipped models")
     parser.add_argument("--students", action="store_true", help="train draft and EAGLE-3 head as well")
     parser.add_argument("--concentrate", type=float, default=0.0, help="weight of diffuse attention")
+    parser.add_argument("--attention", type=float, default=0.3, help="weight of the draft's attention")
     parser.add_argument("--freeze", action="store_true", help="leave the target as it is")
     parser.add_argument(
         "--restart", action="store_true", help="take the weights of --resume, but begin the plan anew"
@@ -253,7 +254,7 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.target = Llama(TARGET).to(args.device)
-        self.students = Students().to(args.device) if args.students else None
+        self.students = Students(args.attention).to(args.device) if args.students else None
         fast = not args.no_compile
         if fast:
             self.target.fused = compiled()
