@@ -15,7 +15,7 @@ from sts_sglang.importance import RoundState
 from sts_sglang.metrics import read_counters
 
 if TYPE_CHECKING:
-    from sts_sglang.headmap import HeadCounts
+    from sts_sglang.headmap import HeadCounts, ModelPaths
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +43,22 @@ class StsRuntime:
         target, draft: attention shapes of the two models.
         shape: of the draft pass (steps, branches, head size and scaling, pools).
         device: where the state lives.
+        models: where the weights are, for the fingerprints of head maps.
     """
 
     def __init__(
-        self, config: StsConfig, target: HeadCounts, draft: HeadCounts, shape: DraftShape, device: str
+        self,
+        config: StsConfig,
+        target: HeadCounts,
+        draft: HeadCounts,
+        shape: DraftShape,
+        device: str,
+        models: ModelPaths | None = None,
     ):
         config.check_layers(target.layers)
         self.config = config
         self.device = device
-        self.head_map = headmap.of_config(config, target, draft)
+        self.head_map = headmap.of_config(config, target, draft, models)
         self.kernel = "torch" if config.kernel == "auto" else config.kernel
         self.ops = ops(self.kernel)
         self.num_steps = shape.num_steps
@@ -145,6 +152,7 @@ def bind(worker: Any, config: StsConfig) -> StsRuntime:
         headmap.counts(parts.draft_runner.model_config),
         _draft_shape(worker, parts),
         str(target.device),
+        headmap.ModelPaths.of_server(worker.server_args),
     )
     compat.use_qlen_tree_mask(worker)
     target.runtime = parts.extend_backend.runtime = runtime

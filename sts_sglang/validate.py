@@ -223,7 +223,10 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> None:
     check_draft(draft, target)
     _check_kv_dtype(server_args, target, draft)
     config.check_layers(target.num_hidden_layers)
-    headmap.of_config(config, headmap.counts(target), headmap.counts(draft))
+    models = headmap.ModelPaths.of_server(server_args)
+    # Weights of a hub name may not be here yet: the map's fingerprints are compared when they are loaded.
+    models = models if models.are_folders() else None
+    headmap.of_config(config, headmap.counts(target), headmap.counts(draft), models)
 
 
 def _flag(field: str) -> str:
