@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sts_sglang.config import ConfigError, StsConfig
-from sts_sglang.headmap import HeadCounts, load, of_config, proportional
+from sts_sglang.headmap import HeadCounts, ModelPaths, load, of_config, proportional
 from sts_sglang.importance import members_by_layer
 
 TARGET, DRAFT = HeadCounts(4, 8, 2), HeadCounts(2, 4, 2)
@@ -136,3 +136,56 @@ def test_maps_that_join_draft_layers_need_one_pool(tmp_path):
     with pytest.raises(ConfigError, match=r"^sts_config\.pool_heads: 'mean' with pool_rows 'max'"):
         of_config(StsConfig(**joined, pool_heads="mean"), TARGET, DRAFT)
     of_config(StsConfig(pool_heads="mean"), TARGET, DRAFT)
+
+
+PRINT = {"config": "c", "weights": "w"}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"sorces": []}, "sorces"),
+        ({"fingerprints": []}, "fingerprints"),
+        ({"fingerprints": {"target": PRINT}}, "fingerprints"),
+        ({"fingerprints": {"target": PRINT, "draft": {"config": 1, "weights": "w"}}}, "fingerprints.draft"),
+        ({"fingerprints": {"target": {**PRINT, "x": "y"}, "draft": PRINT}}, "fingerprints.target"),
+        ({"dense_layers": [float("nan")]}, "file"),
+        ({"best": float("inf")}, "file"),
+    ],
+)
+def test_calibrated_fields_are_refused_by_name(tmp_path, change, field):
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps({**valid(), **change}))
+    with pytest.raises(ConfigError, match=rf"^head_map\.{field}: .*allowed: "):
+        load(str(path), TARGET, DRAFT)
+
+
+@pytest.mark.parametrize(
+    ("found", "field"),
+    [
+        ({"target": PRINT, "draft": {**PRINT, "weights": "x"}}, "draft.weights"),
+        ({"target": {**PRINT, "config": "x"}, "draft": PRINT}, "target.config"),
+        ({"target": PRINT, "draft": None}, "draft"),
+    ],
+)
+def test_fingerprints_must_be_those_of_the_models(tmp_path, monkeypatch, found, field):
+    path = tmp_path / "map.json"
+    made_for = {"target": PRINT, "draft": PRINT}
+    path.write_text(json.dumps({**valid(), "fingerprints": made_for}))
+    monkeypatch.setattr(ModelPaths, "fingerprints", lambda self: made_for)
+    assert load(str(path), TARGET, DRAFT, ModelPaths("t", "d")).origin == "map.json"
+    monkeypatch.setattr(ModelPaths, "fingerprints", lambda self: found)
+    with pytest.raises(ConfigError, match=rf"^head_map\.fingerprints\.{field}: "):
+        load(str(path), TARGET, DRAFT, ModelPaths("t", "d"))
+    # A handwritten map names no weights, and is anyone's.
+    path.write_text(json.dumps(valid()))
+    load(str(path), TARGET, DRAFT, ModelPaths("t", "d"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_truncated_files_are_refused(tmp_path, share):
+    text = json.dumps({**valid(), "fingerprints": {"target": PRINT, "draft": PRINT}})
+    path = tmp_path / "map.json"
+    path.write_text(text[: int(share * len(text))])
+    with pytest.raises(ConfigError, match=r"^head_map\.file: "):
+        load(str(path), TARGET, DRAFT)
