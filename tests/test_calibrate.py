@@ -96,7 +96,7 @@ def planted(seed: int, target: HeadCounts, draft: HeadCounts, speakers: list[int
     scores = [torch.rand(draft.layers * draft.q_heads, t, generator=draw) ** 8 for t in (300, 400)]
     mass = [s[speakers] + 0.01 * torch.rand(len(speakers), s.shape[1], generator=draw) for s in scores]
     assert len(speakers) == target.layers * target.kv_heads
-    return [Record("x", [300, 400], mass, scores)]
+    return [Record("x", [300, 400], 404, mass, scores)]
 
 
 def test_a_permutation_of_unequal_head_counts_is_found_and_is_near_the_oracle():
@@ -180,7 +180,7 @@ def test_command_writes_map_table_report_and_plot(pair, tmp_path, capsys, draft)
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--keep", "0"], "keep"),
+        (["--keep", "0"], "--keep"),
         (["--windows", "4000"], "--text"),
         (["--plot", "/no/such/folder/x.png"], "--plot"),
         (["--model", "/no/such/model"], "--model"),

@@ -66,7 +66,10 @@ def add(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0. Raises ConfigError, one line that names the flag."""
-    config = StsConfig(keep=args.keep, sink=args.sink, recent=args.recent, budget=0)
+    try:
+        config = StsConfig(keep=args.keep, sink=args.sink, recent=args.recent, budget=0)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("sts_config.", "--")) from None
     for flag, path in (("--out", args.out), ("--report", args.report), ("--plot", args.plot)):
         if path and not Path(path).absolute().parent.is_dir():
             raise ConfigError(f"{flag} {path}: no such folder; allowed: a file in a folder that exists")
@@ -84,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     pair = Pair(args.model, args.draft, args.device, args.dtype)
     records, held = _record(pair, args, config, texts), _record(pair, args, config, holdout)
     head_map, report, recall = measure(pair, args, config, records, held)
-    _write("--out", args.out, _map(pair, args, head_map, report, texts))
+    _write("--out", args.out, _map(pair, args, head_map, report, texts, records))
     print(reports.table(report))
     if args.report:
         _write("--report", args.report, report)
@@ -149,7 +152,7 @@ def measure(pair, args, config, records, held):
     return head_map, report, recall
 
 
-def _map(pair, args, head_map, report: dict[str, Any], texts: list[Text]) -> dict[str, Any]:
+def _map(pair, args, head_map, report: dict[str, Any], texts: list[Text], records) -> dict[str, Any]:
     from sts_sglang import fingerprint
     from sts_sglang.headmap import MAP_VERSION, SHIFT
 
@@ -176,7 +179,8 @@ def _map(pair, args, head_map, report: dict[str, Any], texts: list[Text]) -> dic
         "dense_layers": report["dense_layers"],
         "best": best,
         "texts": [
-            {"domain": t.domain, "sha256": hashlib.sha256(t.content.encode()).hexdigest()} for t in texts
+            {"domain": t.domain, "sha256": hashlib.sha256(t.content.encode()).hexdigest(), "tokens": r.tokens}
+            for t, r in zip(texts, records, strict=True)
         ],
         "settings": {
             name: getattr(args, name)

@@ -37,6 +37,7 @@ class Record:
     Attributes:
         domain: what the text is a sample of.
         windows: committed lengths t.
+        tokens: length of the text.
         mass: per window float32 [layers * KV heads, t], the target's attention to committed positions,
             mean over the verify rows and the query heads of the group.
         scores: per window float32 [draft layers * query heads, t], importance by target position.
@@ -44,6 +45,7 @@ class Record:
 
     domain: str
     windows: list[int]
+    tokens: int
     mass: list[torch.Tensor]
     scores: list[torch.Tensor]
 
@@ -76,6 +78,11 @@ class Pair:
         self.device, self.dtype = device, getattr(torch, dtype)
         config = read_config("--draft", draft)
         self.target = _load("--model", target, device, self.dtype)
+        if config.get("vocab_size") != self.target.config.vocab_size:
+            raise ConfigError(
+                f"--draft {draft}: vocabulary of {config.get('vocab_size')}, the target's is "
+                f"{self.target.config.vocab_size}; allowed: a draft with the target's tokenizer"
+            )
         architecture = (config.get("architectures") or [""])[0]
         self.head = None
         if architecture.endswith(("Eagle", "Eagle3")):
@@ -109,7 +116,9 @@ class Pair:
             _run(self.draft_model, ids[:, SHIFT:], score)
         else:
             score(0, *self.head(ids[0, SHIFT:], [h[0, :-SHIFT] for h in hidden]))
-        return Record(domain, windows, [m.flatten(0, 1) for m in mass], [s.flatten(0, 1) for s in scores])
+        return Record(
+            domain, windows, len(tokens), [m.flatten(0, 1) for m in mass], [s.flatten(0, 1) for s in scores]
+        )
 
 
 class EagleHead:
