@@ -276,7 +276,7 @@ def _ignore_abort(server: Server, ids: list[int], rid: str) -> None:
 
 
 def test_metrics_and_server_info(sparse):
-    sparse.generate(random_ids(400, 8), 24)
+    sparse.generate(random_ids(400, 8), 240)  # more rounds than lie between two log lines
     counters = sparse.counters()
     metrics = dict(
         line.split("{")[0].split()[0:1] + [line.rsplit(" ", 1)[1]]
