@@ -26,6 +26,8 @@ Policy = Literal["ratio", "fixed", "top_p"]
 Pooling = Literal["max", "mean"]
 Kernel = Literal["auto", "flashinfer", "triton", "torch"]
 History = Literal["off", "warm", "blend"]
+Selector = Literal["draft", "quest", "recent", "random", "oracle"]
+Verify = Literal["sparse", "dense"]
 
 # A share of a token below this is float error (0.1 * 30 = 3.0000000000000004), not a token.
 # It exceeds the error of keep * context for every context up to 2**33 tokens.
@@ -123,6 +125,9 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "history": _choice(get_args(History)),
     "history_weight": _share,
     "history_decay": _share,
+    "selector": _choice(get_args(Selector)),
+    "verify": _choice(get_args(Verify)),
+    "full_verify_every": _integer(0, MAX_TOKENS),
 }
 
 
@@ -162,6 +167,14 @@ class StsConfig:
     """Part of a remembered token's score that comes from memory; the rest is this round's."""
     history_decay: float = 0.9
     """Factor on what a slot remembers, once in every round that touches it."""
+    selector: Selector = "draft"
+    """What scores the context. `draft` is STS; the others are for comparison, slow, in plain torch, from
+    the target layer's own queries and keys: `oracle` its attention, `quest` bounds of pages of 16,
+    `recent` nothing but sink and the last tokens, `random` chance."""
+    verify: Verify = "sparse"
+    """`dense`: draft and score as ever but attend to everything, which is stock's output."""
+    full_verify_every: int = 0
+    """Every N-th verify of a request attends to everything; 0: none does."""
 
     def __post_init__(self) -> None:
         for name, read in _READERS.items():
@@ -178,6 +191,22 @@ class StsConfig:
                 f"got {self.budget} with policy 'fixed', below sink + recent = {self.sink + self.recent}",
                 "a budget of at least sink + recent, which are always kept",
             )
+        if self.selector != "draft":
+            self._check_comparison()
+
+    def _check_comparison(self) -> None:
+        """What only the draft's scores can do: be a mass, and be remembered."""
+        for field, value in (("policy", "top_p"), ("history", "warm"), ("history", "blend")):
+            if getattr(self, field) == value:
+                raise _error(
+                    "sts_config.selector",
+                    f"got {self.selector!r} with {field} {value!r}",
+                    f"'draft' with {field} {value!r}, or another {field}",
+                )
+
+    def dense_verify(self, layer: int) -> bool:
+        """Whether a target layer attends to everything in every verify."""
+        return self.verify == "dense" or layer in self.dense_layers
 
     @classmethod
     def parse(cls, source: str | os.PathLike[str] | Mapping[str, object] | StsConfig | None) -> StsConfig:

@@ -31,6 +31,9 @@ EVERY_KEY = {
     "history": "blend",
     "history_weight": 0.25,
     "history_decay": 0.5,
+    "selector": "draft",
+    "verify": "dense",
+    "full_verify_every": 16,
 }
 
 
@@ -121,6 +124,9 @@ BAD_VALUES = {
     "history": (["on", "", None, True], "off | warm | blend"),
     "history_weight": ([0, -0.1, 1.01, True, "0.5", None, math.nan], "a number above 0 and at most 1"),
     "history_decay": ([0, 2, True, "0.9", None, math.inf], "a number above 0 and at most 1"),
+    "selector": (["sts", "", None, True, ["quest"]], "draft | quest | recent | random | oracle"),
+    "verify": (["full", "", None, True], "sparse | dense"),
+    "full_verify_every": ([-1, 1.0, True, "8", None, MAX_TOKENS + 1], INTEGER),
 }
 
 
@@ -153,6 +159,8 @@ def test_sink_says_why_zero_is_not_allowed():
         ({"policy": "fixed", "budget": 0}, ("sts_config.budget", "from 1", "'ratio'")),
         ({"policy": "top_p", "budget": 0}, ("sts_config.budget", "from 1", "'ratio'")),
         ({"policy": "fixed", "budget": 67}, ("sts_config.budget", "sink + recent = 68")),
+        ({"selector": "quest", "policy": "top_p"}, ("sts_config.selector", "'quest' with policy 'top_p'")),
+        ({"selector": "oracle", "history": "warm"}, ("sts_config.selector", "with history 'warm'")),
     ],
 )
 def test_keys_that_disagree(config, words):
@@ -163,6 +171,13 @@ def test_keys_that_just_agree():
     assert StsConfig(policy="ratio", budget=0).budget == 0
     assert StsConfig(policy="fixed", budget=68).budget == 68
     assert StsConfig(policy="top_p", budget=1).budget == 1
+    assert StsConfig(selector="random", policy="fixed").selector == "random"
+
+
+def test_which_layers_verify_densely():
+    assert not StsConfig().dense_verify(0)
+    assert StsConfig(verify="dense").dense_verify(7)
+    assert [StsConfig(dense_layers=[1]).dense_verify(layer) for layer in range(3)] == [False, True, False]
 
 
 @pytest.mark.parametrize(

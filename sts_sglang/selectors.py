@@ -1,0 +1,222 @@
+"""What verify could select by instead of the draft, to compare STS with at the same budget.
+
+One rule scores the context of one target layer, from that layer's own queries and keys; everything else
+(budget, sink, recent, dense layers, the select op, exact attention over what it chose) is shared with STS:
+
+* `oracle`: the target's own attention probability (softmax over context and tail), pooled over the verify
+  rows and over the query heads of a KV head as `pool_rows` and `pool_heads` say (max by default, as for
+  the draft). Layers below have attended sparsely already.
+* `quest` (arXiv 2406.10774): pages of 16 keys; the bound of q.k over a page is the sum over channels of
+  max(q * min, q * max) of its keys. Rows and heads are made comparable by a softmax over pages, then pooled
+  as above; whole pages are taken from the top, the last of them cut so that the budget is exact (its later
+  tokens stay).
+* `recent` (StreamingLLM): all scores are equal, and of equal scores the later position wins.
+* `random`: a hash of (prompt, layer, KV head, position), so the same in every round and every run.
+
+Scores become non-negative float16 values for the select kernel; ranks are stored as the n-th float16.
+Plain torch, eager, some host syncs: nothing here is fast, and CUDA graphs cannot record it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sts_kernels.checks import IMPORTANCE_SCALE
+
+if TYPE_CHECKING:
+    from sts_sglang.config import StsConfig
+
+PAGE = 16
+RANKS = 0x7C00  # finite non-negative float16 values
+
+
+class Layer(NamedTuple):
+    """One target layer in one verify; the context's keys by position, padded to the longest context."""
+
+    number: int
+    q: Tensor  # [bs, T, H_q, D]
+    keys: Tensor  # [bs, L, H_kv, D], anything at positions >= lengths[b]
+    tail_keys: Tensor  # [bs, T, H_kv, D]
+    lengths: Tensor  # int64 [bs]
+    tail_mask: Tensor  # bool [bs, T, T]
+    scale: float
+    seeds: Tensor  # int64 [bs], of the prompts
+    pool_rows: str
+    pool_heads: str
+
+    @property
+    def there(self) -> Tensor:
+        """bool [bs, L]: positions of the context, not of the padding."""
+        return torch.arange(self.keys.shape[1], device=self.keys.device) < self.lengths[:, None]
+
+    def grouped(self) -> Tensor:
+        """float32 queries by KV head: [bs, H_kv, G, T, D]."""
+        return self.q.float().unflatten(2, (self.keys.shape[2], -1)).permute(0, 2, 3, 1, 4)
+
+
+def oracle(layer: Layer) -> Tensor:
+    q, keys, tail = layer.grouped(), layer.keys.float(), layer.tail_keys.float()
+    context = torch.einsum("bhgtd,blhd->bhgtl", q, keys) * layer.scale
+    context = context.masked_fill(~layer.there[:, None, None, None], -torch.inf)
+    own = torch.einsum("bhgtd,bshd->bhgts", q, tail) * layer.scale
+    own = own.masked_fill(~layer.tail_mask[:, None, None], -torch.inf)
+    probs = torch.cat([context, own], -1).softmax(-1)[..., : keys.shape[1]]
+    pooled = probs.amax(2) if layer.pool_heads == "max" else probs.mean(2)
+    return (pooled.amax(2) if layer.pool_rows == "max" else pooled.mean(2)) * IMPORTANCE_SCALE
+
+
+def quest(layer: Layer) -> Tensor:
+    length = layer.keys.shape[1]
+    lows, highs = page_bounds(layer.keys.float(), layer.there)
+    q = layer.grouped()[..., None, :]  # [bs, H_kv, G, T, 1, D]
+    lows, highs = (x.transpose(1, 2)[:, :, None, None] for x in (lows, highs))
+    bound = torch.maximum(q * lows, q * highs).sum(-1) * layer.scale  # [bs, H_kv, G, T, pages]
+    empty = ~layer.there[:, ::PAGE][:, None, None, None]
+    score = bound.masked_fill(empty, -torch.inf).log_softmax(-1)
+    score = score.amax(2) if layer.pool_heads == "max" else score.logsumexp(2)
+    score = score.amax(2) if layer.pool_rows == "max" else score.logsumexp(2)
+    ranks = score.argsort(dim=-1, stable=True).argsort(dim=-1)
+    return _nth_float(ranks).repeat_interleave(PAGE, -1)[..., :length]
+
+
+def page_bounds(keys: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest of each channel in each page of [bs, L, H, D]; 0 in pages without a token."""
+    spare = -keys.shape[1] % PAGE
+    there = torch.nn.functional.pad(there, (0, spare))[:, :, None, None]
+    keys = torch.nn.functional.pad(keys, (0, 0, 0, 0, 0, spare))
+    empty = ~there.unflatten(1, (-1, PAGE)).any(2)
+    low = keys.masked_fill(~there, torch.inf).unflatten(1, (-1, PAGE)).amin(2)
+    high = keys.masked_fill(~there, -torch.inf).unflatten(1, (-1, PAGE)).amax(2)
+    return low.masked_fill(empty, 0), high.masked_fill(empty, 0)
+
+
+def recent(layer: Layer) -> Tensor:
+    bs, length, kv_heads, _ = layer.keys.shape
+    return torch.zeros(bs, kv_heads, length, device=layer.keys.device)
+
+
+def random(layer: Layer) -> Tensor:
+    _, length, kv_heads, _ = layer.keys.shape
+    positions = torch.arange(length, device=layer.keys.device)
+    heads = torch.arange(kv_heads, device=layer.keys.device) + layer.number * kv_heads
+    mixed = _hash(_hash(layer.seeds[:, None, None] + heads[:, None]) + positions)
+    return _nth_float(mixed % RANKS)
+
+
+RULES: dict[str, Callable[[Layer], Tensor]] = {
+    "oracle": oracle,
+    "quest": quest,
+    "recent": recent,
+    "random": random,
+}
+
+
+def _nth_float(n: Tensor) -> Tensor:
+    """The n-th non-negative float16, as float32: order without rounding."""
+    return n.clamp(max=RANKS - 1).to(torch.int16).view(torch.float16).float()
+
+
+def _hash(x: Tensor) -> Tensor:
+    """Mixes the low 32 bits of int64 (the finaliser of MurmurHash3; products wrap)."""
+    low = 0xFFFFFFFF
+    x = x & low
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & low
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & low
+    return x ^ (x >> 16)
+
+
+def prompt_seed(ids: list[int]) -> int:
+    """What `random` knows a request by: the same prompt draws the same tokens in every run."""
+    return zlib.crc32(array("q", ids).tobytes())
+
+
+class LayerSelector:
+    """Makes the lists of a verify layer by one of RULES, with buffers of its own.
+
+    Args:
+        config: `selector` names the rule.
+        kv_heads: of the target; one list each. columns: context tokens of a batch that can be scored.
+        requests: request slots. dtype: of the scores, float16 for the kernels. device: where all of it lives.
+    """
+
+    def __init__(
+        self,
+        config: StsConfig,
+        kv_heads: int,
+        columns: int,
+        requests: int,
+        dtype: torch.dtype,
+        device: str,
+    ):
+        self.config, self.rule = config, RULES[config.selector]
+        self.scores = torch.zeros(kv_heads, columns, dtype=dtype, device=device)
+        # A request's list of a head is shorter than its context: it lies where its columns do.
+        self.kv_indices = torch.zeros(kv_heads * columns, dtype=torch.int32, device=device)
+        self.heads = torch.arange(kv_heads, dtype=torch.int32, device=device)
+        self.seeds = torch.zeros(requests, dtype=torch.int64, device=device)
+
+    def admit(self, slots: Tensor, prompts: list[list[int]]) -> None:
+        """The prompts that request slots were given to."""
+        if self.config.selector == "random":
+            seeds = torch.tensor([prompt_seed(ids) for ids in prompts], dtype=torch.int64)
+            self.seeds[slots] = seeds.to(self.seeds.device)
+
+    def select(
+        self,
+        ops,
+        number: int,
+        q: Tensor,
+        k_buffer: Tensor,
+        table: Tensor,
+        reqs: Tensor,
+        seq_lens: Tensor,
+        columns: Tensor,
+        counts: Tensor,
+        tail_mask: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Lists of one layer: kv_indices, kv_start and kv_count [bs, H_kv] for sparse_verify_attention.
+
+        q is [bs, T, H_q, D]; `columns` are the requests' first columns, `counts` [bs] their budgets, -1
+        to attend to the whole context. Waits for the device.
+        """
+        tokens, kv_heads = q.shape[1], k_buffer.shape[1]
+        positions = torch.arange(int(seq_lens.max()), device=q.device)
+        tail = seq_lens[:, None] + torch.arange(tokens, device=q.device)
+        layer = Layer(
+            number,
+            q,
+            k_buffer[table[reqs[:, None], positions].long()],
+            k_buffer[table[reqs[:, None], tail].long()],
+            seq_lens.long(),
+            tail_mask,
+            scale,
+            self.seeds[reqs],
+            self.config.pool_rows,
+            self.config.pool_heads,
+        )
+        scored = layer.there & (counts >= 0)[:, None]
+        place = (columns[:, None] + positions)[scored]
+        self.scores[:, place] = self.rule(layer).transpose(0, 1)[:, scored].to(self.scores.dtype)
+        kv_start = columns[:, None] + self.heads * self.scores.shape[1]
+        kv_count = counts[:, None].expand(-1, kv_heads).to(torch.int32).contiguous()
+        ops.select_tokens(
+            self.scores,
+            columns,
+            seq_lens,
+            counts,
+            self.config.sink,
+            self.config.recent,
+            table,
+            reqs,
+            self.kv_indices,
+            kv_start,
+            kv_count,
+        )
+        return self.kv_indices, kv_start, kv_count

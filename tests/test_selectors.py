@@ -1,0 +1,220 @@
+"""The selectors STS is compared with, against loops that say the same thing slowly."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+
+from sts_kernels import ops
+from sts_sglang import selectors
+from sts_sglang.config import Selector, StsConfig
+
+SINK, RECENT, PAGE = 2, 8, 16
+HEADS, KV_HEADS, DIM, TOKENS = 4, 2, 16, 4
+CHAIN = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+TREE = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], dtype=torch.bool)
+
+
+class Batch:
+    """Requests of given lengths in a pool with holes, padding full of NaN."""
+
+    def __init__(self, lengths: list[int], tail: torch.Tensor = CHAIN, seed: int = 0):
+        torch.manual_seed(seed)
+        self.lengths, self.tail = lengths, tail.expand(len(lengths), -1, -1)
+        slots = sum(lengths) + len(lengths) * TOKENS
+        order = torch.randperm(slots) + 1
+        self.keys = torch.randn(slots + 1, KV_HEADS, DIM)
+        self.keys[0] = torch.nan
+        self.table = torch.zeros(len(lengths) + 1, max(lengths) + TOKENS + 5, dtype=torch.int32)
+        taken = 0
+        for b, length in enumerate(lengths):
+            self.table[b + 1, : length + TOKENS] = order[taken : taken + length + TOKENS].int()
+            taken += length + TOKENS
+        self.reqs = torch.arange(1, len(lengths) + 1)
+        self.seq_lens = torch.tensor(lengths)
+        self.q = torch.randn(len(lengths), TOKENS, HEADS, DIM)
+        wide = -(-self.seq_lens // 64) * 64
+        self.columns = wide.cumsum(0) - wide
+        self.total = int(wide.sum())
+
+    def context(self, b: int, kv_head: int) -> torch.Tensor:
+        return self.keys[self.table[b + 1, : self.lengths[b]].long(), kv_head]
+
+    def after(self, b: int, kv_head: int) -> torch.Tensor:
+        length = self.lengths[b]
+        return self.keys[self.table[b + 1, length : length + TOKENS].long(), kv_head]
+
+    def select(self, selector: str, counts: list[int], prompts=None, number: int = 3, **config):
+        """Sets of positions by request and KV head."""
+        config = StsConfig(selector=selector, sink=SINK, recent=RECENT, budget=0, **config)
+        made = selectors.LayerSelector(
+            config, KV_HEADS, self.total, len(self.lengths) + 1, torch.float32, "cpu"
+        )
+        made.admit(self.reqs, prompts or [[b] for b in self.reqs.tolist()])
+        indices, start, count = made.select(
+            ops("torch"),
+            number,
+            self.q,
+            self.keys,
+            self.table,
+            self.reqs,
+            self.seq_lens,
+            self.columns,
+            torch.tensor(counts),
+            self.tail,
+            DIM**-0.5,
+        )
+        return [
+            [self._positions(b, indices[start[b, h] : start[b, h] + count[b, h]]) for h in range(KV_HEADS)]
+            if counts[b] >= 0
+            else None
+            for b in range(len(counts))
+        ]
+
+    def _positions(self, b: int, slots: torch.Tensor) -> set[int]:
+        of_slot = {int(s): p for p, s in enumerate(self.table[b + 1, : self.lengths[b]])}
+        positions = [of_slot[int(s)] for s in slots]
+        assert len(set(positions)) == len(positions)
+        return set(positions)
+
+
+def top(score: list[float], count: int) -> set[int]:
+    """Sink, recent and the best of the rest; of equals the later."""
+    length = len(score)
+    forced = {*range(SINK), *range(length - RECENT, length)}
+    free = sorted((p for p in range(length) if p not in forced), key=lambda p: (-score[p], -p))
+    return forced | set(free[: count - len(forced)])
+
+
+def pooled(values: list[list[float]], how: str) -> list[float]:
+    return [max(v) if how == "max" else sum(v) / len(v) for v in zip(*values, strict=True)]
+
+
+def slow_oracle(batch: Batch, b: int, h: int, rows: str, heads: str) -> list[float]:
+    of_rows = []
+    for t in range(TOKENS):
+        of_heads = []
+        for g in range(HEADS // KV_HEADS):
+            q = batch.q[b, t, h * (HEADS // KV_HEADS) + g]
+            tail = [float(q @ k) for k, ok in zip(batch.after(b, h), batch.tail[b, t], strict=True) if ok]
+            logits = [float(q @ k) for k in batch.context(b, h)]
+            weights = [math.exp(x * DIM**-0.5) for x in logits + tail]
+            of_heads.append([w / sum(weights) for w in weights[: len(logits)]])
+        of_rows.append(pooled(of_heads, heads))
+    return pooled(of_rows, rows)
+
+
+def slow_quest(batch: Batch, b: int, h: int, rows: str, heads: str) -> list[float]:
+    keys = batch.context(b, h)
+    pages = [keys[i : i + PAGE] for i in range(0, len(keys), PAGE)]
+    of_rows = []
+    for t in range(TOKENS):
+        of_heads = []
+        for g in range(HEADS // KV_HEADS):
+            q = batch.q[b, t, h * (HEADS // KV_HEADS) + g].tolist()
+            bounds = [
+                sum(
+                    max(x * float(lo), x * float(hi))
+                    for x, lo, hi in zip(q, p.amin(0), p.amax(0), strict=True)
+                )
+                for p in pages
+            ]
+            weights = [math.exp(x * DIM**-0.5) for x in bounds]
+            of_heads.append([w / sum(weights) for w in weights])
+        of_rows.append(pooled(of_heads, heads))
+    score = pooled(of_rows, rows)
+    return [score[p // PAGE] for p in range(len(keys))]
+
+
+def test_every_selector_of_the_configuration_has_a_rule():
+    assert set(get_args(Selector)) == {"draft", *selectors.RULES}
+
+
+@pytest.mark.parametrize("tail", [CHAIN, TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize(("rows", "heads"), [("max", "max"), ("mean", "mean"), ("max", "mean")])
+@pytest.mark.parametrize(("selector", "slow"), [("oracle", slow_oracle), ("quest", slow_quest)])
+def test_scores_against_loops(selector, slow, rows, heads, tail):
+    batch = Batch([70, 161, 33], tail)
+    counts = [20, 45, 12]
+    found = batch.select(selector, counts, pool_rows=rows, pool_heads=heads)
+    for b, count in enumerate(counts):
+        for h in range(KV_HEADS):
+            assert found[b][h] == top(slow(batch, b, h, rows, heads), count), (b, h)
+
+
+def test_quest_takes_whole_pages_and_cuts_the_last():
+    chosen = Batch([400]).select("quest", [SINK + RECENT + 40])[0]
+    for positions in chosen:
+        free = {p for p in positions if SINK <= p < 400 - RECENT}
+        whole = [
+            page for page in {p // PAGE for p in free} if len([p for p in free if p // PAGE == page]) < PAGE
+        ]
+        # One page is cut by the budget; the first and the last hold sink and recent tokens.
+        assert len(set(whole) - {0, (400 - RECENT) // PAGE}) <= 1
+
+
+def test_quest_bounds_every_key_of_a_page():
+    batch = Batch([100])
+    keys = torch.stack([batch.context(0, h) for h in range(KV_HEADS)], 1)[None]
+    low, high = selectors.page_bounds(keys, torch.ones(1, 100, dtype=torch.bool))
+    q = torch.randn(KV_HEADS, DIM)
+    bound = torch.maximum(q * low, q * high).sum(-1)[0]
+    exact = torch.einsum("hd,lhd->lh", q, keys[0])
+    assert (exact <= bound.repeat_interleave(PAGE, 0)[:100] + 1e-5).all()
+
+
+@pytest.mark.parametrize("selector", ["oracle", "quest"])
+def test_a_planted_needle_is_found_at_every_depth(selector):
+    for place in (SINK, 77, 150, 300 - RECENT - 1):
+        batch = Batch([300, 90], seed=place)
+        batch.keys[batch.table[1, place].long()] = 12 * batch.q[0, 1, ::2] / DIM**0.5
+        for positions in batch.select(selector, [SINK + RECENT + PAGE, 40])[0]:
+            assert place in positions
+
+
+def test_recent_is_sink_and_the_last_tokens():
+    for positions in batch_of_one(200).select("recent", [50])[0]:
+        assert positions == {*range(SINK), *range(200 - 48, 200)}
+
+
+def batch_of_one(length: int) -> Batch:
+    return Batch([length])
+
+
+def test_random_differs_by_prompt_layer_and_head_and_not_by_batch_or_round():
+    batch = Batch([500, 400, 500])
+    prompts = [[1, 2, 3], [4, 5], [1, 2, 4]]
+    chosen = batch.select("random", [100] * 3, prompts)
+    again = Batch([400, 500]).select("random", [100] * 2, [prompts[1], prompts[0]])
+    assert again == [chosen[1], chosen[0]]
+    other_layer = batch.select("random", [100] * 3, prompts, number=4)
+    free = [frozenset(p for p in s if SINK <= p < 390) for b in (*chosen, *other_layer) for s in b]
+    assert len(set(free)) == len(free)
+    longer = Batch([504]).select("random", [101], [prompts[0]])[0][0]
+    assert len(longer & chosen[0][0]) > 85
+
+
+def test_random_is_uniform():
+    hits = torch.zeros(1000)
+    for prompt in range(60):
+        for positions in batch_of_one(1000).select("random", [110], [[prompt]])[0]:
+            hits[list(positions)] += 1
+    free = hits[SINK:-RECENT].view(-1, 90).mean(1) / 120
+    assert free.min() > 0.085 and free.max() < 0.12
+
+
+def test_whole_contexts_are_left_alone():
+    batch = Batch([40, 200])
+    found = batch.select("oracle", [-1, 30])
+    assert found[0] is None
+    assert found[1][0] == top(slow_oracle(batch, 1, 0, "max", "max"), 30)
+
+
+def test_ranks_keep_their_order_in_float16():
+    ranks = torch.arange(selectors.RANKS)
+    values = selectors._nth_float(ranks)
+    assert values.isfinite().all() and (values.diff() > 0).all()
+    assert torch.equal(values.half().float(), values)
