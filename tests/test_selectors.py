@@ -166,6 +166,16 @@ def test_quest_bounds_every_key_of_a_page():
     assert (exact <= bound.repeat_interleave(PAGE, 0)[:100] + 1e-5).all()
 
 
+def test_bounds_of_the_last_page_are_of_its_tokens_alone():
+    keys = torch.rand(2, 100, 1, DIM) + 1
+    there = torch.arange(100) < torch.tensor([100, 67])[:, None]
+    low, high = selectors.page_bounds(torch.where(there[..., None, None], keys, torch.nan), there)
+    assert torch.equal(low[0, -1, 0], keys[0, 96:, 0].amin(0))
+    assert torch.equal(low[1, 4, 0], keys[1, 64:67, 0].amin(0))
+    assert torch.equal((-high)[1, 4, 0], (-keys)[1, 64:67, 0].amin(0))
+    assert not low[1, 5:].any() and not high[1, 5:].any()
+
+
 @pytest.mark.parametrize("selector", ["oracle", "quest"])
 def test_a_planted_needle_is_found_at_every_depth(selector):
     for place in (SINK, 77, 150, 300 - RECENT - 1):
@@ -195,6 +205,14 @@ def test_random_differs_by_prompt_layer_and_head_and_not_by_batch_or_round():
     assert len(set(free)) == len(free)
     longer = Batch([504]).select("random", [101], [prompts[0]])[0][0]
     assert len(longer & chosen[0][0]) > 85
+
+
+def test_random_hardly_ever_ties():
+    batch = batch_of_one(1000)
+    layer = selectors.Layer(
+        0, None, batch.keys[None, 1:1001], None, None, None, 1.0, torch.tensor([7]), "", ""
+    )
+    assert all(row.unique().numel() > 970 for row in selectors.random(layer)[0])
 
 
 def test_random_is_uniform():
