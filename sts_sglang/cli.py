@@ -204,7 +204,7 @@ def _device() -> tuple[str, list[str]]:
         return f"SGLANG_PLATFORM={platform.NAME} {LAUNCH} --device cpu", []
     if torch.cuda.is_available():
         print(f"device: {torch.cuda.get_device_name()}")
-        return f"{LAUNCH} --disable-cuda-graph", []
+        return LAUNCH, []
     print("device: cpu")
     return "", [f"no CUDA device: set SGLANG_PLATFORM={platform.NAME} for the reference on a plain CPU"]
 

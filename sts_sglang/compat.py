@@ -36,6 +36,10 @@ FORWARD_BATCH = Target(f"{_WORKER}.forward_batch_generation", ("self", "batch", 
 VERIFY_COMPLETE = Target(
     f"{_WORKER}.on_verify_complete_cpu", ("self", "num_correct_drafts_per_req", "batch_size")
 )
+PROFILE_AVAILABLE_BYTES = Target(
+    "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes",
+    ("self", "pre_model_load_memory"),
+)
 INTERNAL_STATE = Target("sglang.srt.managers.scheduler.Scheduler.get_internal_state", ("self", "recv_req"))
 ADD_CLI_ARGS = Target(f"{_ARGS}.add_cli_args", ("parser",))
 FROM_CLI_ARGS = Target(f"{_ARGS}.from_cli_args", ("cls", "args"))
@@ -49,6 +53,7 @@ HOOK_TARGETS = (
     INIT_CUDA_GRAPHS,
     FORWARD_BATCH,
     VERIFY_COMPLETE,
+    PROFILE_AVAILABLE_BYTES,
     INTERNAL_STATE,
     ADD_CLI_ARGS,
     FROM_CLI_ARGS,
@@ -60,7 +65,9 @@ HOOK_TARGETS = (
 # Names that are called or subclassed rather than hooked.
 SYMBOLS = (
     "sglang.srt.configs.model_config.ModelConfig.from_server_args",
+    "sglang.srt.environ.envs.SGLANG_DISABLE_DRAFT_EXTEND_CUDA_GRAPH",
     "sglang.srt.environ.envs.SGLANG_USE_MODELSCOPE",
+    "sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS",
     "sglang.srt.layers.attention.attention_registry.register_attention_backend",
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend",
     "sglang.srt.mem_cache.memory_pool.KVWriteLoc",
@@ -190,13 +197,19 @@ def use_qlen_tree_mask(worker: Any) -> None:
 
 
 def captured_graphs(worker: Any) -> dict[str, bool]:
-    """Which of the round's three passes replay a CUDA graph."""
-    draft = worker._draft_worker
-    return {
-        "draft_decode": draft.cuda_graph_runner is not None,
-        "draft_extend": draft.cuda_graph_runner_for_draft_extend is not None,
-        "verify": worker._target_worker.model_runner.decode_cuda_graph_runner is not None,
-    }
+    """Whether each of the round's passes replays a CUDA graph; without graphs, none is named."""
+    from sglang.srt.environ import envs
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    if worker.server_args.cuda_graph_config.decode.backend == Backend.DISABLED:
+        return {}
+    draft, target = worker._draft_worker, worker._target_worker.model_runner
+    captured = {"verify": target.decode_cuda_graph_runner is not None}
+    if worker.speculative_num_steps > 1:
+        captured["draft_decode"] = draft.cuda_graph_runner is not None
+    if not envs.SGLANG_DISABLE_DRAFT_EXTEND_CUDA_GRAPH.get():
+        captured["draft_extend"] = draft.cuda_graph_runner_for_draft_extend is not None
+    return captured
 
 
 def _check_version(distribution: str, expected: str) -> str | None:

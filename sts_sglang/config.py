@@ -25,6 +25,7 @@ MAX_LAYERS = 1024
 Policy = Literal["ratio", "fixed", "top_p"]
 Pooling = Literal["max", "mean"]
 Kernel = Literal["auto", "flashinfer", "triton", "torch"]
+Dense = Literal["auto", "fa3", "flashinfer", "torch"]
 History = Literal["off", "warm", "blend"]
 Selector = Literal["draft", "quest", "recent", "random", "oracle"]
 Verify = Literal["sparse", "dense"]
@@ -122,6 +123,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "pool_heads": _choice(get_args(Pooling)),
     "head_map": _head_map,
     "kernel": _choice(get_args(Kernel)),
+    "dense": _choice(get_args(Dense)),
     "history": _choice(get_args(History)),
     "history_weight": _share,
     "history_decay": _share,
@@ -160,6 +162,8 @@ class StsConfig:
     """Path of a head map file, relative to the working directory; None: the proportional map."""
     kernel: Kernel = "auto"
     """Kernels to run; validate.py says which exist on a device."""
+    dense: Dense = "auto"
+    """Backend of everything dense (prefill, draft-extend, dense layers); auto: fa3 where SGLang has it."""
     history: History = "off"
     """What KV slots remember of earlier rounds, shared with whoever shares the prefix: unused, in the
     first verify of a request only, or in every verify."""

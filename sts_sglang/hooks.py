@@ -94,7 +94,8 @@ def sampling_verify(result: None, self, vocab_size: int) -> None:
 
 def create_draft_backend(original, self, backend_name: str, backend_map: dict, error_template: str):
     """AROUND DraftBackendFactory._create_backend: `sts` joins the closed map; SGLang keeps choosing."""
-    from sts_sglang.backends.draft import DraftExtendBackend, DraftMultiStepBackend
+    from sts_sglang.backends import dense
+    from sts_sglang.backends.draft import DraftMultiStepBackend
 
     runner = self.draft_model_runner
     if backend_map["triton"] == self._create_triton_decode_backend:
@@ -104,7 +105,7 @@ def create_draft_backend(original, self, backend_name: str, backend_map: dict, e
     else:
 
         def build():
-            return DraftExtendBackend(runner)
+            return dense.of_draft_extend(StsConfig.parse(os.environ[ENV]), runner)
 
     return original(self, backend_name, {**backend_map, "sts": build}, error_template)
 
@@ -124,7 +125,7 @@ def init_attention_backends(result: None, self) -> None:
 def init_cuda_graphs(result: None, self) -> None:
     """AFTER EAGLEWorkerV2.init_cuda_graphs: say what serves, now that the graphs are known."""
     if (bound := runtime.current()) is not None:
-        bound.graphs = {name: True for name, on in compat.captured_graphs(self).items() if on}
+        bound.graphs = runtime.check_graphs(compat.captured_graphs(self), bound.dense)
         runtime.announce(bound)
 
 
@@ -138,6 +139,14 @@ def verify_complete(result: None, self, *args, **kwargs) -> None:
     """AFTER EAGLEWorkerV2.on_verify_complete_cpu: publish counters; results are on the CPU already."""
     if (exporter := getattr(self, "sts_exporter", None)) is not None:
         exporter.on_round()
+
+
+def profile_available_bytes(result: int, self, pre_model_load_memory) -> int | None:
+    """AFTER KVCacheConfigurator._profile_available_bytes: leave room for the buffers of a round."""
+    if self.is_draft_worker or not asks_for_sts(self.server_args):
+        return None
+    config = StsConfig.parse(os.environ[ENV])
+    return result - runtime.reserved_bytes(config, self.server_args, self.model_config, result)
 
 
 def internal_state(result, self, recv_req) -> None:
@@ -154,6 +163,7 @@ def table() -> list[tuple[compat.Target, Any, str]]:
         (compat.INIT_CUDA_GRAPHS, init_cuda_graphs, "AFTER"),
         (compat.FORWARD_BATCH, forward_batch, "BEFORE"),
         (compat.VERIFY_COMPLETE, verify_complete, "AFTER"),
+        (compat.PROFILE_AVAILABLE_BYTES, profile_available_bytes, "AFTER"),
         (compat.INTERNAL_STATE, internal_state, "AFTER"),
         (compat.ADD_CLI_ARGS, add_cli_args, "AFTER"),
         (compat.FROM_CLI_ARGS, from_cli_args, "AROUND"),

@@ -20,6 +20,7 @@ import torch
 from sts_kernels import UNKNOWN, Members
 from sts_sglang.config import StsConfig
 from sts_sglang.headmap import HeadMap
+from sts_sglang.memory import Sizes
 
 ALIGN = 64  # columns of a request start at multiples of the kernels' block of keys
 
@@ -30,6 +31,10 @@ class Selection(NamedTuple):
     kv_start: torch.Tensor  # int64 [bs, channels]
     kv_count: torch.Tensor  # int32 [bs, channels], -1: the whole context
 
+    def whole(self) -> Selection:
+        """Everybody attends to everything."""
+        return Selection(self.kv_start, torch.full_like(self.kv_count, -1))
+
 
 class RoundState:
     """Static buffers of one draft-target pair, and the device-side rules that fill them.
@@ -37,7 +42,7 @@ class RoundState:
     Args:
         config, head_map: what to keep, and the channels.
         requests: request slots (rows of req_to_token); slots: KV slots.
-        columns: context tokens of a batch that can be scored; a request that does not fit attends whole.
+        sizes: of the buffers that follow the KV pool; a request that does not fit attends whole.
         draft_heads, draft_dim: query heads and head size of the draft.
         dtype, device: of the draft's queries.
         importance_dtype: float32 for the torch ops, float16 for the kernels.
@@ -49,7 +54,7 @@ class RoundState:
         head_map: HeadMap,
         requests: int,
         slots: int,
-        columns: int,
+        sizes: Sizes,
         draft_heads: int,
         draft_dim: int,
         dtype: torch.dtype,
@@ -65,13 +70,9 @@ class RoundState:
         }
         self.carried_len = torch.zeros(requests, dtype=torch.int64, device=device)
         self.keeps = torch.full((requests,), torch.nan, dtype=torch.float64, device=device)
-        columns = -(-columns // ALIGN) * ALIGN
+        columns = -(-sizes.columns // ALIGN) * ALIGN
         self.importance = torch.zeros(channels, columns, dtype=importance_dtype, device=device)
-        # A list holds the configured share of its context; a request that asks for more and does not
-        # find the room attends whole, which is what it nearly asked for.
-        share = config.keep if config.policy == "ratio" else 0.1
-        lists = channels * int(columns * min(1.0, 1.25 * share) + 4 * max(config.budget, 1024))
-        self.kv_indices = torch.zeros(lists, dtype=torch.int32, device=device)
+        self.kv_indices = torch.zeros(channels * sizes.indices, dtype=torch.int32, device=device)
         self.history = (
             SlotHistory(config, channels, slots, requests, device) if config.history != "off" else None
         )

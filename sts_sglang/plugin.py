@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from sts_sglang import compat, platform
+from sts_sglang.config import ENV, StsConfig
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +62,11 @@ def _create_backend(model_runner):
     """Factory of the attention registry, called for the target's and the draft's model runner."""
     if missing := compat.unhooked():
         raise RuntimeError(f"SGLang did not apply the STS hooks on {', '.join(missing)}; see its log")
-    if model_runner.is_draft_worker:
-        from sts_sglang.backends.draft import DraftExtendBackend
+    config = StsConfig.parse(os.environ[ENV])
+    from sts_sglang.backends import dense
 
-        return DraftExtendBackend(model_runner)
-    from sts_sglang.backends.reference import TorchBackend
+    if model_runner.is_draft_worker:
+        return dense.of_draft_extend(config, model_runner)
     from sts_sglang.backends.target import StsTargetBackend
 
-    return StsTargetBackend(model_runner, TorchBackend(model_runner))
+    return StsTargetBackend(model_runner, dense.of_target(config, model_runner))

@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sts_kernels import ops
-from sts_sglang import compat, headmap
+from sts_sglang import compat, headmap, memory
 from sts_sglang.config import ConfigError, StsConfig, request_keep
 from sts_sglang.importance import RoundState
 from sts_sglang.metrics import read_counters
+from sts_sglang.validate import draft_config
 
 if TYPE_CHECKING:
     from sts_sglang.headmap import HeadCounts, ModelPaths
+    from sts_sglang.memory import Sizes
 
 logger = logging.getLogger(__name__)
+
+MAX_REQUESTS = 4096  # SGLang's own bound where the user gives none (resolve_max_num_reqs)
 
 _current: StsRuntime | None = None
 
@@ -30,7 +34,7 @@ class DraftShape(NamedTuple):
     head_dim: int
     requests: int  # request slots, the padding slot included
     slots: int  # KV slots, page 0 included
-    columns: int  # context tokens of a batch to score
+    sizes: Sizes  # of the buffers that follow the KV pool
     pool: Any  # KV pool of the draft
     dtype: torch.dtype
 
@@ -59,7 +63,7 @@ class StsRuntime:
         self.config = config
         self.device = device
         self.head_map = headmap.of_config(config, target, draft, models)
-        self.kernel = "torch" if config.kernel == "auto" else config.kernel
+        self.kernel = kernel_for(config, device)
         self.ops = ops(self.kernel)
         self.num_steps = shape.num_steps
         self.rows_per_round = 1 + (shape.num_steps - 1) * shape.topk
@@ -70,13 +74,14 @@ class StsRuntime:
             self.head_map,
             shape.requests,
             shape.slots,
-            shape.columns,
+            shape.sizes,
             draft.q_heads,
             shape.head_dim,
             shape.dtype,
             device,
             torch.float16 if self.kernel == "triton" else torch.float32,
         )
+        self.dense = "unknown"  # class of the target's dense backend, set by bind
         self.graphs: dict[str, bool] = {}
         self._head_channels = [
             torch.tensor(self.head_map.head_channels(layer), dtype=torch.int32, device=device)
@@ -112,11 +117,19 @@ class StsRuntime:
             "channels": channels,
             "device": self.device,
             "kernel": self.kernel,
+            "dense": self.dense,
             "graphs": self.graphs or "none",
             "columns": self.state.importance.shape[1],
             "memory_bytes": self.state.nbytes(),
             "counters": read_counters(self.state.counts),
         }
+
+
+def kernel_for(config: StsConfig, device: str) -> str:
+    """`triton` or `torch`, the ops that run."""
+    if config.kernel != "auto":
+        return config.kernel
+    return "torch" if device == "cpu" else "triton"
 
 
 def current() -> StsRuntime | None:
@@ -131,13 +144,13 @@ def bind(worker: Any, config: StsConfig) -> StsRuntime:
         RuntimeError: when one of them is not ours; serving on would be dense without saying so.
         ConfigError: when the head map or the dense layers do not fit the models.
     """
-    from sts_sglang.backends.draft import DraftExtendBackend, DraftMultiStepBackend
+    from sts_sglang.backends.draft import CarryLastRow, DraftMultiStepBackend
     from sts_sglang.backends.target import StsTargetBackend
 
     global _current
     parts = compat.spec_parts(worker)
     target = parts.target_runner.attn_backend
-    expected = [(target, StsTargetBackend), (parts.extend_backend, DraftExtendBackend)]
+    expected = [(target, StsTargetBackend), (parts.extend_backend, CarryLastRow)]
     if parts.multi_step_backend is not None:
         expected.append((parts.multi_step_backend, DraftMultiStepBackend))
     for backend, cls in expected:
@@ -150,16 +163,48 @@ def bind(worker: Any, config: StsConfig) -> StsRuntime:
         config,
         headmap.counts(parts.target_runner.model_config),
         headmap.counts(parts.draft_runner.model_config),
-        _draft_shape(worker, parts),
+        _draft_shape(config, worker, parts),
         str(target.device),
         headmap.ModelPaths.of_server(worker.server_args),
     )
+    runtime.dense = type(target.dense).__name__
     compat.use_qlen_tree_mask(worker)
     target.runtime = parts.extend_backend.runtime = runtime
     if parts.multi_step_backend is not None:
         parts.multi_step_backend.bind(runtime)
     _current = runtime
     return runtime
+
+
+def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: int) -> int:
+    """Bytes of `available` that a round's buffers take, given the target's ModelConfig."""
+    draft = draft_config(server_args, target)
+    counts = [headmap.counts(model) for model in (target, draft)]
+    # Fingerprints say whose map it is, not how large it is.
+    channels = len(headmap.of_config(config, *counts).channels)
+    group = draft.num_attention_heads // counts[1].kv_heads
+    rows = (1 + (server_args.speculative_eagle_topk or 1)) * group
+    kv = sum(
+        c.layers * c.kv_heads * 2 * m.head_dim * m.dtype.itemsize
+        for c, m in zip(counts, (target, draft), strict=True)
+    )
+    state = memory.bytes_per_token(config, channels, counts[1].kv_heads, rows)
+    carried = counts[1].layers * draft.num_attention_heads * draft.head_dim * draft.dtype.itemsize
+    requests = server_args.max_running_requests or MAX_REQUESTS
+    return memory.reserve(available - requests * carried, kv, state) + requests * carried
+
+
+def check_graphs(captured: dict[str, bool], dense: str) -> dict[str, bool]:
+    """The captured passes; RuntimeError when SGLang left one out that runs under graphs."""
+    missing = [name for name, on in captured.items() if not on]
+    if dense == "TorchBackend" and "draft_extend" in missing:
+        missing.remove("draft_extend")
+    if missing:
+        raise RuntimeError(
+            f"STS: SGLang captured no CUDA graph of {', '.join(missing)}; see its log, or serve without "
+            "graphs by --disable-cuda-graph"
+        )
+    return captured
 
 
 def announce(runtime: StsRuntime) -> None:
@@ -169,7 +214,7 @@ def announce(runtime: StsRuntime) -> None:
     logger.info("STS serves: %s", json.dumps(described))
 
 
-def _draft_shape(worker: Any, parts: compat.SpecParts) -> DraftShape:
+def _draft_shape(config: StsConfig, worker: Any, parts: compat.SpecParts) -> DraftShape:
     runner = parts.draft_runner
     table, pool = runner.req_to_token_pool.req_to_token, runner.token_to_kv_pool
     batches = min(table.shape[0], worker.server_args.max_running_requests or table.shape[0])
@@ -179,8 +224,7 @@ def _draft_shape(worker: Any, parts: compat.SpecParts) -> DraftShape:
         head_dim=runner.model_config.head_dim,
         requests=table.shape[0],
         slots=pool.get_key_buffer(0).shape[0],
-        # Requests that share a prefix each score it: twice the pool, or all they can have at all.
-        columns=min(2 * pool.size, batches * runner.model_config.context_len),
+        sizes=memory.sizes(config, pool.size, batches, runner.model_config.context_len),
         pool=pool,
         dtype=runner.dtype,
     )

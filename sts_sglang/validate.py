@@ -42,8 +42,9 @@ DRAFTS = {
     "EAGLE3": frozenset({"LlamaForCausalLMEagle3"}),
 }
 
-# Only the torch kernels exist in this release; a device that is not listed is not served.
-KERNELS = {"cpu": ("auto", "torch"), "cuda": ("auto", "torch")}
+# A device that is not listed is not served.
+KERNELS = {"cpu": ("auto", "torch"), "cuda": ("auto", "triton", "torch")}
+DENSE = {"cpu": ("auto", "torch"), "cuda": ("auto", "fa3", "flashinfer", "torch")}
 
 _SPECIAL_FIELDS = (
     "attention_chunk_size",
@@ -153,10 +154,8 @@ def check_resolved(server_args: ServerArgs) -> None:
     _check_pages(server_args)
 
 
-def check_device(server_args: ServerArgs) -> None:
-    """The reference kernels run on plain CPUs and, without graphs, on CUDA. Raises `Refusal`."""
-    from sglang.srt.model_executor.cuda_graph_config import Backend
-
+def check_device(server_args: ServerArgs, config: StsConfig) -> None:
+    """Plain CPUs on the reference platform, and CUDA. Raises `Refusal`."""
     from sts_sglang import platform
 
     device = server_args.device
@@ -164,23 +163,45 @@ def check_device(server_args: ServerArgs) -> None:
         raise Refusal(f"--device {device}: not served by sts; use --device {' or '.join(KERNELS)}")
     if device == "cpu" and not platform.selected():
         raise Refusal(f"--device cpu: sts needs its own platform; set SGLANG_PLATFORM={platform.NAME}")
-    graphs = server_args.cuda_graph_config
-    if any(phase.backend != Backend.DISABLED for phase in (graphs.decode, graphs.prefill)):
-        raise Refusal("CUDA graphs: the torch kernels of sts cannot be captured; add --disable-cuda-graph")
     if server_args.enable_torch_compile:
-        raise Refusal("--enable-torch-compile: the torch kernels of sts cannot be captured; remove it")
+        raise Refusal("--enable-torch-compile: not served by sts (its kernels are no torch ops); remove it")
+    _check_kernel(device, config)
+    _check_graphs(server_args, config)
 
 
-def check_kernel(server_args: ServerArgs, config: StsConfig) -> None:
-    """Whether `config.kernel` exists for the device, which `check_device` accepted. Raises `Refusal`."""
-    available = KERNELS[server_args.device]
-    if server_args.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        available = (*available, "triton")  # as numpy: far too slow to serve, for tests of the whole path
-    if config.kernel not in available:
-        raise Refusal(
-            f"sts_config.kernel: {config.kernel!r} is not available on device {server_args.device} in this "
-            f"release; allowed here: {', '.join(available)}"
-        )
+def _check_kernel(device: str, config: StsConfig) -> None:
+    available = {"kernel": KERNELS[device], "dense": DENSE[device]}
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        # As numpy: far too slow to serve, for tests of the whole path.
+        available["kernel"] = (*available["kernel"], "triton")
+    for field, served in available.items():
+        if (value := getattr(config, field)) not in served:
+            raise Refusal(
+                f"sts_config.{field}: {value!r} is not available on device {device} in this release; "
+                f"allowed here: {', '.join(served)}"
+            )
+
+
+def _check_graphs(server_args: ServerArgs, config: StsConfig) -> None:
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    graphs = server_args.cuda_graph_config
+    if server_args.device == "cpu" or config.kernel == "torch":
+        if any(phase.backend != Backend.DISABLED for phase in (graphs.decode, graphs.prefill)):
+            raise Refusal(
+                "CUDA graphs: the torch kernels of sts cannot be captured; add --disable-cuda-graph"
+            )
+        return
+    served = (
+        ("decode", graphs.decode.backend, (Backend.FULL, Backend.DISABLED)),
+        ("prefill", graphs.prefill.backend, (Backend.BREAKABLE, Backend.DISABLED)),
+    )
+    for phase, backend, allowed in served:
+        if backend not in allowed:
+            raise Refusal(
+                f"--cuda-graph-backend-{phase} {backend}: not served by sts; "
+                f"use --cuda-graph-backend-{phase} {' or '.join(allowed)}"
+            )
 
 
 def check_history(server_args: ServerArgs, config: StsConfig) -> None:
@@ -214,12 +235,11 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> None:
     Reads both models' configurations as the workers will, no weights.
     """
     check_resolved(server_args)
-    check_device(server_args)
-    check_kernel(server_args, config)
+    check_device(server_args, config)
     check_history(server_args, config)
     target = server_args.get_model_config()
     check_target(target)
-    draft = _draft_config(server_args, target)
+    draft = draft_config(server_args, target)
     check_draft(draft, target)
     _check_kv_dtype(server_args, target, draft)
     config.check_layers(target.num_hidden_layers)
@@ -318,8 +338,8 @@ def _check_pages(server_args: ServerArgs) -> None:
         )
 
 
-def _draft_config(server_args: ServerArgs, target: ModelConfig) -> ModelConfig:
-    """The draft's configuration as its worker loads it, with the target's context."""
+def draft_config(server_args: ServerArgs, target: ModelConfig) -> ModelConfig:
+    """The draft's configuration as its worker loads it, with the target's context. Raises `Refusal`."""
     from sglang.srt.configs.model_config import ModelConfig
 
     try:

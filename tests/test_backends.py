@@ -14,6 +14,7 @@ from sts_sglang.backends.reference import TorchBackend, tail_masks
 from sts_sglang.backends.target import StsTargetBackend
 from sts_sglang.config import StsConfig
 from sts_sglang.headmap import HeadCounts
+from sts_sglang.memory import Sizes
 from sts_sglang.runtime import DraftShape, StsRuntime
 
 DIM, LAYERS, Q_HEADS, KV_HEADS, TOKENS = 16, 2, 4, 2, 4
@@ -58,7 +59,7 @@ class Rig:
         self.extend = DraftExtendBackend(draft)
         self.steps = DraftMultiStepBackend(draft, topk, num_steps)
         self.target = StsTargetBackend(target, TorchBackend(target))
-        shape = DraftShape(num_steps, topk, DIM, 8, slots, 256, self.draft_pool, torch.float32)
+        shape = DraftShape(num_steps, topk, DIM, 8, slots, Sizes(256, 256), self.draft_pool, torch.float32)
         self.runtime = StsRuntime(StsConfig(**config), COUNTS, COUNTS, shape, "cpu")
         self.target.runtime = self.extend.runtime = self.runtime
         self.steps.bind(self.runtime)

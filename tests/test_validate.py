@@ -519,37 +519,54 @@ def test_modelopt_checkpoint_needs_an_explicit_kv_dtype(flags):
 
 
 def test_device(launch, flags, monkeypatch):
-    args = launch()
+    args, config = launch(), StsConfig()
     args.device = "xpu"
     with pytest.raises(Refusal) as caught:
-        validate.check_device(args)
+        validate.check_device(args, config)
     check_message(caught, flags, "--device xpu", "use --device cpu or cuda")
-    args.device = "cuda"
-    validate.check_device(args)
-    for phase in (args.cuda_graph_config.decode, args.cuda_graph_config.prefill):
-        phase.backend = "full"
-        with pytest.raises(Refusal) as caught:
-            validate.check_device(args)
-        check_message(caught, flags, "CUDA graphs", "add --disable-cuda-graph")
-        phase.backend = "disabled"
     args.device = "cpu"
     monkeypatch.delenv("SGLANG_PLATFORM")
     with pytest.raises(Refusal) as caught:
-        validate.check_device(args)
+        validate.check_device(args, config)
     check_message(caught, flags, "--device cpu", "set SGLANG_PLATFORM=sts_cpu")
 
 
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("backend", ["disabled", "full", "breakable", "tc_piecewise"])
+def test_graphs(launch, flags, phase, backend):
+    args = launch()
+    args.device = "cuda"
+    getattr(args.cuda_graph_config, phase).backend = backend
+    if backend in ("disabled", {"decode": "full", "prefill": "breakable"}[phase]):
+        validate.check_device(args, StsConfig())
+    else:
+        with pytest.raises(Refusal) as caught:
+            validate.check_device(args, StsConfig())
+        check_message(
+            caught, flags, f"--cuda-graph-backend-{phase} {backend}", f"use --cuda-graph-backend-{phase}"
+        )
+    if backend != "disabled":
+        with pytest.raises(Refusal) as caught:
+            validate.check_device(args, StsConfig(kernel="torch"))
+        check_message(caught, flags, "CUDA graphs", "add --disable-cuda-graph")
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("kernel", ["flashinfer", "triton"])
-def test_known_kernel_that_does_not_exist_yet(device, kernel, monkeypatch):
+@pytest.mark.parametrize("field, value", [("kernel", "flashinfer"), ("kernel", "triton"), ("dense", "fa3")])
+def test_kernels_of_a_device(launch, device, field, value, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    args = SimpleNamespace(device=device)
-    validate.check_kernel(args, StsConfig())
+    args = launch()
+    args.device = device
+    served = {"cpu": {}, "cuda": {"kernel": ("auto", "triton", "torch"), "dense": ("fa3",)}}[device]
+    if value in served.get(field, ()):
+        validate.check_device(args, StsConfig(**{field: value}))
+        return
     with pytest.raises(Refusal) as caught:
-        validate.check_kernel(args, StsConfig(kernel=kernel))
+        validate.check_device(args, StsConfig(**{field: value}))
+    allowed = "auto, torch" if device == "cpu" else "auto, triton, torch"
     assert str(caught.value) == (
-        f"sts_config.kernel: {kernel!r} is not available on device {device} in this release; "
-        "allowed here: auto, torch"
+        f"sts_config.{field}: {value!r} is not available on device {device} in this release; "
+        f"allowed here: {allowed}"
     )
 
 

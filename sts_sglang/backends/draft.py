@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class CarryLastRow:
-    """Mixin of a dense backend for the draft's prefill and draft-extend.
+    """Mixin of a dense backend for the draft's prefill and draft-extend (see dense.of_draft_extend).
 
     Keeps the query of each request's last accepted token: that row is the bonus token's, verify row 0
     of the next round.
@@ -73,7 +73,8 @@ class DraftStepBackend(AttentionBackend):
         members = state.members.get(layer.layer_id, NO_MEMBERS)
         speaks = layer.layer_id in state.members
         out = runtime.ops.draft_attention(
-            q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
+            # On CUDA, q is a slice of the fused projection.
+            q.contiguous().view(-1, layer.tp_q_head_num, layer.qk_head_dim),
             state.carried_q[layer.layer_id] if speaks and self.step == 0 else None,
             state.carried_len,
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
@@ -107,6 +108,7 @@ class DraftMultiStepBackend:
 
     def bind(self, runtime: StsRuntime) -> None:
         """Give every step its destination."""
+        self.runtime = runtime
         for backend in self.attn_backends:
             backend.runtime = runtime
 
@@ -123,9 +125,8 @@ class DraftMultiStepBackend:
         """Columns of the round, recorded into the graph of each batch size."""
         if forward_batch.forward_mode.is_idle():
             return
+        columns = self.runtime.state.columns(forward_batch.seq_lens)
         for backend in self.attn_backends:
-            if backend is self.attn_backends[0]:
-                columns = backend.runtime.state.columns(forward_batch.seq_lens)
             backend.columns = columns
 
 

@@ -39,6 +39,9 @@ class TorchBackend(AttentionBackend):
     def support_triton(self) -> bool:
         return False
 
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Nothing to allocate; as the dense part of an `sts` target it never runs in a graph."""
+
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         mode = forward_batch.forward_mode
         if mode.is_idle():

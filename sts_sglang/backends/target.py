@@ -8,7 +8,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from sts_sglang.backends.draft import score_carried_rows
-from sts_sglang.backends.reference import tail_masks, write_kv
+from sts_sglang.backends.reference import TorchBackend, tail_masks, write_kv
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -37,6 +37,7 @@ class StsTargetBackend(AttentionBackend):
         self.needs_cpu_seq_lens = dense.needs_cpu_seq_lens
         self.runtime: StsRuntime | None = None  # set by the draft-target binding
         self._selection: Selection | None = None
+        self._whole: Selection | None = None  # of a tree's dense layers, see _dense_plans
         self._tail_mask: torch.Tensor | None = None
         self._mask_buffer: torch.Tensor | None = None  # trees under CUDA graphs
 
@@ -45,8 +46,9 @@ class StsTargetBackend(AttentionBackend):
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         self.dense.init_cuda_graph_state(max_bs, max_num_tokens)
-        tokens = max_num_tokens // max_bs
-        self._mask_buffer = torch.ones(max_bs * tokens * tokens, dtype=torch.bool, device=self.device)
+        # SGLang fills the buffer for batches beyond the largest graph too.
+        tokens, requests = max_num_tokens // max_bs, self.req_to_token_pool.req_to_token.shape[0]
+        self._mask_buffer = torch.ones(requests * tokens * tokens, dtype=torch.bool, device=self.device)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
@@ -56,39 +58,48 @@ class StsTargetBackend(AttentionBackend):
         return [self._mask_buffer, None]
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        if not forward_batch.forward_mode.is_target_verify():
+        verify = forward_batch.forward_mode.is_target_verify()
+        if not verify or self._dense_plans(forward_batch):
             self.dense.init_forward_metadata(forward_batch)
-            return
-        if self.runtime.config.dense_layers:
-            self.dense.init_forward_metadata(forward_batch)
-        self._plan_verify(forward_batch)
+        if verify:
+            self._plan_verify(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
-        if not forward_batch.forward_mode.is_target_verify() or self.runtime.config.dense_layers:
+        if not forward_batch.forward_mode.is_target_verify() or self._dense_plans(forward_batch):
             self.dense.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
-        if not forward_batch.forward_mode.is_target_verify() or self.runtime.config.dense_layers:
+        verify = forward_batch.forward_mode.is_target_verify()
+        if not verify or self._dense_plans(forward_batch):
             self.dense.init_forward_metadata_in_graph(forward_batch)
-        if forward_batch.forward_mode.is_target_verify():
+        if verify:
             self._plan_verify(forward_batch)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         if layer.layer_id == 0 and self.runtime.state.history is not None:
             self.runtime.state.history.forget(forward_batch.out_cache_loc)
-        verify = forward_batch.forward_mode.is_target_verify()
-        if verify and layer.layer_id not in self.runtime.config.dense_layers:
-            if save_kv_cache and k is not None:
-                write_kv(self.token_to_kv_pool, k, v, layer, forward_batch)
-            return self._attend_selected(q, layer, forward_batch)
-        out = self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        if verify:
-            there = (forward_batch.seq_lens * (forward_batch.req_pool_indices > 0)).sum()
-            self.runtime.state.counts[2:] += there * layer.tp_k_head_num
-        return out
+        if not forward_batch.forward_mode.is_target_verify():
+            return self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        if layer.layer_id in self.runtime.config.dense_layers:
+            if self._whole is None:
+                return self._verify_densely(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            selection = self._whole
+        else:
+            selection = self._selection
+        if save_kv_cache and k is not None:
+            write_kv(self.token_to_kv_pool, k, v, layer, forward_batch)
+        return self._attend(selection, q, layer, forward_batch)
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         return self.dense.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+
+    def _dense_plans(self, fb: ForwardBatch) -> bool:
+        """Whether the dense backend verifies the dense layers of this batch.
+
+        FA3 and FlashInfer read the mask of a tree as FULL_MASK, which nobody fills here: trees attend
+        whole by the sparse kernel."""
+        chain = fb.spec_info.topk == 1 or isinstance(self.dense, TorchBackend)
+        return chain and bool(self.runtime.config.dense_layers)
 
     def _plan_verify(self, fb: ForwardBatch) -> None:
         """Select per (request, channel); runs once a round, before the first layer."""
@@ -96,6 +107,7 @@ class StsTargetBackend(AttentionBackend):
         if runtime.num_steps == 1:
             score_carried_rows(runtime, runtime.draft_pool, table, fb.req_pool_indices, fb.seq_lens)
         self._selection = runtime.state.select(runtime.ops, fb.req_pool_indices, fb.seq_lens, table)
+        self._whole = None if self._dense_plans(fb) else self._selection.whole()
         self._tail_mask = self._tail_masks(fb).contiguous()
 
     def _tail_masks(self, fb: ForwardBatch) -> torch.Tensor:
@@ -104,14 +116,22 @@ class StsTargetBackend(AttentionBackend):
             return tail_masks(fb)
         return self._mask_buffer[: fb.batch_size * tokens * tokens].view(-1, tokens, tokens)
 
-    def _attend_selected(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
+    def _verify_densely(self, q, k, v, layer, fb: ForwardBatch, save_kv_cache, **kwargs) -> torch.Tensor:
+        there = (fb.seq_lens * (fb.req_pool_indices > 0)).sum()
+        self.runtime.state.counts[2:] += there * layer.tp_k_head_num
+        return self.dense.forward_extend(q, k, v, layer, fb, save_kv_cache, **kwargs)
+
+    def _attend(
+        self, selection: Selection, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch
+    ) -> torch.Tensor:
         runtime = self.runtime
+        # On CUDA, q is a slice of the fused projection.
         out = runtime.ops.sparse_verify_attention(
-            q.view(fb.batch_size, -1, layer.tp_q_head_num, layer.qk_head_dim),
+            q.contiguous().view(fb.batch_size, -1, layer.tp_q_head_num, layer.qk_head_dim),
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
             runtime.state.kv_indices,
-            *self._selection,
+            *selection,
             runtime.head_channels(layer.layer_id),
             self.req_to_token_pool.req_to_token,
             fb.req_pool_indices,

@@ -1,0 +1,57 @@
+"""The dense attention that STS stands on: SGLang's own backends, or the plain torch one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sts_sglang.backends.reference import TorchBackend
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    from sts_sglang.config import StsConfig
+
+
+def name_for(config: StsConfig, device: str, dtype: str, capability: tuple[int, int] | None) -> str:
+    """`fa3`, `flashinfer` or `torch`.
+
+    Args:
+        device: "cpu" or "cuda"; capability: of the CUDA device, None on a CPU.
+        dtype: of the model, as torch prints it.
+
+    FA3 is what SGLang itself takes on Hopper, and it needs no plan on the host; neither library
+    computes in float32.
+    """
+    if config.dense != "auto":
+        return config.dense
+    if device == "cpu" or config.kernel == "torch" or dtype == "torch.float32":
+        return "torch"
+    return "fa3" if capability[0] in (8, 9) else "flashinfer"
+
+
+def of_target(config: StsConfig, runner: ModelRunner) -> AttentionBackend:
+    """What the target prefills, and verifies its dense layers, with."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    name = _name(config, runner)
+    return TorchBackend(runner) if name == "torch" else ATTENTION_BACKENDS[name](runner)
+
+
+def of_draft_extend(config: StsConfig, runner: ModelRunner) -> AttentionBackend:
+    """What the draft prefills and draft-extends with; it also carries the last row."""
+    name = _name(config, runner)
+    if name == "torch":
+        from sts_sglang.backends.draft import DraftExtendBackend
+
+        return DraftExtendBackend(runner)
+    from sts_sglang.backends import draft_extend
+
+    return {"fa3": draft_extend.FlashAttention, "flashinfer": draft_extend.FlashInfer}[name](runner)
+
+
+def _name(config: StsConfig, runner: ModelRunner) -> str:
+    import torch
+
+    capability = torch.cuda.get_device_capability() if runner.device == "cuda" else None
+    return name_for(config, runner.device, str(runner.dtype), capability)

@@ -1,0 +1,76 @@
+"""Buffers of a round follow the KV pool, are counted before it is sized, and stay small beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sts_sglang import memory
+from sts_sglang.backends import dense
+from sts_sglang.config import StsConfig
+from sts_sglang.headmap import HeadCounts, proportional
+from sts_sglang.importance import RoundState
+from sts_sglang.runtime import check_graphs
+
+TARGET, DRAFT = HeadCounts(32, 32, 8), HeadCounts(16, 32, 8)  # Llama 8B and 1B
+KV_BYTES = 32 * 8 * 128 * 2 * 2 + 16 * 8 * 64 * 2 * 2
+
+
+@pytest.mark.parametrize("config", [{}, {"keep": 0.25}, {"policy": "fixed", "budget": 4096}])
+def test_an_8b_pair_pays_at_most_two_percent(config):
+    channels = len(proportional(TARGET, DRAFT).channels)
+    state = memory.bytes_per_token(StsConfig(**config), channels, DRAFT.kv_heads, 2 * 4)
+    assert 0 < state <= 0.02 * KV_BYTES
+
+
+def test_pool_and_buffers_fit_what_was_there():
+    config, available = StsConfig(), 60 << 30
+    channels = len(proportional(TARGET, DRAFT).channels)
+    state = memory.bytes_per_token(config, channels, DRAFT.kv_heads, 8)
+    pool = (available - memory.reserve(available, KV_BYTES, state)) // KV_BYTES
+    sizes = memory.sizes(config, pool, requests=48, context_len=131072)
+    taken = pool * KV_BYTES + channels * (2 * sizes.columns + 4 * sizes.indices)
+    assert 0.98 * available < taken <= available
+
+
+def test_the_state_allocates_what_was_counted():
+    config = StsConfig(budget=0)
+    head_map = proportional(HeadCounts(4, 4, 2), HeadCounts(2, 4, 2))
+    sizes = memory.sizes(config, pool_tokens=1000, requests=4, context_len=10_000)
+    state = RoundState(config, head_map, 5, 1001, sizes, 4, 8, torch.float32, "cpu", torch.float16)
+    assert sizes.columns == memory.OVERSUBSCRIBED * 1000
+    assert state.importance.shape == (len(head_map.channels), 3008)  # whole blocks of 64
+    assert state.kv_indices.numel() == len(head_map.channels) * sizes.indices
+
+
+def test_few_short_requests_need_no_more_than_they_can_have():
+    assert memory.sizes(StsConfig(), 1_000_000, requests=2, context_len=500).columns == 1000
+    fixed = StsConfig(policy="fixed", budget=100)
+    assert memory.sizes(fixed, 1_000_000, requests=2, context_len=500).indices == 200
+
+
+@pytest.mark.parametrize(
+    "config, device, dtype, capability, expected",
+    [
+        ({}, "cpu", "torch.bfloat16", None, "torch"),
+        ({}, "cuda", "torch.bfloat16", (9, 0), "fa3"),
+        ({}, "cuda", "torch.bfloat16", (8, 0), "fa3"),
+        ({}, "cuda", "torch.bfloat16", (10, 0), "flashinfer"),
+        ({}, "cuda", "torch.float32", (9, 0), "torch"),
+        ({"kernel": "torch"}, "cuda", "torch.bfloat16", (9, 0), "torch"),
+        ({"dense": "flashinfer"}, "cuda", "torch.bfloat16", (9, 0), "flashinfer"),
+    ],
+)
+def test_dense_backend_of_a_device(config, device, dtype, capability, expected):
+    assert dense.name_for(StsConfig(**config), device, dtype, capability) == expected
+
+
+def test_a_pass_without_its_graph_ends_the_launch():
+    everything = {"verify": True, "draft_decode": True, "draft_extend": True}
+    assert check_graphs(everything, "FlashAttentionBackend") == everything
+    assert check_graphs({}, "FlashAttentionBackend") == {}
+    with pytest.raises(RuntimeError, match="draft_extend"):
+        check_graphs({**everything, "draft_extend": False}, "FlashAttentionBackend")
+    check_graphs({**everything, "draft_extend": False}, "TorchBackend")
+    with pytest.raises(RuntimeError, match="verify"):
+        check_graphs({**everything, "verify": False}, "TorchBackend")
