@@ -24,17 +24,24 @@ class LocalServer:
         args: further command line arguments of `sglang.launch_server`.
         env: variables on top of this process's environment.
         start_seconds: how long to wait for /health.
+        module: what `python -m` runs: SGLang's launcher or one of its kind.
 
     Raises:
         RuntimeError: on entering, when it ends or is not healthy in time; with the end of its log.
     """
 
     def __init__(
-        self, model: Path, log: Path, *args: str, env: dict[str, str] | None = None, start_seconds: int = 180
+        self,
+        model: Path,
+        log: Path,
+        *args: str,
+        env: dict[str, str] | None = None,
+        start_seconds: int = 180,
+        module: str = "sglang.launch_server",
     ):
         self.port = _free_port()
         self.log = log
-        self.command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+        self.command = [sys.executable, "-m", module, "--model-path", str(model)]
         self.command += ["--host", "127.0.0.1", "--port", str(self.port), *args]
         self._start_seconds = start_seconds
         with log.open("w") as out:

@@ -1,0 +1,135 @@
+"""The servers that are compared, and what all of them are asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import commit
+from sts_sglang import headmap
+from sts_sglang.local_server import LocalServer
+
+ROOT = Path(__file__).parents[2]
+DENSE = 1.0  # the keep of a request that attends to everything
+BASE = {"keep": 0.5, "budget": 0}  # room in the lists for every keep that is asked for
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A server to ask: None is stock SGLang; else the configuration on top of BASE."""
+
+    config: dict | None
+    about: str
+    keeps: bool = True  # one cell a keep; else dense alone
+
+
+ARMS = {
+    "stock": Arm(None, "SGLang without sts", keeps=False),
+    "dense": Arm({"verify": "dense"}, "draft and scoring as ever, dense verify", keeps=False),
+    "sts": Arm({}, "the draft's attention, default head map"),
+    "sts-again": Arm({}, "the same once more: run-to-run noise"),
+    "sts-proportional": Arm({"head_map": "proportional"}, "the map that needs no calibration"),
+    "sts-warm": Arm({"history": "warm"}, "history in a request's first verify"),
+    "sts-blend": Arm({"history": "blend"}, "history in every verify"),
+    "sts-full8": Arm({"full_verify_every": 8}, "every 8th verify attends to everything"),
+    "oracle": Arm({"selector": "oracle"}, "the target's own attention"),
+    "quest": Arm({"selector": "quest"}, "Quest's bounds over pages of 16"),
+    "recent": Arm({"selector": "recent"}, "sink and the last tokens (StreamingLLM)"),
+    "random": Arm({"selector": "random"}, "chance"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of every arm."""
+
+    tasks: tuple[str, ...]  # of items.TASKS, and "shared", "text"
+    lengths: tuple[int, ...]
+    text_lengths: tuple[int, ...]
+    keeps: tuple[float, ...]
+    items: int
+    concurrency: int
+    device: str
+    models: Path
+    server_args: tuple[str, ...] = ()
+
+    def cells(self) -> list[tuple[str, int]]:
+        return [(t, n) for t in self.tasks for n in (self.text_lengths if t == "text" else self.lengths)]
+
+
+def sts_config(arm: Arm, models: Path, folder: Path) -> str:
+    config = {**BASE, **arm.config}
+    if config.get("head_map") == "proportional":
+        path = folder / "proportional.json"
+        path.write_text(json.dumps(_proportional(models)))
+        config["head_map"] = str(path)
+    return json.dumps(config)
+
+
+def _proportional(models: Path) -> dict:
+    counts = []
+    for name in ("target", "draft"):
+        config = json.loads((models / name / "config.json").read_text())
+        fields = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        counts.append(headmap.HeadCounts(*(config[f] for f in fields)))
+    head_map = headmap.proportional(*counts)
+    shapes = {"target": counts[0]._asdict(), "draft": counts[1]._asdict()}
+    return {"version": 1, "shift": 1, "tp": 1, **shapes, "sources": head_map.sources}
+
+
+def start(name: str, plan: Plan, folder: Path) -> LocalServer:
+    """The arm's server; with the draft of the same folder as the target."""
+    arm, cpu = ARMS[name], plan.device == "cpu"
+    longest = max(n for _, n in plan.cells())
+    args = ["--context-length", str(longest + 256), "--max-running-requests", str(plan.concurrency)]
+    args += ["--grammar-backend", "forced", "--skip-server-warmup", "--random-seed", "0"]
+    env = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    if cpu:
+        # SGLang's own CPU attention does not speculate: stock is the target alone there.
+        tokens = 3 * plan.concurrency * (longest + 512)
+        args += ["--device", "cpu", "--dtype", "float32", "--max-total-tokens", str(tokens)]
+        env |= {"SGLANG_PLATFORM": "sts_cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    if arm.config is not None:
+        args += ["--attention-backend", "sts", "--sts-config", sts_config(arm, plan.models, folder)]
+        if "selector" in arm.config and not cpu:
+            args += ["--disable-cuda-graph"]
+    if arm.config is not None or not cpu:
+        draft = str(plan.models / "draft")
+        args += ["--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", draft]
+        args += ["--speculative-num-steps", "3", "--speculative-eagle-topk", "1"]
+        args += ["--speculative-num-draft-tokens", "4"]
+    return LocalServer(
+        plan.models / "target",
+        folder / f"{name}.log",
+        *args,
+        *plan.server_args,
+        env=env,
+        start_seconds=600,
+        module="benchmarks.quality.serve",
+    )
+
+
+def header(name: str, plan: Plan, checksum: str, server: LocalServer) -> dict:
+    """Where the results of an arm come from."""
+    arm = ARMS[name]
+    state = {} if arm.config is None else server.sts()
+    kept = ("config", "head_map", "kernel", "graphs", "channels")
+    return {
+        "arm": name,
+        "about": arm.about,
+        "sts": {key: state[key] for key in kept if key in state},
+        "device": torch.cuda.get_device_name() if plan.device == "cuda" else f"CPU {platform.machine()}",
+        "dtype": "float32" if plan.device == "cpu" else "bfloat16",
+        "items": plan.items,
+        "text": checksum,
+        "models": headmap.ModelPaths(str(plan.models / "target"), str(plan.models / "draft")).fingerprints(),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "server": server.shown_command(),
+    }

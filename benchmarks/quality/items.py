@@ -1,0 +1,158 @@
+"""What is asked: RULER-like tasks, several questions over one document, and held-out text to continue.
+
+Built from benchmarks/models/tasks.py (test halves of names, values and sentences, which training never
+saw) over Python source of installed packages that training never saw either. Every item has its own
+seed: item 7 is the same whatever else runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+MODELS = Path(__file__).parents[1] / "models"
+sys.path.insert(0, str(MODELS))
+
+import tasks  # noqa: E402
+import wording  # noqa: E402
+from tasks import ROOM, Question, Row, Task, Writer  # noqa: E402
+
+DEPTHS = [i / 10 for i in range(11)]
+# Dependencies of SGLang that benchmarks/models/corpus.py did not take.
+UNSEEN = ("openai", "pydantic", "aiohttp", "huggingface_hub", "fastapi", "httpx", "anyio", "uvicorn")
+TEXT_TOKENS = 50_000  # of each at most
+FORCED = 64  # tokens of held-out text that a loss item measures
+TURNS = 4  # questions of one conversation, and as many again in requests of their own
+
+
+@dataclass
+class Item:
+    """A prompt and what its answer must have; `group` items share a document."""
+
+    ids: list[int]
+    question: Question
+    group: int
+    depth: float  # of the farthest fact asked for, 0 is the beginning of the prompt
+
+
+@dataclass
+class Shared:
+    """One document and the questions about it."""
+
+    document: list[int]
+    turns: list[tuple[Question, list[int]]]  # what follows the document or the last answer
+    alone: list[tuple[Question, list[int]]]  # what follows the document, in a request of its own
+
+
+@dataclass
+class Text:
+    prefix: list[int]
+    forced: list[int]  # the first comes from the dense prefill and does not count
+
+
+def aggregation(pool: wording.Pool, n: int) -> Task:
+    """Four values for every name, far apart; all four are asked for."""
+    attr, facts, questions = pool.attribute(), [], []
+    for key in pool.distinct(pool.key, max(1, n // 4)):
+        values = pool.distinct(pool.value, 4)
+        places = sorted(pool.rng.random() for _ in values)
+        facts += [(p, pool.say("statement", a=attr, k=key, v=v)) for p, v in zip(places, values, strict=True)]
+        questions.append(
+            Question(pool.say("all", a=attr, k=key), tasks.fact_answer(attr, key, values), values)
+        )
+    return Task([line for _, line in sorted(facts)], questions)
+
+
+def qa(pool: wording.Pool, n: int) -> Task:
+    """Statements, records and definitions in one document; a question about any of them."""
+    parts = [make(pool, n // 3) for make in (tasks.retrieval, tasks.json_records, tasks.code)]
+    lines = [line for part in parts for line in part.lines]
+    pool.rng.shuffle(lines)
+    return Task(lines, [q for part in parts for q in part.questions])
+
+
+# The task and how many facts the document hides.
+TASKS = {
+    "single": (tasks.retrieval, 1),
+    "multi_key": (tasks.retrieval, 32),
+    "multi_value": (tasks.multi_value, 12),
+    "multi_query": (tasks.multi_query, 12),
+    "variables": (tasks.variables, 16),
+    "aggregation": (aggregation, 16),
+    "qa": (qa, 24),
+}
+
+
+def unseen_writer(model: Path) -> tuple[Writer, str]:
+    """The writer of test items, and a checksum of the text it hides facts in."""
+    tok = Tokenizer.from_file(str(model / "tokenizer.json"))
+    text = np.array([token for package in UNSEEN for token in _source(package, tok)], np.uint16)
+    words = json.loads((MODELS / "words.json").read_text())
+    return Writer(tok, words, "test", text), hashlib.sha256(text.tobytes()).hexdigest()[:12]
+
+
+def _source(package: str, tok: Tokenizer) -> list[int]:
+    spec, ids = importlib.util.find_spec(package), []
+    paths = sorted(Path(spec.origin).parent.rglob("*.py")) if spec and spec.origin else ()
+    for path in paths:
+        if len(ids) < TEXT_TOKENS:
+            source = path.read_text(errors="ignore").replace("\t", "    ")
+            ids += tok.encode(source, add_special_tokens=False).ids
+    return ids[:TEXT_TOKENS]
+
+
+def item(writer: Writer, name: str, length: int, index: int) -> Item:
+    """A prompt of exactly `length` - ROOM tokens, its question last."""
+    make, n = TASKS[name]
+    rng = random.Random(f"quality {name} {length} {index}")
+    pool = writer.pool(rng, narrow=n > 1)
+    depth = DEPTHS[index % len(DEPTHS)] if name == "single" else None
+    while True:
+        task = make(pool, n)
+        rng.shuffle(task.questions)
+        task.questions = task.questions[:1]
+        depths = None if depth is None else [depth]
+        row = writer.conversation(task, length - ROOM, rng, depths, prompt_only=True)
+        if row is not None:
+            question = task.questions[0]
+            return Item(row.ids, question, index, _depth(writer, row, question))
+
+
+def _depth(writer: Writer, row: Row, question: Question) -> float:
+    """Where the farthest of the values stands, as a share of the prompt's characters."""
+    text = writer.tok.decode(row.ids, skip_special_tokens=False)
+    found = [text.find(value) for value in question.values]
+    return round(max(0, min(found)) / len(text), 3)
+
+
+def shared(writer: Writer, length: int, index: int) -> Shared:
+    """A document of about `length` tokens with room for its turns."""
+    rng = random.Random(f"quality shared {length} {index}")
+    task = qa(writer.pool(rng, narrow=True), 24)
+    rng.shuffle(task.questions)
+    head = writer.opening(task, rng)
+    room = length - len(head.ids) - TURNS * ROOM - sum(len(writer.encode(x + "\n")) for x in task.lines)
+    document = head.join(writer.document(task.lines, room, rng, None)).ids
+    chosen = task.questions[: 2 * TURNS]
+    first = [(q, [writer.newline, *_asked(writer, q)]) for q in chosen]
+    later = [(q, [writer.user, *_asked(writer, q)]) for q in chosen]
+    return Shared(document, [first[0], *later[1:TURNS]], first[TURNS:])
+
+
+def _asked(writer: Writer, question: Question) -> list[int]:
+    return [*writer.encode(question.ask), writer.end, writer.assistant]
+
+
+def text(writer: Writer, length: int, index: int) -> Text:
+    """`length` tokens of text, the last FORCED of them to be predicted (and one before, by the prefill)."""
+    rng = random.Random(f"quality text {length} {index}")
+    ids = writer.plain(length, rng).ids
+    return Text(ids[: -FORCED - 1], ids[-FORCED - 1 :])

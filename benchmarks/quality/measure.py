@@ -1,0 +1,225 @@
+"""One arm: its server, and every item at every keep, as one result line a cell (task, length, keep)."""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import repeat
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.quality import items
+from benchmarks.quality.arms import ARMS, DENSE, Arm, Plan, header, start
+from sts_sglang.local_server import LocalServer
+
+Made = items.Item | items.Shared | items.Text
+
+
+@dataclass
+class Reply:
+    score: float  # the share of the values that the answer has; of text, minus nats a token
+    tokens: int
+    rounds: int
+    out: str  # checksum of the output ids
+    text: str = ""
+
+
+@dataclass
+class Cell:
+    """Results of one task, length and keep; lists are by item."""
+
+    arm: str
+    task: str
+    length: int
+    keep: float
+    group: list[int] = field(default_factory=list)
+    depth: list[float] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+    out: list[str] = field(default_factory=list)
+    counters: dict[str, int] = field(default_factory=dict)  # what this cell added to the server's
+    seconds: float = 0.0
+
+    def add(self, reply: Reply, group: int, depth: float) -> None:
+        self.group.append(group)
+        self.depth.append(depth)
+        self.score.append(round(reply.score, 5))
+        self.tokens.append(reply.tokens)
+        self.rounds.append(reply.rounds)
+        self.out.append(reply.out)
+
+
+class Client:
+    """Asks a server of one arm."""
+
+    def __init__(self, server: LocalServer, arm: Arm):
+        self.server, self.arm = server, arm
+
+    def generate(self, ids: list[int], keep: float, new_tokens: int, extra: dict, **params) -> dict:
+        params = {"max_new_tokens": new_tokens, "temperature": 0, **params}
+        if self.arm.config is not None:
+            params["custom_params"] = {"sts": {"keep": keep}}
+        body = {"input_ids": ids, "sampling_params": params, **extra}
+        return self.server.post("/generate", body, timeout=3600)
+
+    def answer(
+        self, ids: list[int], question: items.Question, keep: float, extra: dict | None = None
+    ) -> Reply:
+        answer = self.generate(ids, keep, items.ROOM, extra or {})
+        found = [value in answer["text"] for value in question.values]
+        return _reply(answer, sum(found) / len(found))
+
+    def loss(self, text: items.Text, keep: float) -> Reply:
+        answer = self.generate(
+            text.prefix,
+            keep,
+            len(text.forced),
+            {"return_logprob": True, "top_logprobs_num": 2},
+            ebnf=" ".join(map(str, text.forced)),
+            ignore_eos=True,
+        )
+        if answer["output_ids"] != text.forced:
+            raise SystemExit("the server did not emit the given text; is it benchmarks.quality.serve?")
+        logprobs = forced_logprobs(answer["meta_info"])[1:]  # the first is the dense prefill's
+        return _reply(answer, sum(logprobs) / len(logprobs))
+
+    def conversation(self, shared: items.Shared, keep: float) -> list[Reply]:
+        """The turns of one conversation, then the same document's questions in requests of their own."""
+        # Answers become context: a cache of its own for every keep, or another keep's KV would be theirs.
+        own = {"extra_key": f"keep {keep}"}
+        ids, replies = list(shared.document), []
+        for question, asked in shared.turns:
+            ids += asked
+            answer = self.generate(ids, keep, items.ROOM, own)
+            found = [value in answer["text"] for value in question.values]
+            replies.append(_reply(answer, sum(found) / len(found)))
+            ids += answer["output_ids"]
+        return replies + [self.answer(shared.document + asked, q, keep, own) for q, asked in shared.alone]
+
+    def counters(self) -> dict[str, int]:
+        if self.arm.config is None:
+            return {}
+        return {k: v for k, v in self.server.counters().items() if k != "keep_ratio"}
+
+
+def _reply(answer: dict, score: float) -> Reply:
+    meta = answer["meta_info"]
+    out = f"{zlib.crc32(str(answer['output_ids']).encode()):08x}"
+    return Reply(score, meta["completion_tokens"], meta.get("spec_verify_ct", 0), out, answer["text"])
+
+
+def forced_logprobs(meta_info: dict) -> list[float]:
+    """What the target gave each forced token (serve.py), from an answer with top_logprobs_num 2."""
+    pairs = (sorted(top[:2], reverse=True) for top in meta_info["output_top_logprobs"])
+    return [mark[0] - token[0] + 1 for token, mark in pairs]
+
+
+def make(writer: items.Writer, task: str, length: int, index: int) -> Made:
+    if task == "text":
+        return items.text(writer, length, index)
+    if task == "shared":
+        return items.shared(writer, length, index)
+    return items.item(writer, task, length, index)
+
+
+def ask(client: Client, made: Made, keep: float) -> list[tuple[Reply, float]]:
+    """Reply and depth of one item; of a shared document, of each of its questions."""
+    if isinstance(made, items.Text):
+        return [(client.loss(made, keep), 0.0)]
+    if isinstance(made, items.Shared):
+        return [(reply, 0.0) for reply in client.conversation(made, keep)]
+    return [(client.answer(made.ids, made.question, keep), made.depth)]
+
+
+def documents(task: str, plan: Plan) -> int:
+    """Items of one cell; a shared document has several questions."""
+    return max(1, plan.items // (2 * items.TURNS)) if task == "shared" else plan.items
+
+
+def measure(
+    client: Client, writer: items.Writer, name: str, plan: Plan, task: str, length: int, bar: tqdm
+) -> list[Cell]:
+    """All keeps of one task and length: as many items as run at once, at one keep after the other, so that
+    their prompts are in the prefix cache and the counters belong to one keep."""
+    keeps = [*(plan.keeps if ARMS[name].keeps else ()), DENSE]
+    cells = {keep: Cell(name, task, length, keep) for keep in keeps}
+    count = documents(task, plan)
+    with ThreadPoolExecutor(plan.concurrency) as pool:
+        for first in range(0, count, plan.concurrency):
+            batch = range(first, min(count, first + plan.concurrency))
+            made = [make(writer, task, length, index) for index in batch]
+            for keep, cell in cells.items():
+                started, before = time.monotonic(), client.counters()
+
+                replies = pool.map(ask, repeat(client), made, repeat(keep))
+                for group, found in zip(batch, replies, strict=True):
+                    for reply, depth in found:
+                        cell.add(reply, group, depth)
+                cell.seconds += round(time.monotonic() - started, 2)
+                for key, value in client.counters().items():
+                    cell.counters[key] = cell.counters.get(key, 0) + value - before[key]
+                bar.update(len(batch))
+    for cell in cells.values():
+        check_sparse(cell, ARMS[name])
+    return list(cells.values())
+
+
+def check_sparse(cell: Cell, arm: Arm) -> None:
+    """Refuse results of verifies that were not what the arm says."""
+    if arm.config is None:
+        return
+    counters, whole = cell.counters, cell.keep == DENSE or arm.config.get("verify") == "dense"
+    sparse = counters["selected_tokens"] < counters["available_tokens"]
+    if whole:
+        wrong = sparse
+    else:
+        wrong = not sparse or not counters["sparse_verifies"] or counters["dense_verifies"]
+    if wrong:
+        raise SystemExit(f"{cell.arm} {cell.task} {cell.length} keep {cell.keep}: verified as {counters}")
+
+
+def run_arm(
+    name: str,
+    plan: Plan,
+    writer: items.Writer,
+    checksum: str,
+    out: Path,
+    logs: Path,
+    say: Callable = tqdm.write,
+) -> None:
+    """Ask everything of one arm; out/NAME.jsonl gets a header line, then a line a cell as they are done."""
+    path = out / f"{name}.jsonl"
+    done = _finished(path)
+    todo = [cell for cell in plan.cells() if cell not in done]
+    if not todo:
+        say(f"{name}: all there")
+        return
+    keeps = len(plan.keeps) + 1 if ARMS[name].keeps else 1
+    total = keeps * sum(documents(task, plan) for task, _ in todo)
+    started = time.monotonic()
+    with (
+        start(name, plan, logs) as server,
+        tqdm(total=total, desc=name, mininterval=5) as bar,
+        path.open("a") as file,
+    ):
+        if not done:
+            file.write(json.dumps(header(name, plan, checksum, server)) + "\n")
+        client = Client(server, ARMS[name])
+        for task, length in todo:
+            for cell in measure(client, writer, name, plan, task, length, bar):
+                file.write(json.dumps(asdict(cell)) + "\n")
+            file.flush()
+    say(f"{name}: {time.monotonic() - started:.0f} s")
+
+
+def _finished(path: Path) -> set[tuple[str, int]]:
+    if not path.exists():
+        return set()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {(row["task"], row["length"]) for row in rows if "task" in row}

@@ -1,0 +1,329 @@
+"""Tables and the Pareto plot from result files alone.
+
+    python -m benchmarks.quality.report benchmarks/results/quality
+
+reads FOLDER/*.jsonl and writes FOLDER/report.md and FOLDER/pareto.png. Accuracy is in points (0 to 100),
+every difference is paired with the same server's dense answer to the same item unless it says otherwise,
+and every interval is a 95 % bootstrap interval (stats.py).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.quality.stats import Interval, interval, macro_interval
+
+DENSE = 1.0
+LOSS = "text"
+RIVALS = ("quest", "recent", "random", "oracle", "sts-proportional", "sts-warm", "sts-blend", "sts-full8")
+COLORS = {"sts": "C3", "oracle": "k", "quest": "C0", "recent": "C2", "random": "C7"}
+
+
+class Results:
+    """All cells of a folder by (arm, task, length, keep)."""
+
+    def __init__(self, folder: Path):
+        self.headers: dict[str, dict] = {}
+        self.cells: dict[tuple[str, str, int, float], dict] = {}
+        for path in sorted(folder.glob("*.jsonl")):
+            for line in path.read_text().splitlines():
+                row = json.loads(line)
+                if "task" in row:
+                    self.cells[row["arm"], row["task"], row["length"], row["keep"]] = row
+                else:
+                    self.headers[row["arm"]] = row
+        if not self.cells:
+            raise SystemExit(f"{folder}: no results")
+
+    def _values(self, index: int) -> list:
+        return sorted({key[index] for key in self.cells})
+
+    @cached_property
+    def arms(self) -> list[str]:
+        """STS first, then as in RIVALS."""
+        order = ["sts", *RIVALS, "sts-again", "dense", "stock"]
+        return sorted(self._values(0), key=lambda a: order.index(a) if a in order else len(order))
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        return [task for task in self._values(1) if task != LOSS]
+
+    @cached_property
+    def keeps(self) -> list[float]:
+        return [keep for keep in self._values(3) if keep != DENSE]
+
+    def lengths(self, loss: bool = False) -> list[int]:
+        return sorted({key[2] for key in self.cells if (key[1] == LOSS) == loss})
+
+    def pairs(self, a: tuple[str, float], b: tuple[str, float], task: str, length: int):
+        """(differences of score, groups) of two (arm, keep) on one task; None where one was not measured."""
+        first, second = (self.cells.get((arm, task, length, keep)) for arm, keep in (a, b))
+        if first is None or second is None:
+            return None
+        if first["group"] != second["group"]:
+            raise SystemExit(f"{a} and {b} were not asked the same items of {task} at {length}")
+        return np.subtract(first["score"], second["score"]), first["group"]
+
+    def difference(self, a: tuple[str, float], b: tuple[str, float], length: int) -> Interval | None:
+        """Mean over tasks of the paired difference."""
+        found = [self.pairs(a, b, task, length) for task in self.tasks]
+        return None if not found or None in [f and 1 for f in found] else macro_interval(found)
+
+    def mean(self, arm: str, keep: float, length: int) -> float | None:
+        cells = [self.cells.get((arm, task, length, keep)) for task in self.tasks]
+        return None if None in cells else float(np.mean([np.mean(cell["score"]) for cell in cells]))
+
+    def accept_length(self, arm: str, keep: float, length: int, tasks: Iterable[str]) -> float | None:
+        """Tokens a verify round, the first token (the prefill's) not counted."""
+        cells = [self.cells.get((arm, task, length, keep)) for task in tasks]
+        rounds = sum(sum(cell["rounds"]) for cell in cells if cell)
+        tokens = sum(sum(cell["tokens"]) - len(cell["tokens"]) for cell in cells if cell)
+        return tokens / rounds if rounds else None
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def points(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def signed(found: Interval | None, scale: float = 100, digits: int = 1) -> str:
+    if found is None:
+        return "-"
+    values = (scale * v for v in (found.mean, found.low, found.high))
+    mean, low, high = (f"{v:+.{digits}f}" for v in values)
+    text = f"{mean} [{low}, {high}]"
+    return f"**{text}**" if found.excludes_zero else text
+
+
+def percent(keep: float) -> str:
+    return f"{100 * keep:g} %"
+
+
+def overview(r: Results, length: int) -> str:
+    """Accuracy of every arm and keep beside dense, the worst task, and speculation."""
+    rows = []
+    for arm in (a for a in r.arms if a not in ("stock", "dense")):
+        for keep in r.keeps:
+            accuracy, change = r.mean(arm, keep, length), r.difference((arm, keep), (arm, DENSE), length)
+            if accuracy is None or change is None:
+                continue
+            task, worst = worst_task(r, arm, keep, length)
+            now, dense = (r.accept_length(arm, k, length, r.tasks) for k in (keep, DENSE))
+            speculation = f"{now:.2f} ({now - dense:+.2f})" if now and dense else "-"
+            rows.append(
+                [arm, percent(keep), points(accuracy), signed(change), f"{task} {signed(worst)}", speculation]
+            )
+    return table(
+        ["arm", "keep", "accuracy", "against dense", "worst task", "accept length (against dense)"], rows
+    )
+
+
+def worst_task(r: Results, arm: str, keep: float, length: int) -> tuple[str, Interval]:
+    found = {task: interval(*r.pairs((arm, keep), (arm, DENSE), task, length)) for task in r.tasks}
+    task = min(found, key=lambda t: found[t].mean)
+    return task, found[task]
+
+
+def rivals(r: Results, length: int) -> str:
+    """STS minus the others, at the same keep."""
+    rows = []
+    for arm in (a for a in RIVALS if a in r.arms):
+        found = [r.difference(("sts", keep), (arm, keep), length) for keep in r.keeps]
+        rows.append([arm, *map(signed, found)])
+    return table(["sts minus", *map(percent, r.keeps)], rows)
+
+
+def by_task(r: Results, length: int, keep: float) -> str:
+    arms = [a for a in r.arms if (a, r.tasks[0], length, keep) in r.cells]
+    rows = []
+    for task in r.tasks:
+        dense = r.cells.get(("sts", task, length, DENSE))
+        found = [r.pairs((arm, keep), (arm, DENSE), task, length) for arm in arms]
+        change = [signed(interval(*f)) if f else "-" for f in found]
+        items = len(dense["score"]) if dense else "-"
+        rows.append([task, items, points(np.mean(dense["score"]) if dense else None), *change])
+    return table(["task", "items", "dense", *arms], rows)
+
+
+def by_depth(r: Results, length: int, keep: float) -> str:
+    """Accuracy on all tasks whose facts have a depth, by fifth of the prompt."""
+    arms = [a for a in r.arms if (a, "single", length, keep) in r.cells]
+    tasks = [t for t in r.tasks if t != "shared"]
+    columns = [("dense", "sts", DENSE), *((arm, arm, keep) for arm in arms)]
+    cells = {
+        head: [r.cells[arm, task, length, k] for task in tasks if (arm, task, length, k) in r.cells]
+        for head, arm, k in columns
+    }
+    rows = []
+    for fifth in range(5):
+        means, count = [], 0
+        for found in cells.values():
+            scores = [
+                s
+                for cell in found
+                for s, d in zip(cell["score"], cell["depth"], strict=True)
+                if min(4, int(5 * d)) == fifth
+            ]
+            means.append(points(float(np.mean(scores)) if scores else None))
+            count = max(count, len(scores))
+        rows.append([f"{20 * fifth} to {20 * fifth + 20} %", count, *means])
+    return table(["depth of the farthest fact", "items", *cells], rows)
+
+
+def losses(r: Results) -> str:
+    rows = []
+    for length in r.lengths(loss=True):
+        for arm in r.arms:
+            for keep in r.keeps:
+                found = r.pairs((arm, keep), (arm, DENSE), LOSS, length)
+                if found is None:
+                    continue
+                dense = -np.mean(r.cells[arm, LOSS, length, DENSE]["score"])
+                rise = interval(-found[0] / dense, found[1])
+                now, before = (r.accept_length(arm, k, length, [LOSS]) for k in (keep, DENSE))
+                rows.append(
+                    [
+                        length,
+                        arm,
+                        percent(keep),
+                        f"{dense * (1 + rise.mean):.3f} ({dense:.3f})",
+                        signed(rise, digits=2),
+                        f"{now:.2f} ({now - before:+.2f})" if now and before else "-",
+                    ]
+                )
+    return table(
+        ["context", "arm", "keep", "nats a token (dense)", "change, %", "accept length (against dense)"], rows
+    )
+
+
+def same_outputs(r: Results, a: str, b: str, keeps: Iterable[float]) -> str:
+    """How many outputs of two servers are equal token for token."""
+    equal = total = 0
+    for (arm, task, length, keep), cell in r.cells.items():
+        other = r.cells.get((b, task, length, keep))
+        if arm == a and other and keep in keeps:
+            equal += sum(x == y for x, y in zip(cell["out"], other["out"], strict=True))
+            total += len(cell["out"])
+    return f"{equal} of {total}" if total else "not measured"
+
+
+def noise(r: Results) -> str:
+    rows = []
+    for length in r.lengths():
+        for keep in [*r.keeps, DENSE]:
+            found = r.difference(("sts", keep), ("sts-again", keep), length)
+            rows.append([length, percent(keep), signed(found)])
+    return table(["context", "keep", "sts minus sts-again"], rows)
+
+
+def parity(r: Results) -> str:
+    """Outputs equal token for token."""
+    compared = [
+        ("sts", "sts-again", r.keeps, "sparse"),
+        ("sts", "sts-again", [DENSE], "keep 100 %"),
+        ("sts", "stock", [DENSE], "keep 100 %"),
+        ("dense", "stock", [DENSE], "the mode verify: dense"),
+    ]
+    rows = [[f"`{a}` and `{b}`", how, same_outputs(r, a, b, keeps)] for a, b, keeps, how in compared]
+    return table(["servers", "how", "equal outputs"], rows)
+
+
+def origin(r: Results) -> str:
+    head = next(iter(r.headers.values()))
+    weights = ", ".join(f"{name} {of['weights'][:12]}" for name, of in head["models"].items())
+    commits = sorted({h["commit"] for h in r.headers.values()})
+    said = (
+        f"Device: {head['device']}, {head['dtype']}; torch {head['torch']}, Python {head['python']}; "
+        f"{head['items']} items a task and length; text {head['text']}; weights: {weights}; commits: "
+        f"{', '.join(commits)}."
+    )
+    rows = [
+        [f"`{a}`", h["about"], h["sts"].get("head_map", "-"), h["sts"].get("kernel", "-")]
+        for a, h in r.headers.items()
+    ]
+    return f"{said}\n\n" + table(["arm", "what it is", "head map", "kernel"], rows)
+
+
+def few(r: Results) -> str:
+    least = min(len(cell["score"]) for cell in r.cells.values())
+    return (
+        f"\n**A first look: some cells have {least} items.** No conclusion is drawn from it.\n"
+        if least < 100
+        else ""
+    )
+
+
+def markdown(r: Results) -> str:
+    shown = 0.1 if 0.1 in r.keeps else r.keeps[0]
+    parts = [
+        "# Quality of sparse verify, by selector and budget",
+        __doc__.split("\n\n")[2],
+        few(r),
+        origin(r),
+    ]
+    for length in r.lengths():
+        parts += [
+            f"## {length} tokens",
+            overview(r, length),
+            "### STS against the others",
+            rivals(r, length),
+            f"### By task, keep {percent(shown)}, against dense",
+            by_task(r, length, shown),
+            f"### By depth, keep {percent(shown)}, accuracy",
+            by_depth(r, length, shown),
+        ]
+    if r.lengths(loss=True):
+        parts += ["## Held-out text, forced through the server", losses(r)]
+    parts += ["## Noise and parity", noise(r), parity(r), "![quality against keep](pareto.png)"]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def plot(r: Results, path: Path) -> None:
+    """One curve an arm: accuracy against keep, a panel a length."""
+    from matplotlib.figure import Figure
+
+    lengths = r.lengths()
+    figure = Figure(figsize=(5 * len(lengths), 4), layout="constrained")
+    axes = figure.subplots(1, len(lengths), squeeze=False)[0]
+    for axis, length in zip(axes, lengths, strict=True):
+        for arm in (a for a in r.arms if a in COLORS):
+            means = [r.mean(arm, keep, length) for keep in r.keeps]
+            if None in means:
+                continue
+            axis.plot(r.keeps, [100 * m for m in means], "o-", color=COLORS[arm], label=arm)
+            spread = [r.difference((arm, keep), (arm, DENSE), length) for keep in r.keeps]
+            dense = r.mean(arm, DENSE, length)
+            bounds = [[100 * (dense + getattr(s, side)) for s in spread] for side in ("low", "high")]
+            axis.fill_between(r.keeps, *bounds, color=COLORS[arm], alpha=0.12, linewidth=0)
+        axis.axhline(100 * r.mean("sts", DENSE, length), color="k", linestyle=":", label="dense")
+        axis.set(xscale="log", xlabel="keep (share of the context)", title=f"{length} tokens", ylim=(0, 102))
+        axis.set_xticks(r.keeps, [percent(k) for k in r.keeps])
+        axis.minorticks_off()
+    axes[0].set_ylabel("accuracy, mean of tasks")
+    axes[0].legend()
+    head = next(iter(r.headers.values()))
+    figure.suptitle(f"{head['device']}, {head['items']} items a task and length", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def write(folder: Path) -> None:
+    results = Results(folder)
+    (folder / "report.md").write_text(markdown(results))
+    plot(results, folder / "pareto.png")
+    print(f"{folder / 'report.md'} and pareto.png")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        raise SystemExit(__doc__)
+    write(Path(sys.argv[1]))
