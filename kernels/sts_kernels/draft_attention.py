@@ -3,6 +3,9 @@
 Three launches: a split-KV pass that also stores exp2(logit - running maximum) of the rows, a merge that
 yields outputs and log-sum-exps, and a pooling pass that turns the stored values into probabilities.
 Storing normalised values needs the log-sum-exp, which is known only after the last split.
+
+All passes count by the target's positions: draft key p is the target's token p + SHIFT, and is stored
+there. A block of positions then is aligned in every buffer, and its accesses are 16 bytes wide.
 """
 
 from __future__ import annotations
@@ -10,12 +13,26 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sts_kernels.checks import IMPORTANCE_SCALE, check_draft, expect
 from sts_kernels.reference import SHIFT, Members
-from sts_kernels.verify import LOG2E, _attend, _splits
+from sts_kernels.verify import LOG2E, _attend, _merge, _splits, starts_early
 
-BLOCK = 64
+BLOCK = 64  # columns of a request start at multiples of it
+# What the benches tune, as in verify.py; a pooling program takes `pool_blocks` blocks at a time, and
+# `pool_programs` of them share the context of a (request, channel).
+KNOBS = {
+    "programs": 264,
+    "least": 512,
+    "num_warps": 4,
+    "num_stages": 5,
+    "pool_blocks": 4,
+    "pool_programs": 64,
+    "pool_warps": 4,
+    # What is stored is read once more, soon, and would else be driven out by keys and values.
+    "stored_policy": "evict_last",
+}
 # exp2(logit - running maximum) is at most 1: scaled to the top of float16, its relative precision is
 # 2**-11 down to 2e-9 of the maximum.
 STORED_SCALE = tl.constexpr(2.0**15)
@@ -42,12 +59,15 @@ def draft_attention(
 ) -> torch.Tensor | None:
     """Kernel of `sts_kernels.reference.draft_attention` (see there); graph-safe, no host sync.
 
-    `ctx_start` must be multiples of 64: a block of keys never shares columns with another request.
+    `ctx_start` must be multiples of 64, and so the number of columns: a block of positions never shares
+    columns with another request.
     """
     check_draft(q, carried_q, k_buffer, v_buffer, members, importance, pool_heads, pool_rows)
     expect(
         "draft_attention", importance.dtype == torch.float16, f"importance is {importance.dtype}, not float16"
     )
+    columns = importance.shape[1]
+    expect("draft_attention", columns % BLOCK == 0, f"{columns} columns are no multiple of {BLOCK}")
     bs, kv_heads, dim = seq_lens.numel(), k_buffer.shape[1], k_buffer.shape[2]
     q_heads = (carried_q if q is None else q).shape[1]
     out = None if q is None else torch.empty_like(q)
@@ -55,18 +75,20 @@ def draft_attention(
         return out
     branches = 0 if q is None else q.shape[0] // bs
     queries = branches + (carried_q is not None)
-    group, columns = q_heads // kv_heads, importance.shape[1]
-    rows = max(16, triton.next_power_of_2(queries * group))
-    splits = _splits(bs * kv_heads, req_to_token.shape[1])
+    used = queries * (q_heads // kv_heads)
+    rows = max(16, triton.next_power_of_2(used))
+    splits = _splits(KNOBS, bs * kv_heads, req_to_token.shape[1])
     new = {"device": k_buffer.device}
     partial = torch.empty(bs, kv_heads, splits, rows, dim, dtype=torch.float32, **new)
     stats = torch.empty(bs, kv_heads, splits, rows, 2, dtype=torch.float32, **new)
     lse = torch.empty(bs, kv_heads, rows, dtype=torch.float32, **new)
     capture = members.channels.numel() > 0
-    stored = torch.empty(kv_heads, rows, columns if capture else 1, dtype=torch.float16, **new)
-    peaks = torch.empty(kv_heads, rows, triton.cdiv(columns, BLOCK), dtype=torch.float32, **new)
+    blocks = columns // BLOCK if capture else 0
+    stored = torch.empty(kv_heads, blocks, used, BLOCK, dtype=torch.float16, **new)
+    peaks = torch.empty(kv_heads, blocks, used, dtype=torch.float32, **new)
     shape = {"W": branches, "CARRIED": carried_q is not None, "H_Q": q_heads, "H_KV": kv_heads, "D": dim}
-    shape |= {"ROWS": rows, "SPLITS": splits}
+    early = starts_early(k_buffer.device)
+    shape |= {"ROWS": rows, "USED": used, "EARLY": bool(early)}
     some = carried_q if q is None else q
     _split_kernel[(bs, kv_heads, splits)](
         some if q is None else q,
@@ -88,19 +110,24 @@ def draft_attention(
         k_buffer.stride(0),
         k_buffer.stride(1),
         req_to_token.stride(0),
-        columns,
-        peaks.shape[2],
+        blocks,
+        splits,
         SCRATCH=max(16, triton.next_power_of_2(branches * (step + 1))),
         BLOCK=BLOCK,
         CAPTURE=capture,
-        num_warps=4,
-        num_stages=3,
+        SHIFT=SHIFT,
+        POLICY=KNOBS["stored_policy"],
+        num_warps=KNOBS["num_warps"],
+        num_stages=KNOBS["num_stages"],
         **shape,
     )
-    _merge_kernel[(bs, kv_heads, rows)](partial, stats, lse, some if out is None else out, **shape)
+    splits_p2 = triton.next_power_of_2(splits)
+    _merge_kernel[(bs, kv_heads, used)](
+        partial, stats, lse, some if out is None else out, splits, SPLITS_P2=splits_p2, **shape, **early
+    )
     if not capture:
         return out
-    _pool_kernel[(bs, members.channels.numel(), splits)](
+    _pool_kernel[(bs, members.channels.numel(), KNOBS["pool_programs"])](
         stored,
         peaks,
         lse,
@@ -111,8 +138,7 @@ def draft_attention(
         importance,
         seq_lens,
         ctx_start,
-        columns,
-        peaks.shape[2],
+        blocks,
         importance.stride(0),
         IMPORTANCE_SCALE / (total_rows if pool_rows == "mean" else 1),
         QUERIES=queries,
@@ -126,9 +152,13 @@ def draft_attention(
         H_Q=q_heads,
         H_KV=kv_heads,
         ROWS=rows,
-        SPLITS=splits,
+        USED=used,
+        PROGRAMS=KNOBS["pool_programs"],
+        BLOCKS=KNOBS["pool_blocks"],
         BLOCK=BLOCK,
-        num_warps=4,
+        EARLY=bool(early),
+        num_warps=KNOBS["pool_warps"],
+        **early,
     )
     return out
 
@@ -140,10 +170,10 @@ def _split_kernel(
     carried_len_ptr,
     k_ptr,
     v_ptr,
-    partial_ptr,  # float32 [bs, H_kv, SPLITS, ROWS, D]
-    stats_ptr,  # float32 [bs, H_kv, SPLITS, ROWS, 2]
-    stored_ptr,  # float16 [H_kv, ROWS, columns]
-    peaks_ptr,  # float32 [H_kv, ROWS, columns / BLOCK]
+    partial_ptr,  # float32 [bs, H_kv, splits, ROWS, D]
+    stats_ptr,  # float32 [bs, H_kv, splits, ROWS, 2]
+    stored_ptr,  # float16 [H_kv, blocks of columns, USED, BLOCK]
+    peaks_ptr,  # float32 [H_kv, blocks of columns, USED]
     table_ptr,
     reqs_ptr,
     lens_ptr,
@@ -154,18 +184,21 @@ def _split_kernel(
     stride_slot,
     stride_head,
     stride_table,
-    columns,
     blocks,
+    splits,
     W: tl.constexpr,
     CARRIED: tl.constexpr,
     H_Q: tl.constexpr,
     H_KV: tl.constexpr,
     D: tl.constexpr,
-    ROWS: tl.constexpr,  # (carried + W) * group, padded: the carried row's heads come first
+    ROWS: tl.constexpr,  # USED padded: tiles of tl.dot have at least 16 rows
+    USED: tl.constexpr,  # (carried + W) * group: the carried row's heads come first
     SCRATCH: tl.constexpr,
     BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
     CAPTURE: tl.constexpr,
+    POLICY: tl.constexpr,
+    SHIFT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     b, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H_Q // H_KV
@@ -200,31 +233,35 @@ def _split_kernel(
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D], tl.float32)
-    per_split = tl.cdiv(tl.cdiv(length, BLOCK), SPLITS) * BLOCK
+    # Positions [SHIFT, length + SHIFT), in whole blocks; each block holds a key.
+    end = tl.where(length > 0, length + SHIFT, 0)
+    per_split = tl.cdiv(tl.cdiv(end, BLOCK), splits) * BLOCK
     first = split * per_split
-    last = tl.minimum(first + per_split, length)
-    for block in range(first, last, BLOCK):
+    place = h.to(tl.int64) * blocks + column // BLOCK  # this request's first block
+    for block in range(first, tl.minimum(first + per_split, end), BLOCK):
         offs = block + tl.arange(0, BLOCK)
-        ok = offs < last
-        slots = tl.load(row_ptr + offs, mask=ok, other=0)
-        kv_offs = slots.to(tl.int64) * stride_slot + h * stride_head
-        k = tl.load(k_ptr + kv_offs[:, None] + dims[None, :], mask=ok[:, None], other=0.0)  # [BLOCK, D]
+        ok = (offs >= SHIFT) & (offs < end)
+        slots = tl.load(row_ptr + offs - SHIFT, mask=ok, other=0)
+        kv_offs = slots.to(tl.int64)[:, None] * stride_slot + h * stride_head + dims[None, :]
+        k = tl.load(k_ptr + kv_offs, mask=ok[:, None], other=0.0)  # [BLOCK, D]
         s = tl.where(ok[None, :], tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1))
         fade = tl.exp2(peak - new_peak)
         p = tl.exp2(s - new_peak[:, None])
         if CAPTURE:
-            stored_offs = (h * ROWS + rows[:, None]).to(tl.int64) * columns + column + offs[None, :]
-            stored = tl.where(live[:, None], p * STORED_SCALE, 0.0)
-            tl.store(stored_ptr + stored_offs, stored.to(tl.float16), mask=ok[None, :] & (column >= 0))
-            peak_offs = (h * ROWS + rows).to(tl.int64) * blocks + (column + block) // BLOCK
-            tl.store(peaks_ptr + peak_offs, new_peak, mask=(rows >= 0) & (column >= 0))
+            # The bonus token's position, length, is the tail's, and its block may be another request's.
+            line = (place + block // BLOCK) * USED
+            mine = rows < tl.where((column >= 0) & (block < length), USED, 0)
+            stored = tl.where(live[:, None], p * STORED_SCALE, 0.0).to(tl.float16)
+            lanes = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+            tl.store(stored_ptr + line * BLOCK + lanes, stored, mask=mine[:, None], eviction_policy=POLICY)
+            tl.store(peaks_ptr + line + rows, new_peak, mask=mine)
         if W > 0:
-            v = tl.load(v_ptr + kv_offs[:, None] + dims[None, :], mask=ok[:, None], other=0.0)
+            v = tl.load(v_ptr + kv_offs, mask=ok[:, None], other=0.0)
             acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         norm = norm * fade + tl.sum(p, 1)
         peak = new_peak
-    if (W > 0) & (split == SPLITS - 1):
+    if (W > 0) & (split == splits - 1):
         # Scratch: what ran in a row's own branch, itself included. The carried row ends at L.
         cols = tl.arange(0, SCRATCH)
         ok = cols < W * (step + 1)
@@ -234,8 +271,10 @@ def _split_kernel(
         peak, norm, acc = _attend(
             q, k_ptr, v_ptr, slots, ok, seen, h * stride_head, stride_slot, dims, scale, peak, norm, acc
         )
-    base = ((b * H_KV + h) * SPLITS + split) * ROWS
-    tl.store(partial_ptr + (base + rows[:, None]) * D + dims[None, :], acc)
+    if EARLY:
+        gdc_launch_dependents()
+    base = ((b * H_KV + h) * splits + split) * ROWS
+    tl.store(partial_ptr + (base + rows[:, None]) * D + dims[None, :], acc, mask=(rows < USED)[:, None])
     tl.store(stats_ptr + (base + rows) * 2, peak)
     tl.store(stats_ptr + (base + rows) * 2 + 1, norm)
 
@@ -246,30 +285,29 @@ def _merge_kernel(
     stats_ptr,
     lse_ptr,  # float32 [bs, H_kv, ROWS], log2
     out_ptr,
+    splits,
     W: tl.constexpr,
     CARRIED: tl.constexpr,
     H_Q: tl.constexpr,
     H_KV: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    USED: tl.constexpr,
+    SPLITS_P2: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     b, h, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H_Q // H_KV
     branch = row // GROUP - CARRIED
-    if branch < W:
-        base = ((b * H_KV + h) * SPLITS + tl.arange(0, SPLITS)) * ROWS + row  # [SPLITS]
-        peak = tl.load(stats_ptr + base * 2)
-        top = tl.max(peak, 0)
-        weight = tl.exp2(peak - top)
-        norm = tl.sum(tl.load(stats_ptr + base * 2 + 1) * weight, 0)
-        tl.store(lse_ptr + (b * H_KV + h) * ROWS + row, top + tl.log2(norm))
-        if branch >= 0:
-            dims = tl.arange(0, D)
-            partial = tl.load(partial_ptr + base[:, None] * D + dims[None, :])
-            out = tl.sum(partial * weight[:, None], 0) / norm
-            head = h * GROUP + row % GROUP
-            tl.store(out_ptr + ((b * W + branch) * H_Q + head) * D + dims, out.to(out_ptr.dtype.element_ty))
+    first = (b * H_KV + h) * splits
+    peak, norm, out = _merge(partial_ptr, stats_ptr, first, row, splits, D, ROWS, SPLITS_P2)
+    tl.store(lse_ptr + (b * H_KV + h) * ROWS + row, peak + tl.log2(norm))
+    if (W > 0) & (branch >= 0):
+        place = ((b * W + branch) * H_Q + h * GROUP + row % GROUP) * D + tl.arange(0, D)
+        tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -284,7 +322,6 @@ def _pool_kernel(
     importance_ptr,  # float16 [channels, columns]
     lens_ptr,
     ctx_start_ptr,
-    columns,
     blocks,
     stride_channel,
     factor,
@@ -299,10 +336,15 @@ def _pool_kernel(
     H_Q: tl.constexpr,
     H_KV: tl.constexpr,
     ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    USED: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    b, member, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if EARLY:
+        gdc_wait()
+    b, member, program = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H_Q // H_KV
     length = tl.load(lens_ptr + b).to(tl.int32)
     column = tl.load(ctx_start_ptr + b)
@@ -317,23 +359,29 @@ def _pool_kernel(
     kv = (head // GROUP)[None, :]
     live = (query < QUERIES)[:, None] & speaks[None, :]
     lse = tl.load(lse_ptr + (b * H_KV + kv) * ROWS + row, mask=live, other=0.0)
-    line = (kv * ROWS + row).to(tl.int64)
     head_scale = tl.load(scale_ptr + member)
-    write_ptr = importance_ptr + tl.load(channels_ptr + member).to(tl.int64) * stride_channel + column + SHIFT
+    first_block = column // BLOCK
+    line = (kv.to(tl.int64) * blocks + first_block) * USED + row
+    write_ptr = (
+        importance_ptr + tl.load(channels_ptr + member).to(tl.int64) * stride_channel + first_block * BLOCK
+    )
     overwrite = FIRST & (tl.load(fresh_ptr + member) != 0)
 
-    per_split = tl.cdiv(tl.cdiv(length, BLOCK), SPLITS) * BLOCK
-    first = split * per_split
-    for block in range(first, tl.minimum(first + per_split, length), BLOCK):
-        offs = block + tl.arange(0, BLOCK)
-        ok = offs < length - SHIFT  # the last draft key is the bonus token's: the tail, not the context
-        peak = tl.load(peaks_ptr + line * blocks + (column + block) // BLOCK, mask=live, other=0.0)
+    lanes = tl.arange(0, BLOCK)
+    total = tl.cdiv(length, BLOCK)
+    for start in range(program * BLOCKS, total, PROGRAMS * BLOCKS):
+        block = start + tl.arange(0, BLOCKS)
+        here = block < total
+        lines = line[:, :, None] + block[None, None, :] * USED  # [QUERIES, HEADS, BLOCKS]
+        known = live[:, :, None] & here[None, None, :]
+        peak = tl.load(peaks_ptr + lines, mask=known, other=0.0)
         values = tl.load(
-            stored_ptr + line[:, :, None] * columns + column + offs[None, None, :],
-            mask=live[:, :, None] & ok[None, None, :],
+            stored_ptr + lines[:, :, :, None] * BLOCK + lanes[None, None, None, :],
+            mask=known[:, :, :, None],
             other=0.0,
+            eviction_policy="evict_first",
         ).to(tl.float32)
-        p = values * (tl.exp2(peak - lse) / STORED_SCALE)[:, :, None]  # [QUERIES, HEADS, BLOCK]
+        p = values * (tl.exp2(peak - lse[:, :, None]) / STORED_SCALE)[:, :, :, None]
         if MEAN_HEADS:
             p = tl.sum(p, 1) * head_scale
         else:
@@ -342,10 +390,15 @@ def _pool_kernel(
             p = tl.sum(p, 0)
         else:
             p = tl.max(p, 0)
-        p = p * factor
-        old = tl.load(write_ptr + offs, mask=ok & (overwrite == 0), other=0.0).to(tl.float32)
+        p = p * factor  # [BLOCKS, BLOCK]
+        # Whole blocks are written: positions before SHIFT and past the context with what they held. A mask
+        # by position would split every access into single scores.
+        offs = block[:, None] * BLOCK + lanes[None, :]
+        edge = (block == 0) | ((block + 1) * BLOCK > length)
+        old = tl.load(write_ptr + offs, mask=(here & (edge | (overwrite == 0)))[:, None], other=0.0)
         if MEAN_ROWS:
-            p = old + p
+            new = tl.where(overwrite, 0.0, old.to(tl.float32)) + p
         else:
-            p = tl.maximum(old, p)
-        tl.store(write_ptr + offs, p.to(tl.float16), mask=ok)
+            new = tl.maximum(tl.where(overwrite, 0.0, old.to(tl.float32)), p)
+        new = tl.where((offs >= SHIFT) & (offs < length), new.to(tl.float16), old)
+        tl.store(write_ptr + offs, new, mask=here[:, None])

@@ -8,6 +8,9 @@ import triton.language as tl
 
 from sts_kernels.checks import check_select, expect
 
+# What the benches tune.
+KNOBS = {"BLOCK": 4096, "num_warps": 16}
+ALIGN = 64  # of columns: scores are read 16 bytes at a time where requests start at multiples of it
 UNKNOWN = tl.constexpr(0x7C01)  # float16 bits above those of infinity are NaN
 
 
@@ -25,7 +28,10 @@ def select_tokens(
     kv_count: torch.Tensor,
     top_p: torch.Tensor | None = None,
 ) -> None:
-    """Kernel of `sts_kernels.reference.select_tokens` (see there); graph-safe, no host sync."""
+    """Kernel of `sts_kernels.reference.select_tokens` (see there); graph-safe, no host sync.
+
+    `ctx_start` must be multiples of 64 where the number of columns is one.
+    """
     check_select(importance, budgets, kv_start, kv_count)
     expect(
         "select_tokens", importance.dtype == torch.float16, f"importance is {importance.dtype}, not float16"
@@ -51,16 +57,18 @@ def select_tokens(
         SINK=sink,
         RECENT=recent,
         FORCED=triton.next_power_of_2(sink + recent),
-        BLOCK=2048,
-        num_warps=8,
+        ALIGN=ALIGN if importance.stride(0) % ALIGN == 0 else 1,
+        **KNOBS,
     )
 
 
 @triton.jit
-def _keys(row_ptr, offs, first, last):
+def _keys(row_ptr, offs, first, last, ALIGN: tl.constexpr):
     """Order-preserving int32 keys of non-negative float16 scores (NaN, unknown, above all); and validity."""
-    ok = (offs >= first) & (offs < last)
-    return tl.load(row_ptr + offs, mask=ok, other=0).to(tl.int32) & 0xFFFF, ok
+    # Up to the end of the last ALIGN columns, which are this request's: a mask by position would split
+    # the access into single scores.
+    key = tl.load(row_ptr + offs, mask=offs // ALIGN * ALIGN < last, other=0).to(tl.int32) & 0xFFFF
+    return key, (offs >= first) & (offs < last)
 
 
 @triton.jit
@@ -73,12 +81,12 @@ def _threshold_bin(counts, wanted):
 
 
 @triton.jit
-def _mass(row_ptr, begin, end, least, BLOCK: tl.constexpr):
+def _mass(row_ptr, begin, end, least, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
     """Sum of the scores with a key of at least `least` in [begin, end), and how many; NaN has no mass."""
     total = 0.0
     number = 0
     for block in range(0, end, BLOCK):
-        key, ok = _keys(row_ptr, block + tl.arange(0, BLOCK), begin, end)
+        key, ok = _keys(row_ptr, block + tl.arange(0, BLOCK), begin, end, ALIGN)
         inside = ok & (key >= least)
         value = key.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         total += tl.sum(tl.where(inside & (key < UNKNOWN), value, 0.0), 0)
@@ -87,21 +95,21 @@ def _mass(row_ptr, begin, end, least, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _top_p_wanted(row_ptr, length, first, last, top_p, BLOCK: tl.constexpr):
+def _top_p_wanted(row_ptr, length, first, last, top_p, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
     """Free tokens of the smallest set with `top_p` of the mass: bisects the threshold key."""
-    total, _ = _mass(row_ptr, 1, length, 0, BLOCK)
-    free, free_number = _mass(row_ptr, first, last, 0, BLOCK)
-    _, unknown = _mass(row_ptr, first, last, UNKNOWN, BLOCK)
+    total, _ = _mass(row_ptr, 1, length, 0, ALIGN, BLOCK)
+    free, free_number = _mass(row_ptr, first, last, 0, ALIGN, BLOCK)
+    _, unknown = _mass(row_ptr, first, last, UNKNOWN, ALIGN, BLOCK)
     missing = top_p * total - (total - free)  # what the free tokens have to bring
     low = 0
     high = UNKNOWN
     for _ in range(15):
         middle = (low + high) // 2
-        held, _ = _mass(row_ptr, first, last, middle, BLOCK)
+        held, _ = _mass(row_ptr, first, last, middle, ALIGN, BLOCK)
         enough = held >= missing
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
-    above, number = _mass(row_ptr, first, last, low + 1, BLOCK)
+    above, number = _mass(row_ptr, first, last, low + 1, ALIGN, BLOCK)
     value = low.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     ties = tl.where(value > 0, tl.ceil((missing - above) / tl.maximum(value, 1e-30)), 0.0).to(tl.int32)
     return tl.where(missing <= 0, unknown, tl.minimum(number + tl.maximum(ties, 0), free_number))
@@ -126,6 +134,7 @@ def _select_kernel(
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     FORCED: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     b, c = tl.program_id(0), tl.program_id(1)
@@ -133,7 +142,7 @@ def _select_kernel(
     if count < 0:
         return
     length = tl.load(lens_ptr + b).to(tl.int32)
-    row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(ctx_start_ptr + b)
+    row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(ctx_start_ptr + b) // ALIGN * ALIGN
     slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
     out_ptr = indices_ptr + tl.load(start_ptr + b * channels + c)
     first, last = SINK, length - RECENT
@@ -141,7 +150,7 @@ def _select_kernel(
     if TOP_P:
         top_p = tl.load(top_p_ptr + b)
         if top_p < float("inf"):
-            wanted = tl.minimum(wanted, _top_p_wanted(row_ptr, length, first, last, top_p, BLOCK))
+            wanted = tl.minimum(wanted, _top_p_wanted(row_ptr, length, first, last, top_p, ALIGN, BLOCK))
             tl.store(count_ptr + b * channels + c, SINK + RECENT + wanted)
 
     forced = tl.arange(0, FORCED)
@@ -154,17 +163,14 @@ def _select_kernel(
     # High byte, then low byte within its bin: the threshold key, exactly.
     high = tl.zeros([256], tl.int32)
     for block in range(0, last, BLOCK):
-        key, ok = _keys(row_ptr, block + tl.arange(0, BLOCK), first, last)
-        high += tl.histogram(key >> 8, 256)
-        high -= tl.where(tl.arange(0, 256) == 0, tl.sum(1 - ok.to(tl.int32), 0), 0)
+        key, ok = _keys(row_ptr, block + tl.arange(0, BLOCK), first, last, ALIGN)
+        high += tl.histogram(key >> 8, 256, mask=ok)
     high_bin, above = _threshold_bin(high, wanted)
     wanted_low = wanted - above
     low = tl.zeros([256], tl.int32)
     for block in range(0, last, BLOCK):
-        key, ok = _keys(row_ptr, block + tl.arange(0, BLOCK), first, last)
-        inside = ok & ((key >> 8) == high_bin)
-        low += tl.histogram(tl.where(inside, key & 255, 0), 256)
-        low -= tl.where(tl.arange(0, 256) == 0, tl.sum(1 - inside.to(tl.int32), 0), 0)
+        key, ok = _keys(row_ptr, block + tl.arange(0, BLOCK), first, last, ALIGN)
+        low += tl.histogram(key & 255, 256, mask=ok & ((key >> 8) == high_bin))
     low_bin, above_low = _threshold_bin(low, wanted_low)
     threshold = high_bin * 256 + low_bin
     ties = wanted_low - above_low
@@ -175,7 +181,7 @@ def _select_kernel(
     blocks = tl.cdiv(last, BLOCK)
     for i in range(0, blocks):
         offs = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-        key, ok = _keys(row_ptr, offs, first, last)
+        key, ok = _keys(row_ptr, offs, first, last, ALIGN)
         equal = (ok & (key == threshold)).to(tl.int32)
         rank = tied + tl.cumsum(equal, 0, reverse=True)
         take = (ok & ((key > threshold) | ((equal == 1) & (rank <= ties)))).to(tl.int32)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sts_kernels.checks import check_verify
 
 LOG2E = 1.4426950408889634
+# What the benches tune. `programs` over (request, KV head) pairs gives the splits, each of at least
+# `least` tokens of a full context. Slots, then keys and values are loaded ahead: with five stages two
+# blocks of keys and values are in flight, with three only one.
+KNOBS = {"BLOCK": 64, "programs": 264, "least": 512, "num_warps": 4, "num_stages": 5}
 
 
 def sparse_verify_attention(
@@ -34,13 +41,14 @@ def sparse_verify_attention(
     bs, tokens, q_heads, dim = q.shape
     kv_heads = k_buffer.shape[1]
     rows = max(16, triton.next_power_of_2(tokens * (q_heads // kv_heads)))
-    splits = _splits(bs * kv_heads, req_to_token.shape[1])
+    splits = _splits(KNOBS, bs * kv_heads, req_to_token.shape[1])
     out = torch.empty_like(q)
     if bs == 0:
         return out
     partial = torch.empty(bs, kv_heads, splits, rows, dim, dtype=torch.float32, device=q.device)
     stats = torch.empty(bs, kv_heads, splits, rows, 2, dtype=torch.float32, device=q.device)
-    shape = {"T": tokens, "H_Q": q_heads, "H_KV": kv_heads, "D": dim, "ROWS": rows, "SPLITS": splits}
+    shape = {"T": tokens, "H_Q": q_heads, "H_KV": kv_heads, "D": dim, "ROWS": rows}
+    early = starts_early(q.device)
     _split_kernel[(bs, kv_heads, splits)](
         q,
         k_buffer,
@@ -61,21 +69,33 @@ def sparse_verify_attention(
         k_buffer.stride(0),
         k_buffer.stride(1),
         req_to_token.stride(0),
-        BLOCK=64,
+        splits,
         TAIL=max(16, triton.next_power_of_2(tokens)),
-        num_warps=4,
-        num_stages=3,
+        BLOCK=KNOBS["BLOCK"],
+        EARLY=bool(early),
+        num_warps=KNOBS["num_warps"],
+        num_stages=KNOBS["num_stages"],
         **shape,
     )
-    _merge_kernel[(bs, tokens, q_heads)](partial, stats, out, **shape)
+    splits_p2 = triton.next_power_of_2(splits)
+    _merge_kernel[(bs, tokens, q_heads)](
+        partial, stats, out, splits, SPLITS_P2=splits_p2, EARLY=bool(early), **shape, **early
+    )
     return out
 
 
-def _splits(programs: int, max_context: int) -> int:
-    """KV splits of a (request, KV head): enough programs for two waves of 132 SMs, never below 1,024
-    tokens of a full context, a power of two for the merge."""
-    wanted = triton.next_power_of_2(max(1, 264 // max(1, programs)))
-    return max(1, min(wanted, triton.next_power_of_2(max_context // 1024), 64))
+def _splits(knobs: dict[str, int], pairs: int, max_context: int) -> int:
+    """KV splits of each of so many (request, KV head) pairs; at most 64, what a merge holds in registers."""
+    return max(1, min(knobs["programs"] // max(1, pairs), max_context // knobs["least"], 64))
+
+
+@functools.cache
+def starts_early(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel that may start while the one before it ends (from sm_90), and waits in
+    it for that one's results: its launch then costs nothing. Triton's interpreter knows no such option."""
+    if device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)):
+        return {}
+    return {"launch_pdl": True}
 
 
 @triton.jit
@@ -85,13 +105,13 @@ def _attend(
     """One online-softmax step over a block of slots; `seen` [ROWS, BLOCK] masks."""
     kv_offs = slots.to(tl.int64) * stride_slot + head_offset
     k = tl.load(k_ptr + kv_offs[:, None] + dims[None, :], mask=ok[:, None], other=0.0)  # [BLOCK, D]
+    v = tl.load(v_ptr + kv_offs[:, None] + dims[None, :], mask=ok[:, None], other=0.0)
     s = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(s, 1))
     # A row that has seen nothing yet has no maximum: keep the exponents finite, its sum stays 0.
     safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     fade = tl.exp2(peak - safe)
     p = tl.exp2(s - safe[:, None])
-    v = tl.load(v_ptr + kv_offs[:, None] + dims[None, :], mask=ok[:, None], other=0.0)
     acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
     return new_peak, norm * fade + tl.sum(p, 1), acc
 
@@ -101,8 +121,8 @@ def _split_kernel(
     q_ptr,  # [bs, T, H_q, D]
     k_ptr,  # [slots, H_kv, D]
     v_ptr,
-    partial_ptr,  # float32 [bs, H_kv, SPLITS, ROWS, D]
-    stats_ptr,  # float32 [bs, H_kv, SPLITS, ROWS, 2]: maximum in log2, sum
+    partial_ptr,  # float32 [bs, H_kv, splits, ROWS, D]
+    stats_ptr,  # float32 [bs, H_kv, splits, ROWS, 2]: maximum in log2, sum
     indices_ptr,
     start_ptr,  # [bs, channels]
     count_ptr,  # [bs, channels], -1: the whole context
@@ -117,6 +137,7 @@ def _split_kernel(
     stride_slot,
     stride_head,
     stride_table,
+    splits,
     T: tl.constexpr,
     H_Q: tl.constexpr,
     H_KV: tl.constexpr,
@@ -124,7 +145,7 @@ def _split_kernel(
     ROWS: tl.constexpr,  # T * group, padded to a power of two of at least 16
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,  # T padded to a power of two of at least 16
-    SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     b, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H_Q // H_KV
@@ -133,12 +154,12 @@ def _split_kernel(
     count = tl.load(count_ptr + b * channels + channel)
     req = tl.load(reqs_ptr + b).to(tl.int64)
     row_ptr = table_ptr + req * stride_table
+    # Loaded beside the count, used or not: one latency less before the first block.
+    list_ptr = indices_ptr + tl.load(start_ptr + b * channels + channel)
+    total = count
     if count < 0:
         total = length
         list_ptr = row_ptr
-    else:
-        total = count
-        list_ptr = indices_ptr + tl.load(start_ptr + b * channels + channel)
     if (split == 0) & (req > 0):  # slot 0 is the padding of CUDA graphs
         tl.atomic_add(attended_ptr, total.to(tl.int64))
         tl.atomic_add(attended_ptr + 1, length.to(tl.int64))
@@ -153,9 +174,9 @@ def _split_kernel(
     norm = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D], tl.float32)
 
-    per_split = tl.cdiv(tl.cdiv(total, BLOCK), SPLITS) * BLOCK
-    first = split * per_split
-    last = tl.minimum(first + per_split, total)
+    # Equal numbers of tokens, not of blocks: what is masked in a block is not read.
+    first = total * split // splits
+    last = total * (split + 1) // splits
     for block in range(first, last, BLOCK):
         offs = block + tl.arange(0, BLOCK)
         ok = offs < last
@@ -175,7 +196,7 @@ def _split_kernel(
             norm,
             acc,
         )
-    if split == SPLITS - 1:
+    if split == splits - 1:
         # The tail: the draft tokens themselves, each seeing what its row of the mask allows.
         cols = tl.arange(0, TAIL)
         ok = cols < T
@@ -188,8 +209,10 @@ def _split_kernel(
         peak, norm, acc = _attend(
             q, k_ptr, v_ptr, slots, ok, seen != 0, h * stride_head, stride_slot, dims, scale, peak, norm, acc
         )
-    base = ((b * H_KV + h) * SPLITS + split) * ROWS
-    tl.store(partial_ptr + (base + rows[:, None]) * D + dims[None, :], acc)
+    if EARLY:
+        gdc_launch_dependents()
+    base = ((b * H_KV + h) * splits + split) * ROWS
+    tl.store(partial_ptr + (base + rows[:, None]) * D + dims[None, :], acc, mask=row_ok[:, None])
     tl.store(stats_ptr + (base + rows) * 2, peak)
     tl.store(stats_ptr + (base + rows) * 2 + 1, norm)
 
@@ -199,22 +222,46 @@ def _merge_kernel(
     partial_ptr,
     stats_ptr,
     out_ptr,  # [bs, T, H_q, D]
+    splits,
     T: tl.constexpr,
     H_Q: tl.constexpr,
     H_KV: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS_P2: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
     b, token, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H_Q // H_KV
     row = token * GROUP + head % GROUP
-    dims = tl.arange(0, D)
-    base = ((b * H_KV + head // GROUP) * SPLITS + tl.arange(0, SPLITS)) * ROWS + row  # [SPLITS]
-    peak = tl.load(stats_ptr + base * 2)
-    norm = tl.load(stats_ptr + base * 2 + 1)
+    first = (b * H_KV + head // GROUP) * splits
     # Every row sees itself in the tail, so one split at least has a finite maximum.
-    weight = tl.exp2(peak - tl.max(peak, 0))
-    partial = tl.load(partial_ptr + base[:, None] * D + dims[None, :])
-    out = tl.sum(partial * weight[:, None], 0) / tl.sum(norm * weight, 0)
+    _, _, out = _merge(partial_ptr, stats_ptr, first, row, splits, D, ROWS, SPLITS_P2)
+    dims = tl.arange(0, D)
     tl.store(out_ptr + ((b * T + token) * H_Q + head) * D + dims, out.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _merge(
+    partial_ptr,
+    stats_ptr,
+    first,
+    row,
+    splits,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS_P2: tl.constexpr,
+):
+    """Maximum (log2), sum and output [D] of one row over its splits, the first of which is `first`."""
+    split = tl.arange(0, SPLITS_P2)
+    ok = split < splits
+    base = (first + split) * ROWS + row  # [SPLITS_P2]
+    peak = tl.load(stats_ptr + base * 2, mask=ok, other=float("-inf"))
+    norm = tl.load(stats_ptr + base * 2 + 1, mask=ok, other=0.0)
+    partial = tl.load(partial_ptr + base[:, None] * D + tl.arange(0, D)[None, :], mask=ok[:, None], other=0.0)
+    top = tl.max(peak, 0)
+    weight = tl.exp2(peak - top)
+    total = tl.sum(norm * weight, 0)
+    return top, total, tl.sum(partial * weight[:, None], 0) / total
