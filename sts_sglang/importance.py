@@ -196,7 +196,8 @@ def members_by_layer(head_map: HeadMap, device: str) -> dict[int, Members]:
         for layer in sorted({layer for layer, _ in sources}):
             heads = [head for source, head in sources if source == layer]
             fed.setdefault(layer, []).append((channel, heads))
-    first = [min(layer for layer, _ in sources) for sources in head_map.channels]
+    # A channel without sources is fed by none: its row stays zero, and of equal scores the later wins.
+    first = [min((layer for layer, _ in sources), default=-1) for sources in head_map.channels]
     members = {}
     for layer, entries in sorted(fed.items()):
         most = max(len(heads) for _, heads in entries)
