@@ -85,7 +85,7 @@ class RoundState:
             self.carried_q[layer][reqs] = q
             self.carried_len[reqs] = committed
             if prefill and self.history is not None:
-                self.history.fresh_request[reqs] = True
+                self.history.fresh_request.index_fill_(0, reqs, True)
 
     def columns(self, seq_lens: torch.Tensor) -> torch.Tensor:
         """int64 [bs] first column of each request, -1 where its context does not fit."""
@@ -160,7 +160,8 @@ class SlotHistory:
 
     def forget(self, slots: torch.Tensor) -> None:
         """The target writes these slots now."""
-        self.remembered[:, slots] = UNKNOWN
+        # index_fill_, here and below: assigning a Python number copies it from the host, which no graph holds.
+        self.remembered.index_fill_(1, slots, UNKNOWN)
 
     def blend(self, ops, importance, starts, seq_lens, reqs, table: torch.Tensor) -> None:
         """Mix memory into the importance of a verify batch and remember the batch; starts -1: not known."""
@@ -168,7 +169,7 @@ class SlotHistory:
         weight = torch.full_like(seq_lens, self.config.history_weight, dtype=torch.float32)
         if self.config.history == "warm":
             weight = weight * self.fresh_request[reqs]
-        self.fresh_request[reqs] = False
+        self.fresh_request.index_fill_(0, reqs, False)
         ops.blend_history(
             importance,
             starts,
