@@ -319,7 +319,7 @@ SETTINGS: dict[str, tuple] = {
     "sink": (1, MAX_TOKENS, int),
     "recent": (1, MAX_TOKENS, int),
     "heads": (1, MAX_SOURCES, int),
-    "band": (0, MAX_SOURCES * MAX_SOURCES, int),
+    "band": (0, 9999, int),
     "dense_below": (0, 1),
     "pool": ("auto", *POOLS),
     "dtype": ("float32", "bfloat16", "float16"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from sts_sglang import cli, fingerprint, headmap, tiny_pair
 from sts_sglang.calibrate import search
-from sts_sglang.calibrate.record import Pair, Record, choose_windows
+from sts_sglang.calibrate.record import Pair, Record, Table, choose_windows, disk_bytes
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.headmap import HeadCounts, HeadMap
 from tests.oracle import Eagle3Draft
 
+ROOT = Path(__file__).parents[1]
 TOKENS = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(3)).tolist()
 WINDOWS = [120, 171, 196]
 CONFIG = StsConfig(keep=0.2, budget=0, sink=2, recent=8)
@@ -38,7 +42,8 @@ def test_windows_hold_the_attention_of_eager_transformers(pair):
     record = Pair(str(pair["target"]), str(pair["draft"])).record("x", TOKENS, WINDOWS)
     _, target, _ = attentions(pair["target"], TOKENS)
     _, draft, _ = attentions(pair["draft"], TOKENS[1:])
-    for t, mass, scores in zip(WINDOWS, record.mass, record.scores, strict=True):
+    for i, t in enumerate(WINDOWS):
+        mass, scores = record.mass.read(i), {pool: table.read(i) for pool, table in record.scores.items()}
         for layer in range(4):
             for kv in range(2):
                 expected = target[layer, 2 * kv : 2 * kv + 2, t : t + 4, :t].mean((0, 1))
@@ -47,9 +52,10 @@ def test_windows_hold_the_attention_of_eager_transformers(pair):
             for head in range(4):
                 # Token n is row n - 1 of the draft, and position p its key p - 1.
                 rows = [draft[layer, head, token - 1] for token in (t, t + 1, t + 2)]
-                expected = [0.0] + [max(float(row[p - 1]) for row in rows) for p in range(1, t)]
-                found = scores[4 * layer + head]
-                torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-4)
+                for pool, join in (("max", max), ("mean", lambda shares: sum(shares) / 3)):
+                    expected = [0.0] + [join([float(row[p - 1]) for row in rows]) for p in range(1, t)]
+                    found = scores[pool][4 * layer + head]
+                    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-4)
 
 
 def test_eagle3_head_as_the_oracle_runs_it(pair):
@@ -61,72 +67,223 @@ def test_eagle3_head_as_the_oracle_runs_it(pair):
     with torch.no_grad():
         states = head.project([h[:-1] for h in hidden])
         _, _, (attention,) = head(TOKENS[1:], states, list(range(count)), mask)
-    for t, scores in zip(WINDOWS, record.scores, strict=True):
+    for i, t in enumerate(WINDOWS):
         expected = attention[:, t - 1 : t + 2, : t - 1].amax(1)
-        torch.testing.assert_close(scores[:, 1:], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(record.scores["max"].read(i)[:, 1:], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_eagle_head_runs(pair):
     record = Pair(str(pair["target"]), str(pair["eagle"])).record("x", TOKENS, WINDOWS)
-    assert [tuple(s.shape) for s in record.scores] == [(4, t) for t in WINDOWS]
-    assert all(float(s.sum(1).min()) > 0.5 for s in record.scores)
+    scores = [record.scores["mean"].read(i) for i in range(len(WINDOWS))]
+    assert [tuple(s.shape) for s in scores] == [(4, t) for t in WINDOWS]
+    assert all(float(s.sum(1).min()) > 0.5 for s in scores)
 
 
-def test_recall_by_brute_force(pair):
+def best(values, free, k):
+    """The k highest of the positions `free`."""
+    return set(sorted(free, key=lambda p: -float(values[p]))[:k])
+
+
+def frees_of(t):
+    return range(2, t - 8), CONFIG.budget_for(t) - 10
+
+
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_recall_by_brute_force(pair, pool):
     found = Pair(str(pair["target"]), str(pair["draft"]))
     record = found.record("x", TOKENS, WINDOWS)
-    scores = search.score(search.frees([record], CONFIG))
+    scores = search.score(search.frees([record], CONFIG), found.target_counts, pool)
     for row, candidate in ((0, 0), (5, 7), (7, 2)):
         recall = jaccard = 0.0
-        for t, mass, score in zip(WINDOWS, record.mass, record.scores, strict=True):
-            free = range(2, t - 8)
-            k = CONFIG.budget_for(t) - 10
-            chosen, wanted = (
-                set(sorted(free, key=lambda p, v=v: -float(v[p]))[:k]) for v in (score[candidate], mass[row])
-            )
+        for i, t in enumerate(WINDOWS):
+            mass, score = record.mass.read(i), record.scores[pool].read(i)
+            free, k = frees_of(t)
+            chosen, wanted = (best(v, free, k) for v in (score[candidate], mass[row]))
             recall += sum(float(mass[row][p]) for p in chosen) / sum(float(mass[row][p]) for p in free)
             jaccard += len(chosen & wanted) / len(chosen | wanted)
         assert float(scores.recall[row, candidate]) == pytest.approx(recall / 3, abs=1e-4)
         assert float(scores.jaccard[row, candidate]) == pytest.approx(jaccard / 3, abs=1e-4)
 
 
-def planted(seed: int, target: HeadCounts, draft: HeadCounts, speakers: list[int]) -> list[Record]:
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_recall_of_a_map_by_brute_force(pair, pool):
+    """Several heads, one of them twice, one target head with the latest tokens; and the bounds beside it."""
+    found = Pair(str(pair["target"]), str(pair["draft"]))
+    target, draft = found.target_counts, found.draft_counts
+    record = found.record("x", TOKENS, WINDOWS)
+    windows = search.frees([record], CONFIG)
+    sources = [[((0, 1), (1, 2)), ()], [((1, 3), (1, 3), (0, 0)), ((0, 2),)]] * 2
+    head_map = HeadMap(tuple(map(tuple, sources)), "x", pool)
+    recall = search.recall_of(head_map, windows, target, draft)
+    oracle, latest = search.oracle(windows, target), search.latest(windows, target)
+    single, outside = search.best_single(windows, target), search.outside(windows, target)
+    for i, t in enumerate(WINDOWS):
+        mass, score = record.mass.read(i), record.scores[pool].read(i)
+        every = [table.read(i) for table in record.scores.values()]
+        free, k = frees_of(t)
+        for layer in range(4):
+            for h in range(2):
+                own = mass[2 * layer + h]
+                all_ = sum(float(own[p]) for p in free)
+
+                def share(values, own=own, all_=all_, free=free, k=k):
+                    return sum(float(own[p]) for p in best(values, free, k)) / all_
+
+                heads = [score[4 * d + q] for d, q in sources[layer][h]]
+                values = torch.arange(t)
+                if heads:
+                    values = torch.stack(heads).amax(0) if pool == "max" else sum(heads)
+                at = (i, layer, h)
+                assert float(recall[at]) == pytest.approx(share(values), abs=1e-4)
+                assert float(oracle[at]) == pytest.approx(share(own), abs=1e-4)
+                assert float(latest[at]) == pytest.approx(share(torch.arange(t)), abs=1e-4)
+                assert float(single[at]) == pytest.approx(max(share(v) for s in every for v in s), abs=1e-4)
+                assert float(outside[at]) == pytest.approx(all_, abs=1e-4)
+
+
+def planted(seed: int, target: HeadCounts, draft: HeadCounts, speakers: list[int], domain="x"):
     """Draft heads of noise, except that target head i is a noisy copy of draft head speakers[i]."""
     draw = torch.Generator().manual_seed(seed)
     scores = [torch.rand(draft.layers * draft.q_heads, t, generator=draw) ** 8 for t in (300, 400)]
     mass = [s[speakers] + 0.01 * torch.rand(len(speakers), s.shape[1], generator=draw) for s in scores]
     assert len(speakers) == target.layers * target.kv_heads
-    return [Record("x", [300, 400], 404, mass, scores)]
+    return scores, mass, domain
 
 
-def test_a_permutation_of_unequal_head_counts_is_found_and_is_near_the_oracle():
+def recorded(scores, mass, domain="x"):
+    table = Table.of(scores)
+    return Record(domain, [300, 400], 404, Table.of(mass), {"max": table, "mean": table})
+
+
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_a_permutation_of_unequal_head_counts_is_found_and_is_near_the_oracle(pool):
     target, draft = HeadCounts(3, 6, 3), HeadCounts(2, 7, 1)
     speakers = [13, 2, 8, 0, 5, 11, 7, 12, 3]
-    windows = search.frees(planted(0, target, draft, speakers), CONFIG)
-    head_map = search.search(windows, search.score(windows), target, draft, None, 4)
-    assert [heads for layer in head_map.sources for heads in layer] == [(divmod(s, 7),) for s in speakers]
-    recall = search.recall_of(head_map, windows, draft)
-    assert torch.allclose(recall.flatten(), search.oracle(windows), atol=0.01)
+    windows = search.frees([recorded(*planted(0, target, draft, speakers))], CONFIG)
+    found = search.best_map(windows, target, draft, None, 4, (pool,))
+    sources = [set(heads) for layer in found.head_map.sources for heads in layer]
+    assert sources == [{divmod(s, 7)} for s in speakers] and found.head_map.pool == pool
+    recall = search.recall_of(found.head_map, windows, target, draft)
+    assert torch.allclose(recall, search.oracle(windows, target), atol=0.02)
+    torch.testing.assert_close(recall.mean(0), found.recall)
     assert float(recall.min()) > 2 * search.random(windows)
 
 
 def test_the_band_limits_the_draft_layers():
     target, draft = HeadCounts(4, 2, 2), HeadCounts(4, 2, 2)
-    windows = search.frees(planted(1, target, draft, list(reversed(range(8)))), CONFIG)
-    head_map = search.search(windows, search.score(windows), target, draft, 1, 4)
+    windows = search.frees([recorded(*planted(1, target, draft, list(reversed(range(8)))))], CONFIG)
+    head_map = search.best_map(windows, target, draft, 1).head_map
     for t, layer in enumerate(head_map.sources):
         assert all(abs(d - t) <= 1 for heads in layer for d, _ in heads)
 
 
 def test_a_head_that_follows_two_gets_both_and_not_more_than_allowed():
     target, draft = HeadCounts(1, 1, 1), HeadCounts(1, 6, 1)
-    records = planted(2, target, draft, [4])
-    for scores, mass in zip(records[0].scores, records[0].mass, strict=True):
-        mass[0] = torch.maximum(scores[1], scores[4])
-    windows = search.frees(records, CONFIG)
+    scores, mass, _ = planted(2, target, draft, [4])
+    for score, own in zip(scores, mass, strict=True):
+        own[0] = torch.maximum(score[1], score[4])
+    windows = search.frees([recorded(scores, mass)], CONFIG)
     for heads, expected in ((4, {1, 4}), (1, None)):
-        sources = search.search(windows, search.score(windows), target, draft, None, heads).sources[0][0]
+        sources = search.best_map(windows, target, draft, None, heads, ("max",)).head_map.sources[0][0]
         assert {q for _, q in sources} == expected if expected else len(sources) == 1
+
+
+def test_under_the_mean_a_head_that_counts_more_is_taken_more_often():
+    target, draft = HeadCounts(1, 1, 1), HeadCounts(1, 6, 1)
+    scores, mass, _ = planted(3, target, draft, [4])
+    for score, own in zip(scores, mass, strict=True):
+        own[0] = 2 * score[1] + score[4]
+    windows = search.frees([recorded(scores, mass)], CONFIG)
+    found = search.best_map(windows, target, draft, None, 4)
+    assert found.head_map.pool == "mean"  # the better of both for this
+    assert [q for _, q in found.head_map.sources[0][0]] == [1, 1, 4]
+
+
+def near_end(mass):
+    """As much to the end of the context as is needed that the latest tokens win."""
+    for own in mass:
+        own[1:, -60:] += 5.0
+
+
+def test_heads_take_the_latest_tokens_where_they_win_in_every_domain_and_never_all():
+    target, draft = HeadCounts(1, 3, 3), HeadCounts(1, 6, 1)
+    both = [planted(seed, target, draft, [4, 2, 3], domain) for seed, domain in ((4, "a"), (5, "b"))]
+    near_end(both[0][1])
+
+    def sources():
+        windows = search.frees([recorded(*text) for text in both], CONFIG)
+        found = search.best_map(windows, target, draft)
+        recall = search.recall_of(found.head_map, windows, target, draft)
+        torch.testing.assert_close(recall.mean(0), found.recall)
+        return found.head_map.sources[0]
+
+    assert [bool(own) for own in sources()] == [True, True, True]  # one domain only
+    near_end(both[1][1])
+    assert [bool(own) for own in sources()] == [True, False, False]
+    for _, mass, _ in both:
+        for own in mass:
+            own[0, -60:] += 4.0
+    assert [bool(own) for own in sources()] == [True, False, False]  # the least gain keeps its draft head
+
+
+def test_tables_give_back_what_was_written():
+    draw = torch.Generator().manual_seed(0)
+    values = [torch.rand(9, t, generator=draw) for t in (5, 8, 3)]
+    table = Table(9, [5, 8, 3])
+    assert not table.read(1).any()
+    for i in (2, 0, 1):
+        for first in (6, 0, 3):
+            table.write(i, first, values[i][first : first + 3])
+    for i, value in enumerate(values):
+        assert torch.equal(table.read(i), value)
+        for rows in ([0], [3, 4, 5, 1], [8, 8, 0], range(2, 7)):
+            assert torch.equal(table.read(i, rows), value[list(rows)])
+    counts = HeadCounts(3, 6, 3)
+    assert disk_bytes(counts, HeadCounts(1, 2, 1), [5, 8, 3]) == 4 * (9 + 2 * 2) * 16
+
+
+PEAK = """
+import re, sys, torch
+from sts_sglang.calibrate import record, search
+from sts_sglang.config import StsConfig
+from sts_sglang.headmap import HeadCounts
+torch.set_num_threads(1)
+target, draft, dim, tokens, count = HeadCounts(32, 32, 8), HeadCounts(16, 32, 8), 128, 4096, 16
+texts = 4
+windows = [tokens - 4 - i for i in range(count)]  # the longest there can be
+few = HeadCounts(2, 32, 8)  # target layers searched here; the files hold all 32
+
+q, k = torch.randn(32, tokens, dim, dtype=torch.bfloat16), torch.randn(8, tokens, dim, dtype=torch.bfloat16)
+def rss(name):
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read()).group(1))
+torch.rand(8, 8) @ torch.rand(8, 8); torch.rand(9).topk(2); torch.rand(9).sort()  # libraries load
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far, imports included, is forgotten
+start = rss("VmRSS")
+mass = record.Table(few.layers * 8, windows)
+scores = {pool: record.Table(16 * 32, windows) for pool in ("max", "mean")}
+for layer in range(2):
+    for i, t in enumerate(windows):
+        rows = record._attention(q, k, range(t, t + 4), dim**-0.5)[:, :, :t].mean(1)
+        mass.write(i, 8 * layer, rows.view(8, -1, t).mean(1))
+for i, t in enumerate(windows):
+    rows = record._attention(q, k, range(t - 1, t + 2), dim**-0.5)[..., : t - 1]
+    for table in scores.values():
+        for layer in range(16):
+            table.write(i, 32 * layer, torch.nn.functional.pad(rows.amax(1), (1, 0)).roll(7 * layer, 1))
+text = record.Record("x", windows, tokens, mass, scores)
+frees = search.frees([text] * texts, StsConfig(budget=0))
+search.search(frees, search.score(frees, few, "mean"), few, draft, None, 2, "mean")
+search.best_single(frees[:2], few)
+print(rss("VmHWM") - start, search.working_bytes(target, draft, tokens, texts * count, dim))
+"""
+
+
+def test_memory_of_an_8b_target_with_a_1b_draft_stays_below_the_bound():
+    """One process at the real shapes and lengths; fewer target layers, which the bound does not count."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, cwd=ROOT)
+    used, bound = map(int, done.stdout.split())
+    assert bound < 110e6
+    assert used < bound
 
 
 def test_windows_are_inside_the_text_and_follow_the_seed():
@@ -166,13 +323,14 @@ def test_command_writes_map_table_report_and_plot(pair, tmp_path, capsys, draft)
     code, out = run(pair, tmp_path, draft, "--plot", str(plot), "--report", str(report), "--dense-below", "1")
     assert code == 0
     shown = capsys.readouterr().out
-    assert "proportional default" in shown and "oracle" in shown and '"dense_layers": [0, 1, 2, 3]' in shown
+    assert "proportional default" in shown and "oracle" in shown and "map keeps dense: [0, 1, 2, 3]" in shown
     assert plot.read_bytes().startswith(b"\x89PNG")
     recall = json.loads(report.read_text())["recall"]
     assert 0 < recall["calibrated"] <= recall["oracle"] and 0 < recall["random"] < recall["oracle"]
     models = headmap.ModelPaths(str(pair["target"]), str(pair[draft]))
     head_map = headmap.load(str(out), *counts_of(pair, draft), models)
-    assert isinstance(head_map, HeadMap)
+    assert head_map.dense_layers == (0, 1, 2, 3) and head_map.pool in ("max", "mean")
+    assert json.loads(report.read_text())["dense_layers"] == [0, 1, 2, 3]
     again, other = run(pair, tmp_path / "again", draft, "--dense-below", "1")
     assert again == 0 and json.loads(other.read_text()) == json.loads(out.read_text())
 
@@ -181,18 +339,84 @@ def test_command_writes_map_table_report_and_plot(pair, tmp_path, capsys, draft)
     ("flags", "named"),
     [
         (["--keep", "0"], "--keep"),
-        (["--windows", "4000"], "--text"),
+        (["--keep", "nan"], "--keep"),
+        (["--keep", "1.01"], "--keep"),
+        (["--keep", "some"], "--keep"),
+        (["--sink", "0"], "--sink"),
+        (["--recent", "-1"], "--recent"),
+        (["--dense-below", "1.5"], "--dense-below"),
+        (["--dense-below", "-0.1"], "--dense-below"),
+        (["--dense-below", "nan"], "--dense-below"),
+        (["--dense-below", "half"], "--dense-below"),
+        (["--heads", "0"], "--heads"),
+        (["--heads", "65"], "--heads"),
+        (["--tokens", "9" * 5000], "--tokens"),
+        (["--band", "near"], "--band"),
+        (["--seed", "-1"], "--seed"),
+        (["--pool", "sum"], "--pool"),
+        (["--device", "tpu"], "--device"),
+        (["--device", "cuda:99"], "--device"),
+        (["--device", "cpu:1"], "--device"),
+        (["--windows", "4000"], "--windows"),
         (["--plot", "/no/such/folder/x.png"], "--plot"),
         (["--model", "/no/such/model"], "--model"),
         (["--draft", "/no/such/model"], "--draft"),
         (["--text", "/no/such/text"], "--text"),
+        (["--text", "/dev"], "--text"),
+        (["--text", "{folder}/binary.txt"], "--text"),
+        (["--text", "{folder}/empty.txt"], "--text"),
+        (["--holdout", "{folder}/empty.txt"], "--holdout"),
+        (["--holdout", "{folder}/huge.txt"], "--holdout"),
+        (["--text", "{folder}/held.txt"], "--holdout"),
     ],
 )
 def test_refusals_are_one_line_that_names_the_flag(pair, tmp_path, capsys, flags, named):
-    code, out = run(pair, tmp_path, "draft", *flags)
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    (tmp_path / "empty.txt").write_text("")
+    with open(tmp_path / "huge.txt", "wb") as file:
+        file.truncate(65 << 20)
+    try:
+        code, _ = run(pair, tmp_path, "draft", *(flag.format(folder=tmp_path) for flag in flags))
+    except SystemExit as error:  # argparse's own
+        code = error.code
+    error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line or "usage" in line]
+    assert code == 2 and not (tmp_path / "map.json").exists()
+    assert len(error) == 1 and error[0].startswith("error: ") and named in error[0]
+    assert "allowed: " in error[0] or "invalid" in error[0]
+    assert len(error[0]) < 300 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("model", ["target", "draft"])
+def test_texts_longer_than_a_model_has_positions_are_refused(pair, tmp_path, capsys, model):
+    short = {name: tmp_path / name for name in ("target", "draft")}
+    for name, folder in short.items():
+        shutil.copytree(pair[name], folder)
+    config = json.loads((short[model] / "config.json").read_text())
+    (short[model] / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 300}))
+    code, out = run(short, tmp_path)
     assert code == 2 and not out.exists()
-    assert len(error) == 1 and named in error[0] and "allowed: " in error[0]
+    assert "error: --tokens 4096: --text a has 400" in capsys.readouterr().err
+    assert run(short, tmp_path, "draft", "--tokens", "300")[0] == 0
+
+
+def test_a_model_without_weights_is_refused_before_it_runs(pair, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(pair["draft"], copy)
+    (copy / "model.safetensors").rename(copy / "model.bin")
+    code, _ = run({**pair, "draft": copy}, tmp_path)
+    shown = capsys.readouterr().err
+    assert code == 2 and "error: --draft" in shown and "[1/2]" not in shown
+
+
+# Logits of about 10 through four layers: 8 bits of mantissa leave 0.04 of a probability, 11 bits an eighth.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.06), ("float16", 0.01)])
+def test_half_precision_gives_nearly_the_same_windows(pair, dtype, tolerance):
+    exact = Pair(str(pair["target"]), str(pair["eagle3"])).record("x", TOKENS, WINDOWS)
+    half = Pair(str(pair["target"]), str(pair["eagle3"]), "cpu", dtype).record("x", TOKENS, WINDOWS)
+    tables = [(exact.mass, half.mass), *((exact.scores[p], half.scores[p]) for p in ("max", "mean"))]
+    for a, b in tables:
+        for i in range(len(WINDOWS)):
+            assert float((a.read(i) - b.read(i)).abs().max()) < tolerance
 
 
 def test_fingerprint_follows_weights_and_config_not_where_they_lie(pair, tmp_path):

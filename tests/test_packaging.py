@@ -119,6 +119,9 @@ def test_wheel(tmp_path: Path) -> None:
         assert {f"sts_sglang/models/{model}/{file}" for file in ("config.json", "model.safetensors")} <= set(
             names
         )
+    for folder, kind in (("maps", "*.json"), ("texts", "*.txt")):
+        files = {f"sts_sglang/{folder}/{file.name}" for file in (ROOT / "sts_sglang" / folder).glob(kind)}
+        assert files and files <= set(names)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 

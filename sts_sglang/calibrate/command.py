@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sts_sglang.config import ConfigError, StsConfig
+from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig
+from sts_sglang.headmap import LATEST, MAP_VERSION, MAX_SOURCES, POOLS, SETTINGS, SHIFT
 
 TEXTS = Path(__file__).parent.parent / "texts"
-DOMAINS = ("prose", "code", "dialogue")
+DOMAINS = ("prose", "code", "dialogue", "recall")
+MAX_TEXT = 64 << 20  # bytes of a file
+MAX_SEED = 2**63 - 1
 
 
 class Text(NamedTuple):
@@ -34,20 +37,27 @@ def add(commands) -> None:
         '  python -m sglang.launch_server ... --sts-config \'{"head_map": "map.json"}\'',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     flag = parser.add_argument
     flag("--model", required=True, help="target: folder or hub name")
     flag("--draft", required=True, help="draft, EAGLE or EAGLE-3 head: folder or hub name")
     flag("--out", required=True, metavar="FILE", help="head map to write")
-    flag(
-        "--text", nargs="+", metavar="FILE", help="texts to calibrate on (default: prose, code and dialogue)"
-    )
+    flag("--text", nargs="+", metavar="FILE", help=f"texts to calibrate on (default: {', '.join(DOMAINS)})")
     flag("--holdout", nargs="+", metavar="FILE", help="texts to check on (default: others of the same kinds)")
-    flag("--tokens", type=_count, default=4096, help="most tokens of a text (default 4096)")
-    flag("--windows", type=_count, default=16, help="verify windows of a text (default 16)")
+    flag("--tokens", type=_count(MAX_TOKENS), default=4096, help="most tokens of a text (default 4096)")
+    flag("--windows", type=_count(MAX_TOKENS), default=16, help="verify windows of a text (default 16)")
     flag("--keep", type=float, default=0.1, help="share of the context to select (default 0.1)")
     flag("--sink", type=int, default=4, help="first tokens always kept (default 4)")
     flag("--recent", type=int, default=64, help="last tokens always kept (default 64)")
-    flag("--heads", type=_count, default=4, help="most draft heads for a target head (default 4)")
+    flag(
+        "--heads", type=_count(MAX_SOURCES), default=6, help="most draft heads for a target head (default 6)"
+    )
+    flag(
+        "--pool",
+        choices=("auto", *POOLS),
+        default="auto",
+        help="pool of rows and heads (default: the better)",
+    )
     flag(
         "--band",
         type=_band,
@@ -55,12 +65,17 @@ def add(commands) -> None:
         metavar="N|all",
         help="search draft layers this near (default all)",
     )
-    flag("--dense-below", type=float, metavar="R", help="suggest dense layers where mean recall is below R")
+    flag(
+        "--dense-below",
+        type=_share,
+        metavar="R",
+        help="keep target layers dense whose mean recall on the texts is below R, 0 to 1",
+    )
     flag("--report", metavar="FILE", help="write the raw numbers as JSON")
     flag("--plot", metavar="FILE", help="draw recall by target layer and head (needs matplotlib)")
-    flag("--device", default="cpu", help="cpu (default) or cuda")
+    flag("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     flag("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default float32)")
-    flag("--seed", type=int, default=0, help="of the windows' positions (default 0)")
+    flag("--seed", type=_seed, default=0, help="of the windows' positions (default 0)")
     parser.set_defaults(run=run)
 
 
@@ -77,30 +92,35 @@ def run(args: argparse.Namespace) -> int:
     if same := {t.content for t in texts} & {t.content for t in holdout}:
         raise ConfigError(f"--holdout: {len(same)} text(s) also given to --text; allowed: other texts")
 
-    import torch
-
+    from sts_sglang import fingerprint
     from sts_sglang.calibrate import report as reports
     from sts_sglang.calibrate.record import Pair
 
-    if args.device != "cpu" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {args.device}: no CUDA device here; allowed: cpu")
+    _check_device(args.device)
+    prints = {"target": fingerprint.of_model(args.model), "draft": fingerprint.of_model(args.draft)}
     pair = Pair(args.model, args.draft, args.device, args.dtype)
-    records, held = _record(pair, args, config, texts), _record(pair, args, config, holdout)
-    head_map, report, recall = measure(pair, args, config, records, held)
-    _write("--out", args.out, _map(pair, args, head_map, report, texts, records))
+    for name, flag in (("target", "--model"), ("draft", "--draft")):
+        # A model of the hub is here only after it was loaded.
+        prints[name] = prints[name] or fingerprint.of_model(
+            getattr(args, "model" if name == "target" else name)
+        )
+        if prints[name] is None:
+            raise ConfigError(f"{flag}: no safetensors files to fingerprint; allowed: a safetensors model")
+    records = _record(pair, args, config, texts, "--text")
+    held = _record(pair, args, config, holdout, "--holdout")
+    found, report = measure(pair, args, config, records, held)
+    _write("--out", args.out, _map(pair, args, found, report, prints, texts, records))
     print(reports.table(report))
     if args.report:
         _write("--report", args.report, report)
     if args.plot:
-        reports.plot(args.plot, recall, f"held-out recall at keep {args.keep:g}")
+        reports.plot(args.plot, report, f"held-out recall at keep {args.keep:g}")
     print(f"""wrote {args.out}; use it with --sts-config '{{"head_map": "{args.out}"}}'""")
     return 0
 
 
 def measure(pair, args, config, records, held):
-    """(head map, report, held-out recall [layers, KV heads]) of recorded texts."""
-    import torch
-
+    """(Found, report) of recorded texts."""
     from sts_sglang.calibrate import search
     from sts_sglang.calibrate.report import weak_heads
     from sts_sglang.headmap import proportional
@@ -109,58 +129,59 @@ def measure(pair, args, config, records, held):
     windows, checks = search.frees(records, config), search.frees(held, config)
 
     def find(windows):
-        scores = search.score(windows)
-        return scores, search.search(windows, scores, target, draft, args.band, args.heads)
+        pools = POOLS if args.pool == "auto" else (args.pool,)
+        return search.best_map(windows, target, draft, args.band, args.heads, pools)
 
-    scores, head_map = find(windows)
-    recall = search.recall_of(head_map, checks, draft)
-    best = search.oracle(checks).view_as(recall)
-    default = float(search.recall_of(proportional(target, draft), checks, draft).mean())
-    gap = float(best.mean()) - default
+    _say("searching")
+    found = find(windows)
+    _say("checking on held-out texts")
+    mass = search.outside(checks, target)
+    ways = {
+        "sink + recent only": mass.new_zeros(mass.shape),
+        "sink + recent, same size": search.latest(checks, target),
+        "proportional default": search.recall_of(proportional(target, draft), checks, target, draft),
+        "calibrated": search.recall_of(found.head_map, checks, target, draft),
+        "best draft head a window": search.best_single(checks, target),
+        "oracle": search.oracle(checks, target),
+    }
+    recall = {name: float(values.mean()) for name, values in ways.items()}
+    recall["random"] = search.random(checks)
+    recall["calibrated, own texts"] = float(found.recall.mean())
+    weighted = {name: float((values * mass).sum() / mass.sum()) for name, values in ways.items()}
+    gap = recall["oracle"] - recall["proportional default"]
     stability = {}
     for domain in dict.fromkeys(r.domain for r in records):
-        _, own = find(search.frees([r for r in records if r.domain == domain], config))
-        stability[domain] = {
-            other: float(
-                search.recall_of(
-                    own, search.frees([r for r in held if r.domain == other], config), draft
-                ).mean()
-            )
-            for other in dict.fromkeys(r.domain for r in held)
-        }
-    outside = [free.mass.sum(1).mean() for free in checks]
-    layers = recall.mean(1)
-    report = {
-        "recall": {
-            "sink + recent": 0.0,
-            "random": search.random(checks),
-            "proportional default": default,
-            "calibrated": float(recall.mean()),
-            "calibrated, own texts": float(search.recall_of(head_map, windows, draft).mean()),
-            "oracle": float(best.mean()),
-        },
-        "gap_closed": (float(recall.mean()) - default) / gap if gap > 1e-6 else None,
-        "share_outside": float(torch.stack(outside).mean()),
+        _say(f"stability: {domain}")
+        own = find(search.frees([r for r in records if r.domain == domain], config)).head_map
+        share = search.recall_of(own, checks, target, draft).mean((1, 2))
+        stability[domain] = search.by_domain(checks, share)
+    by_head, best = ways["calibrated"].mean(0), ways["oracle"].mean(0)
+    latest = sum(not own for layer in found.head_map.sources for own in layer)
+    return found, {
+        "recall": recall,
+        "recall_by_mass": weighted,
+        "recall_by_domain": {n: search.by_domain(checks, v.mean((1, 2))) for n, v in ways.items()},
+        "gap_closed": (recall["calibrated"] - recall["proportional default"]) / gap if gap > 1e-6 else None,
+        "share_outside": float(mass.mean()),
+        "pool": found.head_map.pool,
+        "latest_heads": latest,
+        "heads_mean": sum(len(own) for layer in found.head_map.sources for own in layer)
+        / max(1, target.layers * target.kv_heads - latest),
         "stability": stability,
-        "weak_heads": weak_heads(recall, best),
-        "dense_layers": [t for t, r in enumerate(layers.tolist()) if r < (args.dense_below or 0)],
-        "heldout_recall": _rounded(recall),
+        "weak_heads": weak_heads(by_head, best),
+        # Decided on the texts the map is made from: the others only judge.
+        "dense_layers": [
+            t for t, r in enumerate(found.recall.mean(1).tolist()) if r < (args.dense_below or 0)
+        ],
+        "heldout_recall": _rounded(by_head),
         "oracle_recall": _rounded(best),
-        "candidate_recall": _rounded(scores.recall),
-        "candidate_jaccard": _rounded(scores.jaccard),
+        "candidate_recall": _rounded(found.singles.recall),
+        "candidate_jaccard": _rounded(found.singles.jaccard),
     }
-    return head_map, report, recall
 
 
-def _map(pair, args, head_map, report: dict[str, Any], texts: list[Text], records) -> dict[str, Any]:
-    from sts_sglang import fingerprint
-    from sts_sglang.headmap import MAP_VERSION, SHIFT
-
+def _map(pair, args, found, report: dict[str, Any], prints, texts: list[Text], records) -> dict[str, Any]:
     heads = pair.target_counts.kv_heads
-    prints = {"target": fingerprint.of_model(args.model), "draft": fingerprint.of_model(args.draft)}
-    for name, flag in (("target", "--model"), ("draft", "--draft")):
-        if prints[name] is None:
-            raise ConfigError(f"{flag}: no safetensors files to fingerprint; allowed: a safetensors model")
     best = {
         key: [
             [max(row) for row in rows[t * heads : (t + 1) * heads]] for t in range(pair.target_counts.layers)
@@ -175,30 +196,58 @@ def _map(pair, args, head_map, report: dict[str, Any], texts: list[Text], record
         "target": pair.target_counts._asdict(),
         "draft": pair.draft_counts._asdict(),
         "fingerprints": prints,
-        "sources": [[[list(source) for source in h] for h in layer] for layer in head_map.sources],
+        "pool": found.head_map.pool,
+        "sources": [
+            [[list(source) for source in h] or LATEST for h in layer] for layer in found.head_map.sources
+        ],
         "dense_layers": report["dense_layers"],
         "best": best,
         "texts": [
             {"domain": t.domain, "sha256": hashlib.sha256(t.content.encode()).hexdigest(), "tokens": r.tokens}
             for t, r in zip(texts, records, strict=True)
         ],
-        "settings": {
-            name: getattr(args, name)
-            for name in ("tokens", "windows", "keep", "sink", "recent", "heads", "band", "dtype", "seed")
-        },
+        "settings": {name: getattr(args, name) for name in SETTINGS},
     }
 
 
-def _texts(paths: list[str] | None, part: str, flag: str) -> list[Text]:
+def _check_device(name: str) -> None:
+    import torch
+
+    allowed = "cpu, cuda" if torch.cuda.is_available() else "cpu (no CUDA device here)"
     try:
-        if paths is None:
-            return [Text(d, (TEXTS / f"{d}.{part}.txt").read_text(encoding="utf-8")) for d in DOMAINS]
-        return [Text(Path(p).stem, Path(p).read_text(encoding="utf-8")) for p in paths]
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device: got {name!r}; allowed: {allowed}") from None
+    there = torch.cuda.device_count() if device.type == "cuda" else int(device.type == "cpu")
+    if (device.index or 0) >= there:
+        raise ConfigError(f"--device: got {name!r}; allowed: {allowed}")
+
+
+def _texts(paths: list[str] | None, part: str, flag: str) -> list[Text]:
+    if paths is None:
+        return [Text(d, (TEXTS / f"{d}.{part}.txt").read_text(encoding="utf-8")) for d in DOMAINS]
+    return [_text(path, flag) for path in paths]
+
+
+def _text(path: str, flag: str) -> Text:
+    allowed = f"allowed: UTF-8 text files of at most {MAX_TEXT >> 20} MB"
+    try:
+        file = Path(path)
+        if not file.is_file():
+            raise ConfigError(
+                f"{flag} {path}: {'not a file' if file.exists() else 'no such file'}; {allowed}"
+            )
+        if file.stat().st_size > MAX_TEXT:
+            raise ConfigError(f"{flag} {path}: {file.stat().st_size} bytes; {allowed}")
+        content = file.read_text(encoding="utf-8")
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{flag}: {error}; allowed: UTF-8 text files") from None
+        raise ConfigError(f"{flag} {path}: {getattr(error, 'strerror', None) or error}; {allowed}") from None
+    return Text(file.stem[:255], content)
 
 
-def _record(pair, args, config: StsConfig, texts: list[Text]):
+def _record(pair, args, config: StsConfig, texts: list[Text], flag: str):
     from transformers import AutoTokenizer
 
     from sts_sglang.calibrate.record import choose_windows
@@ -208,11 +257,20 @@ def _record(pair, args, config: StsConfig, texts: list[Text]):
     least = int((args.sink + args.recent + 1) / args.keep) + 1 if args.keep < 1 else 0
     records = []
     for i, text in enumerate(texts):
-        print(f"[{i + 1}/{len(texts)}] {text.domain}", file=sys.stderr, flush=True)
-        ids = tokenizer(text.content)["input_ids"][: args.tokens]
-        windows = choose_windows(len(ids), args.windows, least, args.seed + i)
+        _say(f"[{i + 1}/{len(texts)}] {text.domain}")
+        ids = tokenizer(text.content, verbose=False)["input_ids"][: args.tokens]
+        if pair.positions and len(ids) > pair.positions:
+            raise ConfigError(
+                f"--tokens {args.tokens}: {flag} {text.domain} has {len(ids)}, the models have positions for "
+                f"{pair.positions}; allowed: at most {pair.positions}"
+            )
+        windows = choose_windows(len(ids), args.windows, least, args.seed + i, flag)
         records.append(pair.record(text.domain, ids, windows))
     return records
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _write(flag: str, path: str, data: dict[str, Any]) -> None:
@@ -228,15 +286,34 @@ def _rounded(values) -> list[list[float]]:
     return [[round(v, 4) for v in row] for row in values.tolist()]
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: an integer of at least 1")
+def _count(most: int):
+    def read(text: str) -> int:
+        if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"got {text[:40]!r}; allowed: an integer from 1 to {most}")
+        return int(text)
+
+    return read
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or len(text) > 20 or int(text) > MAX_SEED - 1024:
+        raise argparse.ArgumentTypeError(f"got {text[:40]!r}; allowed: an integer from 0 to 2**63 - 1025")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"got {text[:40]!r}; allowed: a number from 0 to 1")
+    return share
 
 
 def _band(text: str) -> int | None:
     if text == "all":
         return None
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a number of layers or 'all'")
+    if not text.isdecimal() or len(text) > 4:
+        raise argparse.ArgumentTypeError(f"got {text[:40]!r}; allowed: a number of layers or 'all'")
     return int(text)

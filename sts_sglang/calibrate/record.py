@@ -4,30 +4,91 @@ A *window* is one round as the server sees it: `t` committed tokens, target rows
 of tokens t, t+1, t+2 (the last draft token never runs through the draft). It is teacher-forced: the
 text's own tokens stand for the draft's proposals.
 
-Memory: attention is computed for the windows' rows only, one window of one layer at a time. Of one text
-stay [target layers x KV heads + draft heads, windows, tokens] float32: for Llama-3.1-8B with a 1B draft
-(256 + 512 rows), 16 windows and 4,096 tokens, 200 MB.
+Memory, beside the models and their own activations: attention is computed for the windows' rows only, one
+window of one layer at a time, and what it gives goes to a temporary file (TMPDIR) at once; searching reads
+back one target layer, or one window of the draft. `search.working_bytes` is the bound: 103 MB for
+Llama-3.1-8B with a 1B draft, four texts of 4,096 tokens and 16 windows each (63 MB measured), whatever the
+number of target layers. The files of that pair, `disk_bytes`, are 0.9 GB for four texts.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import linear, pad, rms_norm
 
 from sts_sglang.config import ConfigError
-from sts_sglang.headmap import SHIFT, HeadCounts
+from sts_sglang.headmap import POOLS, SHIFT, HeadCounts
 
 VERIFY_ROWS = 4
 DRAFT_ROWS = 3
 ATTENTION = "sts_calibrate"
 
 Collector = Callable[[int, torch.Tensor, torch.Tensor, float], None]  # layer, q, k [heads, T, D], scaling
+
+
+class Table:
+    """float32 [rows, t] of every window t in a temporary file; only what is read comes into memory.
+
+    What was not written reads as zero.
+    """
+
+    def __init__(self, rows: int, windows: Sequence[int]):
+        self.rows, self.windows = rows, list(windows)
+        self._starts = np.cumsum([0, *(4 * rows * t for t in windows)]).tolist()
+        self._file = tempfile.TemporaryFile(prefix="sts-calibrate-")  # noqa: SIM115 (lives as long as this)
+        self._file.truncate(self._starts[-1])
+
+    @classmethod
+    def of(cls, values: Sequence[torch.Tensor]) -> Table:
+        """Of one tensor [rows, t] a window."""
+        table = cls(len(values[0]), [v.shape[1] for v in values])
+        for i, value in enumerate(values):
+            table.write(i, 0, value)
+        return table
+
+    def write(self, i: int, first: int, values: torch.Tensor) -> None:
+        """Rows `first`.. of window i: values [n, t].
+
+        Raises:
+            ConfigError: the disk is full.
+        """
+        data = memoryview(values.float().cpu().contiguous().numpy()).cast("B")
+        at = self._starts[i] + 4 * first * self.windows[i]
+        try:
+            while data:
+                done = os.pwrite(self._file.fileno(), data, at)
+                data, at = data[done:], at + done
+        except OSError as error:
+            raise ConfigError(
+                f"TMPDIR {tempfile.gettempdir()}: cannot write attention there ({error.strerror}); "
+                "allowed: a folder with more space, or fewer --windows or --tokens"
+            ) from None
+
+    def read(self, i: int, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """[n, t] of window i; None for all rows."""
+        rows = range(self.rows) if rows is None else rows
+        t, found = self.windows[i], np.empty((len(rows), self.windows[i]), np.float32)
+        n = 0
+        while n < len(rows):  # one read for each run of neighbours
+            count = 1
+            while n + count < len(rows) and rows[n + count] == rows[n] + count:
+                count += 1
+            into = memoryview(found[n : n + count]).cast("B")
+            at = self._starts[i] + 4 * rows[n] * t
+            while into:
+                done = os.preadv(self._file.fileno(), [into], at)
+                into, at = into[done:], at + done
+            n += count
+        return torch.from_numpy(found)
 
 
 @dataclass
@@ -38,19 +99,26 @@ class Record:
         domain: what the text is a sample of.
         windows: committed lengths t.
         tokens: length of the text.
-        mass: per window float32 [layers * KV heads, t], the target's attention to committed positions,
-            mean over the verify rows and the query heads of the group.
-        scores: per window float32 [draft layers * query heads, t], importance by target position.
+        mass: [layers * KV heads, t], the target's attention to committed positions, mean over the verify
+            rows and the query heads of the group.
+        scores: [draft layers * query heads, t] by how the draft rows are pooled, importance by target
+            position.
     """
 
     domain: str
     windows: list[int]
     tokens: int
-    mass: list[torch.Tensor]
-    scores: list[torch.Tensor]
+    mass: Table
+    scores: dict[str, Table]
 
 
-def choose_windows(tokens: int, count: int, least: int, seed: int) -> list[int]:
+def disk_bytes(target: HeadCounts, draft: HeadCounts, lengths: Sequence[int]) -> int:
+    """Of the temporary files of windows of these lengths."""
+    rows = target.layers * target.kv_heads + len(POOLS) * draft.layers * draft.q_heads
+    return 4 * rows * sum(lengths)
+
+
+def choose_windows(tokens: int, count: int, least: int, seed: int, flag: str = "--text") -> list[int]:
     """`count` different committed lengths from max(least, tokens / 4), one at random in each equal part.
 
     Raises:
@@ -59,7 +127,7 @@ def choose_windows(tokens: int, count: int, least: int, seed: int) -> list[int]:
     low, high = max(least, tokens // 4), tokens - VERIFY_ROWS
     if high - low < count:
         raise ConfigError(
-            f"--text: a text of {tokens} tokens is too short for {count} windows beyond {least} tokens; "
+            f"{flag}: a text of {tokens} tokens is too short for {count} windows beyond {least} tokens; "
             "allowed: a longer text, or fewer --windows"
         )
     part = (high - low) / count
@@ -92,33 +160,39 @@ class Pair:
             self.draft_model = _load("--draft", draft, device, self.dtype)
             self.draft_counts = head_counts(self.draft_model.config)
         self.target_counts = head_counts(self.target.config)
+        # Most tokens that both models have positions for, by their configs.
+        positions = (
+            getattr(self.target.config, "max_position_embeddings", None),
+            config.get("max_position_embeddings"),
+        )
+        self.positions = min((n for n in positions if n), default=None)
 
     @torch.no_grad()
     def record(self, domain: str, tokens: list[int], windows: list[int]) -> Record:
         """Run both models over `tokens` and keep what the windows need; see Record."""
         draft, target = self.draft_counts, self.target_counts
-        scores = [torch.zeros(draft.layers, draft.q_heads, t) for t in windows]
-        mass = [torch.zeros(target.layers, target.kv_heads, t) for t in windows]
+        scores = {pool: Table(draft.layers * draft.q_heads, windows) for pool in POOLS}
+        mass = Table(target.layers * target.kv_heads, windows)
 
         def score(layer, q, k, scaling):
             for i, t in enumerate(windows):
-                rows = _attention(q, k, range(t - SHIFT, t - SHIFT + DRAFT_ROWS), scaling)
-                scores[i][layer, :, SHIFT:] = rows[:, :, : t - SHIFT].amax(1).cpu()
+                rows = _attention(q, k, range(t - SHIFT, t - SHIFT + DRAFT_ROWS), scaling)[..., : t - SHIFT]
+                for pool, pooled in (("max", rows.amax(1)), ("mean", rows.mean(1))):
+                    scores[pool].write(i, layer * draft.q_heads, pad(pooled, (SHIFT, 0)))
 
         def weigh(layer, q, k, scaling):
             for i, t in enumerate(windows):
                 rows = _attention(q, k, range(t, t + VERIFY_ROWS), scaling)[:, :, :t].mean(1)
-                mass[i][layer] = rows.view(target.kv_heads, -1, t).mean(1).cpu()
+                mass.write(i, layer * target.kv_heads, rows.view(target.kv_heads, -1, t).mean(1))
 
         ids = torch.tensor([tokens], device=self.device)
-        hidden = _run(self.target, ids, weigh, hidden=self.head is not None)
+        wanted = self.head.reads if self.head else ()
+        hidden = _run(self.target, ids, weigh, wanted)
         if self.head is None:
             _run(self.draft_model, ids[:, SHIFT:], score)
         else:
             score(0, *self.head(ids[0, SHIFT:], [h[0, :-SHIFT] for h in hidden]))
-        return Record(
-            domain, windows, len(tokens), [m.flatten(0, 1) for m in mass], [s.flatten(0, 1) for s in scores]
-        )
+        return Record(domain, windows, len(tokens), mass, scores)
 
 
 class EagleHead:
@@ -139,13 +213,20 @@ class EagleHead:
         self.config, self.target = config, target
         self.eagle3 = config["architectures"][0].endswith("Eagle3")
         like = target.get_input_embeddings().weight
-        self.w = {name: w.to(like) for name, w in _weights(path).items() if w.is_floating_point()}
+        self.w = {
+            name: w.to(like)
+            for name, w in _weights(path).items()
+            if w.is_floating_point() and not name.startswith("lm_head")
+        }
         self.dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         self.rotary = LlamaRotaryEmbedding(LlamaConfig(**config)).to(like.device)
         self.counts = HeadCounts(1, config["num_attention_heads"], config["num_key_value_heads"])
+        layers = target.config.num_hidden_layers
+        # What it reads of the target, as indices into hidden states with the embeddings first.
+        self.reads = self._aux(layers) if self.eagle3 else [layers]
 
     def __call__(self, tokens: torch.Tensor, hidden: list[torch.Tensor]):
-        """(q, k, scaling) from tokens [T] and the target's hidden states, embeddings first, [T, H] each."""
+        """(q, k, scaling) from tokens [T] and the target's hidden states `reads`, [T, H] each."""
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
         embed = self.target.get_input_embeddings()(tokens)
@@ -153,7 +234,7 @@ class EagleHead:
             embed = own[tokens]
         if self.eagle3:
             prefix = "midlayer" if "midlayer.self_attn.q_proj.weight" in self.w else "layers.0"
-            state = self._linear("fc", torch.cat([hidden[i] for i in self._aux(len(hidden) - 1)], -1))
+            state = self._linear("fc", torch.cat(hidden, -1))
             x = torch.cat(
                 [
                     self._norm(f"{prefix}.input_layernorm", embed),
@@ -196,16 +277,36 @@ def head_counts(config: Any) -> HeadCounts:
 
 def _attention(q: torch.Tensor, k: torch.Tensor, rows: range, scaling: float) -> torch.Tensor:
     """Causal attention probabilities float32 [H_q, rows, last row + 1] of q [H_q, T, D], k [H_kv, T, D]."""
-    keys = k[:, : rows[-1] + 1].repeat_interleave(q.shape[0] // k.shape[0], 0)
-    logits = (q[:, rows[0] : rows[-1] + 1] @ keys.transpose(1, 2)).float() * scaling
+    keys = k[:, : rows[-1] + 1].float().transpose(1, 2)
+    queries = q[:, rows[0] : rows[-1] + 1].float() * scaling
+    # The query heads of a group side by side as rows: keys are not repeated.
+    logits = (queries.reshape(k.shape[0], -1, q.shape[2]) @ keys).view(q.shape[0], len(rows), -1)
     later = torch.arange(rows[-1] + 1, device=q.device) > torch.tensor(list(rows), device=q.device)[:, None]
-    return logits.masked_fill(later, -torch.inf).softmax(-1)
+    return logits.masked_fill_(later, -torch.inf).softmax(-1)
 
 
-def _run(model: Any, ids: torch.Tensor, collect: Collector, hidden: bool = False):
-    """The decoder without its output matrix, whose logits would be the largest tensor of all."""
+def _run(model: Any, ids: torch.Tensor, collect: Collector, hidden: Sequence[int] = ()) -> list[torch.Tensor]:
+    """The decoder without its output matrix, whose logits would be the largest tensor of all.
+
+    Returns the hidden states of these indices (embeddings first, the last one normed); no others are kept.
+    """
     model.sts_collect[0] = collect
-    return model.base_model(ids, use_cache=False, output_hidden_states=hidden).hidden_states
+    decoder, found = model.base_model, {}
+
+    def keep(i):
+        def hook(module, args, kwargs):
+            found[i] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    inner = [i for i in hidden if i < len(decoder.layers)]
+    hooks = [decoder.layers[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in inner]
+    try:
+        found[len(decoder.layers)] = decoder(ids, use_cache=False).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [found[i] for i in hidden]
 
 
 def _load(flag: str, path: str, device: str, dtype: torch.dtype):

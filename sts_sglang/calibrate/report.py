@@ -14,13 +14,26 @@ WEAK = 0.5  # of the oracle's recall
 
 def table(report: dict[str, Any]) -> str:
     """The report as text: held-out recall by method and domain, stability, weak heads."""
-    lines = ["recall of the target's attention mass outside sink and recent (1.0: nothing lost)"]
-    lines += [f"  {name:<24}{value:6.3f}" for name, value in report["recall"].items()]
+    order = ("sink + recent only", "random", "sink + recent, same size", "proportional default", "calibrated")
+    order += ("calibrated, own texts", "best draft head a window", "oracle")
+    domains = list(next(iter(report["recall_by_domain"].values())))
+    lines = [
+        "recall of the target's attention mass outside sink and recent, on held-out texts (1.0: nothing lost)"
+    ]
+    lines += [" " * 28 + "mean  by mass" + "".join(f"{name[:10]:>11}" for name in domains)]
+    for name in order:
+        shares = [report["recall_by_mass"][name]] if name in report["recall_by_mass"] else []
+        shares += report["recall_by_domain"][name].values() if shares else []
+        lines += [f"  {name:<24}{report['recall'][name]:6.3f}" + "".join(f"{s:9.3f}  " for s in shares)]
     lines += [f"  {report['share_outside']:.0%} of the target's attention lies outside sink and recent"]
     if (closed := report["gap_closed"]) is not None:
         lines += [
             f"  of the gap between the proportional default and the oracle, the map closes {closed:.0%}"
         ]
+    lines += [
+        f"pool {report['pool']}, {report['heads_mean']:.1f} draft heads a target head; "
+        f"{report['latest_heads']} target heads take the latest tokens instead"
+    ]
     lines += ["stability: recall of a map calibrated on one domain (row) and used on another (column)"]
     domains = list(report["stability"])
     lines += [" " * 18 + "".join(f"{name[:15]:>16}" for name in next(iter(report["stability"].values())))]
@@ -32,7 +45,7 @@ def table(report: dict[str, Any]) -> str:
     lines += [f"weak heads (recall below {WEAK:.0%} of the oracle's): {len(weak)}"]
     lines += [f"  layer {w['layer']} KV head {w['head']}: {w['recall']:.3f}" for w in weak[:20]]
     if layers := report["dense_layers"]:
-        lines += [f'layers to keep dense: add "dense_layers": {json.dumps(layers)} to --sts-config']
+        lines += [f"layers that the map keeps dense: {json.dumps(layers)}"]
     return "\n".join(lines)
 
 
@@ -47,24 +60,37 @@ def weak_heads(recall: torch.Tensor, oracle: torch.Tensor) -> list[dict[str, Any
     return sorted(found, key=lambda weak: weak["recall"])
 
 
-def plot(path: str, recall: torch.Tensor, title: str) -> None:
-    """Draw `recall` [layers, KV heads] as a coloured grid into `path`.
+def plot(path: str, report: dict[str, Any], title: str) -> None:
+    """Draw held-out recall by target layer and KV head into `path`, weak heads outlined and listed.
 
     Raises:
         ConfigError: matplotlib is missing or cannot write there.
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.patches import Rectangle
     except ImportError:
         raise ConfigError(
             "--plot: matplotlib is not installed; allowed: pip install sts-sglang[plots]"
         ) from None
+    recall, weak = torch.tensor(report["heldout_recall"]), report["weak_heads"]
     layers, heads = recall.shape
-    figure = Figure(figsize=(2 + 0.5 * layers, 2 + 0.4 * heads), layout="constrained")
+    figure = Figure(figsize=(3 + 0.6 * layers, 2.4 + 0.4 * heads), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(recall.T.numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis")
     axes.set(xlabel="target layer", ylabel="KV head", title=title, xticks=range(layers), yticks=range(heads))
+    if recall.numel() <= 64:
+        for t in range(layers):
+            for h in range(heads):
+                color = "white" if recall[t, h] < 0.6 else "black"
+                axes.text(t, h, f"{recall[t, h]:.2f}", ha="center", va="center", color=color)
+    for head in weak:
+        corner = (head["layer"] - 0.5, head["head"] - 0.5)
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="red", linewidth=2))
     figure.colorbar(image, label="recall outside sink and recent")
+    listed = ", ".join(f"{w['layer']}.{w['head']} ({w['recall']:.2f})" for w in weak[:12]) or "none"
+    more = f" and {len(weak) - 12} more" if len(weak) > 12 else ""
+    figure.supxlabel(f"weak heads, below {WEAK:.0%} of the oracle: {listed}{more}", fontsize=8, wrap=True)
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:

@@ -1,17 +1,18 @@
-"""From recorded windows to a map: score every candidate, take the best, add what helps."""
+"""From recorded windows to a map: score every candidate, join those that help, see who gains by recency."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from sts_sglang.calibrate.record import Record
+from sts_sglang.calibrate.record import VERIFY_ROWS, Record
 from sts_sglang.config import StsConfig
-from sts_sglang.headmap import HeadCounts, HeadMap, Source
+from sts_sglang.headmap import POOLS, HeadCounts, HeadMap, Source
 
-SHORTLIST = 8  # candidates tried as further heads
-LEAST_GAIN = 0.002  # recall that a further head must add: each costs the draft's scoring kernel time
+SHORTLIST = 16  # candidates tried as members of a target head's sources
+LEAST_GAIN = 0.001  # recall that a further member must add: each costs the draft's scoring kernel time
 
 
 @dataclass(frozen=True)
@@ -22,102 +23,263 @@ class Scores:
     jaccard: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Found:
+    """A map, and the recall it has on the windows it was found on: float32 [target layers, KV heads]."""
+
+    head_map: HeadMap
+    recall: torch.Tensor
+    singles: Scores
+
+
 class Free:
     """One window's positions outside sink and recent, and how many of them the budget selects."""
 
     def __init__(self, record: Record, i: int, config: StsConfig):
         t = record.windows[i]
-        span = slice(config.sink, t - config.recent)
+        self.record, self.i, self.domain = record, i, record.domain
+        self.span = slice(config.sink, t - config.recent)
         self.count = config.budget_for(t) - config.sink - config.recent
-        self.mass = record.mass[i][:, span]
-        self.scores = record.scores[i][:, span]
+        self.positions = t - config.recent - config.sink
+
+    def mass(self, rows: Sequence[int]) -> torch.Tensor:
+        """[rows, positions] of the target's attention."""
+        return self.record.mass.read(self.i, rows)[:, self.span]
+
+    def scores(self, pool: str, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """[rows, positions] of the draft's, None for every draft head."""
+        return self.record.scores[pool].read(self.i, rows)[:, self.span]
 
     def top(self, values: torch.Tensor) -> torch.Tensor:
         """Indices [..., count] of the highest `values` [..., positions]."""
-        return values.topk(self.count, -1).indices
+        return values.topk(self.count, -1, sorted=False).indices
 
     def recall(self, mass: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Share [...] of `mass` [..., positions] on the `chosen` [..., count]."""
         return mass.gather(-1, chosen).sum(-1) / mass.sum(-1).clamp(min=1e-30)
 
+    def latest(self, mass: torch.Tensor) -> torch.Tensor:
+        """Share [...] of `mass` on the last positions, as many as the budget selects."""
+        return mass[..., -self.count :].sum(-1) / mass.sum(-1).clamp(min=1e-30)
 
-def frees(records: list[Record], config: StsConfig) -> list[Free]:
+
+def working_bytes(target: HeadCounts, draft: HeadCounts, tokens: int, windows: int, head_dim: int) -> int:
+    """Most bytes that recording and searching take, beside the models and their activations.
+
+    `windows` of all texts of a part together, none longer than `tokens`. Independent of the target's layers.
+    """
+    # One window of one layer: logits, mask, probabilities and a temporary; the keys in float32.
+    recording = 4 * tokens * (4 * VERIFY_ROWS * max(target.q_heads, draft.q_heads))
+    recording += 2 * 4 * tokens * max(target.kv_heads, draft.kv_heads) * head_dim
+    # One window of the draft: values, mask, the top's values and indices; of one target layer as many.
+    scoring = 4 * tokens * 4 * (draft.layers * draft.q_heads + target.kv_heads)
+    # All windows of one target layer, the shortlist of one of its heads, and what joins it.
+    joining = 4 * tokens * windows * (target.kv_heads + SHORTLIST + 1) + 4 * tokens * 4 * SHORTLIST
+    # Their sum, for the allocator keeps what one has freed from the next.
+    return recording + scoring + joining
+
+
+def frees(records: Sequence[Record], config: StsConfig) -> list[Free]:
     """All windows of all texts."""
     return [Free(record, i, config) for record in records for i in range(len(record.windows))]
 
 
-def score(windows: list[Free]) -> Scores:
+def score(windows: list[Free], target: HeadCounts, pool: str = "max") -> Scores:
     """Every candidate draft head for every target (layer, KV head).
 
     Recall is the target's attention mass outside sink and recent on what the candidate selects; Jaccard
     (the paper's criterion) compares its selection with the target's own top of the same size.
     """
-    recall = jaccard = 0.0
+    total: torch.Tensor | float = 0.0
     for free in windows:
-        speaks, wants = (_mask(free.top(v), v.shape[1]) for v in (free.scores, free.mass))
-        recall = recall + free.mass @ speaks.T / free.mass.sum(1, keepdim=True).clamp(min=1e-30)
-        common = wants @ speaks.T
-        jaccard = jaccard + common / (2 * free.count - common)
-    return Scores(recall / len(windows), jaccard / len(windows))
+        values = free.scores(pool)
+        speaks = _mask(free.top(values), free.positions)
+        del values
+        layers = []
+        for layer in range(target.layers):
+            mass = free.mass(_rows(layer, target))
+            recall = mass @ speaks.T / mass.sum(1, keepdim=True).clamp(min=1e-30)
+            common = _mask(free.top(mass), free.positions) @ speaks.T
+            layers.append(torch.stack([recall, common / (2 * free.count - common)]))
+        total = total + torch.cat(layers, 1)
+    recall, jaccard = total / len(windows)
+    return Scores(recall, jaccard)
+
+
+def best_map(
+    windows: list[Free],
+    target: HeadCounts,
+    draft: HeadCounts,
+    band: int | None = None,
+    heads: int = 6,
+    pools: Sequence[str] = POOLS,
+) -> Found:
+    """The map whose pool has the highest recall on these windows."""
+    found = [
+        search(windows, score(windows, target, pool), target, draft, band, heads, pool) for pool in pools
+    ]
+    return max(found, key=lambda f: float(f.recall.mean()))
 
 
 def search(
-    windows: list[Free], scores: Scores, target: HeadCounts, draft: HeadCounts, band: int | None, heads: int
-) -> HeadMap:
-    """The best candidate by recall, then further ones while their union gains, at most `heads`.
+    windows: list[Free],
+    scores: Scores,
+    target: HeadCounts,
+    draft: HeadCounts,
+    band: int | None,
+    heads: int,
+    pool: str = "max",
+) -> Found:
+    """For each target head, what greedy forward selection over the best candidates gives, at most `heads`.
+
+    Under the mean a head may be taken again, to weigh more. A head that the latest tokens serve better, in
+    every domain, gets no sources: where they are better on average only, what they lose is what is far away.
 
     `band`: how far a draft layer may lie from the proportional one, None for all layers.
     """
-    sources = []
+    sources: list[list[tuple[Source, ...]]] = []
+    recall = torch.zeros(target.layers, target.kv_heads)
+    spared: list[tuple[float, int, int, tuple[Source, ...]]] = []
     for layer in range(target.layers):
         near = layer * draft.layers // target.layers
         allowed = torch.tensor(
             [band is None or abs(d - near) <= band for d in range(draft.layers) for _ in range(draft.q_heads)]
         )
-        picks = []
+        mass = [free.mass(_rows(layer, target)) for free in windows]
+        sources.append([])
         for h in range(target.kv_heads):
-            row = layer * target.kv_heads + h
-            ranked = scores.recall[row].masked_fill(~allowed, -1).argsort(descending=True, stable=True)
-            ranked = ranked[: min(SHORTLIST, int(allowed.sum()))].tolist()
-            picks.append(_forward(windows, row, ranked, float(scores.recall[row, ranked[0]]), heads))
-        sources.append(tuple(tuple(sorted(divmod(c, draft.q_heads) for c in pick)) for pick in picks))
-    return HeadMap(tuple(sources), origin="calibrated")
+            ranked = scores.recall[layer * target.kv_heads + h].masked_fill(~allowed, -1)
+            ranked = ranked.argsort(descending=True, stable=True)
+            ranked = ranked[: min(SHORTLIST, int(allowed.sum()))].sort().values.tolist()
+            picks, shares = _forward(windows, [m[h] for m in mass], ranked, heads, pool)
+            own = tuple(sorted(divmod(c, draft.q_heads) for c in picks))
+            latest = torch.stack([free.latest(m[h]) for free, m in zip(windows, mass, strict=True)])
+            if min(by_domain(windows, latest - shares).values()) > LEAST_GAIN:
+                spared.append((float((latest - shares).mean()), layer, h, own))
+                own, shares = (), latest
+            sources[layer].append(own)
+            recall[layer, h] = shares.mean()
+    if not any(own for row in sources for own in row):  # a map without a draft head is none
+        gain, layer, h, own = min(spared)
+        sources[layer][h] = own
+        recall[layer, h] -= gain
+    head_map = HeadMap(tuple(map(tuple, sources)), "calibrated", pool)
+    return Found(head_map, recall, scores)
 
 
-def _forward(windows: list[Free], row: int, ranked: list[int], best: float, heads: int) -> list[int]:
-    """Greedy forward selection among `ranked`; heads are joined by the maximum, as in serving."""
-    chosen, others = ranked[:1], ranked[1:]
-    while others and len(chosen) < heads:
-        gains = torch.zeros(len(others))
-        for free in windows:
-            joined = torch.maximum(free.scores[others], free.scores[chosen].amax(0))
-            gains += free.recall(free.mass[row].expand_as(joined), free.top(joined))
-        gains = gains / len(windows) - best
-        if (gain := float(gains.max())) < LEAST_GAIN:
+def by_domain(windows: list[Free], values: torch.Tensor) -> dict[str, float]:
+    """Means of `values` [windows] over each domain."""
+    domains = dict.fromkeys(free.domain for free in windows)
+    return {
+        domain: float(values[[i for i, free in enumerate(windows) if free.domain == domain]].mean())
+        for domain in domains
+    }
+
+
+def _forward(
+    windows: list[Free], mass: list[torch.Tensor], ranked: list[int], heads: int, pool: str
+) -> tuple[list[int], torch.Tensor]:
+    """Draft heads out of `ranked`, and the recall [windows] they have together."""
+    candidates = [free.scores(pool, ranked) for free in windows]
+    joined: list[torch.Tensor] = [torch.zeros(free.positions) for free in windows]
+    chosen: list[int] = []
+    best = torch.zeros(len(windows))
+    open_ = torch.ones(len(ranked), dtype=torch.bool)
+    while len(chosen) < heads and bool(open_.any()):
+        shares = torch.stack(
+            [
+                free.recall(own.expand(len(ranked), -1), free.top(_join(pool, values, so_far)))
+                for free, own, values, so_far in zip(windows, mass, candidates, joined, strict=True)
+            ]
+        )
+        gains = (shares.mean(0) - best.mean()).masked_fill(~open_, -torch.inf)
+        pick = int(gains.argmax())
+        if chosen and float(gains[pick]) < LEAST_GAIN:
             break
-        best += gain
-        chosen = [*chosen, others.pop(int(gains.argmax()))]
-    return chosen
+        best = shares[:, pick]
+        chosen.append(ranked[pick])
+        joined = [_join(pool, v[pick], j) for v, j in zip(candidates, joined, strict=True)]
+        open_[pick] = pool == "mean"
+    return chosen, best
 
 
-def recall_of(head_map: HeadMap, windows: list[Free], draft: HeadCounts) -> torch.Tensor:
-    """float32 [target layers, KV heads], mean over the windows, of a map's selections."""
-    rows: list[tuple[Source, ...]] = [heads for layer in head_map.sources for heads in layer]
-    total = torch.zeros(len(rows))
+def _join(pool: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.maximum(a, b) if pool == "max" else a + b
+
+
+def selected(head_map: HeadMap, free: Free, layer: int, draft: HeadCounts, pool: str) -> torch.Tensor:
+    """Indices [KV heads, count] that each head of a target layer selects."""
+    rows = []
+    for own in head_map.sources[layer]:
+        if not own:
+            rows.append(torch.arange(free.positions - free.count, free.positions))
+            continue
+        heads = [d * draft.q_heads + q for d, q in own]
+        different = sorted(set(heads))
+        values = free.scores(pool, different)[[different.index(c) for c in heads]]
+        rows.append(free.top(values.amax(0) if pool == "max" else values.sum(0)))
+    return torch.stack(rows)
+
+
+def recall_of(head_map: HeadMap, windows: list[Free], target: HeadCounts, draft: HeadCounts) -> torch.Tensor:
+    """float32 [windows, target layers, KV heads] of a map's selections; a map without a pool: "max"."""
+    pool = head_map.pool or "max"
+    return _by_layer(
+        windows,
+        target,
+        lambda free, layer, mass: free.recall(mass, selected(head_map, free, layer, draft, pool)),
+    )
+
+
+def oracle(windows: list[Free], target: HeadCounts) -> torch.Tensor:
+    """[windows, layers, KV heads]: recall of the target's own top at the same budget, the most there is."""
+    return _by_layer(windows, target, lambda free, layer, mass: free.recall(mass, free.top(mass)))
+
+
+def latest(windows: list[Free], target: HeadCounts) -> torch.Tensor:
+    """[windows, layers, KV heads]: recall of sink and a recent part as large as the budget."""
+    return _by_layer(windows, target, lambda free, layer, mass: free.latest(mass))
+
+
+def outside(windows: list[Free], target: HeadCounts) -> torch.Tensor:
+    """[windows, layers, KV heads]: the target's attention outside sink and recent."""
+    return _by_layer(windows, target, lambda free, layer, mass: mass.sum(-1))
+
+
+def best_single(windows: list[Free], target: HeadCounts) -> torch.Tensor:
+    """[windows, layers, KV heads]: recall of the draft head that is best in that very window.
+
+    No map can choose so: it bounds what one draft head for each target head can give.
+    """
+    found = []
     for free in windows:
-        joined = torch.stack([free.scores[[d * draft.q_heads + q for d, q in r]].amax(0) for r in rows])
-        total += free.recall(free.mass, free.top(joined))
-    return (total / len(windows)).view(len(head_map.sources), -1)
-
-
-def oracle(windows: list[Free]) -> torch.Tensor:
-    """float32 [layers * KV heads]: recall of the target's own top at the same budget, the most there is."""
-    return torch.stack([free.recall(free.mass, free.top(free.mass)) for free in windows]).mean(0)
+        best = torch.zeros(target.layers, target.kv_heads)
+        for pool in POOLS:
+            speaks = _mask(free.top(free.scores(pool)), free.positions)
+            for layer in range(target.layers):
+                mass = free.mass(_rows(layer, target))
+                share = (mass @ speaks.T).amax(1) / mass.sum(1).clamp(min=1e-30)
+                best[layer] = torch.maximum(best[layer], share)
+        found.append(best)
+    return torch.stack(found)
 
 
 def random(windows: list[Free]) -> float:
     """The recall that choosing at random has in expectation."""
-    return sum(free.count / free.mass.shape[1] for free in windows) / len(windows)
+    return sum(free.count / free.positions for free in windows) / len(windows)
+
+
+def _by_layer(windows: list[Free], target: HeadCounts, rule) -> torch.Tensor:
+    return torch.stack(
+        [
+            torch.stack([rule(free, t, free.mass(_rows(t, target))) for t in range(target.layers)])
+            for free in windows
+        ]
+    )
+
+
+def _rows(layer: int, target: HeadCounts) -> range:
+    return range(layer * target.kv_heads, (layer + 1) * target.kv_heads)
 
 
 def _mask(indices: torch.Tensor, size: int) -> torch.Tensor:
