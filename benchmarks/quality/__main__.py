@@ -30,7 +30,7 @@ from sts_sglang.demo import MODELS
 
 TASKS = (*items.TASKS, "shared", "text")
 OUT = ROOT / "benchmarks" / "results" / "quality"
-QUICK = {"items": 4, "lengths": [2048, 4096], "text_lengths": [4096], "keeps": [0.05, 0.1, 0.25]}
+QUICK = {"items": 4, "lengths": [4096], "text_lengths": [4096], "keeps": [0.05, 0.1, 0.25]}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
