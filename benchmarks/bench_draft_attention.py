@@ -1,71 +1,167 @@
 """Draft attention that leaves importance behind: against its twin (gate), then time with and without.
 
-Shapes of a 1B draft: 32 query and 8 KV heads of 64, every query head mapped; the first step of a round,
-with the carried row.
+Shapes of a 1B draft: 32 query and 8 KV heads of 64, every query head mapped. Two steps of a round: the
+first scores the carried row too, a later one its own row only. Dense FA3 beside it where it is installed.
 """
 
 from __future__ import annotations
 
 import torch
 
-from benchmarks.harness import Results, microseconds, parser
+from benchmarks.harness import (
+    DEVICE,
+    DTYPE,
+    Results,
+    Shape,
+    compile_ahead,
+    compile_only,
+    copies,
+    microseconds,
+    parser,
+    settings,
+    tune,
+    using,
+)
 from sts_kernels import Members, ops
+from sts_kernels.draft_attention import KNOBS
 
-Q_HEADS, KV_HEADS, DIM = 32, 8, 64
+Q_HEADS, KV_HEADS, DIM, STEPS = 32, 8, 64, 3
 SHAPES = [
-    {"context": c, "batch": b} for c, b in ((8192, 16), (32768, 1), (32768, 4), (32768, 8), (131072, 1))
+    {"context": c, "batch": b, "step": s}
+    for c, b in ((8192, 16), (32768, 1), (32768, 4), (32768, 8), (131072, 1))
+    for s in (0, 1)
 ]
+SPLIT_GRID = settings({"programs": [264, 396, 528, 792], "num_warps": [4, 8], "num_stages": [3, 5, 7]})
+POOL_GRID = settings(
+    {
+        "pool_blocks": [1, 4, 16],
+        "pool_programs": [16, 64, 128],
+        "pool_warps": [2, 4, 8],
+        "stored_policy": ["evict_last", ""],
+    }
+)
+IMPORTANCE = 13  # its place among the arguments
 
 
-def members(speak: bool) -> Members:
+def members(speak: bool, device: str = DEVICE) -> Members:
     """Each KV head's four query heads are a channel; or nobody speaks."""
-    heads = torch.arange(Q_HEADS, dtype=torch.int32, device="cuda").view(KV_HEADS, -1)
-    channels = torch.arange(KV_HEADS, dtype=torch.int32, device="cuda")
-    scale = torch.full((KV_HEADS,), KV_HEADS / Q_HEADS, device="cuda")
-    fresh = torch.ones(KV_HEADS, dtype=torch.bool, device="cuda")
+    heads = torch.arange(Q_HEADS, dtype=torch.int32, device=device).view(KV_HEADS, -1)
+    channels = torch.arange(KV_HEADS, dtype=torch.int32, device=device)
+    scale = torch.full((KV_HEADS,), KV_HEADS / Q_HEADS, device=device)
+    fresh = torch.ones(KV_HEADS, dtype=torch.bool, device=device)
     everyone = Members(channels, heads, scale, fresh)
     return everyone if speak else Members(*(t[:0] for t in everyone))
 
 
-def draw(shape: dict, speak: bool) -> list:
-    torch.manual_seed(0)
-    context, batch = shape["context"], shape["batch"]
-    width = context + 4
-    slots = batch * width + 1
-    table = torch.randperm(slots - 1, device="cuda")[: batch * width].view(batch, width).int() + 1
-    table = torch.cat([torch.zeros(1, width, dtype=torch.int32, device="cuda"), table])
-    k, v = (torch.randn(slots, KV_HEADS, DIM, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    q = torch.randn(batch, Q_HEADS, DIM, dtype=torch.bfloat16, device="cuda")
-    carried = torch.randn(batch + 1, Q_HEADS, DIM, dtype=torch.bfloat16, device="cuda")
-    lens = torch.full((batch,), context, device="cuda")
-    carried_len = torch.full((batch + 1,), context, device="cuda")
-    reqs = torch.arange(1, batch + 1, device="cuda")
-    start = torch.arange(batch, device="cuda") * context
-    importance = torch.zeros(KV_HEADS, batch * context, dtype=torch.float16, device="cuda")
-    first = carried if speak else None
-    places = [table, reqs, lens, start, 0, 3, DIM**-0.5, members(speak), importance, 3]
-    return [q, first, carried_len, k, v, *places]
+def draw(shape: Shape, seed: int = 0, device: str = DEVICE, dtype: torch.dtype = DTYPE) -> list:
+    """Arguments of draft_attention, with importance."""
+    torch.manual_seed(seed)
+    context, batch, step = shape["context"], shape["batch"], shape["step"]
+    width = context + STEPS + 1
+    table = torch.randperm(batch * width, device=device).view(batch, width).int() + 1
+    table = torch.cat([torch.zeros(1, width, dtype=torch.int32, device=device), table])
+    size = (batch * width + 1, KV_HEADS, DIM)
+    k, v = (torch.randn(size, dtype=dtype, device=device) for _ in range(2))
+    q = torch.randn(batch, Q_HEADS, DIM, dtype=dtype, device=device)
+    carried = torch.randn(batch + 1, Q_HEADS, DIM, dtype=dtype, device=device) if step == 0 else None
+    lens = torch.full((batch,), context, device=device)
+    carried_len = torch.full((batch + 1,), context, device=device)
+    reqs = torch.arange(1, batch + 1, device=device)
+    columns = -(-context // 64) * 64
+    start = torch.arange(batch, device=device) * columns
+    importance = torch.zeros(KV_HEADS, batch * columns, dtype=torch.float16, device=device)
+    places = [table, reqs, lens, start, step, STEPS, DIM**-0.5, members(True, device), importance, STEPS]
+    return [q, carried, carried_len, k, v, *places]
 
 
-def gate() -> None:
-    found = []
-    for kernel in ("torch", "triton"):
-        args = draw({"context": 4096, "batch": 2}, True)
-        found.append((ops(kernel).draft_attention(*args).float(), args[13].float()))
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=1.6e-2, atol=8e-3)
-    torch.testing.assert_close(found[1][1], found[0][1], rtol=2e-3, atol=2e-3)
+def silent(args: list) -> list:
+    """The same attention without importance: no member speaks, no carried row."""
+    return [args[0], None, *args[2:12], members(False, args[3].device), *args[IMPORTANCE:]]
+
+
+def run(args: list, kernel: str = "triton") -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and importance."""
+    args[IMPORTANCE].zero_()
+    return ops(kernel).draft_attention(*args).float(), args[IMPORTANCE].float()
+
+
+def close(found: tuple, expected: tuple) -> None:
+    torch.testing.assert_close(found[0], expected[0], rtol=1.6e-2, atol=8e-3)
+    torch.testing.assert_close(found[1], expected[1], rtol=2e-3, atol=2e-3)
+
+
+def nbytes(shape: Shape) -> int:
+    return shape["batch"] * shape["context"] * KV_HEADS * DIM * 2 * 2
+
+
+def prepare(shape: Shape):
+    """What `tune` times."""
+    inputs = [draw(shape, seed) for seed in range(copies(nbytes(shape)))]
+    expected = run(inputs[0], "torch")
+    calls = [lambda i=i: ops("triton").draft_attention(*i) for i in inputs]
+    return calls, lambda: close(run(inputs[0]), expected), nbytes(shape)
+
+
+def fa3_dense(shape: Shape, args: list):
+    """FA3 over the same slots, its own draft tokens included."""
+    from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+    batch, seen = shape["batch"], shape["context"] + shape["step"] + 1
+    options = {
+        "q": args[0],
+        "k_cache": args[3][:, None],
+        "v_cache": args[4][:, None],
+        "page_table": args[5][1:].contiguous(),
+        "cache_seqlens": torch.full((batch,), seen, dtype=torch.int32, device="cuda"),
+        "cu_seqlens_q": torch.arange(batch + 1, dtype=torch.int32, device="cuda"),
+        "max_seqlen_q": 1,
+        "softmax_scale": DIM**-0.5,
+        "causal": True,
+    }
+    return lambda: flash_attn_with_kvcache(**options)
+
+
+def bench(results: Results, shape: Shape) -> None:
+    inputs = [draw(shape, seed) for seed in range(copies(nbytes(shape)))]
+    expected = run(inputs[0], "torch")
+    if results.gate("triton+importance", shape, lambda: close(run(inputs[0]), expected)):
+        plain = [silent(i) for i in inputs]
+        for name, cases in (("triton", plain), ("triton+importance", inputs)):
+            calls = [lambda i=i: ops("triton").draft_attention(*i) for i in cases]
+            results.add(name, shape, microseconds(calls), nbytes(shape))
+    try:
+        calls = [fa3_dense(shape, i) for i in inputs]
+
+        def check() -> None:
+            torch.testing.assert_close(calls[0]().float(), expected[0], rtol=1.6e-2, atol=8e-3)
+
+        if results.gate("fa3-dense", shape, check):
+            results.add("fa3-dense", shape, microseconds(calls, replays=5), nbytes(shape))
+    except Exception as error:  # not installed, or not for this device
+        print(f"fa3-dense is left out at {shape}: {type(error).__name__} {str(error)[:300]}")
+
+
+def compile_one(shape: Shape, knobs: dict) -> None:
+    """The op on tensors that are only shapes, with and without importance."""
+    args = draw(shape, device="meta", dtype=shape.get("dtype", torch.bfloat16))
+    with compile_only(), using(KNOBS, knobs):
+        ops("triton").draft_attention(*args)
+        ops("triton").draft_attention(*silent(args))
 
 
 def main() -> None:
     args = parser(__doc__).parse_args()
+    quick = [s for s in SHAPES if s["context"] > 8192 and s["batch"] != 4]
+    shapes = quick if args.quick or args.tune else SHAPES
+    grid = SPLIT_GRID + POOL_GRID if args.tune else [{}]
+    compile_ahead(compile_one, shapes, grid)
     results = Results("draft_attention", args.out)
-    gate()
-    for shape in SHAPES:
-        nbytes = shape["batch"] * shape["context"] * KV_HEADS * DIM * 2 * 2
-        for name, speak in (("triton", False), ("triton+importance", True)):
-            inputs = draw(shape, speak)
-            us = microseconds([lambda i=inputs: ops("triton").draft_attention(*i)])
-            results.add(name, shape, us, nbytes)
+    for shape in shapes:
+        if args.tune:
+            tune(results, KNOBS, grid, shape, prepare)
+        else:
+            bench(results, shape)
+    results.finish()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,20 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.harness import Results, microseconds, parser
+from benchmarks.harness import (
+    DEVICE,
+    Results,
+    Shape,
+    compile_ahead,
+    compile_only,
+    microseconds,
+    parser,
+    settings,
+    tune,
+    using,
+)
 from sts_kernels import ops
+from sts_kernels.select import KNOBS
 
 CHANNELS, SINK, RECENT = 128, 4, 64
 SHAPES = [
@@ -16,43 +28,71 @@ SHAPES = [
     for c, b in ((8192, 16), (32768, 1), (32768, 4), (32768, 8), (32768, 16), (131072, 1), (131072, 4))
     for k in (0.05, 0.1, 0.25)
 ]
+GRID = settings({"BLOCK": [1024, 2048, 4096, 8192], "num_warps": [4, 8, 16, 32]})
+LISTS, COUNTS = 8, 10  # places of kv_indices and kv_count among the arguments
 
 
-def draw(shape: dict) -> list:
+def draw(shape: Shape, device: str = DEVICE) -> list:
     """Arguments of select_tokens; scores are as peaked as attention probabilities are."""
     torch.manual_seed(0)
     context, batch = shape["context"], shape["batch"]
     count = int(context * shape["keep"])
-    importance = ((torch.randn(CHANNELS, batch * context, device="cuda") * 3).exp() / context * 100).half()
-    start = torch.arange(batch, device="cuda") * context
-    lens = torch.full((batch,), context, device="cuda")
-    table = (torch.randperm((batch + 1) * context, device="cuda").int() + 1).view(batch + 1, context)
-    lists = torch.zeros(batch * CHANNELS * count, dtype=torch.int32, device="cuda")
-    kv_start = torch.arange(batch * CHANNELS, device="cuda").view(batch, CHANNELS) * count
-    kv_count = torch.full((batch, CHANNELS), count, dtype=torch.int32, device="cuda")
-    budgets = torch.full((batch,), count, device="cuda")
-    reqs = torch.arange(1, batch + 1, device="cuda")
+    scores = torch.randn(CHANNELS, batch * context, dtype=torch.float16, device=device)
+    importance = scores.mul_(3).exp_().mul_(100 / context)
+    start = torch.arange(batch, device=device) * context
+    lens = torch.full((batch,), context, device=device)
+    table = (torch.randperm((batch + 1) * context, device=device).int() + 1).view(batch + 1, context)
+    lists = torch.zeros(batch * CHANNELS * count, dtype=torch.int32, device=device)
+    kv_start = torch.arange(batch * CHANNELS, device=device).view(batch, CHANNELS) * count
+    kv_count = torch.full((batch, CHANNELS), count, dtype=torch.int32, device=device)
+    budgets = torch.full((batch,), count, device=device)
+    reqs = torch.arange(1, batch + 1, device=device)
     return [importance, start, lens, budgets, SINK, RECENT, table, reqs, lists, kv_start, kv_count]
 
 
-def gate(shape: dict) -> None:
-    found = []
-    for kernel in ("torch", "triton"):
-        args = draw(shape)
-        ops(kernel).select_tokens(*args)
-        found.append(args[8].view(-1, int(args[10][0, 0])).sort(1).values)
-    assert torch.equal(*found), f"selection differs from its twin at {shape}"
+def select(args: list, kernel: str = "triton") -> torch.Tensor:
+    """The lists it writes, [request * channel, count], in order of slots."""
+    ops(kernel).select_tokens(*args)
+    return args[LISTS].view(-1, int(args[COUNTS][0, 0])).sort(1).values
+
+
+def equal(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert torch.equal(found, expected), f"{int((found != expected).sum())} slots differ"
+
+
+def prepare(shape: Shape):
+    """What `tune` times."""
+    args = draw(shape)
+    expected = select(args, "torch")
+    call, nbytes = (lambda: ops("triton").select_tokens(*args)), args[0].nbytes + 2 * args[LISTS].nbytes
+
+    def check() -> None:
+        args[LISTS].zero_()
+        equal(select(args), expected)
+
+    return [call], check, nbytes
+
+
+def compile_one(shape: Shape, knobs: dict) -> None:
+    """The op on tensors that are only shapes."""
+    with compile_only(), using(KNOBS, knobs):
+        ops("triton").select_tokens(*draw(shape, device="meta"))
 
 
 def main() -> None:
     args = parser(__doc__).parse_args()
+    shapes = [s for s in SHAPES if s["keep"] == 0.1] if args.quick or args.tune else SHAPES
+    grid = GRID if args.tune else [{}]
+    compile_ahead(compile_one, shapes[:1], grid)
     results = Results("select", args.out)
-    gate({"context": 8192, "batch": 2, "keep": 0.1})
-    for shape in SHAPES if not args.quick else [s for s in SHAPES if s["keep"] == 0.1]:
-        inputs = draw(shape)
-        scores = inputs[0].nbytes
-        us = microseconds([lambda i=inputs: ops("triton").select_tokens(*i)])
-        results.add("triton", shape, us, scores + 2 * inputs[8].nbytes)
+    for shape in shapes:
+        if args.tune:
+            tune(results, KNOBS, GRID, shape, prepare)
+            continue
+        calls, check, nbytes = prepare(shape)
+        if results.gate("triton", shape, check):
+            results.add("triton", shape, microseconds(calls), nbytes)
+    results.finish()
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
 """Tokens per second of stock SGLang and of sts, through the real server, on the same machine in one run.
 
-Arms (each its own server, one after the other, `--repeats` times in alternating order):
-  stock         the target alone
-  stock-spec    the target and a STANDALONE draft
-  sts-dense     sts with every target layer dense: what capture and selection cost
-  sts           sts with the given --sts-config
+Arms (each its own server, `--repeats` times in alternating order):
+  stock                the target alone
+  stock-spec           the target and a STANDALONE draft
+  stock-spec-captured  the same with its draft-extend in a CUDA graph: what that graph alone brings
+  sts-dense            sts with every target layer dense: what capture and selection cost
+  sts                  sts with the given --sts-config
 
 For every shape CONTEXTxREQUESTS the prompts are prefilled once, so that the measured requests find them
-in the prefix cache; then all requests decode `--new-tokens` at the same time. An sts arm whose counters
+in the prefix cache; then all requests decode `--new-tokens` at the same time, `--passes` times. Prompts of
+a shorter context begin like those of a longer one: give the longest first. An sts arm whose counters
 show no sparse verify, or a dense one, ends the benchmark.
 
 Example, on a GPU, with models that have the shapes of Llama-3.1-8B and 3.2-1B but dummy weights:
-  python benchmarks/bench_serving.py --target T --draft D --shapes 32000x8,128000x1 \\
-      --server-args "--load-format dummy --skip-tokenizer-init" --accept-length 3 --out serving.jsonl
+  python -m benchmarks.bench_serving --dummy --shapes 32000x8,16000x8,8000x8,4000x8 --accept-length 3 \\
+      --server-args "--context-length 131072 --cuda-graph-max-bs 8" --out serving.jsonl
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ import os
 import random
 import shlex
 import statistics
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks import dummy_models
 from sts_sglang.local_server import LocalServer
 
-ARMS = ("stock", "stock-spec", "sts-dense", "sts")
+ARMS = ("stock", "stock-spec", "stock-spec-captured", "sts-dense", "sts")
 
 
 def arm_args(arm: str, options: argparse.Namespace) -> list[str]:
@@ -40,7 +44,7 @@ def arm_args(arm: str, options: argparse.Namespace) -> list[str]:
     args = ["--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", str(options.draft)]
     args += ["--speculative-num-steps", str(steps), "--speculative-eagle-topk", "1"]
     args += ["--speculative-num-draft-tokens", str(steps + 1)]
-    if arm == "stock-spec":
+    if arm.startswith("stock-spec"):
         return args
     config = json.loads(options.sts_config)
     if arm == "sts-dense":
@@ -49,26 +53,35 @@ def arm_args(arm: str, options: argparse.Namespace) -> list[str]:
     return [*args, "--attention-backend", "sts", "--sts-config", json.dumps(config)]
 
 
-def run_shape(server: LocalServer, context: int, requests: int, options: argparse.Namespace) -> dict:
-    """One shape on a running server: prefill, then the measured batch."""
-    rng = random.Random(context)
-    prompts = [[rng.randrange(5, options.vocab) for _ in range(context)] for _ in range(requests)]
+def run_shape(server: LocalServer, context: int, requests: int, options: argparse.Namespace) -> list[dict]:
+    """One shape on a running server: prefill, then the measured batch, `passes` times."""
+
+    def prompt(request: int) -> list[int]:
+        rng = random.Random(request)
+        return [rng.randrange(5, options.vocab) for _ in range(context)]
 
     def ask(prompt: list[int], new_tokens: int) -> dict:
         params = {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
         return server.post("/generate", {"input_ids": prompt, "sampling_params": params}, timeout=1800)
 
-    for prompt in prompts:
-        ask(prompt, 1)
+    prompts = [prompt(i) for i in range(requests)]
+    for ids in prompts:
+        ask(ids, 1)
+    rows = []
     with ThreadPoolExecutor(requests) as pool:
-        started = time.monotonic()
-        answers = list(pool.map(lambda p: ask(p, options.new_tokens), prompts))
-        seconds = time.monotonic() - started
+        for _ in range(options.passes):
+            started = time.monotonic()
+            answers = list(pool.map(lambda ids: ask(ids, options.new_tokens), prompts))
+            rows.append(measured(answers, time.monotonic() - started, options.new_tokens))
+    return rows
+
+
+def measured(answers: list[dict], seconds: float, new_tokens: int) -> dict:
+    """What one pass tells."""
     metas = [a["meta_info"] for a in answers]
-    tokens = sum(m["completion_tokens"] for m in metas)
     return {
-        "tokens_per_s": round(tokens / seconds, 2),
-        "tpot_ms": round(1000 * seconds / options.new_tokens, 3),
+        "tokens_per_s": round(sum(m["completion_tokens"] for m in metas) / seconds, 2),
+        "tpot_ms": round(1000 * seconds / new_tokens, 3),
         "cached_tokens": min(m["cached_tokens"] for m in metas),
         "accept_length": round(statistics.mean(m.get("spec_accept_length") or 1 for m in metas), 3),
     }
@@ -80,15 +93,20 @@ def run_arm(arm: str, repeat: int, shapes: list[tuple[int, int]], options: argpa
     args = [*shlex.split(options.server_args), *arm_args(arm, options)]
     env = {"SGLANG_SIMULATE_ACC_LEN": str(options.accept_length)} if options.accept_length else {}
     rows = []
-    with LocalServer(options.target, log, *args, env=env, start_seconds=600) as server:
+    module = "benchmarks.captured_stock" if arm == "stock-spec-captured" else "sglang.launch_server"
+    with LocalServer(options.target, log, *args, env=env, start_seconds=600, module=module) as server:
         for context, requests in shapes:
             before = server.counters() if arm.startswith("sts") else None
-            row = {"arm": arm, "repeat": repeat, "context": context, "requests": requests}
-            row |= run_shape(server, context, requests, options)
+            shape = {"arm": arm, "repeat": repeat, "context": context, "requests": requests}
+            passes = run_shape(server, context, requests, options)
             if before is not None:
-                row |= _sparsity(arm, before, server.counters())
-            print(json.dumps(row), flush=True)
-            rows.append({**row, "server": server.shown_command()})
+                shape |= _sparsity(arm, before, server.counters())
+            for row in passes:
+                rows.append({**shape, **row, "server": server.shown_command()})
+                print(json.dumps({**shape, **row}), flush=True)
+            if options.out:
+                with options.out.open("a") as f:
+                    f.writelines(json.dumps({**row, **options.where}) + "\n" for row in rows[-len(passes) :])
     return rows
 
 
@@ -113,16 +131,28 @@ def origin() -> dict:
     return {"gpu": gpu, "python": platform.python_version(), **{n: version(n) for n in names}}
 
 
+def commit() -> str:
+    """STS_COMMIT where there is no repository, else git's answer."""
+    if "STS_COMMIT" in os.environ:
+        return os.environ["STS_COMMIT"]
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--target", type=Path, required=True, help="folder of the target model")
-    p.add_argument("--draft", type=Path, required=True, help="folder of the STANDALONE draft")
+    p.add_argument("--target", type=Path, help="folder of the target model")
+    p.add_argument("--draft", type=Path, help="folder of the STANDALONE draft")
+    p.add_argument(
+        "--dummy", type=Path, nargs="?", const=Path("."), help="write 8B and 1B shapes here and use those"
+    )
     p.add_argument(
         "--shapes", default="32000x1,32000x8", help="CONTEXTxREQUESTS, comma separated (%(default)s)"
     )
     p.add_argument("--arms", default=",".join(ARMS), help="comma separated (%(default)s)")
     p.add_argument("--sts-config", default='{"keep": 0.1}', help="inline JSON (%(default)s)")
     p.add_argument("--new-tokens", type=int, default=256, help="decoded per request (%(default)s)")
+    p.add_argument("--passes", type=int, default=3, help="measured per shape and server (%(default)s)")
     p.add_argument("--steps", type=int, default=3, help="draft steps a round (%(default)s)")
     p.add_argument(
         "--accept-length", type=float, help="simulate this accept length (SGLANG_SIMULATE_ACC_LEN)"
@@ -132,25 +162,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--server-args", default="", help="arguments common to all servers, one string")
     p.add_argument("--logs", type=Path, default=Path("."), help="folder of the server logs (%(default)s)")
     p.add_argument("--out", type=Path, help="append raw results to this JSONL file")
-    return p.parse_args(argv)
+    options = p.parse_args(argv)
+    if not options.dummy and not (options.target and options.draft):
+        p.error("give --target and --draft, or --dummy")
+    return options
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
-    where = {
-        **origin(),
-        "commit": os.environ.get("STS_COMMIT", "unknown"),
-        "simulated": options.accept_length,
-    }
+    if options.dummy:
+        options.target, options.draft = (
+            dummy_models.write(n, options.dummy) for n in ("llama-8b", "llama-1b")
+        )
+        options.server_args += " --load-format dummy --skip-tokenizer-init"
+        options.vocab = 128000
+    options.where = {**origin(), "commit": commit(), "simulated": options.accept_length}
     rows = []
     for repeat in range(options.repeats):
         arms = options.arms.split(",")
         for arm in arms if repeat % 2 == 0 else reversed(arms):
             rows += run_arm(arm, repeat, shapes, options)
-    if options.out:
-        with options.out.open("a") as f:
-            f.writelines(json.dumps({**row, **where}) + "\n" for row in rows)
     for shape in shapes:
         print(f"\n{shape[0]} x {shape[1]}")
         for arm in options.arms.split(","):

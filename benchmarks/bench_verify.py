@@ -1,158 +1,280 @@
-"""Sparse verify attention: Triton against its twin (gate), then time beside dense attention.
+"""Sparse verify attention: Triton against its twin (gate), then time beside FA3 and FlashInfer.
 
-One layer, all requests of one length, selections drawn at random per (request, channel), bf16. Rivals
-that are not installed are left out.
+One layer, all requests of one length, selections drawn at random per (request, channel), bf16. Rivals:
+dense FA3 (as SGLang calls it) and FlashInfer over the whole context, and FlashInfer over the same
+selections, with every (request, KV head) as a request of its own on a view of the pools with one head.
+Those that cannot run here are left out.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.harness import Results, copies, microseconds, parser
+from benchmarks.harness import (
+    DEVICE,
+    DTYPE,
+    Results,
+    Shape,
+    compile_ahead,
+    compile_only,
+    copies,
+    microseconds,
+    parser,
+    settings,
+    tune,
+    using,
+)
 from sts_kernels import ops
+from sts_kernels.verify import KNOBS
 
 KV_HEADS = 8
 FULL = {
     "context": [8192, 32768, 131072],
     "batch": [1, 4, 16],
-    "keep": [0.05, 0.1, 0.25],
+    "dim": [64, 128],
     "rows": [1, 4, 8],
     "group": [4, 8],
-    "dim": [64, 128],
+    "keep": [0.05, 0.1, 0.25],
 }
 QUICK = [
-    {"context": c, "batch": b, "keep": 0.1, "rows": 4, "group": 4, "dim": 128}
+    {"context": c, "batch": b, "dim": 128, "rows": 4, "group": 4, "keep": 0.1}
     for c, b in ((131072, 1), (32768, 4), (32768, 8), (32768, 16), (8192, 16))
 ]
+GRID = settings(
+    {
+        "programs": [132, 264, 396, 528],
+        "BLOCK": [32, 64, 128],
+        "num_warps": [4, 8],
+        "num_stages": [3, 5, 7],
+    }
+)
+
+
+@dataclass
+class Pool:
+    """KV of one layer: shared by all shapes of a context, a batch and a head size."""
+
+    k: torch.Tensor  # [slots, H_kv, D]
+    v: torch.Tensor
+    table: torch.Tensor  # [1 + batch, context + 8], request 0 is padding
+    order: torch.Tensor  # [batch * H_kv, context], each head's random order of the positions
+
+    @classmethod
+    def draw(cls, shape: Shape, seed: int) -> Pool:
+        torch.manual_seed(seed)
+        context, batch = shape["context"], shape["batch"]
+        width = context + 8
+        slots = torch.randperm(batch * width, device=DEVICE).view(batch, width).int() + 1
+        table = torch.cat([torch.zeros(1, width, dtype=torch.int32, device=DEVICE), slots])
+        size = (batch * width + 1, KV_HEADS, shape["dim"])
+        k, v = (torch.randn(size, dtype=DTYPE, device=DEVICE) for _ in range(2))
+        return cls(k, v, table, torch.rand(batch * KV_HEADS, context, device=DEVICE).argsort(1).int())
+
+    @classmethod
+    def several(cls, shape: Shape) -> list[Pool]:
+        """As many as make one read of all of them pass through the cache."""
+        return [cls.draw(shape, seed) for seed in range(copies(kv_bytes(shape, shape["context"])))]
 
 
 @dataclass
 class Case:
     """Inputs of one call."""
 
+    pool: Pool
+    q: torch.Tensor  # [batch, rows, H_q, D]
+    lists: torch.Tensor  # [batch * H_kv, count]
     args: list
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    table: torch.Tensor
 
     @classmethod
-    def draw(cls, shape: dict, seed: int) -> Case:
-        torch.manual_seed(seed)
+    def draw(cls, shape: Shape, pool: Pool, part: int) -> Case:
+        """Parts are disjoint: no call finds what another has read."""
         context, batch, rows, dim = shape["context"], shape["batch"], shape["rows"], shape["dim"]
-        width = context + rows
-        slots = batch * width + 1
-        table = torch.randperm(slots - 1, device="cuda")[: batch * width].view(batch, width).int() + 1
-        table = torch.cat([torch.zeros(1, width, dtype=torch.int32, device="cuda"), table])  # slot 0: padding
-        k, v = (torch.randn(slots, KV_HEADS, dim, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-        q = torch.randn(batch, rows, KV_HEADS * shape["group"], dim, dtype=torch.bfloat16, device="cuda")
         count = int(context * shape["keep"])
-        reqs = torch.arange(1, batch + 1, device="cuda")
-        lists = torch.stack(
-            [
-                table[b + 1, torch.randperm(context, device="cuda")[:count].sort().values]
-                for b in range(batch)
-                for _ in range(KV_HEADS)
-            ]
-        )
-        start = torch.arange(batch * KV_HEADS, device="cuda").view(batch, KV_HEADS) * count
-        counts = torch.full((batch, KV_HEADS), count, dtype=torch.int32, device="cuda")
-        heads = torch.arange(KV_HEADS, dtype=torch.int32, device="cuda")
-        lens = torch.full((batch,), context, device="cuda")
-        mask = torch.ones(rows, rows, device="cuda").tril().bool().expand(batch, -1, -1).contiguous()
-        attended = torch.zeros(2, dtype=torch.int64, device="cuda")
-        args = [q, k, v, lists.flatten(), start, counts, heads, table, reqs, lens, mask, dim**-0.5, attended]
-        return cls(args, q, k, v, table)
+        chosen = pool.order[:, part * count : (part + 1) * count].sort(1).values.long()
+        lists = pool.table[1:].repeat_interleave(KV_HEADS, 0).gather(1, chosen)
+        q = torch.randn(batch, rows, KV_HEADS * shape["group"], dim, dtype=DTYPE, device=DEVICE)
+        start = torch.arange(batch * KV_HEADS, device=DEVICE).view(batch, KV_HEADS) * count
+        counts = torch.full((batch, KV_HEADS), count, dtype=torch.int32, device=DEVICE)
+        heads = torch.arange(KV_HEADS, dtype=torch.int32, device=DEVICE)
+        reqs = torch.arange(1, batch + 1, device=DEVICE)
+        lens = torch.full((batch,), context, device=DEVICE)
+        mask = torch.ones(rows, rows, device=DEVICE).tril().bool().expand(batch, -1, -1).contiguous()
+        attended = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        places = [lists.flatten(), start, counts, heads, pool.table, reqs, lens, mask]
+        return cls(pool, q, lists, [q, pool.k, pool.v, *places, dim**-0.5, attended])
+
+    def run(self, kernel: str = "triton") -> torch.Tensor:
+        return ops(kernel).sparse_verify_attention(*self.args)
 
 
-def dense_flashinfer(shape: dict, cases: list[Case]):
-    """FlashInfer's paged prefill over the whole context, planned once."""
+def kv_bytes(shape: Shape, tokens: int) -> int:
+    """Bytes of keys and values of so many tokens of every request."""
+    return shape["batch"] * tokens * KV_HEADS * shape["dim"] * 2 * 2
+
+
+def sparse_bytes(shape: Shape) -> int:
+    return kv_bytes(shape, int(shape["context"] * shape["keep"]) + shape["rows"])
+
+
+def cases_of(shape: Shape, pools: list[Pool]) -> list[Case]:
+    """Enough disjoint selections to keep the cache cold, over as few pools as hold them."""
+    number = min(copies(sparse_bytes(shape), 64), len(pools) * int(1 / shape["keep"]))
+    return [Case.draw(shape, pools[i % len(pools)], i // len(pools)) for i in range(number)]
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found.float(), expected.float(), rtol=1.6e-2, atol=8e-3)
+
+
+# ---- rivals: (shape, case) to a call that returns [batch, rows, H_q, D], planned
+
+
+@functools.cache
+def flashinfer_workspace() -> torch.Tensor:
+    """Shared: calls follow each other."""
+    return torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+
+
+def flashinfer_plan(shape: Shape, requests: int, kv_heads: int, tokens: int, indices: torch.Tensor):
+    """FlashInfer's paged prefill of page size 1, planned for requests of `tokens` tokens."""
     import flashinfer
 
-    context, batch, rows = shape["context"], shape["batch"], shape["rows"]
-    calls = []
-    for case in cases:
-        workspace = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2")
-        width = context + rows
-        wrapper.plan(
-            torch.arange(batch + 1, dtype=torch.int32, device="cuda") * rows,
-            torch.arange(batch + 1, dtype=torch.int32, device="cuda") * width,
-            case.table[1:, :width].flatten().contiguous(),
-            torch.ones(batch, dtype=torch.int32, device="cuda"),
-            KV_HEADS * shape["group"],
-            KV_HEADS,
-            shape["dim"],
-            1,
-            causal=True,
-            q_data_type=torch.bfloat16,
-        )
-        kv = (case.k[:, None], case.v[:, None])
-        q = case.q.flatten(0, 1)
-        calls.append(lambda w=wrapper, q=q, kv=kv: w.run(q, kv))
-    return calls
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(flashinfer_workspace(), "NHD", backend="fa2")
+    steps = torch.arange(requests + 1, dtype=torch.int32, device="cuda")
+    wrapper.plan(
+        steps * shape["rows"],
+        steps * tokens,
+        indices.flatten().int().contiguous(),
+        torch.ones(requests, dtype=torch.int32, device="cuda"),
+        kv_heads * shape["group"],
+        kv_heads,
+        shape["dim"],
+        1,
+        causal=True,
+        q_data_type=DTYPE,
+        kv_data_type=DTYPE,
+    )
+    return wrapper
 
 
-def dense_fa3(shape: dict, cases: list[Case]):
-    """FA3 with a page table of page size 1, as SGLang calls it."""
-    from sglang.jit_kernel.flash_attention import flash_attn_with_kvcache
-
-    context, batch, rows = shape["context"], shape["batch"], shape["rows"]
-    lens = torch.full((batch,), context + rows, dtype=torch.int32, device="cuda")
-    cu = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * rows
-    return [
-        lambda c=case: flash_attn_with_kvcache(
-            q=c.q.flatten(0, 1),
-            k_cache=c.k[:, None],
-            v_cache=c.v[:, None],
-            page_table=c.table[1:],
-            cache_seqlens=lens,
-            cu_seqlens_q=cu,
-            max_seqlen_q=rows,
-            softmax_scale=shape["dim"] ** -0.5,
-            causal=True,
-        )
-        for case in cases
-    ]
+def flashinfer_dense(shape: Shape, case: Case):
+    tokens = shape["context"] + shape["rows"]
+    wrapper = flashinfer_plan(shape, shape["batch"], KV_HEADS, tokens, case.pool.table[1:, :tokens])
+    q, kv = case.q.flatten(0, 1), (case.pool.k[:, None], case.pool.v[:, None])
+    return lambda: wrapper.run(q, kv).view_as(case.q)
 
 
-RIVALS = {"fa3-dense": dense_fa3, "flashinfer-dense": dense_flashinfer}
+def flashinfer_headwise(shape: Shape, case: Case):
+    batch, rows, group, dim = (shape[k] for k in ("batch", "rows", "group", "dim"))
+    heads = torch.arange(KV_HEADS, device="cuda").repeat(batch)[:, None]
+    tail = case.pool.table[1:, shape["context"] : shape["context"] + rows].repeat_interleave(KV_HEADS, 0)
+    indices = torch.cat([case.lists, tail], 1).long() * KV_HEADS + heads
+    wrapper = flashinfer_plan(shape, batch * KV_HEADS, 1, indices.shape[1], indices)
+    # Queries head-major; in a model this copy would cost time too, here it is not counted.
+    q = case.q.view(batch, rows, KV_HEADS, group, dim).transpose(1, 2).reshape(-1, group, dim)
+    kv = (case.pool.k.view(-1, 1, 1, dim), case.pool.v.view(-1, 1, 1, dim))
+    turn = (batch, KV_HEADS, rows, group, dim)
+    return lambda: wrapper.run(q, kv).view(turn).transpose(1, 2).flatten(2, 3)
 
 
-def gate(shape: dict) -> None:
-    """The kernel equals its twin, or nothing is timed."""
-    case = Case.draw(shape, seed=1)
-    found = ops("triton").sparse_verify_attention(*case.args)
-    expected = ops("torch").sparse_verify_attention(*case.args)
-    torch.testing.assert_close(found.float(), expected.float(), rtol=1.6e-2, atol=8e-3)
+def fa3_dense(shape: Shape, case: Case):
+    """As SGLang's FlashAttentionBackend calls it."""
+    from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+    batch, rows = shape["batch"], shape["rows"]
+    options = {
+        "q": case.q.flatten(0, 1),
+        "k_cache": case.pool.k[:, None],
+        "v_cache": case.pool.v[:, None],
+        "page_table": case.pool.table[1:].contiguous(),
+        "cache_seqlens": torch.full((batch,), shape["context"] + rows, dtype=torch.int32, device="cuda"),
+        "cu_seqlens_q": torch.arange(batch + 1, dtype=torch.int32, device="cuda") * rows,
+        "max_seqlen_q": rows,
+        "softmax_scale": shape["dim"] ** -0.5,
+        "causal": True,
+    }
+    return lambda: flash_attn_with_kvcache(**options).view_as(case.q)
+
+
+DENSE = {"fa3-dense": fa3_dense, "fi-dense": flashinfer_dense}
+SPARSE = {"fi-headwise": flashinfer_headwise}
+
+
+def rivals(results: Results, shape: Shape, cases: list[Case], which: dict, nbytes: int, expected) -> None:
+    """Gate and time them; one that raises is left out from here on."""
+    for name, plan in list(which.items()):
+        try:
+            calls = [plan(shape, case) for case in cases]
+            if results.gate(name, shape, lambda c=calls[0]: close(c(), expected)):
+                results.add(name, shape, microseconds(calls, replays=5), nbytes)
+        except Exception as error:  # whatever is not installed, or does not compile here
+            print(f"{name} is left out from {shape} on: {type(error).__name__} {str(error)[:300]}")
+            del which[name]
+
+
+def bench(results: Results, shape: Shape, pools: list[Pool], timed_dense: set[tuple]) -> None:
+    """One shape; dense rivals once for all keep ratios."""
+    cases = cases_of(shape, pools)
+    expected = cases[0].run("torch")
+    if results.gate("triton", shape, lambda: close(cases[0].run(), expected)):
+        results.add("triton", shape, microseconds([c.run for c in cases]), sparse_bytes(shape))
+    rivals(results, shape, cases[:16], SPARSE, sparse_bytes(shape), expected)
+    whole = {k: v for k, v in shape.items() if k != "keep"}
+    if tuple(whole.values()) not in timed_dense:
+        timed_dense.add(tuple(whole.values()))
+        case = Case.draw(shape, pools[0], 0)
+        case.args[5] = torch.full_like(case.args[5], -1)
+        full = kv_bytes(shape, shape["context"] + shape["rows"])
+        others = [Case.draw(shape, p, 0) for p in pools[1:]]
+        rivals(results, whole, [case, *others], DENSE, full, case.run("torch"))
+
+
+def compile_one(shape: Shape, knobs: dict) -> None:
+    """The op on tensors that are only shapes."""
+
+    def like(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    batch, rows, dim = shape["batch"], shape["rows"], shape["dim"]
+    width = shape["context"] + 8
+    pool = like(batch * width + 1, KV_HEADS, dim, dtype=shape.get("dtype", torch.bfloat16))
+    q = like(batch, rows, KV_HEADS * shape["group"], dim, dtype=pool.dtype)
+    per_channel = (batch, KV_HEADS)
+    lists = [like(8), like(*per_channel, dtype=torch.int64), like(*per_channel), like(KV_HEADS)]
+    places = [like(batch + 1, width), like(batch, dtype=torch.int64), like(batch, dtype=torch.int64)]
+    mask, attended = like(batch, rows, rows, dtype=torch.bool), like(2, dtype=torch.int64)
+    with compile_only(), using(KNOBS, knobs):
+        ops("triton").sparse_verify_attention(q, pool, pool, *lists, *places, mask, dim**-0.5, attended)
+
+
+def prepare(shape: Shape):
+    """What `tune` times."""
+    cases = cases_of(shape, Pool.several(shape))
+    expected = cases[0].run("torch")
+    return [c.run for c in cases], lambda: close(cases[0].run(), expected), sparse_bytes(shape)
 
 
 def main() -> None:
     args = parser(__doc__).parse_args()
-    shapes = (
-        QUICK if args.quick else [dict(zip(FULL, s, strict=True)) for s in itertools.product(*FULL.values())]
-    )
+    shapes = QUICK if args.quick or args.tune else settings(FULL)
+    compile_ahead(compile_one, shapes, GRID if args.tune else [{}])
     results = Results("verify", args.out)
-    for shape in shapes:
-        if shape["batch"] * shape["context"] <= 1 << 18:
-            gate(shape)
-        count = int(shape["context"] * shape["keep"])
-        per_token = 2 * KV_HEADS * shape["dim"] * 2
-        sparse = shape["batch"] * (count + shape["rows"]) * per_token
-        whole = shape["batch"] * (shape["context"] + shape["rows"]) * per_token
-        cases = [Case.draw(shape, seed) for seed in range(min(4, copies(sparse)))]
-        calls = [lambda c=c: ops("triton").sparse_verify_attention(*c.args) for c in cases]
-        results.add("triton", shape, microseconds(calls), sparse)
-        for name, rival in RIVALS.items():
-            try:
-                calls = rival(shape, cases[: max(1, copies(whole))])
-            except ImportError as error:
-                print(f"{name} is left out: {error}")
-                continue
-            results.add(name, shape, microseconds(calls), whole)
+    if args.tune:
+        for shape in QUICK:
+            tune(results, KNOBS, GRID, shape, prepare)
+        results.finish()
+    timed_dense: set[tuple] = set()
+    for _, same in itertools.groupby(shapes, lambda s: (s["context"], s["batch"], s["dim"])):
+        same = list(same)
+        pools = Pool.several(same[0])
+        for shape in same:
+            bench(results, shape, pools, timed_dense)
+        del pools
+    results.finish()
 
 
 if __name__ == "__main__":

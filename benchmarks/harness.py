@@ -1,24 +1,37 @@
-"""Timing, correctness gates and raw results shared by the bench_<op>.py scripts."""
+"""Timing, correctness gates, tuning and raw results shared by the bench_<op>.py scripts."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import JITFunction
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter multiplies the bits of bfloat16, not their values.
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 REPLAYS = 20
 # Inputs rotate so that a replay finds none of its KV in the 50 MB L2 cache.
 COLD_BYTES = 200 << 20
+
+Shape = dict[str, Any]
+Knobs = dict[str, Any]
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -26,10 +39,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, help="append raw results to this JSONL file")
     p.add_argument("--quick", action="store_true", help="the shapes of the README table only")
+    p.add_argument("--tune", action="store_true", help="time every setting of the knobs on those shapes")
     return p
 
 
-def microseconds(calls: list[Callable[[], Any]]) -> float:
+def microseconds(calls: list[Callable[[], Any]], replays: int = REPLAYS) -> float:
     """Median device time of one call. `calls` do the same work on different inputs, taken in turn.
 
     All are recorded into one CUDA graph, so that launch gaps of the host do not count.
@@ -45,7 +59,7 @@ def microseconds(calls: list[Callable[[], Any]]) -> float:
                 call()
         graph.replay()
         times = []
-        for _ in range(REPLAYS):
+        for _ in range(replays):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             graph.replay()
@@ -55,23 +69,25 @@ def microseconds(calls: list[Callable[[], Any]]) -> float:
     return statistics.median(times)
 
 
-def copies(bytes_each: int) -> int:
+def copies(bytes_each: int, most: int = 8) -> int:
     """How many input sets of this size keep the cache cold."""
-    return max(1, min(16, COLD_BYTES // max(1, bytes_each)))
+    return max(1, min(most, -(-COLD_BYTES // max(1, bytes_each))))
 
 
 def copy_rate() -> float:
     """Measured device copy rate in GB/s, bytes read plus bytes written."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    source = torch.ones(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / microseconds([lambda: target.copy_(source)]) / 1000
 
 
 class Results:
-    """Collects rows, prints them, and appends them to a JSONL file with where they come from."""
+    """Gates and rows: appended to a JSONL file with where they come from, shown as one table at the end."""
 
     def __init__(self, op: str, out: Path | None):
         self.op, self.out = op, out
+        self.rows: list[tuple[Shape, str, float]] = []
+        self.gates = self.failed = 0
         self.rate = copy_rate()
         self.origin = {
             "gpu": torch.cuda.get_device_name(),
@@ -84,15 +100,39 @@ class Results:
         }
         print(f"{op}: {self.origin}")
 
-    def add(self, provider: str, shape: dict[str, Any], us: float, nbytes: int) -> None:
+    def gate(self, provider: str, shape: Shape, check: Callable[[], None]) -> bool:
+        """Whether a provider equals the twin; one that does not is not timed, and fails the run."""
+        self.gates += 1
+        try:
+            check()
+        except AssertionError as error:
+            self.failed += 1
+            print(f"{self.op}: {provider} is WRONG at {shape}: {str(error)[:400]}", flush=True)
+            return False
+        return True
+
+    def add(self, provider: str, shape: Shape, us: float, nbytes: int, **more: Any) -> None:
         """One measurement; `nbytes` is the least traffic the work needs (each input read once)."""
         gbps = nbytes / us / 1000
         row = {"op": self.op, "provider": provider, **shape, "us": round(us, 2), "gbps": round(gbps)}
-        row["of_copy_rate"] = round(gbps / self.rate, 3)
-        print(json.dumps(row), flush=True)
+        row |= {"of_copy_rate": round(gbps / self.rate, 3), **more}
+        if not more:
+            self.rows.append((shape, provider, us))
         if self.out:
             with self.out.open("a") as f:
                 f.write(json.dumps({**row, **self.origin}) + "\n")
+
+    def finish(self, across: str = "keep") -> None:
+        """Print a line a shape, in microseconds, values of `across` beside each other; exit by the gates."""
+        table: dict[str, dict[str, str]] = {}
+        for shape, provider, us in self.rows:
+            line = " ".join(f"{k}{v}" for k, v in shape.items() if k != across)
+            column = provider + (f"@{shape[across]}" if across in shape else "")
+            table.setdefault(line, {})[column] = f"{us:.1f}"
+        for line, cells in table.items():
+            print(line, " ".join(f"{column}={us}" for column, us in sorted(cells.items())))
+        print(f"{self.op}: {self.gates} gates, {self.failed} failed, copy rate {self.rate:.0f} GB/s")
+        sys.exit(self.failed > 0)
 
 
 def commit() -> str:
@@ -101,3 +141,89 @@ def commit() -> str:
         return os.environ["STS_COMMIT"]
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return found.stdout.strip() or "unknown"
+
+
+# ---- knobs
+
+
+def settings(grid: dict[str, list]) -> list[Knobs]:
+    """Every combination of a grid of knobs."""
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+@contextlib.contextmanager
+def using(table: Knobs, knobs: Knobs) -> Iterator[None]:
+    """A kernel's knobs set to these for a while."""
+    before = dict(table)
+    table.update(knobs)
+    try:
+        yield
+    finally:
+        table.update(before)
+
+
+def tune(results: Results, table: Knobs, grid: list[Knobs], shape: Shape, prepare: Callable) -> None:
+    """Time every setting on one shape. `prepare` gives calls, a check of one call, and their bytes."""
+    calls, check, nbytes = prepare(shape)
+    found = []
+    for knobs in grid:
+        with using(table, knobs):
+            try:
+                if not results.gate(f"triton {knobs}", shape, check):
+                    continue
+                us = microseconds(calls, replays=10)
+            except OutOfResources as error:
+                print(f"{knobs} does not fit: {error}")
+                continue
+        found.append((us, knobs))
+        results.add("triton", shape, us, nbytes, knobs=knobs)
+    for us, knobs in sorted(found, key=lambda f: f[0])[:5]:
+        print(f"{shape}: {us:.1f} us {nbytes / us / 1000:.0f} GB/s {knobs}", flush=True)
+
+
+# ---- compiling without launching: ahead of timing, in many processes, or where there is no GPU
+
+
+class NoGpu:
+    """What Triton asks of a driver to compile for sm_90."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compile_only() -> Iterator[list]:
+    """Ops called on tensors of the meta device compile their kernels; yields (name, compiled kernel)s."""
+    compiled: list = []
+    run, driver = JITFunction.run, triton.runtime.driver
+    before = driver._active
+
+    def compile_instead(self, *args, grid, warmup, **kwargs):
+        compiled.append((self.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    driver.set_active(NoGpu())
+    JITFunction.run = compile_instead
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        driver.set_active(before)
+
+
+def compile_ahead(
+    compile_one: Callable[[Shape, Knobs], None], shapes: list[Shape], grid: list[Knobs]
+) -> None:
+    """Fill Triton's cache from up to 12 processes. They are forked: call it before anything uses CUDA."""
+    fork = multiprocessing.get_context("fork")
+    work = [(shape, knobs) for knobs in grid for shape in shapes]
+    with ProcessPoolExecutor(min(12, os.cpu_count() or 1), mp_context=fork) as pool:
+        running = [(pool.submit(compile_one, *w), w) for w in work]
+        for future, w in running:
+            if future.exception():
+                print(f"does not compile: {w}: {str(future.exception())[-300:]}")

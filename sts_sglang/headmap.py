@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from sts_sglang import fingerprint
-from sts_sglang.config import ConfigError, StsConfig
+from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig
 
 MAP_VERSION = 1
 # Draft index p holds token p + 1 in every algorithm (the draft prefill runs on input_ids[1:] plus
 # the sampled token), so its score belongs to target position p + 1.
 SHIFT = 1
 MAX_FILE_BYTES = 4 << 20
+MAX_SOURCES = (
+    64  # draft heads of one target head, repetitions counted; a map of every draft head may have more
+)
+MAX_TEXTS = 1024
+LATEST = "latest"  # in place of sources: the head selects the last tokens, whatever the draft says
+POOLS = ("max", "mean")
 
 MAPS = Path(__file__).parent / "maps"
 FIELDS = (
@@ -27,6 +35,7 @@ FIELDS = (
     "draft",
     "fingerprints",
     "sources",
+    "pool",
     "dense_layers",
     "best",
     "texts",
@@ -78,11 +87,17 @@ class HeadMap:
     """sources[target layer][target KV head] = the draft heads whose importance it selects by.
 
     Two (layer, KV head) pairs with the same sources share a *channel*: one importance row, one
-    selection, one index list.
+    selection, one index list. A source that stands twice weighs twice under pool "mean". No source:
+    importance stays equal everywhere, so that the latest tokens win.
+
+    pool: how rows and heads are to be pooled, None to leave it to the configuration.
+    dense_layers: target layers that are not to be sparse, besides the configuration's.
     """
 
     sources: tuple[tuple[tuple[Source, ...], ...], ...]
     origin: str
+    pool: Literal["max", "mean"] | None = None
+    dense_layers: tuple[int, ...] = ()
 
     @cached_property
     def channels(self) -> tuple[tuple[Source, ...], ...]:
@@ -118,19 +133,40 @@ def of_config(
         head_map = load(config.head_map, target, draft, models)
     else:
         head_map = packaged(config, target, draft, models) or proportional(target, draft)
-    if not _joins(head_map, config):
-        return head_map
-    # One buffer takes the rows of all layers: it cannot add layers and compare rows.
-    raise ConfigError(
-        f"sts_config.pool_heads: {config.pool_heads!r} with pool_rows {config.pool_rows!r} and a map "
-        "that joins heads of several draft layers; allowed: the same pool for both"
-    )
+    if conflict := _conflict(head_map, config):
+        raise conflict
+    return head_map
 
 
-def _joins(head_map: HeadMap, config: StsConfig) -> bool:
-    """Whether the map needs an order of pooling that the configuration does not have."""
+def served(config: StsConfig, head_map: HeadMap) -> StsConfig:
+    """What a launch with this map runs by: the map's pool if it names one, and the dense layers of both."""
+    pool = {"pool_rows": head_map.pool, "pool_heads": head_map.pool} if head_map.pool else {}
+    dense = tuple({*config.dense_layers, *head_map.dense_layers})
+    return replace(config, dense_layers=dense, **pool)
+
+
+def _conflict(head_map: HeadMap, config: StsConfig) -> ConfigError | None:
+    """Why the map cannot serve with this configuration."""
+    pools = (config.pool_rows, config.pool_heads)
+    default = (StsConfig.pool_rows, StsConfig.pool_heads)
+    if head_map.pool and pools not in (default, (head_map.pool, head_map.pool)):
+        return ConfigError(
+            f"sts_config.pool_heads: {pools[1]!r} with pool_rows {pools[0]!r} and a map calibrated for "
+            f"{head_map.pool!r}; allowed: leave both out, the map decides"
+        )
     joined = any(len({layer for layer, _ in sources}) > 1 for sources in head_map.channels)
-    return joined and config.pool_heads != config.pool_rows
+    if joined and not head_map.pool and pools[0] != pools[1]:
+        # One buffer takes the rows of all layers: it cannot add layers and compare rows.
+        return ConfigError(
+            f"sts_config.pool_heads: {pools[1]!r} with pool_rows {pools[0]!r} and a map "
+            "that joins heads of several draft layers; allowed: the same pool for both"
+        )
+    if () in head_map.channels and config.policy == "top_p":
+        return ConfigError(
+            f"sts_config.policy: 'top_p' with a map whose heads select the {LATEST} tokens, which hold no "
+            "share of the importance; allowed: ratio | fixed, or a map without such heads"
+        )
+    return None
 
 
 def packaged(
@@ -144,7 +180,8 @@ def packaged(
     for path in candidates if None not in found.values() else ():
         if _read(str(path)).get("fingerprints") == found:
             head_map = load(str(path), target, draft)
-            return None if _joins(head_map, config) else replace(head_map, origin=f"packaged {path.name}")
+            suits = _conflict(head_map, config) is None
+            return replace(head_map, origin=f"packaged {path.name}") if suits else None
     return None
 
 
@@ -164,22 +201,25 @@ def load(path: str, target: HeadCounts, draft: HeadCounts, models: ModelPaths | 
     """Read and check a map file for this pair of models.
 
     The file is a JSON object `{"version": 1, "shift": 1, "tp": 1, "target": {"layers", "q_heads",
-    "kv_heads"}, "draft": {...}, "sources": [layer][kv head][[draft layer, draft head], ...]}`.
-    `sts-sglang calibrate` adds `fingerprints`, which are compared when `models` is given, and fields
-    that only inform: `dense_layers`, `best`, `texts`, `settings`. A handwritten map may omit them.
+    "kv_heads"}, "draft": {...}, "sources": [layer][kv head]}`. An entry of `sources` is a list of [draft
+    layer, draft head], one of them repeated to weigh more under pool "mean", or "latest". Optional:
+    `fingerprints`, compared when `models` is given; `pool`, "max" or "mean"; `dense_layers`. Only to
+    inform, but checked as well: `best` (recall and Jaccard [layer][kv head] of the best single draft
+    head), `texts`, `settings`. A handwritten map may omit all of these.
 
     Raises:
         ConfigError: one line that names the field.
     """
     data = _read(path)
-    if unknown := sorted(set(data) - set(FIELDS)):
-        raise _error(_short(unknown[0]), "unknown field", ", ".join(FIELDS))
+    _keys(data, "", FIELDS)
     for field, expected in (("version", MAP_VERSION), ("shift", SHIFT), ("tp", 1)):
         if type(data.get(field)) is not int or data[field] != expected:
             raise _error(field, f"got {_short(data.get(field))}", str(expected))
     for field, counts in (("target", target), ("draft", draft)):
-        if data.get(field) != counts._asdict():
-            raise _error(field, f"made for {_short(data.get(field))}", f"this model, {counts._asdict()}")
+        made_for = data.get(field)
+        ints = isinstance(made_for, dict) and all(type(v) is int for v in made_for.values())
+        if not ints or made_for != counts._asdict():
+            raise _error(field, f"made for {_short(made_for)}", f"this model, {counts._asdict()}")
     _check_fingerprints(data.get("fingerprints"), models)
     sources = _list(data.get("sources"), "sources", target.layers)
     parsed = tuple(
@@ -189,7 +229,16 @@ def load(path: str, target: HeadCounts, draft: HeadCounts, models: ModelPaths | 
         )
         for t, layer in enumerate(sources)
     )
-    return HeadMap(parsed, origin=os.path.basename(path))
+    if not any(heads for layer in parsed for heads in layer):
+        raise _error("sources", f"every head is {LATEST!r}", "at least one that a draft head speaks for")
+    pool = data.get("pool")
+    if "pool" in data and pool not in POOLS:
+        raise _error("pool", f"got {_short(pool)}", " | ".join(POOLS))
+    dense = _dense_layers(data.get("dense_layers", []), target)
+    _check_best(data.get("best", {}), target)
+    _check_texts(data.get("texts", []))
+    _check_settings(data.get("settings", {}))
+    return HeadMap(parsed, os.path.basename(path), pool, dense)
 
 
 def _check_fingerprints(value: Any, models: ModelPaths | None) -> None:
@@ -200,8 +249,8 @@ def _check_fingerprints(value: Any, models: ModelPaths | None) -> None:
     for model, made_for in value.items():
         field = f"fingerprints.{model}"
         ok = isinstance(made_for, dict) and set(made_for) == {"config", "weights"}
-        if not ok or not all(isinstance(v, str) for v in made_for.values()):
-            raise _error(field, f"got {_short(made_for)}", '{"config": SHA-256, "weights": SHA-256}')
+        if not ok or not all(_is_digest(v) for v in made_for.values()):
+            raise _error(field, f"got {_short(made_for)}", '{"config": SHA-256, "weights": SHA-256} in hex')
     for model, found in models.fingerprints().items() if models else ():
         if found is None:
             raise _error(
@@ -214,6 +263,92 @@ def _check_fingerprints(value: Any, models: ModelPaths | None) -> None:
                 raise _error(f"fingerprints.{model}.{part}", f"made for another {model}", digest)
 
 
+def _dense_layers(value: Any, target: HeadCounts) -> tuple[int, ...]:
+    allowed = f"a list of different layer numbers from 0 to {target.layers - 1}"
+    if not isinstance(value, list) or len(value) > target.layers:
+        raise _error("dense_layers", f"got {_short(value)}", allowed)
+    for i, layer in enumerate(value):
+        if type(layer) is not int or not 0 <= layer < target.layers or layer in value[:i]:
+            raise _error(f"dense_layers[{i}]", f"got {_short(layer)}", allowed)
+    return tuple(sorted(value))
+
+
+def _check_best(value: Any, target: HeadCounts) -> None:
+    _object(value, "best", ("recall", "jaccard"))
+    for key, rows in value.items():
+        for t, row in enumerate(_list(rows, f"best.{key}", target.layers)):
+            for h, share in enumerate(_list(row, f"best.{key}[{t}]", target.kv_heads)):
+                _number(share, f"best.{key}[{t}][{h}]", 0, 1)
+
+
+def _check_texts(value: Any) -> None:
+    if not isinstance(value, list) or len(value) > MAX_TEXTS:
+        raise _error("texts", f"got {_short(value)}", f"a list of at most {MAX_TEXTS}")
+    keys = ("domain", "sha256", "tokens")
+    for i, text in enumerate(value):
+        field = f"texts[{i}]"
+        _object(text, field, keys)
+        for key in keys:
+            if key not in text:
+                raise _error(f"{field}.{key}", "missing", ", ".join(keys))
+        if not isinstance(text["domain"], str) or len(text["domain"]) > 255:
+            raise _error(f"{field}.domain", f"got {_short(text['domain'])}", "a string of at most 255")
+        if not _is_digest(text["sha256"]):
+            raise _error(f"{field}.sha256", f"got {_short(text['sha256'])}", "SHA-256 in hex")
+        _number(text["tokens"], f"{field}.tokens", 1, MAX_TOKENS, int)
+
+
+def _check_settings(value: Any) -> None:
+    _object(value, "settings", tuple(SETTINGS))
+    for key, setting in value.items():
+        rule = SETTINGS[key]
+        if setting is None and key in ("band", "dense_below"):
+            continue
+        if isinstance(rule[0], str):
+            if not isinstance(setting, str) or setting not in rule:
+                raise _error(f"settings.{key}", f"got {_short(setting)}", " | ".join(rule))
+        else:
+            _number(setting, f"settings.{key}", *rule)
+
+
+# What a calibration was made with: the strings allowed, or the range and whether it is integers.
+SETTINGS: dict[str, tuple] = {
+    "tokens": (1, MAX_TOKENS, int),
+    "windows": (1, MAX_TOKENS, int),
+    "keep": (0, 1),
+    "sink": (1, MAX_TOKENS, int),
+    "recent": (1, MAX_TOKENS, int),
+    "heads": (1, MAX_SOURCES, int),
+    "band": (0, MAX_SOURCES * MAX_SOURCES, int),
+    "dense_below": (0, 1),
+    "pool": ("auto", *POOLS),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "seed": (0, 2**63 - 1, int),
+}
+
+
+def _object(value: Any, field: str, keys: tuple[str, ...]) -> None:
+    if not isinstance(value, dict):
+        raise _error(field, f"got {_short(value)}", f"an object with {', '.join(keys)}")
+    _keys(value, f"{field}.", keys)
+
+
+def _keys(value: dict[str, Any], prefix: str, keys: tuple[str, ...]) -> None:
+    if unknown := sorted(set(value) - set(keys)):
+        raise _error(prefix + _short(unknown[0]), "unknown field", ", ".join(keys))
+
+
+def _number(value: Any, field: str, low: float, high: float, kind: type = float) -> None:
+    ok = type(value) in ((int,) if kind is int else (int, float)) and low <= value <= high
+    if not ok or not math.isfinite(value):
+        noun = "an integer" if kind is int else "a number"
+        raise _error(field, f"got {_short(value)}", f"{noun} from {low} to {high}")
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
 def _read(path: str) -> dict[str, Any]:
     try:
         if not os.path.isfile(path):
@@ -221,8 +356,8 @@ def _read(path: str) -> dict[str, Any]:
         if os.path.getsize(path) > MAX_FILE_BYTES:
             raise _error("file", f"{path!r} is too large", f"at most {MAX_FILE_BYTES} bytes")
         with open(path, encoding="utf-8") as f:
-            data = json.load(f, parse_constant=_no_constant)
-    except (OSError, ValueError, RecursionError) as error:
+            data = json.load(f, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, ConfigError):
             raise
         raise _error(
@@ -231,6 +366,15 @@ def _read(path: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise _error("file", f"{path!r} holds a {type(data).__name__}", "a JSON object")
     return data
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise _error(_short(key), "appears twice in one object", "each key once")
+        result[key] = value
+    return result
 
 
 def _no_constant(name: str) -> None:
@@ -245,17 +389,21 @@ def _list(value: Any, field: str, length: int) -> list:
 
 
 def _sources(value: Any, field: str, draft: HeadCounts) -> tuple[Source, ...]:
-    if not isinstance(value, list) or not value:
-        raise _error(field, f"got {_short(value)}", "at least one [draft layer, draft head]")
+    if value == LATEST:
+        return ()
+    most = max(MAX_SOURCES, draft.layers * draft.q_heads)
+    if not isinstance(value, list) or not 0 < len(value) <= most:
+        found = f"{len(value)} entries" if isinstance(value, list) else _short(value)
+        raise _error(field, f"got {found}", f"{LATEST!r}, or 1 to {most} times [draft layer, draft head]")
     for pair in value:
         ok = isinstance(pair, list) and len(pair) == 2 and all(type(x) is int for x in pair)
         if not ok or not (0 <= pair[0] < draft.layers and 0 <= pair[1] < draft.q_heads):
             raise _error(field, f"got {_short(pair)}", f"[0..{draft.layers - 1}, 0..{draft.q_heads - 1}]")
-    return tuple(sorted({(layer, head) for layer, head in value}))
+    return tuple(sorted((layer, head) for layer, head in value))
 
 
 def _short(value: Any) -> str:
-    text = " ".join(str(value).split())
+    text = " ".join(str(value).split()).encode("ascii", "backslashreplace").decode()
     return text if len(text) <= 80 else text[:77] + "..."
 
 

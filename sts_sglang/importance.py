@@ -87,9 +87,9 @@ class RoundState:
             self.carried_q[layer][reqs] = q
             self.carried_len[reqs] = committed
             if prefill:
-                self.rounds[reqs] = 0
+                self.rounds.index_fill_(0, reqs, 0)
                 if self.history is not None:
-                    self.history.fresh_request[reqs] = True
+                    self.history.fresh_request.index_fill_(0, reqs, True)
 
     def columns(self, seq_lens: torch.Tensor) -> torch.Tensor:
         """int64 [bs] first column of each request, -1 where its context does not fit."""
@@ -177,7 +177,8 @@ class SlotHistory:
 
     def forget(self, slots: torch.Tensor) -> None:
         """The target writes these slots now."""
-        self.remembered[:, slots] = UNKNOWN
+        # index_fill_, here and below: assigning a Python number copies it from the host, which no graph holds.
+        self.remembered.index_fill_(1, slots, UNKNOWN)
 
     def blend(self, ops, importance, starts, seq_lens, reqs, table: torch.Tensor) -> None:
         """Mix memory into the importance of a verify batch and remember the batch; starts -1: not known."""
@@ -185,7 +186,7 @@ class SlotHistory:
         weight = torch.full_like(seq_lens, self.config.history_weight, dtype=torch.float32)
         if self.config.history == "warm":
             weight = weight * self.fresh_request[reqs]
-        self.fresh_request[reqs] = False
+        self.fresh_request.index_fill_(0, reqs, False)
         ops.blend_history(
             importance,
             starts,
@@ -213,7 +214,8 @@ def members_by_layer(head_map: HeadMap, device: str) -> dict[int, Members]:
         for layer in sorted({layer for layer, _ in sources}):
             heads = [head for source, head in sources if source == layer]
             fed.setdefault(layer, []).append((channel, heads))
-    first = [min(layer for layer, _ in sources) for sources in head_map.channels]
+    # A channel without sources is fed by none: its row stays zero, and of equal scores the later wins.
+    first = [min((layer for layer, _ in sources), default=-1) for sources in head_map.channels]
     members = {}
     for layer, entries in sorted(fed.items()):
         most = max(len(heads) for _, heads in entries)

@@ -61,9 +61,9 @@ class StsRuntime:
         models: ModelPaths | None = None,
     ):
         config.check_layers(target.layers)
-        self.config = config
-        self.device = device
         self.head_map = headmap.of_config(config, target, draft, models)
+        self.config = config = headmap.served(config, self.head_map)
+        self.device = device
         self.kernel = kernel_for(config, device)
         self.ops = ops(self.kernel)
         self.num_steps = shape.num_steps

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 
 import pytest
 import torch
 
+from sts_kernels import reference
 from sts_sglang.config import ConfigError, StsConfig
-from sts_sglang.headmap import HeadCounts, ModelPaths, load, of_config, proportional
+from sts_sglang.headmap import MAX_SOURCES, HeadCounts, ModelPaths, load, of_config, proportional, served
 from sts_sglang.importance import members_by_layer
+from tests import test_backends as rigs
 
 TARGET, DRAFT = HeadCounts(4, 8, 2), HeadCounts(2, 4, 2)
+PRINT = {"config": "c" * 64, "weights": "d" * 64}
 
 
 def valid() -> dict:
@@ -38,6 +43,38 @@ def valid() -> dict:
 def test_proportional_heads(target, draft, expected):
     head_map = proportional(HeadCounts(*target), HeadCounts(*draft))
     assert [[head for _, head in heads] for heads in head_map.sources[0]] == expected
+
+
+def full() -> dict:
+    """A map with every optional field."""
+    data = {
+        **valid(),
+        "fingerprints": {"target": PRINT, "draft": PRINT},
+        "pool": "mean",
+        "dense_layers": [3, 1],
+        "best": {"recall": [[0, 1.0], [0.5, 0.25]] * 2, "jaccard": [[0.0, 1]] * 4},
+        "texts": [{"domain": "prose", "sha256": "0" * 64, "tokens": 4096}],
+        "settings": {
+            "tokens": 4096,
+            "windows": 16,
+            "keep": 0.1,
+            "sink": 4,
+            "recent": 64,
+            "heads": 6,
+            "band": None,
+            "dense_below": None,
+            "pool": "auto",
+            "dtype": "float32",
+            "seed": 0,
+        },
+    }
+    return json.loads(json.dumps(data))  # nothing shared, each test changes its own
+
+
+def write(folder, data) -> str:
+    path = folder / "map.json"
+    path.write_text(data if isinstance(data, str) else json.dumps(data))
+    return str(path)
 
 
 def test_proportional_layers_share_channels():
@@ -93,25 +130,120 @@ def _set(*keys_and_value):
         (_set("sources", 1, 1, [[0, 1.0]]), "sources[1][1]"),
         (_set("sources", 1, 1, [[True, 1]]), "sources[1][1]"),
         (_set("sources", 1, 1, [[0, 1, 2]]), "sources[1][1]"),
+        (_set("sources", 1, 1, [[0, 1]] * (MAX_SOURCES + 1)), "sources[1][1]"),
+        (_set("sources", 1, 1, "newest"), "sources[1][1]"),
+        (_set("sources", [["latest"] * 2] * 4), "sources"),
+        (_set("target", "layers", 4.0), "target"),
+        (_set("draft", "layers", True), "draft"),
+        (_set("sorces", []), "sorces"),
+        (_set("pool", "sum"), "pool"),
+        (_set("pool", None), "pool"),
+        (_set("pool", ["max"]), "pool"),
+        (_set("dense_layers", None), "dense_layers"),
+        (_set("dense_layers", [0, 1, 2, 3, 3]), "dense_layers"),
+        (_set("dense_layers", [0, 0]), "dense_layers[1]"),
+        (_set("dense_layers", [4]), "dense_layers[0]"),
+        (_set("dense_layers", [0, -1]), "dense_layers[1]"),
+        (_set("dense_layers", [True]), "dense_layers[0]"),
+        (_set("dense_layers", [1.0]), "dense_layers[0]"),
+        (_set("best", []), "best"),
+        (_set("best", "mass", [[0.5] * 2] * 4), "best.mass"),
+        (_set("best", "recall", [[0.5] * 2] * 3), "best.recall"),
+        (_set("best", "recall", 2, [0.5]), "best.recall[2]"),
+        (_set("best", "recall", 2, 1, 1.01), "best.recall[2][1]"),
+        (_set("best", "jaccard", 0, 0, -1), "best.jaccard[0][0]"),
+        (_set("best", "jaccard", 0, 0, "1"), "best.jaccard[0][0]"),
+        (_set("best", "jaccard", 0, 0, False), "best.jaccard[0][0]"),
+        (_set("best", "jaccard", 0, 0, 10**400), "best.jaccard[0][0]"),
+        (_set("texts", {}), "texts"),
+        (_set("texts", [{}] * 1025), "texts"),
+        (_set("texts", 0, 1), "texts[0]"),
+        (_set("texts", 0, "path", "/home"), "texts[0].path"),
+        (_set("texts", 0, {"domain": "x", "tokens": 1}), "texts[0].sha256"),
+        (_set("texts", 0, "domain", "x" * 256), "texts[0].domain"),
+        (_set("texts", 0, "sha256", "0" * 63), "texts[0].sha256"),
+        (_set("texts", 0, "sha256", 0), "texts[0].sha256"),
+        (_set("texts", 0, "tokens", 0), "texts[0].tokens"),
+        (_set("texts", 0, "tokens", 2**60), "texts[0].tokens"),
+        (_set("texts", 0, "tokens", 5.0), "texts[0].tokens"),
+        (_set("settings", None), "settings"),
+        (_set("settings", "speed", 1), "settings.speed"),
+        (_set("settings", "keep", 2), "settings.keep"),
+        (_set("settings", "heads", 0), "settings.heads"),
+        (_set("settings", "heads", None), "settings.heads"),
+        (_set("settings", "band", -1), "settings.band"),
+        (_set("settings", "dtype", "int4"), "settings.dtype"),
+        (_set("settings", "pool", ["auto"]), "settings.pool"),
+        (_set("settings", "seed", True), "settings.seed"),
     ],
 )
 def test_a_map_that_does_not_fit_is_refused_by_field(tmp_path, change, field):
-    data = valid()
+    data = full()
     change(data)
-    path = tmp_path / "map.json"
-    path.write_text(json.dumps(data))
     with pytest.raises(ConfigError) as error:
-        load(str(path), TARGET, DRAFT)
+        load(write(tmp_path, data), TARGET, DRAFT)
     assert f"head_map.{field}:" in str(error.value)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"version": NaN', "[" * 100000, "\0", "null"])
+def test_every_optional_field_is_read(tmp_path):
+    head_map = load(write(tmp_path, full()), TARGET, DRAFT)
+    assert (head_map.pool, head_map.dense_layers) == ("mean", (1, 3))
+    for field in ("pool", "dense_layers", "best", "texts", "settings", "fingerprints"):
+        less = full()
+        del less[field]
+        load(write(tmp_path, less), TARGET, DRAFT)
+
+
+DEEP = '{"best": ' + "[" * 900 + "]" * 900 + "}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", '{"version": NaN', "[" * 100000, '{"best":' * 5000, DEEP, "\0", "null", "1" * 5000]
+    + ['{"version": 1' + "0" * 5000 + "}", '{"version": 1e999}', '{"\\ud800\\n": 1}', "\ufeff{}"],
+)
 def test_an_unreadable_map_is_refused(tmp_path, text):
-    path = tmp_path / "map.json"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match="head_map"):
-        load(str(path), TARGET, DRAFT)
+    with pytest.raises(ConfigError, match="^head_map") as error:
+        load(write(tmp_path, text), TARGET, DRAFT)
+    assert str(error.value).isascii() and "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_a_key_twice_is_refused(tmp_path):
+    text = json.dumps(full())
+    for key in ("shift", "layers", "sha256"):
+        with pytest.raises(ConfigError, match=rf"^head_map\.{key}: appears twice"):
+            load(write(tmp_path, text.replace(f'"{key}": ', f'"{key}": 1, "{key}": ', 1)), TARGET, DRAFT)
+
+
+HOSTILE = [None, True, -1, 2**70, 1.5, 1e308, "", "x", "\ud800", [], [[]], [None], {}, {"a": {}}]
+
+
+def test_nothing_else_than_a_refusal_or_a_map_comes_of_a_changed_file(tmp_path):
+    """Every place of a map, replaced, removed or doubled: loading never fails in another way."""
+    draw = random.Random(0)
+
+    def places(value, path=()):
+        yield path
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(item, (dict, list)):
+                yield from places(item, (*path, key))
+            else:
+                yield (*path, key)
+
+    refused = 0
+    for *path, last in [place for place in places(full()) if place]:
+        for value in draw.sample(HOSTILE, 5):
+            data = holder = full()
+            for key in path:
+                holder = holder[key]
+            holder[last] = copy.deepcopy(value)
+            try:
+                load(write(tmp_path, data), TARGET, DRAFT)
+            except ConfigError as error:
+                refused += 1
+                assert str(error).startswith("head_map.") and str(error).isascii()
+    assert refused > 300
 
 
 def test_missing_and_large_files(tmp_path):
@@ -138,16 +270,14 @@ def test_maps_that_join_draft_layers_need_one_pool(tmp_path):
     of_config(StsConfig(pool_heads="mean"), TARGET, DRAFT)
 
 
-PRINT = {"config": "c", "weights": "w"}
-
-
 @pytest.mark.parametrize(
     ("change", "field"),
     [
         ({"sorces": []}, "sorces"),
         ({"fingerprints": []}, "fingerprints"),
         ({"fingerprints": {"target": PRINT}}, "fingerprints"),
-        ({"fingerprints": {"target": PRINT, "draft": {"config": 1, "weights": "w"}}}, "fingerprints.draft"),
+        ({"fingerprints": {"target": PRINT, "draft": {**PRINT, "config": 1}}}, "fingerprints.draft"),
+        ({"fingerprints": {"target": PRINT, "draft": {**PRINT, "config": "C" * 64}}}, "fingerprints.draft"),
         ({"fingerprints": {"target": {**PRINT, "x": "y"}, "draft": PRINT}}, "fingerprints.target"),
         ({"dense_layers": [float("nan")]}, "file"),
         ({"best": float("inf")}, "file"),
@@ -163,8 +293,8 @@ def test_calibrated_fields_are_refused_by_name(tmp_path, change, field):
 @pytest.mark.parametrize(
     ("found", "field"),
     [
-        ({"target": PRINT, "draft": {**PRINT, "weights": "x"}}, "draft.weights"),
-        ({"target": {**PRINT, "config": "x"}, "draft": PRINT}, "target.config"),
+        ({"target": PRINT, "draft": {**PRINT, "weights": "e" * 64}}, "draft.weights"),
+        ({"target": {**PRINT, "config": "e" * 64}, "draft": PRINT}, "target.config"),
         ({"target": PRINT, "draft": None}, "draft"),
     ],
 )
@@ -189,3 +319,75 @@ def test_truncated_files_are_refused(tmp_path, share):
     path.write_text(text[: int(share * len(text))])
     with pytest.raises(ConfigError, match=r"^head_map\.file: "):
         load(str(path), TARGET, DRAFT)
+
+
+def test_a_source_that_stands_twice_weighs_twice(tmp_path):
+    data = valid()
+    data["sources"][0][0] = [[1, 3], [1, 3], [0, 1], [1, 0]]
+    head_map = load(write(tmp_path, data), TARGET, DRAFT)
+    assert head_map.sources[0][0] == ((0, 1), (1, 0), (1, 3), (1, 3))
+    probs = torch.rand(3, 4, 10, generator=torch.Generator().manual_seed(0))
+    members = members_by_layer(head_map, "cpu")[1]
+    pooled = reference._pool(probs, members, 3, "mean", "mean")
+    channel = members.channels.tolist().index(head_map.head_channels(0)[0])
+    torch.testing.assert_close(pooled[channel], (2 * probs[:, 3] + probs[:, 0]).sum(0) / 4 / 3)
+
+
+def map_for_rig(folder, **fields) -> str:
+    data = {**valid(), "target": rigs.COUNTS._asdict(), "draft": rigs.COUNTS._asdict()}
+    return write(folder, {**data, "sources": [[[[0, 0]], [[1, 3]]], [[[1, 1]], [[0, 2]]]], **fields})
+
+
+@pytest.mark.parametrize("history", ["off", "blend"])
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_latest_heads_select_the_last_tokens_and_others_do_not(tmp_path, num_steps, history):
+    path = map_for_rig(tmp_path, sources=[["latest", [[1, 3]]], [[[1, 1], [0, 0]], "latest"]])
+    config = {"policy": "fixed", "budget": 12, "sink": 2, "recent": 4, "head_map": path, "history": history}
+    rig = rigs.Rig(config, num_steps=num_steps)
+    length = rigs.CONTEXT + 1
+    for _ in range(2):
+        rig.draft_extend(rigs.CONTEXT, 1, rigs.needle_query(rig, 20 - 1, rigs.TOKENS, 0))
+        rig.draft_steps(length, {})
+        chosen = rig.plan(length)
+        for layer in range(2):
+            for head, channel in enumerate(rig.runtime.head_map.head_channels(layer)):
+                latest = layer == head
+                assert (chosen[channel] == [0, 1, *range(length - 10, length)]) == latest
+                assert (20 in chosen[channel]) != latest
+
+
+def test_the_dense_layers_of_a_map_are_dense_when_served(tmp_path):
+    rig = rigs.Rig({**rigs.CONFIG, "head_map": map_for_rig(tmp_path, dense_layers=[1])})
+    assert rig.runtime.config.dense_layers == (1,)
+    length = rigs.CONTEXT + 1
+    rig.draft_extend(rigs.CONTEXT, 1, torch.randn(rigs.TOKENS, rigs.Q_HEADS * rigs.DIM))
+    rig.draft_steps(length, {})
+    rig.plan(length)
+    q, before = torch.randn(rigs.TOKENS, rigs.Q_HEADS * rigs.DIM), 0
+    for layer, (selected, there) in enumerate([(7, length), (length, length)]):
+        rig.target.forward_extend(q, None, None, rig.layer(layer), rig.verify_batch(length))
+        counts = rig.runtime.state.counts[2:].tolist()
+        assert counts == [before + selected * rigs.KV_HEADS, (layer + 1) * there * rigs.KV_HEADS]
+        before = counts[0]
+
+
+def test_what_is_served_joins_map_and_configuration(tmp_path):
+    path = map_for_rig(tmp_path, dense_layers=[1], pool="mean")
+    config = StsConfig(head_map=path, dense_layers=(0,))
+    head_map = of_config(config, rigs.COUNTS, rigs.COUNTS)
+    found = served(config, head_map)
+    assert (found.dense_layers, found.pool_rows, found.pool_heads) == ((0, 1), "mean", "mean")
+    plain = of_config(StsConfig(), rigs.COUNTS, rigs.COUNTS)
+    assert served(StsConfig(pool_heads="mean"), plain) == StsConfig(pool_heads="mean")
+    for rows, heads in (("max", "mean"), ("mean", "max")):
+        with pytest.raises(
+            ConfigError, match=r"^sts_config\.pool_heads: .* calibrated for 'mean'; allowed: "
+        ):
+            of_config(StsConfig(head_map=path, pool_rows=rows, pool_heads=heads), rigs.COUNTS, rigs.COUNTS)
+
+
+def test_latest_heads_need_a_budget_that_importance_does_not_cut(tmp_path):
+    path = map_for_rig(tmp_path, sources=[["latest", [[1, 3]]], [[[1, 1]], "latest"]])
+    of_config(StsConfig(head_map=path, policy="fixed"), rigs.COUNTS, rigs.COUNTS)
+    with pytest.raises(ConfigError, match=r"^sts_config\.policy: 'top_p' .*allowed: ratio \| fixed"):
+        of_config(StsConfig(head_map=path, policy="top_p"), rigs.COUNTS, rigs.COUNTS)

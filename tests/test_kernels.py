@@ -6,12 +6,15 @@ The Triton kernels run in Triton's interpreter where there is no GPU (see confte
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
-from sts_kernels import IMPORTANCE_SCALE, UNKNOWN, Members, ops
+from sts_kernels import IMPORTANCE_SCALE, UNKNOWN, Members, draft_attention, ops, verify
 from tests.tolerances import assert_close
 
 KERNELS = ["torch", "triton"]
@@ -195,6 +198,32 @@ def test_draft_attention_of_the_carried_row_alone(kernel: str) -> None:
     check_importance(batch, base, written, found, ("max", "max"), True)
 
 
+# A context, or its share of a split, ends within, at and after a block; one split gets no token.
+@pytest.mark.parametrize("lengths", [[330, 64, 9], [127, 128, 129]], ids=str)
+@pytest.mark.parametrize("splits", [3, 5])
+def test_draft_attention_in_any_number_of_splits(monkeypatch, lengths: list[int], splits: int) -> None:
+    monkeypatch.setattr(
+        draft_attention, "KNOBS", draft_attention.KNOBS | {"programs": 6 * splits, "least": 8}
+    )
+    check_draft("triton", Batch(lengths=lengths), branches=2, step=1, carried=False)
+    check_draft("triton", Batch(lengths=lengths), branches=1, step=0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_full_block_leaves_the_columns_after_it_alone(kernel: str) -> None:
+    """The second request's bonus token is where the first request's columns start."""
+    batch = Batch(lengths=[70, 64])
+    batch.ctx_start = torch.tensor([64, 0])
+    check_draft(kernel, batch, branches=1, step=0)
+
+
+def test_columns_that_are_no_whole_blocks_are_refused() -> None:
+    batch = Batch(lengths=[9])
+    batch.columns += 1
+    with pytest.raises(ValueError, match="129 columns"):
+        run_draft("triton", batch, 1, 0)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_request_without_columns_is_attended_but_not_scored(kernel: str) -> None:
     batch = Batch(lengths=[9, 70])
@@ -287,6 +316,18 @@ def test_selection_over_several_blocks(kernel: str) -> None:
         importance = scores_like(kind, batch)[:1]
         found = run_select(kernel, batch, importance, [700], 4, 64)
         assert found[0][0] == top_by_definition(importance[0, :5000], 700, 4, 64)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_selection_of_columns_that_are_not_aligned(kernel: str) -> None:
+    """Request 1 starts at column 70, after request 0's last: no 16-byte accesses then."""
+    batch = Batch(lengths=[70, 130])
+    batch.ctx_start, batch.columns = torch.tensor([0, 70]), 201
+    importance = scores_like("distinct", batch)
+    found = run_select(kernel, batch, importance, [60, 100], 3, 7)
+    for b, (start, count) in enumerate([(0, 60), (70, 100)]):
+        row = importance[1, start : start + batch.lengths[b]]
+        assert found[b][1] == top_by_definition(row, count, 3, 7)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -418,6 +459,17 @@ def test_verify_in_half_precision(kernel: str, dtype: torch.dtype) -> None:
     check_verify(batch, q, lists, out, chain(2))
 
 
+@pytest.mark.parametrize("splits", [1, 3, 7])
+@pytest.mark.parametrize("block", [16, 64])
+def test_verify_in_any_number_of_splits(monkeypatch, splits: int, block: int) -> None:
+    """Some splits of the short lists hold nothing, those of the long ones several blocks."""
+    monkeypatch.setattr(verify, "KNOBS", verify.KNOBS | {"programs": 8 * splits, "least": 8, "BLOCK": block})
+    batch = Batch()
+    q, lists, out, attended = run_verify("triton", batch, [5, -1, 66, -1])
+    check_verify(batch, q, lists, out, chain(4))
+    assert attended == [2 * (5 + 1 + 66 + 130), 2 * sum(LENGTHS)]
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_verify_of_a_tree(kernel: str) -> None:
     batch = Batch(lengths=[70, 9])
@@ -517,3 +569,71 @@ def test_unknown_implementations_and_pools_are_refused() -> None:
         ops("cuda")
     with pytest.raises(ValueError, match="pool_heads"):
         run_draft("torch", Batch(lengths=[9]), 1, 0, ("median", "max"))
+
+
+# ---- benchmarks and the compiler
+
+
+def test_benches_gate_what_they_time(monkeypatch) -> None:
+    """At sizes the interpreter can do."""
+    from benchmarks import bench_draft_attention, bench_select, bench_verify
+
+    monkeypatch.setattr(bench_select, "CHANNELS", 4)
+    shape = {"context": 320, "batch": 2, "keep": 0.3}
+    for prepare, more in (
+        (bench_verify.prepare, {"dim": 16, "rows": 4, "group": 4}),
+        (bench_select.prepare, {}),
+        (bench_draft_attention.prepare, {"step": 0}),
+    ):
+        _, check, nbytes = prepare(shape | more)
+        check()
+        assert nbytes > 0
+
+
+COMPILE = """
+import torch
+from benchmarks import bench_draft_attention, bench_select, bench_verify
+from benchmarks.harness import compile_only
+from sts_kernels import ops
+
+def like(*size, dtype=torch.int32):
+    return torch.empty(size, dtype=dtype, device="meta")
+
+shape = {"context": 32768, "batch": 8, "keep": 0.1, "rows": 4, "group": 4, "dim": 128}
+i64, f16, f32 = torch.int64, torch.float16, torch.float32
+with compile_only() as compiled:
+    bench_verify.compile_one(shape, {})
+    bench_verify.compile_one(shape | {"rows": 8, "group": 8}, {})
+    bench_verify.compile_one(shape | {"rows": 1, "dtype": f32}, {})
+    bench_draft_attention.compile_one(shape | {"step": 0}, {})
+    bench_draft_attention.compile_one(shape | {"step": 1}, {})
+    bench_select.compile_one(shape, {})
+    ops("triton").blend_history(
+        like(128, 4096, dtype=f16), like(2, dtype=i64), like(2, dtype=i64), like(3, 4096), like(2, dtype=i64),
+        like(128, 8192, dtype=f32), like(8192), like(1), like(2, dtype=f32), 0.9,
+    )
+for name, kernel in compiled:
+    if kernel:
+        ptx = kernel.asm["ptx"]
+        print(name, kernel.metadata.shared, "cp.async" in ptx, "st.global.b16" in ptx)
+"""
+
+
+def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
+    """What the interpreter accepts the compiler may not. Keys and values are loaded asynchronously, stored
+    exponentials and importance are not written one by one, and shared memory suffices."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": "."}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = [line.split() for line in done.stdout.splitlines()]
+    assert {name for name, *_ in kernels} == {
+        *("_split_kernel", "_merge_kernel", "_pool_kernel", "_select_kernel"),
+        *("_mix_kernel", "_decay_kernel", "_remember_kernel"),
+    }
+    for name, shared, asynchronous, single in kernels:
+        assert int(shared) <= 232448
+        assert (asynchronous == "True") == (name == "_split_kernel")
+        assert name not in ("_split_kernel", "_pool_kernel") or single == "False"
