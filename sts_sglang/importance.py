@@ -177,7 +177,7 @@ class SlotHistory:
 
     def forget(self, slots: torch.Tensor) -> None:
         """The target writes these slots now."""
-        # index_fill_, here and below: assigning a Python number copies it from the host, which no graph holds.
+        # index_fill_, here and below: assigning a Python number copies from the host, which no graph holds.
         self.remembered.index_fill_(1, slots, UNKNOWN)
 
     def blend(self, ops, importance, starts, seq_lens, reqs, table: torch.Tensor) -> None:
