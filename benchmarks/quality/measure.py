@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from itertools import repeat
 from pathlib import Path
 
@@ -120,7 +121,9 @@ def forced_logprobs(meta_info: dict) -> list[float]:
     return [mark[0] - token[0] + 1 for token, mark in pairs]
 
 
+@cache
 def make(writer: items.Writer, task: str, length: int, index: int) -> Made:
+    """Made once for all arms of this process."""
     if task == "text":
         return items.text(writer, length, index)
     if task == "shared":
