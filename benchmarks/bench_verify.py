@@ -51,7 +51,7 @@ GRID = settings(
         "num_warps": [4, 8],
         "num_stages": [3, 5, 7],
     }
-)
+) + [{"early": False}, {"least": 256}, {"least": 1024}]
 
 
 @dataclass
@@ -96,7 +96,8 @@ class Case:
         count = int(context * shape["keep"])
         chosen = pool.order[:, part * count : (part + 1) * count].sort(1).values.long()
         lists = pool.table[1:].repeat_interleave(KV_HEADS, 0).gather(1, chosen)
-        q = torch.randn(batch, rows, KV_HEADS * shape["group"], dim, dtype=DTYPE, device=DEVICE)
+        # Logits of deviation 3: attention is peaked, and a gate sees what one token does.
+        q = 3 * torch.randn(batch, rows, KV_HEADS * shape["group"], dim, dtype=DTYPE, device=DEVICE)
         start = torch.arange(batch * KV_HEADS, device=DEVICE).view(batch, KV_HEADS) * count
         counts = torch.full((batch, KV_HEADS), count, dtype=torch.int32, device=DEVICE)
         heads = torch.arange(KV_HEADS, dtype=torch.int32, device=DEVICE)
@@ -222,7 +223,7 @@ def bench(results: Results, shape: Shape, pools: list[Pool], timed_dense: set[tu
     expected = cases[0].run("torch")
     if results.gate("triton", shape, lambda: close(cases[0].run(), expected)):
         results.add("triton", shape, microseconds([c.run for c in cases]), sparse_bytes(shape))
-    rivals(results, shape, cases[:16], SPARSE, sparse_bytes(shape), expected)
+    rivals(results, shape, cases[:8], SPARSE, sparse_bytes(shape), expected)
     whole = {k: v for k, v in shape.items() if k != "keep"}
     if tuple(whole.values()) not in timed_dense:
         timed_dense.add(tuple(whole.values()))

@@ -124,13 +124,15 @@ class Results:
 
     def finish(self, across: str = "keep") -> None:
         """Print a line a shape, in microseconds, values of `across` beside each other; exit by the gates."""
-        table: dict[str, dict[str, str]] = {}
+        table: dict[str, dict[str, float]] = {}
         for shape, provider, us in self.rows:
-            line = " ".join(f"{k}{v}" for k, v in shape.items() if k != across)
+            line = "/".join(str(v) for k, v in shape.items() if k != across)
             column = provider + (f"@{shape[across]}" if across in shape else "")
-            table.setdefault(line, {})[column] = f"{us:.1f}"
+            table.setdefault(line, {})[column] = us
+        columns = sorted({column for cells in table.values() for column in cells})
+        print("/".join(k for k in next(iter(self.rows), [{}])[0] if k != across), *columns)
         for line, cells in table.items():
-            print(line, " ".join(f"{column}={us}" for column, us in sorted(cells.items())))
+            print(f"{line:18}", *(f"{cells.get(column, float('nan')):7.1f}" for column in columns))
         print(f"{self.op}: {self.gates} gates, {self.failed} failed, copy rate {self.rate:.0f} GB/s")
         sys.exit(self.failed > 0)
 

@@ -49,9 +49,16 @@ def answers(model: Llama, writer: Writer, rows: list[Row], tokens_at_once: int) 
 
 
 def examine(
-    model: Llama, writer: Writer, name: str, length: int, items: int, tokens_at_once: int, show: int = 0
+    model: Llama,
+    writer: Writer,
+    name: str,
+    length: int,
+    items: int,
+    tokens_at_once: int,
+    show: int = 0,
+    seed: int = 0,
 ) -> dict:
-    rng = random.Random(f"exam {name} {length}")
+    rng = random.Random(f"exam {name} {length}" + (f" {seed}" if seed else ""))
     depths = [DEPTHS[i % len(DEPTHS)] if name == "single" else None for i in range(items)]
     rows, questions = zip(*(writer.examination(name, length, rng, d) for d in depths), strict=True)
     texts = answers(model, writer, list(rows), tokens_at_once)
@@ -93,6 +100,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(EXAM))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int, default=2**19, help="in one batch")
+    parser.add_argument("--seed", type=int, default=0, help="of the items: other seeds, other items")
     parser.add_argument("--show", type=int, default=0, help="wrong answers to print, of each cell")
     args = parser.parse_args()
     model = load(args.models, args.model, args.device)
@@ -101,7 +109,9 @@ def main() -> None:
     tqdm.write(f"held-out text, nats a token: {text_loss(model, writer, min(args.lengths)):.3f}")
     for length in args.lengths:
         for name in tqdm(args.tasks, desc=str(length), mininterval=10):
-            results.append(examine(model, writer, name, length, args.items, args.tokens, args.show))
+            results.append(
+                examine(model, writer, name, length, args.items, args.tokens, args.show, args.seed)
+            )
             tqdm.write(json.dumps(results[-1]))
         cells = [r["accuracy"] for r in results if r["length"] == length]
         tqdm.write(f"mean of {len(cells)} tasks at {length}: {sum(cells) / len(cells):.3f}")

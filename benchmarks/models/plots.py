@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).with_name("results")
-RUNS = ("run1", "run2", "run3")
+RUNS = ("run1", "run2", "run3", "run4")
 
 
 def lines(name: str) -> list[dict]:
@@ -29,7 +29,7 @@ def save(figure: plt.Figure, name: str) -> None:
 
 def curves() -> None:
     """Loss on text and on answers by length; a mean over few batches of few answers is noisy at 32,768."""
-    figure, axes = plt.subplots(3, 3, figsize=(15, 10))
+    figure, axes = plt.subplots(3, len(RUNS), figsize=(4 * len(RUNS), 9))
     for column, name in enumerate(RUNS):
         rows = lines(f"{name}.jsonl")
         for length in sorted({r["length"] for r in rows}):
@@ -37,20 +37,26 @@ def curves() -> None:
             for axis, key in zip(axes[:2, column], ("text", "answer"), strict=True):
                 axis.plot([r["step"] for r in part], [r[key] for r in part], label=f"{length:,}", lw=1)
             if "draft_answer" in part[0] and length > 128:
-                axis = axes[2, column]
-                axis.plot(
+                (line,) = axes[2, column].plot(
                     [r["step"] for r in part], [r["draft_text"] for r in part], lw=1, label=f"text {length:,}"
                 )
-                axis.plot([r["step"] for r in part], [r["draft_answer"] for r in part], lw=1, ls=":")
+                answers = [r["draft_answer"] for r in part]
+                axes[2, column].plot([r["step"] for r in part], answers, lw=1, ls=":", color=line.get_color())
+            if "tail" in part[0]:
+                axes[2, 0].plot(
+                    [r["step"] for r in part], [r["tail"] for r in part], lw=1, label=f"{length:,}"
+                )
         axes[0, column].set_title(f"{name}: loss on text")
         axes[1, column].set_title("loss on answers")
         axes[1, column].set_yscale("log")
         axes[0, column].legend()
-    axes[2, 2].set_title("draft agrees with target (dotted: answers)")
-    axes[2, 2].legend()
-    for axis in axes[2, :2]:
-        axis.axis("off")
-    axes[1, 2].set_xlabel("step")
+        if "draft_answer" in rows[0]:
+            axes[2, column].set_title("draft agrees with target (dotted: answers)")
+            axes[2, column].legend()
+    axes[2, 0].set_title("run4: attention no few tokens hold")
+    axes[2, 0].set_yscale("log")
+    axes[2, 0].legend()
+    axes[2, 1].axis("off")
     save(figure, "curves.png")
 
 

@@ -27,6 +27,7 @@ KNOBS = {
     "least": 512,
     "num_warps": 4,
     "num_stages": 5,
+    "early": True,
     "pool_blocks": 4,
     "pool_programs": 64,
     "pool_warps": 4,
@@ -87,7 +88,7 @@ def draft_attention(
     stored = torch.empty(kv_heads, blocks, used, BLOCK, dtype=torch.float16, **new)
     peaks = torch.empty(kv_heads, blocks, used, dtype=torch.float32, **new)
     shape = {"W": branches, "CARRIED": carried_q is not None, "H_Q": q_heads, "H_KV": kv_heads, "D": dim}
-    early = starts_early(k_buffer.device)
+    early = starts_early(k_buffer.device) if KNOBS["early"] else {}
     shape |= {"ROWS": rows, "USED": used, "EARLY": bool(early)}
     some = carried_q if q is None else q
     _split_kernel[(bs, kv_heads, splits)](

@@ -15,7 +15,8 @@ LOG2E = 1.4426950408889634
 # What the benches tune. `programs` over (request, KV head) pairs gives the splits, each of at least
 # `least` tokens of a full context. Slots, then keys and values are loaded ahead: with five stages two
 # blocks of keys and values are in flight, with three only one.
-KNOBS = {"BLOCK": 64, "programs": 264, "least": 512, "num_warps": 4, "num_stages": 5}
+# `early` lets the merge start while the splits end.
+KNOBS = {"BLOCK": 64, "programs": 264, "least": 512, "num_warps": 4, "num_stages": 5, "early": True}
 
 
 def sparse_verify_attention(
@@ -48,7 +49,7 @@ def sparse_verify_attention(
     partial = torch.empty(bs, kv_heads, splits, rows, dim, dtype=torch.float32, device=q.device)
     stats = torch.empty(bs, kv_heads, splits, rows, 2, dtype=torch.float32, device=q.device)
     shape = {"T": tokens, "H_Q": q_heads, "H_KV": kv_heads, "D": dim, "ROWS": rows}
-    early = starts_early(q.device)
+    early = starts_early(q.device) if KNOBS["early"] else {}
     _split_kernel[(bs, kv_heads, splits)](
         q,
         k_buffer,
