@@ -212,6 +212,11 @@ class StsConfig:
         """Whether a target layer attends to everything in every verify."""
         return self.verify == "dense" or layer in self.dense_layers
 
+    @property
+    def some_dense_verify(self) -> bool:
+        """Whether any layer does."""
+        return self.verify == "dense" or bool(self.dense_layers)
+
     @classmethod
     def parse(cls, source: str | os.PathLike[str] | Mapping[str, object] | StsConfig | None) -> StsConfig:
         """Reads a mapping, inline JSON (a string that starts with `{`) or a JSON file; None is the default.

@@ -76,16 +76,20 @@ class RoundState:
         self.history = (
             SlotHistory(config, channels, slots, requests, device) if config.history != "off" else None
         )
-        # sparse verifies, dense verifies, context tokens attended to, context tokens there
-        self.counts = torch.zeros(4, dtype=torch.int64, device=device)
+        self.rounds = torch.zeros(requests, dtype=torch.int32, device=device)  # since the prefill
+        # sparse verifies, dense verifies, context tokens attended to, context tokens there, full verifies
+        self.counts = torch.zeros(5, dtype=torch.int64, device=device)
+        self.attended = self.counts[2:4]
 
     def carry(self, layer: int, reqs, q: torch.Tensor, committed: torch.Tensor, prefill: bool) -> None:
         """Keep the rows [bs, H_q, D] of a draft layer, made for the committed lengths [bs]."""
         if layer in self.carried_q:
             self.carried_q[layer][reqs] = q
             self.carried_len[reqs] = committed
-            if prefill and self.history is not None:
-                self.history.fresh_request.index_fill_(0, reqs, True)
+            if prefill:
+                self.rounds.index_fill_(0, reqs, 0)
+                if self.history is not None:
+                    self.history.fresh_request.index_fill_(0, reqs, True)
 
     def columns(self, seq_lens: torch.Tensor) -> torch.Tensor:
         """int64 [bs] first column of each request, -1 where its context does not fit."""
@@ -94,13 +98,16 @@ class RoundState:
         return torch.where(ends <= self.importance.shape[1], ends - wide, -1)
 
     def select(self, ops, reqs, seq_lens: torch.Tensor, table: torch.Tensor) -> Selection:
-        """Write the lists of a verify batch; requests whose importance is not known attend whole."""
-        config, columns = self.config, self.columns(seq_lens)
+        """Write the lists of a verify batch; requests whose importance is not known attend whole.
+
+        With another selector than the draft only their sizes are set: lists are made layer by layer.
+        """
+        config, columns, full = self.config, self.columns(seq_lens), self._full_verifies(reqs)
         known = (self.carried_len[reqs] == seq_lens) & (columns >= 0)
         keeps = self.keeps[reqs]
         budgets = config.budget_tokens(seq_lens, keeps)
         channels = self.importance.shape[0]
-        sizes = torch.where(known & (budgets < seq_lens), budgets * channels, 0)
+        sizes = torch.where(known & ~full & (budgets < seq_lens), budgets * channels, 0)
         ends = sizes.cumsum(0)
         known &= ends <= self.kv_indices.numel()
         listed = known & (sizes > 0)
@@ -112,28 +119,38 @@ class RoundState:
         if self.history is not None:
             starts = torch.where(known, columns, -1)
             self.history.blend(ops, self.importance, starts, seq_lens, reqs, table)
-        ops.select_tokens(
-            self.importance,
-            columns,
-            seq_lens,
-            budgets,
-            config.sink,
-            config.recent,
-            table,
-            reqs,
-            self.kv_indices,
-            kv_start,
-            kv_count,
-            top_p,
-        )
-        real = reqs > 0
-        self.counts[0] += (known & real).sum()
-        self.counts[1] += (~known & real).sum()
+        if config.selector == "draft":
+            ops.select_tokens(
+                self.importance,
+                columns,
+                seq_lens,
+                budgets,
+                config.sink,
+                config.recent,
+                table,
+                reqs,
+                self.kv_indices,
+                kv_start,
+                kv_count,
+                top_p,
+            )
+        chosen = (reqs > 0) & ~full
+        self.counts[0] += (known & chosen).sum()
+        self.counts[1] += (~known & chosen).sum()
+        self.counts[4] += (full & (reqs > 0)).sum()
         return Selection(kv_start, kv_count)
+
+    def _full_verifies(self, reqs: torch.Tensor) -> torch.Tensor:
+        """bool [bs]: who attends to everything this round because the configuration says so."""
+        every = self.config.full_verify_every
+        if self.config.verify == "dense" or not every:
+            return torch.full_like(reqs, self.config.verify == "dense", dtype=torch.bool)
+        self.rounds[reqs] += 1
+        return self.rounds[reqs] % every == 0
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by purpose."""
-        carried = [*self.carried_q.values(), self.carried_len, self.keeps]
+        carried = [*self.carried_q.values(), self.carried_len, self.keeps, self.rounds]
         history = {} if self.history is None else {"history": self.history.nbytes()}
         return {
             **history,
@@ -160,7 +177,7 @@ class SlotHistory:
 
     def forget(self, slots: torch.Tensor) -> None:
         """The target writes these slots now."""
-        # index_fill_, here and below: assigning a Python number copies it from the host, which no graph holds.
+        # index_fill_, here and below: assigning a Python number copies from the host, which no graph holds.
         self.remembered.index_fill_(1, slots, UNKNOWN)
 
     def blend(self, ops, importance, starts, seq_lens, reqs, table: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ class Counters:
     dense_verifies: int = 0
     selected_tokens: int = 0
     available_tokens: int = 0
+    full_verifies: int = 0
 
     @property
     def keep_ratio(self) -> float:
@@ -33,6 +34,7 @@ _HELP = {
     "dense_verifies": "Verifies (request, round) that attended to the whole context for want of importance.",
     "selected_tokens": "Context tokens attended to in verify, per (layer, KV head).",
     "available_tokens": "Context tokens there in verify, per (layer, KV head).",
+    "full_verifies": "Verifies (request, round) of the whole context by verify or full_verify_every.",
 }
 
 

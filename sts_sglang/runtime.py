@@ -13,6 +13,7 @@ from sts_sglang import compat, headmap, memory
 from sts_sglang.config import ConfigError, StsConfig, request_keep
 from sts_sglang.importance import RoundState
 from sts_sglang.metrics import read_counters
+from sts_sglang.selectors import LayerSelector
 from sts_sglang.validate import draft_config
 
 if TYPE_CHECKING:
@@ -81,12 +82,20 @@ class StsRuntime:
             device,
             torch.float16 if self.kernel == "triton" else torch.float32,
         )
+        self.selector = None if config.selector == "draft" else self._comparison(target, shape.requests)
         self.dense = "unknown"  # class of the target's dense backend, set by bind
         self.graphs: dict[str, bool] = {}
         self._head_channels = [
             torch.tensor(self.head_map.head_channels(layer), dtype=torch.int32, device=device)
             for layer in range(target.layers)
         ]
+
+    def _comparison(self, target: HeadCounts, requests: int) -> LayerSelector:
+        """Selects in the draft's stead, over the same columns."""
+        scores = self.state.importance
+        return LayerSelector(
+            self.config, target.kv_heads, scores.shape[1], requests, scores.dtype, self.device
+        )
 
     def head_channels(self, target_layer: int) -> torch.Tensor:
         """int32 [H_kv], the channel each KV head of a target layer selects by."""
@@ -105,8 +114,11 @@ class StsRuntime:
                 keep = None
             keeps.append(torch.nan if keep is None else keep)
         slots = torch.tensor([req.req_pool_idx for req in reqs], dtype=torch.int64)
+        slots = slots.to(self.device, non_blocking=True)
         values = torch.tensor(keeps, dtype=torch.float64)
-        self.state.keeps[slots.to(self.device, non_blocking=True)] = values.to(self.device, non_blocking=True)
+        self.state.keeps[slots] = values.to(self.device, non_blocking=True)
+        if self.selector is not None:
+            self.selector.admit(slots, [req.origin_input_ids for req in reqs])
 
     def describe(self) -> dict[str, Any]:
         """The start-up line as data, with the counters so far; also in /get_server_info."""
@@ -189,6 +201,8 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
         for c, m in zip(counts, (target, draft), strict=True)
     )
     state = memory.bytes_per_token(config, channels, counts[1].kv_heads, rows)
+    if config.selector != "draft":  # scores and lists of a LayerSelector
+        state += memory.OVERSUBSCRIBED * 6 * counts[0].kv_heads
     carried = counts[1].layers * draft.num_attention_heads * draft.head_dim * draft.dtype.itemsize
     requests = server_args.max_running_requests or MAX_REQUESTS
     return memory.reserve(available - requests * carried, kv, state) + requests * carried

@@ -186,8 +186,14 @@ def _check_graphs(server_args: ServerArgs, config: StsConfig) -> None:
     from sglang.srt.model_executor.cuda_graph_config import Backend
 
     graphs = server_args.cuda_graph_config
+    captured = any(phase.backend != Backend.DISABLED for phase in (graphs.decode, graphs.prefill))
+    if graphs.decode.backend != Backend.DISABLED and config.selector != "draft":
+        raise Refusal(
+            f"sts_config.selector: {config.selector!r} selects by torch ops that cannot be captured; "
+            "add --disable-cuda-graph"
+        )
     if server_args.device == "cpu" or config.kernel == "torch":
-        if any(phase.backend != Backend.DISABLED for phase in (graphs.decode, graphs.prefill)):
+        if captured:
             raise Refusal(
                 "CUDA graphs: the torch kernels of sts cannot be captured; add --disable-cuda-graph"
             )

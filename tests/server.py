@@ -18,7 +18,14 @@ def random_ids(count: int, seed: int) -> list[int]:
 class Server(LocalServer):
     """float32, small pools, SGLang's strict leak check on."""
 
-    def __init__(self, model: Path, log: Path, *args: str, env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        *args: str,
+        env: dict[str, str] | None = None,
+        module: str = "sglang.launch_server",
+    ):
         fixed = ["--device", "cpu", "--dtype", "float32", "--context-length", "8192", "--random-seed", "0"]
         fixed += ["--sleep-on-idle", "--skip-server-warmup", "--constrained-json-disable-any-whitespace"]
         for flag, value in (("--max-total-tokens", "20000"), ("--max-running-requests", "8")):
@@ -32,7 +39,7 @@ class Server(LocalServer):
             "OMP_NUM_THREADS": "1",  # tiny models: threads that spin cost more than they bring
             **(env or {}),
         }
-        super().__init__(model, log, *fixed, *args, env=environment)
+        super().__init__(model, log, *fixed, *args, env=environment, module=module)
 
     def generate(self, ids: list[int], new_tokens: int, **extra) -> dict:
         """Greedy /generate of exactly `new_tokens`; keyword arguments join the body or its params."""

@@ -366,7 +366,7 @@ def test_the_dense_layers_of_a_map_are_dense_when_served(tmp_path):
     q, before = torch.randn(rigs.TOKENS, rigs.Q_HEADS * rigs.DIM), 0
     for layer, (selected, there) in enumerate([(7, length), (length, length)]):
         rig.target.forward_extend(q, None, None, rig.layer(layer), rig.verify_batch(length))
-        counts = rig.runtime.state.counts[2:].tolist()
+        counts = rig.runtime.state.attended.tolist()
         assert counts == [before + selected * rigs.KV_HEADS, (layer + 1) * there * rigs.KV_HEADS]
         before = counts[0]
 

@@ -330,6 +330,17 @@ def test_eagle_head_with_a_fixed_budget(pair, logs):
         assert counters["selected_tokens"] == pytest.approx(expected, rel=0.01)
 
 
+def test_dense_verify_equals_stock(pair, logs, reference):
+    """Draft and scoring as ever, nothing left out: the target's own output, token for token."""
+    config = {**SPARSE, "verify": "dense"}
+    with sts_server(pair, logs, "dense", "STANDALONE", "draft", config, *CHAIN) as server:
+        assert scenario(server) == reference["outputs"]
+        counters = server.counters()
+    assert counters["full_verifies"] > 0
+    assert counters["sparse_verifies"] == counters["dense_verifies"] == 0
+    assert counters["selected_tokens"] == counters["available_tokens"]
+
+
 def test_the_triton_kernels_serve_in_the_interpreter(pair, logs):
     """The whole path with the kernels in place of their twins: slow, so few and short requests."""
     args = (*TREE, "--max-running-requests", "2")

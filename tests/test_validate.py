@@ -551,6 +551,17 @@ def test_graphs(launch, flags, phase, backend):
         check_message(caught, flags, "CUDA graphs", "add --disable-cuda-graph")
 
 
+@pytest.mark.parametrize("selector", ["oracle", "quest", "recent", "random"])
+def test_selectors_for_comparison_are_not_captured(launch, flags, selector):
+    args = launch()
+    args.device, args.cuda_graph_config.decode.backend = "cuda", "full"
+    with pytest.raises(Refusal) as caught:
+        validate.check_device(args, StsConfig(selector=selector))
+    check_message(caught, flags, f"sts_config.selector: {selector!r}", "add --disable-cuda-graph")
+    args.cuda_graph_config.decode.backend = "disabled"
+    validate.check_device(args, StsConfig(selector=selector))
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("field, value", [("kernel", "flashinfer"), ("kernel", "triton"), ("dense", "fa3")])
 def test_kernels_of_a_device(launch, device, field, value, monkeypatch):

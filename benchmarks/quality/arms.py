@@ -87,17 +87,18 @@ def start(name: str, plan: Plan, folder: Path) -> LocalServer:
     arm, cpu = ARMS[name], plan.device == "cpu"
     longest = max(n for _, n in plan.cells())
     args = ["--context-length", str(longest + 256), "--max-running-requests", str(plan.concurrency)]
+    # No more than the requests at a time need: several servers may share the device.
+    args += ["--max-total-tokens", str(2 * plan.concurrency * (longest + 512))]
     args += ["--grammar-backend", "forced", "--skip-server-warmup", "--random-seed", "0"]
     env = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     if cpu:
-        # SGLang's own CPU attention does not speculate: stock is the target alone there.
-        tokens = 3 * plan.concurrency * (longest + 512)
-        args += ["--device", "cpu", "--dtype", "float32", "--max-total-tokens", str(tokens)]
+        args += ["--device", "cpu", "--dtype", "float32"]
         env |= {"SGLANG_PLATFORM": "sts_cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     if arm.config is not None:
         args += ["--attention-backend", "sts", "--sts-config", sts_config(arm, plan.models, folder)]
         if "selector" in arm.config and not cpu:
             args += ["--disable-cuda-graph"]
+    # SGLang's own CPU attention does not speculate: stock is the target alone there.
     if arm.config is not None or not cpu:
         draft = str(plan.models / "draft")
         args += ["--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", draft]

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from itertools import repeat
 from pathlib import Path
 
@@ -120,7 +121,9 @@ def forced_logprobs(meta_info: dict) -> list[float]:
     return [mark[0] - token[0] + 1 for token, mark in pairs]
 
 
+@cache
 def make(writer: items.Writer, task: str, length: int, index: int) -> Made:
+    """Made once for all arms of this process."""
     if task == "text":
         return items.text(writer, length, index)
     if task == "shared":
@@ -139,7 +142,7 @@ def ask(client: Client, made: Made, keep: float) -> list[tuple[Reply, float]]:
 
 def documents(task: str, plan: Plan) -> int:
     """Items of one cell; a shared document has several questions."""
-    return max(1, plan.items // (2 * items.TURNS)) if task == "shared" else plan.items
+    return max(2, plan.items // (2 * items.TURNS)) if task == "shared" else plan.items
 
 
 def measure(
@@ -174,13 +177,16 @@ def check_sparse(cell: Cell, arm: Arm) -> None:
     """Refuse results of verifies that were not what the arm says."""
     if arm.config is None:
         return
-    counters, whole = cell.counters, cell.keep == DENSE or arm.config.get("verify") == "dense"
+    counters = cell.counters
     sparse = counters["selected_tokens"] < counters["available_tokens"]
-    if whole:
-        wrong = sparse
+    full = bool(counters["full_verifies"])
+    if arm.config.get("verify") == "dense":
+        right = full and not sparse and not counters["sparse_verifies"]
     else:
-        wrong = not sparse or not counters["sparse_verifies"] or counters["dense_verifies"]
-    if wrong:
+        # At keep 1 a verify counts as sparse too: it attended to a selection, of everything.
+        right = sparse == (cell.keep != DENSE) and full == bool(arm.config.get("full_verify_every"))
+        right &= counters["sparse_verifies"] > 0 and not counters["dense_verifies"]
+    if not right:
         raise SystemExit(f"{cell.arm} {cell.task} {cell.length} keep {cell.keep}: verified as {counters}")
 
 

@@ -2,9 +2,7 @@
 
     python -m benchmarks.quality.report benchmarks/results/quality
 
-reads FOLDER/*.jsonl and writes FOLDER/report.md and FOLDER/pareto.png. Accuracy is in points (0 to 100),
-every difference is paired with the same server's dense answer to the same item unless it says otherwise,
-and every interval is a 95 % bootstrap interval (stats.py).
+reads FOLDER/*.jsonl and writes FOLDER/report.md and FOLDER/pareto.png.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.quality.stats import Interval, interval, macro_interval
+from benchmarks.quality.stats import ENOUGH, Interval, interval, macro_interval
 
 DENSE = 1.0
 LOSS = "text"
@@ -257,7 +255,7 @@ def origin(r: Results) -> str:
 def few(r: Results) -> str:
     least = min(len(cell["score"]) for cell in r.cells.values())
     return (
-        f"\n**A first look: some cells have {least} items.** No conclusion is drawn from it.\n"
+        f"**A first look: some cells have {least} items.** No conclusion is drawn from it.\n"
         if least < 100
         else ""
     )
@@ -265,12 +263,13 @@ def few(r: Results) -> str:
 
 def markdown(r: Results) -> str:
     shown = 0.1 if 0.1 in r.keeps else r.keeps[0]
-    parts = [
-        "# Quality of sparse verify, by selector and budget",
-        __doc__.split("\n\n")[2],
-        few(r),
-        origin(r),
-    ]
+    about = (
+        "Made by `python -m benchmarks.quality.report` from the result files beside it. Accuracy in points "
+        "(0 to 100); a difference is paired with the same server's dense answer to the same item unless it "
+        "says otherwise, with a 95 % bootstrap interval over documents; bold: it excludes 0 and every task "
+        f"has {ENOUGH} documents. Prefill is dense everywhere; only verify is sparse."
+    )
+    parts = ["# Quality of sparse verify, by selector and budget", about, few(r), origin(r)]
     for length in r.lengths():
         parts += [
             f"## {length} tokens",

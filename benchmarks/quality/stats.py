@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 10_000
+ENOUGH = 20  # documents of a task; below, an interval is shown but nothing is called significant
 
 
 @dataclass
@@ -16,11 +17,11 @@ class Interval:
     mean: float
     low: float
     high: float
-    items: int
+    documents: int  # of the task that has fewest
 
     @property
     def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
+        return self.documents >= ENOUGH and (self.low > 0 or self.high < 0)
 
 
 def resampled_means(values: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -44,4 +45,4 @@ def macro_interval(cells: list[tuple[list[float], list[int]]], seed: int = 0) ->
     means = np.mean([resampled_means(values, groups, rng) for values, groups in arrays], axis=0)
     low, high = np.percentile(means, [2.5, 97.5])
     mean = float(np.mean([values.mean() for values, _ in arrays]))
-    return Interval(mean, float(low), float(high), sum(len(values) for values, _ in arrays))
+    return Interval(mean, float(low), float(high), min(np.unique(groups).size for _, groups in arrays))

@@ -80,7 +80,7 @@ class StsTargetBackend(AttentionBackend):
             self.runtime.state.history.forget(forward_batch.out_cache_loc)
         if not forward_batch.forward_mode.is_target_verify():
             return self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        if layer.layer_id in self.runtime.config.dense_layers:
+        if self.runtime.config.dense_verify(layer.layer_id):
             if self._whole is None:
                 return self._verify_densely(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
             selection = self._whole
@@ -99,7 +99,7 @@ class StsTargetBackend(AttentionBackend):
         FA3 and FlashInfer read the mask of a tree as FULL_MASK, which nobody fills here: trees attend
         whole by the sparse kernel."""
         chain = fb.spec_info.topk == 1 or isinstance(self.dense, TorchBackend)
-        return chain and bool(self.runtime.config.dense_layers)
+        return chain and self.runtime.config.some_dense_verify
 
     def _plan_verify(self, fb: ForwardBatch) -> None:
         """Select per (request, channel); runs once a round, before the first layer."""
@@ -118,7 +118,7 @@ class StsTargetBackend(AttentionBackend):
 
     def _verify_densely(self, q, k, v, layer, fb: ForwardBatch, save_kv_cache, **kwargs) -> torch.Tensor:
         there = (fb.seq_lens * (fb.req_pool_indices > 0)).sum()
-        self.runtime.state.counts[2:] += there * layer.tp_k_head_num
+        self.runtime.state.attended.add_(there * layer.tp_k_head_num)
         return self.dense.forward_extend(q, k, v, layer, fb, save_kv_cache, **kwargs)
 
     def _attend(
@@ -126,18 +126,39 @@ class StsTargetBackend(AttentionBackend):
     ) -> torch.Tensor:
         runtime = self.runtime
         # On CUDA, q is a slice of the fused projection.
+        rows = q.contiguous().view(fb.batch_size, -1, layer.tp_q_head_num, layer.qk_head_dim)
+        kv_indices, channels = runtime.state.kv_indices, runtime.head_channels(layer.layer_id)
+        if runtime.selector is not None:
+            kv_indices, *selection = self._select_by_layer(selection.kv_count[:, 0], rows, layer, fb)
+            channels = runtime.selector.heads
         out = runtime.ops.sparse_verify_attention(
-            q.contiguous().view(fb.batch_size, -1, layer.tp_q_head_num, layer.qk_head_dim),
+            rows,
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
-            runtime.state.kv_indices,
+            kv_indices,
             *selection,
-            runtime.head_channels(layer.layer_id),
+            channels,
             self.req_to_token_pool.req_to_token,
             fb.req_pool_indices,
             fb.seq_lens,
             self._tail_mask,
             layer.scaling,
-            runtime.state.counts[2:],
+            runtime.state.attended,
         )
         return out.view(q.shape[0], -1)
+
+    def _select_by_layer(self, counts, rows, layer: RadixAttention, fb: ForwardBatch):
+        """Lists of another selector than the draft: kv_indices, kv_start, kv_count."""
+        return self.runtime.selector.select(
+            self.runtime.ops,
+            layer.layer_id,
+            rows,
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            self.req_to_token_pool.req_to_token,
+            fb.req_pool_indices,
+            fb.seq_lens,
+            self.runtime.state.columns(fb.seq_lens),
+            counts,
+            self._tail_mask,
+            layer.scaling,
+        )

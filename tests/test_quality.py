@@ -1,0 +1,239 @@
+"""The quality harness: items, forced text, intervals, the report, and a short real run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.quality import __main__ as command
+from benchmarks.quality import items, measure, report, stats
+from benchmarks.quality.arms import ARMS, Plan
+from benchmarks.quality.serve import ForcedText
+from sts_sglang.demo import MODELS
+from sts_sglang.tiny_pair import make_pair
+from tests.server import Server, random_ids
+
+
+@pytest.fixture(scope="module")
+def writer() -> items.Writer:
+    return items.unseen_writer(MODELS / "target")[0]
+
+
+@pytest.mark.parametrize("name", items.TASKS)
+def test_an_item_has_its_length_and_hides_what_is_asked(writer, name):
+    made = [items.item(writer, name, 2048, i) for i in range(3)]
+    for item in made:
+        assert len(item.ids) == 2048 - items.ROOM
+        text = writer.tok.decode(item.ids, skip_special_tokens=False)
+        assert all(value in text for value in item.question.values)
+        assert text.endswith("<|assistant|>") and item.question.ask in text
+    assert made[2].ids == items.item(writer, name, 2048, 2).ids != made[1].ids
+
+
+def test_needles_go_through_the_depths(writer):
+    depths = [items.item(writer, "single", 2048, i).depth for i in (0, 5, 10)]
+    assert depths[0] < 0.1 and 0.4 < depths[1] < 0.6 and depths[2] > 0.9
+
+
+def test_shared_documents_have_room_for_their_turns(writer):
+    made = items.shared(writer, 2048, 0)
+    assert len(made.document) == 2048 - items.TURNS * items.ROOM
+    assert len(made.turns) == len(made.alone) == items.TURNS
+    text = writer.tok.decode(made.document, skip_special_tokens=False)
+    for question, asked in (*made.turns, *made.alone):
+        assert all(value in text for value in question.values)
+        assert writer.tok.decode(asked).find(question.ask) >= 0
+    asks = {question.ask for question, _ in (*made.turns, *made.alone)}
+    assert len(asks) == 2 * items.TURNS
+
+
+def test_a_forced_token_is_the_argmax_and_its_logprob_survives():
+    torch.manual_seed(0)
+    vocab, tokens = 70, [31, 0, 69]
+    grammar = ForcedText(tokens)
+    logits, mask = torch.randn(4, vocab), grammar.allocate_vocab_mask(vocab, 4, "cpu")
+    for row, token in enumerate(tokens):
+        grammar.fill_vocab_mask(mask, row)
+        grammar.accept_token(token)
+    grammar.fill_vocab_mask(mask, 3)  # past the end: free
+    expected, free = logits.log_softmax(-1), logits[3].clone()
+    grammar.apply_vocab_mask(logits=logits, vocab_mask=mask)
+    assert logits[:3].argmax(-1).tolist() == tokens
+    assert torch.equal(logits[3], free)
+    answer = logits[:3].log_softmax(-1).topk(2)
+    top = [
+        list(zip(v, i, strict=True))
+        for v, i in zip(answer.values.tolist(), answer.indices.tolist(), strict=True)
+    ]
+    found = measure.forced_logprobs({"output_top_logprobs": top})
+    assert found == pytest.approx([float(expected[r, t]) for r, t in enumerate(tokens)], abs=1e-5)
+
+
+def test_a_forced_text_refuses_another_token_and_rolls_back():
+    grammar = ForcedText([5, 6])
+    grammar.accept_token(5)
+    grammar.rollback(1)
+    with pytest.raises(ValueError, match="where 5 was forced"):
+        grammar.accept_token(6)
+
+
+def test_interval_of_known_data():
+    rng = np.random.default_rng(1)
+    values = rng.normal(0.3, 1.0, 400)
+    found = stats.interval(list(values))
+    half = 1.96 * values.std() / 20
+    assert found.mean == pytest.approx(values.mean())
+    assert found.low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.1 * half)
+    assert stats.interval(list(values)) == found, "seeded"
+    assert found.excludes_zero and not stats.interval([-1.0, 1.0] * 50).excludes_zero
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say(monkeypatch):
+    monkeypatch.setattr(stats, "RESAMPLES", 1000)
+    rng = np.random.default_rng(2)
+    found = [stats.interval(list(rng.binomial(1, 0.2, 150) - 0.2), seed=i) for i in range(150)]
+    assert 0.89 <= np.mean([f.low <= 0 <= f.high for f in found]) <= 0.99
+
+
+def test_items_of_a_document_are_resampled_together():
+    """Four equal answers about each document are one observation, not four."""
+    rng = np.random.default_rng(3)
+    by_document = rng.normal(0, 1, 50)
+    values, groups = np.repeat(by_document, 4), np.repeat(np.arange(50), 4)
+    together, alone = stats.interval(values, groups), stats.interval(by_document)
+    assert together.high - together.low == pytest.approx(alone.high - alone.low, rel=0.05)
+
+
+def test_a_mean_over_tasks_weighs_them_equally():
+    found = stats.macro_interval([([1.0] * 300, range(300)), ([0.0] * 10, range(10))])
+    assert (found.mean, found.low, found.high) == (0.5, 0.5, 0.5)
+
+
+def test_few_documents_are_never_called_significant():
+    assert not stats.interval([-1.0] * 8, [0] * 8).excludes_zero
+    assert stats.interval([-1.0] * stats.ENOUGH).excludes_zero
+
+
+def cell(arm: str, task: str, keep: float, score: list[float], out: str = "a") -> dict:
+    n = len(score)
+    columns = {"group": list(range(n)), "depth": [i / n for i in range(n)], "score": score}
+    columns |= {"tokens": [21] * n, "rounds": [8 if keep < 1 else 5] * n, "out": [out] * n}
+    return {"arm": arm, "task": task, "length": 4096, "keep": keep, **columns, "counters": {}, "seconds": 1.0}
+
+
+@pytest.fixture
+def small_results(tmp_path) -> Path:
+    """Dense is always right; sts loses a quarter of `qa` at keep 10 %, quest half of everything."""
+    hit, quarter, half = [1.0] * 40, [0.0] * 10 + [1.0] * 30, [0.0, 1.0] * 20
+    lost = {"sts": {"single": hit, "qa": quarter}, "quest": {"single": half, "qa": half}}
+    head = {"about": "x", "sts": {"head_map": "m", "kernel": "torch"}, "device": "CPU", "dtype": "float32"}
+    head |= {"items": 40, "text": "t", "commit": "c", "torch": "2", "python": "3"}
+    head["models"] = {"target": {"weights": "w" * 64}, "draft": {"weights": "v" * 64}}
+    for arm, tasks in lost.items():
+        rows = [{"arm": arm, **head}]
+        for task, score in tasks.items():
+            rows += [cell(arm, task, 0.1, score, out=arm), cell(arm, task, 1.0, hit)]
+        rows += [cell(arm, "text", 0.1, [-1.02] * 40), cell(arm, "text", 1.0, [-1.0] * 40)]
+        (tmp_path / f"{arm}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return tmp_path
+
+
+def test_report_of_a_small_file(small_results):
+    report.write(small_results)
+    text = (small_results / "report.md").read_text()
+    assert (small_results / "pareto.png").stat().st_size > 5000
+    lines = [line for line in text.splitlines() if line.startswith("| sts | 10 %")]
+    # Mean of 100 and 75; its interval; the worst task; 20 tokens in 8 rounds instead of 5.
+    assert "| 87.5 | **-12.5 [" in lines[0] and "qa **-25.0 [" in lines[0] and "2.50 (-1.50)" in lines[0]
+    assert "| quest | **+37.5 [" in text, "sts minus quest"
+    assert "| 4096 | sts | 10 % | 1.020 (1.000) | **+2.00 [+2.00, +2.00]** |" in text
+    assert "| 0 to 20 % | 16 | 100.0 | 50.0 | 50.0 |" in text
+    assert "A first look" in text
+
+
+def test_report_refuses_different_items(small_results):
+    path = small_results / "quest.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["group"] = rows[1]["group"][::-1]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(SystemExit, match="not asked the same items"):
+        report.write(small_results)
+
+
+@pytest.mark.parametrize(
+    ("arm", "keep", "counters", "ok"),
+    [
+        ("sts", 0.1, (5, 0, 10, 100, 0), True),
+        ("sts", 0.1, (0, 0, 0, 0, 0), False),
+        ("sts", 0.1, (5, 1, 10, 100, 0), False),
+        ("sts", 0.1, (5, 0, 100, 100, 0), False),
+        ("sts", 1.0, (5, 0, 100, 100, 0), True),
+        ("sts", 1.0, (5, 0, 10, 100, 0), False),
+        ("dense", 1.0, (0, 0, 100, 100, 5), True),
+        ("dense", 1.0, (5, 0, 100, 100, 0), False),
+        ("sts-full8", 0.1, (5, 0, 30, 100, 1), True),
+        ("sts-full8", 0.1, (5, 0, 30, 100, 0), False),
+    ],
+)
+def test_results_of_other_verifies_are_refused(arm, keep, counters, ok):
+    names = ("sparse_verifies", "dense_verifies", "selected_tokens", "available_tokens", "full_verifies")
+    found = measure.Cell(arm, "single", 4096, keep, counters=dict(zip(names, counters, strict=True)))
+    if ok:
+        measure.check_sparse(found, ARMS[arm])
+    else:
+        with pytest.raises(SystemExit, match="verified as"):
+            measure.check_sparse(found, ARMS[arm])
+
+
+def test_help_names_every_arm_and_quick_is_small(capsys):
+    with pytest.raises(SystemExit):
+        command.parse(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in ARMS) and "--quick" in text
+    plan = command.plan_of(command.parse(["--quick", "--items", "2", "--device", "cpu"]))
+    assert (plan.items, plan.lengths, plan.device) == (2, tuple(command.QUICK["lengths"]), "cpu")
+    with pytest.raises(SystemExit, match="--keeps"):
+        command.plan_of(command.parse(["--keeps", "0.7"]))
+
+
+@pytest.mark.server
+def test_oracle_serves_a_tenth_and_scores_forced_text(tmp_path):
+    """At full budget the forced losses are Hugging Face's; at a tenth verify is sparse and they differ."""
+    pair = make_pair(tmp_path)
+    config = {"keep": 0.1, "budget": 0, "sink": 2, "recent": 8, "selector": "oracle"}
+    args = ("--attention-backend", "sts", "--sts-config", json.dumps(config), "--grammar-backend", "forced")
+    args += ("--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", str(pair["draft"]))
+    args += ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1")
+    args += ("--speculative-num-draft-tokens", "4")
+    ids = random_ids(240, 5)
+    texts = [items.Text(ids[:200], ids[200:]), items.Text(random_ids(90, 6), random_ids(30, 7))]
+    with Server(pair["target"], tmp_path / "log", *args, module="benchmarks.quality.serve") as server:
+        client = measure.Client(server, ARMS["oracle"])
+        dense = [client.loss(text, 1.0) for text in texts]
+        before = server.counters()
+        sparse = [client.loss(text, 0.1) for text in texts]
+        after = server.counters()
+        again = [client.loss(text, 0.1) for text in texts]
+    model = AutoModelForCausalLM.from_pretrained(pair["target"], dtype=torch.float32).eval()
+    for text, reply in zip(texts, dense, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([text.prefix + text.forced])).logits[0]
+        logprobs = logits.log_softmax(-1)[len(text.prefix) : -1]
+        expected = logprobs.gather(1, torch.tensor(text.forced[1:])[:, None]).mean()
+        assert reply.score == pytest.approx(float(expected), abs=1e-4)
+    assert [r.score for r in sparse] == [r.score for r in again] != [r.score for r in dense]
+    delta = {key: after[key] - before[key] for key in after}
+    assert delta["sparse_verifies"] == sum(r.rounds for r in sparse) > 0
+    assert delta["dense_verifies"] == delta["full_verifies"] == 0
+    assert 0.08 < delta["selected_tokens"] / delta["available_tokens"] < 0.14
+
+
+def test_plans_cover_text_at_its_own_lengths():
+    plan = Plan(("qa", "text"), (4096,), (2048, 8192), (0.1,), 3, 2, "cpu", MODELS)
+    assert plan.cells() == [("qa", 4096), ("text", 2048), ("text", 8192)]
