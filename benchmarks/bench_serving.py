@@ -53,18 +53,20 @@ def arm_args(arm: str, options: argparse.Namespace) -> list[str]:
     return [*args, "--attention-backend", "sts", "--sts-config", json.dumps(config)]
 
 
+def prompt(request: int, context: int, vocab: int) -> list[int]:
+    """A request's prompt; a shorter one begins like a longer one."""
+    rng = random.Random(request)
+    return [rng.randrange(5, vocab) for _ in range(context)]
+
+
 def run_shape(server: LocalServer, context: int, requests: int, options: argparse.Namespace) -> list[dict]:
     """One shape on a running server: prefill, then the measured batch, `passes` times."""
-
-    def prompt(request: int) -> list[int]:
-        rng = random.Random(request)
-        return [rng.randrange(5, options.vocab) for _ in range(context)]
 
     def ask(prompt: list[int], new_tokens: int) -> dict:
         params = {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
         return server.post("/generate", {"input_ids": prompt, "sampling_params": params}, timeout=1800)
 
-    prompts = [prompt(i) for i in range(requests)]
+    prompts = [prompt(i, context, options.vocab) for i in range(requests)]
     for ids in prompts:
         ask(ids, 1)
     rows = []
@@ -87,14 +89,19 @@ def measured(answers: list[dict], seconds: float, new_tokens: int) -> dict:
     }
 
 
-def run_arm(arm: str, repeat: int, shapes: list[tuple[int, int]], options: argparse.Namespace) -> list[dict]:
-    """All shapes of one arm on one server."""
+def serve(arm: str, repeat: int, options: argparse.Namespace) -> LocalServer:
+    """The server of an arm."""
     log = options.logs / f"{arm}-{repeat}.log"
     args = [*shlex.split(options.server_args), *arm_args(arm, options)]
     env = {"SGLANG_SIMULATE_ACC_LEN": str(options.accept_length)} if options.accept_length else {}
-    rows = []
     module = "benchmarks.captured_stock" if arm == "stock-spec-captured" else "sglang.launch_server"
-    with LocalServer(options.target, log, *args, env=env, start_seconds=600, module=module) as server:
+    return LocalServer(options.target, log, *args, env=env, start_seconds=600, module=module)
+
+
+def run_arm(arm: str, repeat: int, shapes: list[tuple[int, int]], options: argparse.Namespace) -> list[dict]:
+    """All shapes of one arm on one server."""
+    rows = []
+    with serve(arm, repeat, options) as server:
         for context, requests in shapes:
             before = server.counters() if arm.startswith("sts") else None
             shape = {"arm": arm, "repeat": repeat, "context": context, "requests": requests}
@@ -168,9 +175,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parse(argv)
-    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+def prepare(options: argparse.Namespace) -> None:
+    """Write the dummy models if asked for, and note where the numbers come from."""
     if options.dummy:
         options.target, options.draft = (
             dummy_models.write(n, options.dummy) for n in ("llama-8b", "llama-1b")
@@ -178,6 +184,12 @@ def main(argv: list[str] | None = None) -> None:
         options.server_args += " --load-format dummy --skip-tokenizer-init"
         options.vocab = 128000
     options.where = {**origin(), "commit": commit(), "simulated": options.accept_length}
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+    prepare(options)
     rows = []
     for repeat in range(options.repeats):
         arms = options.arms.split(",")

@@ -95,7 +95,7 @@ class Results:
             "triton": triton.__version__,
             "python": platform.python_version(),
             "commit": commit(),
-            "command": " ".join(sys.argv),
+            "command": " ".join(Path(word).name if word.startswith("/") else word for word in sys.argv),
             "copy_gbps": round(self.rate),
         }
         print(f"{op}: {self.origin}")

@@ -90,13 +90,17 @@ class LocalServer:
 
     def post(self, path: str, body: dict, timeout: float = 600) -> dict:
         """JSON answer to a JSON POST; an HTTP error raises urllib.error.HTTPError."""
+        return json.loads(self.post_text(path, body, timeout) or b"null")
+
+    def post_text(self, path: str, body: dict, timeout: float = 600) -> bytes:
+        """Body of the answer to a JSON POST, whatever it is."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}",
             json.dumps(body).encode(),
             {"content-type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=timeout) as response:
-            return json.loads(response.read() or b"null")
+            return response.read()
 
     def sts(self) -> dict:
         """What /server_info says of STS: the start-up line and the counters so far."""

@@ -16,7 +16,7 @@ LOG2E = 1.4426950408889634
 # `least` tokens of a full context. Slots, then keys and values are loaded ahead: with five stages two
 # blocks of keys and values are in flight, with three only one.
 # `early` lets the merge start while the splits end.
-KNOBS = {"BLOCK": 64, "programs": 264, "least": 512, "num_warps": 4, "num_stages": 5, "early": True}
+KNOBS = {"BLOCK": 32, "programs": 264, "least": 512, "num_warps": 4, "num_stages": 5, "early": True}
 
 
 def sparse_verify_attention(

@@ -1,0 +1,127 @@
+"""Where a decode round goes: kernels by time, the device's idle time, and the host's waits, per arm.
+
+    python -m benchmarks.profile_round --dummy --shape 32000x8 --accept-length 3 --arms stock-spec,sts \\
+        --server-args "--context-length 131072 --cuda-graph-max-bs 8" --out profile.jsonl
+
+Serves each arm of bench_serving, prefills, and records a few rounds in SGLang's own profiler while all
+requests decode. Counts are per round (target verify). A host that waits for the device (cudaStreamSynchronize
+and its kind, cudaMalloc, blocking copies) in sts and not in stock is a defect.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import re
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from benchmarks import bench_serving
+from sts_sglang.local_server import LocalServer
+
+WAITS = (
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "cudaMalloc",
+    "cudaFree",
+    "cudaMemcpyAsync",
+    "cudaGraphLaunch",
+)
+
+
+def record(server: LocalServer, prompts: list[list[int]], rounds: int) -> list[dict]:
+    """Events of a trace over about `rounds` decode rounds of a batch that is prefilled already."""
+
+    def ask(new_tokens: int, ids: list[int]) -> None:
+        params = {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
+        server.post("/generate", {"input_ids": ids, "sampling_params": params}, timeout=1800)
+
+    for ids in prompts:
+        ask(1, ids)
+    running = [threading.Thread(target=ask, args=(1500, ids)) for ids in prompts]
+    for thread in running:
+        thread.start()
+    time.sleep(1.5)  # all of them decode by now
+    with tempfile.TemporaryDirectory() as folder:
+        body = {"output_dir": folder, "activities": ["CPU", "GPU"], "num_steps": rounds, "with_stack": False}
+        server.post_text("/start_profile", body)
+        deadline = time.monotonic() + 60
+        while not (found := list(Path(folder).rglob("*.json.gz"))):
+            if time.monotonic() > deadline:
+                raise SystemExit("the server wrote no trace")
+            time.sleep(0.5)
+        time.sleep(2)  # written to its end
+        with gzip.open(found[0]) as file:
+            events = json.load(file)["traceEvents"]
+    server.post_text("/abort_request", {"rid": "", "abort_all": True})
+    for thread in running:
+        thread.join()
+    return [e for e in events if e.get("ph") == "X"]
+
+
+def short(name: str) -> str:
+    """A kernel's name without its template arguments."""
+    name = re.sub(r"^void ", "", name)
+    return re.split(r"[<(]", name)[0][-60:] or name[:60]
+
+
+def summary(events: list[dict], top: int) -> dict:
+    """Per round: microseconds by kernel, busy and idle time of the device, and the host's calls."""
+    kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    if not kernels:
+        raise SystemExit("the trace holds no kernels")
+    verify = ("_select_kernel", "verify_tree", "VerifyTree", "simulate")
+    counts = Counter(short(e["name"]) for e in kernels)
+    rounds = next((n for key in verify for name, n in counts.items() if key in name), 0) or 1
+    spent: dict[str, float] = defaultdict(float)
+    for e in kernels:
+        spent[short(e["name"])] += e["dur"]
+    busy, end = 0.0, 0.0
+    for start, length in sorted((e["ts"], e["dur"]) for e in kernels):
+        busy += max(0.0, start + length - max(end, start))
+        end = max(end, start + length)
+    wall = end - min(e["ts"] for e in kernels)
+    host = Counter(e["name"] for e in events if e.get("cat") == "cuda_runtime")
+    order = sorted(spent, key=spent.get, reverse=True)
+    return {
+        "rounds": rounds,
+        "round_us": round(wall / rounds, 1),
+        "idle_us": round((wall - busy) / rounds, 1),
+        "kernels": {
+            n: {"us": round(spent[n] / rounds, 1), "calls": round(counts[n] / rounds, 2)} for n in order[:top]
+        },
+        "host_calls": {name: round(host[name] / rounds, 2) for name in WAITS},
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--shape", default="32000x8", help="CONTEXTxREQUESTS (%(default)s)")
+    p.add_argument("--rounds", type=int, default=12, help="scheduler steps to record (%(default)s)")
+    p.add_argument("--top", type=int, default=24, help="kernels to show (%(default)s)")
+    own, rest = p.parse_known_args(argv)
+    options = bench_serving.parse([*rest, "--shapes", own.shape])
+    bench_serving.prepare(options)
+    context, requests = map(int, own.shape.split("x"))
+    prompts = [bench_serving.prompt(i, context, options.vocab) for i in range(requests)]
+    for arm in options.arms.split(","):
+        with bench_serving.serve(arm, 0, options) as server:
+            found = summary(record(server, prompts, own.rounds), own.top)
+            row = {"arm": arm, "context": context, "requests": requests, **found}
+            row |= {"server": server.shown_command(), **options.where}
+        if options.out:
+            with options.out.open("a") as f:
+                f.write(json.dumps(row) + "\n")
+        print(f"\n{arm} {own.shape}: round {found['round_us']:.0f} us, idle {found['idle_us']:.0f} us")
+        print(f"  host per round: {found['host_calls']}")
+        for name, k in found["kernels"].items():
+            print(f"  {k['us']:9.1f} us  {k['calls']:7.2f} x  {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Write the README's measured tables and plots anew from benchmarks/results/*.jsonl, and nothing else.
+
+    python -m benchmarks.report            rewrite README.md between its <!-- name --> marks, and the plots
+    python -m benchmarks.report --check    exit 1 if that would change README.md
+
+A table shows the newest commit that measured its rows; medians over repeats and passes, and their spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+RESULTS, README = Path(__file__).with_name("results"), Path(__file__).parents[1] / "README.md"
+ARMS = {
+    "stock": "stock FA3, no speculation",
+    "stock-spec": "stock FA3 + STANDALONE",
+    "stock-spec-captured": "the same, draft-extend captured",
+    "sts-dense": "sts, verify dense",
+    "sts": "sts, keep 10 %",
+}
+
+
+def rows(name: str) -> list[dict]:
+    path = RESULTS / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
+
+
+def shapes_of(found: list[dict]) -> list[tuple[int, int]]:
+    return list(dict.fromkeys((r["context"], r["requests"]) for r in found))
+
+
+def speed(found: list[dict], arm: str, shape: tuple[int, int]) -> list[float]:
+    return [r["tokens_per_s"] for r in found if (r["arm"], r["context"], r["requests"]) == (arm, *shape)]
+
+
+def serving() -> str:
+    """Tokens per second by arm; the gain of sts over stock with the same draft."""
+    found = rows("serving.jsonl")
+    if not found:
+        return "Not measured yet."
+    lines = []
+    for shape in shapes_of(found):
+        speeds = {arm: speed(found, arm, shape) for arm in ARMS}
+        cells = [
+            f"{statistics.median(s):,.0f} ± {(max(s) - min(s)) / 2:,.0f}" if s else "–"
+            for s in speeds.values()
+        ]
+        gain = "–"
+        if speeds["sts"] and speeds["stock-spec"]:
+            gain = f"{statistics.median(speeds['sts']) / statistics.median(speeds['stock-spec']):.2f}x"
+        lines.append([f"{shape[0]:,} x {shape[1]}", *cells, gain])
+    first = found[0]
+    note = (
+        f"Tokens per second, median ± half the spread. {first['gpu']}, SGLang {first['sglang']}, commit "
+        f"{found[-1]['commit']}; shapes of Llama-3.1-8B and 3.2-1B, dummy weights, simulated accept length "
+        f"{first['simulated']:g} (the output is meaningless, the work is not), prefix cached."
+    )
+    return table(["context x requests", *ARMS.values(), "gain"], lines) + "\n\n" + note
+
+
+def verify() -> str:
+    """Microseconds of one layer's verify attention by provider, the README's shapes."""
+    found = [
+        r
+        for r in rows("verify.jsonl")
+        if (r["keep"], r["rows"], r["group"], r["dim"]) == (0.1, 4, 4, 128) and "knobs" not in r
+    ]
+    if not found:
+        return "Not measured yet."
+    providers = ["triton", "flashinfer-headwise", "fa3-dense", "flashinfer-dense"]
+    newest = {(r["provider"], r["context"], r["batch"]): r for r in found}
+    lines = []
+    for context, batch in sorted({(r["context"], r["batch"]) for r in found}, reverse=True):
+        cells = [newest.get((p, context, batch)) for p in providers]
+        own, fa3 = cells[0], cells[2]
+        gain = f"{fa3['us'] / own['us']:.1f}x" if own and fa3 else "–"
+        share = f"{100 * own['of_copy_rate']:.0f} %" if own else "–"
+        lines.append(
+            [f"{context:,} x {batch}", *(f"{c['us']:.0f}" if c else "–" for c in cells), gain, share]
+        )
+    last = found[-1]
+    head = ["context x requests", "sts (Triton)", "FlashInfer head-wise", "FA3 dense", "FlashInfer dense"]
+    note = (
+        f"Microseconds of one layer (4 query tokens, 32 query and 8 KV heads of 128, keep 10 %, bf16). "
+        f"{last['gpu']}, commit {last['commit']}; the last column is the selected KV over the measured copy "
+        f"rate ({last['copy_gbps']:,} GB/s)."
+    )
+    return table([*head, "over FA3 dense", "of copy rate"], lines) + "\n\n" + note
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"serving": serving, "verify": verify}
+
+
+def plot_break_even() -> None:
+    """Gain of sts over stock with the same draft, by context: below 1 stock is faster."""
+    found = rows("serving.jsonl")
+    points: dict[int, list[tuple[int, float]]] = {}
+    for shape in shapes_of(found):
+        own, stock = (speed(found, arm, shape) for arm in ("sts", "stock-spec"))
+        if own and stock:
+            gain = statistics.median(own) / statistics.median(stock)
+            points.setdefault(shape[1], []).append((shape[0], gain))
+    if not points:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for requests, line in sorted(points.items()):
+        axis.plot(*zip(*sorted(line), strict=True), marker="o", label=f"{requests} requests")
+    axis.axhline(1, color="k", lw=0.8)
+    axis.set(xscale="log", xlabel="context (tokens)", ylabel="tokens/s, sts over stock FA3 + STANDALONE")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(RESULTS / "break_even.png", dpi=80)
+    plt.close(figure)
+
+
+def rewritten(text: str) -> str:
+    """The README with every marked section made anew."""
+    for name, make in SECTIONS.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise SystemExit(f"README.md: needs {begin.strip()} and {end} once each")
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}{make()}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is stale")
+    args = parser.parse_args()
+    text = README.read_text()
+    new = rewritten(text)
+    if args.check:
+        raise SystemExit(int(new != text))
+    README.write_text(new)
+    plot_break_even()
+
+
+if __name__ == "__main__":
+    main()
