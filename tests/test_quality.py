@@ -155,6 +155,14 @@ def test_report_of_a_small_file(small_results):
     assert "| 4096 | sts | 10 % | 1.020 (1.000) | **+2.00 [+2.00, +2.00]** |" in text
     assert "| 0 to 20 % | 16 | 100.0 | 50.0 | 50.0 |" in text
     assert "A first look" in text
+    assert "| keep 10 %: every task within 5 | qa **-25.0" in text
+    aims = {
+        line.split(" | ")[0][2:]: line.endswith("| yes |")
+        for line in text.splitlines()
+        if "| keep 10 %: " in line
+    }
+    assert aims["keep 10 %: ahead of quest"] and not aims["keep 10 %: mean within 1 point of dense"]
+    assert not aims["keep 10 %: loss of text within 1 %"]
 
 
 def test_report_refuses_different_items(small_results):

@@ -215,6 +215,30 @@ def same_outputs(r: Results, a: str, b: str, keeps: Iterable[float]) -> str:
     return f"{equal} of {total}" if total else "not measured"
 
 
+def reach(r: Results, length: int) -> str:
+    """What was aimed at, and whether these results show it: (aim, found, met)."""
+    rows, ten = [], ("sts", 0.1)
+    if (mean := r.difference(ten, ("sts", DENSE), length)) is not None:
+        rows.append(["keep 10 %: mean within 1 point of dense", signed(mean), abs(mean.mean) <= 0.01])
+        task, worst = worst_task(r, *ten, length)
+        rows.append(["keep 10 %: every task within 5", f"{task} {signed(worst)}", worst.mean >= -0.05])
+    if (pair := r.pairs(ten, ("sts", DENSE), LOSS, length)) is not None:
+        rise = interval(pair[0] / np.mean(r.cells["sts", LOSS, length, DENSE]["score"]), pair[1])
+        rows.append(["keep 10 %: loss of text within 1 %", signed(rise, digits=2), abs(rise.mean) <= 0.01])
+    for rival in ("quest", "recent"):
+        for keep in r.keeps:
+            found = r.difference(("sts", keep), (rival, keep), length)
+            if found is not None:
+                ahead = keep <= 0.1
+                aim = f"keep {percent(keep)}: {'ahead of' if ahead else 'not behind'} {rival}"
+                enough = found.documents >= ENOUGH
+                met = found.low > 0 and enough if ahead else found.high >= 0
+                rows.append([aim, signed(found), met])
+    if (found := r.difference(ten, ("oracle", 0.1), length)) is not None:
+        rows.append(["keep 10 %: within 1 point of the oracle", signed(found), abs(found.mean) <= 0.01])
+    return table(["aim", "found", "met"], [[aim, found, "yes" if met else "no"] for aim, found, met in rows])
+
+
 def noise(r: Results) -> str:
     rows = []
     for length in r.lengths():
@@ -222,6 +246,17 @@ def noise(r: Results) -> str:
             found = r.difference(("sts", keep), ("sts-again", keep), length)
             rows.append([length, percent(keep), signed(found)])
     return table(["context", "keep", "sts minus sts-again"], rows)
+
+
+def dense_speculation(r: Results) -> str:
+    """Accept length without sparsity, stock's beside ours."""
+    arms = [arm for arm in ("stock", "dense", "sts") if arm in r.arms]
+    found = {(arm, n): r.accept_length(arm, DENSE, n, r.tasks) for arm in arms for n in r.lengths()}
+    rows = [
+        [f"`{arm}`", *(f"{v:.3f}" if (v := found[arm, n]) else "no draft" for n in r.lengths())]
+        for arm in arms
+    ]
+    return table(["accept length, dense", *map(str, r.lengths())], rows)
 
 
 def parity(r: Results) -> str:
@@ -274,6 +309,8 @@ def markdown(r: Results) -> str:
         parts += [
             f"## {length} tokens",
             overview(r, length),
+            "### What was aimed at",
+            reach(r, length),
             "### STS against the others",
             rivals(r, length),
             f"### By task, keep {percent(shown)}, against dense",
@@ -283,7 +320,13 @@ def markdown(r: Results) -> str:
         ]
     if r.lengths(loss=True):
         parts += ["## Held-out text, forced through the server", losses(r)]
-    parts += ["## Noise and parity", noise(r), parity(r), "![quality against keep](pareto.png)"]
+    parts += [
+        "## Noise and parity",
+        noise(r),
+        parity(r),
+        dense_speculation(r),
+        "![quality against keep](pareto.png)",
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
