@@ -185,8 +185,8 @@ def test_report_refuses_different_items(small_results):
         ("sts", 1.0, (5, 0, 10, 100, 0), False),
         ("dense", 1.0, (0, 0, 100, 100, 5), True),
         ("dense", 1.0, (5, 0, 100, 100, 0), False),
-        ("sts-full8", 0.1, (5, 0, 30, 100, 1), True),
-        ("sts-full8", 0.1, (5, 0, 30, 100, 0), False),
+        ("sts-full4", 0.1, (5, 0, 30, 100, 1), True),
+        ("sts-full4", 0.1, (5, 0, 30, 100, 0), False),
     ],
 )
 def test_results_of_other_verifies_are_refused(arm, keep, counters, ok):

@@ -36,7 +36,7 @@ ARMS = {
     "sts-proportional": Arm({"head_map": "proportional"}, "the map that needs no calibration"),
     "sts-warm": Arm({"history": "warm"}, "history in a request's first verify"),
     "sts-blend": Arm({"history": "blend"}, "history in every verify"),
-    "sts-full8": Arm({"full_verify_every": 8}, "every 8th verify attends to everything"),
+    "sts-full4": Arm({"full_verify_every": 4}, "every 4th verify attends to everything"),
     "oracle": Arm({"selector": "oracle"}, "the target's own attention"),
     "quest": Arm({"selector": "quest"}, "Quest's bounds over pages of 16"),
     "recent": Arm({"selector": "recent"}, "sink and the last tokens (StreamingLLM)"),
@@ -87,8 +87,9 @@ def start(name: str, plan: Plan, folder: Path) -> LocalServer:
     arm, cpu = ARMS[name], plan.device == "cpu"
     longest = max(n for _, n in plan.cells())
     args = ["--context-length", str(longest + 256), "--max-running-requests", str(plan.concurrency)]
-    # No more than the requests at a time need: several servers may share the device.
-    args += ["--max-total-tokens", str(2 * plan.concurrency * (longest + 512))]
+    # What the requests at a time need, so that their prompts stay cached, and little more: several servers
+    # may share the device.
+    args += ["--max-total-tokens", str(5 * plan.concurrency * (longest + 512) // 4)]
     args += ["--grammar-backend", "forced", "--skip-server-warmup", "--random-seed", "0"]
     env = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     if cpu:

@@ -104,9 +104,14 @@ class Client:
         return replies + [self.answer(shared.document + asked, q, keep, own) for q, asked in shared.alone]
 
     def counters(self) -> dict[str, int]:
+        """Of a server at rest: on a GPU the round after the last answer is on its way already."""
         if self.arm.config is None:
             return {}
-        return {k: v for k, v in self.server.counters().items() if k != "keep_ratio"}
+        before, now = None, self.server.counters()
+        while before != now:
+            time.sleep(0.03)
+            before, now = now, self.server.counters()
+        return {k: v for k, v in now.items() if k != "keep_ratio"}
 
 
 def _reply(answer: dict, score: float) -> Reply:
@@ -153,20 +158,22 @@ def measure(
     keeps = [*(plan.keeps if ARMS[name].keeps else ()), DENSE]
     cells = {keep: Cell(name, task, length, keep) for keep in keeps}
     count = documents(task, plan)
+    before = client.counters()
     with ThreadPoolExecutor(plan.concurrency) as pool:
         for first in range(0, count, plan.concurrency):
             batch = range(first, min(count, first + plan.concurrency))
             made = [make(writer, task, length, index) for index in batch]
             for keep, cell in cells.items():
-                started, before = time.monotonic(), client.counters()
-
+                started = time.monotonic()
                 replies = pool.map(ask, repeat(client), made, repeat(keep))
                 for group, found in zip(batch, replies, strict=True):
                     for reply, depth in found:
                         cell.add(reply, group, depth)
                 cell.seconds += round(time.monotonic() - started, 2)
-                for key, value in client.counters().items():
-                    cell.counters[key] = cell.counters.get(key, 0) + value - before[key]
+                after = client.counters()
+                for key in after:
+                    cell.counters[key] = cell.counters.get(key, 0) + after[key] - before[key]
+                before = after
                 bar.update(len(batch))
     for cell in cells.values():
         check_sparse(cell, ARMS[name])
