@@ -73,10 +73,11 @@ def oracle(layer: Layer) -> Tensor:
 
 def quest(layer: Layer) -> Tensor:
     length = layer.keys.shape[1]
-    lows, highs = page_bounds(layer.keys.float(), layer.there)
-    q = layer.grouped()[..., None, :]  # [bs, H_kv, G, T, 1, D]
-    lows, highs = (x.transpose(1, 2)[:, :, None, None] for x in (lows, highs))
-    bound = torch.maximum(q * lows, q * highs).sum(-1) * layer.scale  # [bs, H_kv, G, T, pages]
+    lows, highs = (bound.float() for bound in page_bounds(layer.keys, layer.there))
+    q = layer.grouped()
+    # max(q * low, q * high) is q * high where q is positive, else q * low.
+    bound = torch.einsum("bhgtd,bphd->bhgtp", q.clamp(min=0), highs)
+    bound = (bound + torch.einsum("bhgtd,bphd->bhgtp", q.clamp(max=0), lows)) * layer.scale
     empty = ~layer.there[:, ::PAGE][:, None, None, None]
     score = bound.masked_fill(empty, -torch.inf).log_softmax(-1)
     score = score.amax(2) if layer.pool_heads == "max" else score.logsumexp(2)
