@@ -47,26 +47,26 @@ class Batch:
         length = self.lengths[b]
         return self.keys[self.table[b + 1, length : length + TOKENS].long(), kv_head]
 
-    def select(self, selector: str, counts: list[int], prompts=None, number: int = 3, **config):
+    def select(
+        self,
+        selector: str,
+        counts: list[int],
+        prompts=None,
+        number: int = 3,
+        kernel: str = "torch",
+        dtype: torch.dtype = torch.float32,
+        **config,
+    ):
         """Sets of positions by request and KV head."""
+        device = "cuda" if kernel == "triton" and torch.cuda.is_available() else "cpu"
         config = StsConfig(selector=selector, sink=SINK, recent=RECENT, budget=0, **config)
-        made = selectors.LayerSelector(
-            config, KV_HEADS, self.total, len(self.lengths) + 1, torch.float32, "cpu"
-        )
-        made.admit(self.reqs, prompts or [[b] for b in self.reqs.tolist()])
-        indices, start, count = made.select(
-            ops("torch"),
-            number,
-            self.q,
-            self.keys,
-            self.table,
-            self.reqs,
-            self.seq_lens,
-            self.columns,
-            torch.tensor(counts),
-            self.tail,
-            DIM**-0.5,
-        )
+        requests = len(self.lengths) + 1
+        made = selectors.LayerSelector(config, KV_HEADS, self.total, requests, dtype, device)
+        made.admit(self.reqs.to(device), prompts or [[b] for b in self.reqs.tolist()])
+        tensors = (self.q, self.keys, self.table, self.reqs, self.seq_lens, self.columns)
+        tensors = (*tensors, torch.tensor(counts), self.tail)
+        found = made.select(ops(kernel), number, *(t.to(device) for t in tensors), DIM**-0.5)
+        indices, start, count = (t.cpu() for t in found)
         return [
             [self._positions(b, indices[start[b, h] : start[b, h] + count[b, h]]) for h in range(KV_HEADS)]
             if counts[b] >= 0
@@ -222,6 +222,16 @@ def test_random_is_uniform():
             hits[list(positions)] += 1
     free = hits[SINK:-RECENT].view(-1, 90).mean(1) / 120
     assert free.min() > 0.085 and free.max() < 0.12
+
+
+@pytest.mark.parametrize("selector", selectors.RULES)
+def test_the_kernel_takes_the_same_tokens(selector):
+    """Ranks and chance lose nothing in the float16 that the kernel sorts."""
+    batch, counts = Batch([170, 330, 60]), [40, 75, -1]
+    twin = batch.select(selector, counts, dtype=torch.float16)
+    assert batch.select(selector, counts, kernel="triton", dtype=torch.float16) == twin
+    if selector != "oracle":
+        assert batch.select(selector, counts) == twin
 
 
 def test_whole_contexts_are_left_alone():
