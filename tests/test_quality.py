@@ -172,6 +172,10 @@ def test_report_refuses_different_items(small_results):
     path.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(SystemExit, match="not asked the same items"):
         report.write(small_results)
+    rows[0]["text"] = "another"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(SystemExit, match="with different text"):
+        report.write(small_results)
 
 
 @pytest.mark.parametrize(

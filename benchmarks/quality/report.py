@@ -38,6 +38,9 @@ class Results:
                     self.headers[row["arm"]] = row
         if not self.cells:
             raise SystemExit(f"{folder}: no results")
+        for what in ("text", "models"):
+            if len({json.dumps(header[what]) for header in self.headers.values()}) > 1:
+                raise SystemExit(f"{folder}: arms were measured with different {what}; measure them again")
 
     def _values(self, index: int) -> list:
         return sorted({key[index] for key in self.cells})
@@ -280,11 +283,12 @@ def origin(r: Results) -> str:
         f"{head['items']} items a task and length; text {head['text']}; weights: {weights}; commits: "
         f"{', '.join(commits)}."
     )
-    rows = [
-        [f"`{a}`", h["about"], h["sts"].get("head_map", "-"), h["sts"].get("kernel", "-")]
-        for a, h in r.headers.items()
-    ]
-    return f"{said}\n\n" + table(["arm", "what it is", "head map", "kernel"], rows)
+    rows = []
+    for arm, header in sorted(r.headers.items(), key=lambda pair: r.arms.index(pair[0])):
+        sts, config = header["sts"], header["sts"].get("config", {})
+        row = [f"`{arm}`", header["about"], sts.get("head_map"), config.get("pool_heads"), sts.get("kernel")]
+        rows.append([value or "-" for value in row])
+    return f"{said}\n\n" + table(["arm", "what it is", "head map", "pool", "kernel"], rows)
 
 
 def few(r: Results) -> str:
