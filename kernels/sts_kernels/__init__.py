@@ -1,6 +1,6 @@
 """Ops of draft-guided sparse attention (STS, arXiv 2605.15508): score, remember, select, attend.
 
-Four functions in two implementations of the same signature: `ops("torch")` is the reference on any
+Five functions in two implementations of the same signature: `ops("torch")` is the reference on any
 device, `ops("triton")` the kernels. This package imports torch and triton and never sglang.
 """
 
@@ -22,18 +22,20 @@ class Ops(NamedTuple):
     blend_history: Callable
     select_tokens: Callable
     sparse_verify_attention: Callable
+    headwise_lists: Callable
 
 
 def ops(kernel: str) -> Ops:
     """The steps by implementation, "torch" or "triton"; ValueError for another name."""
     if kernel == "torch":
+        from sts_kernels import reference as headwise
         from sts_kernels import reference as history
         from sts_kernels import reference as score
         from sts_kernels import reference as select
         from sts_kernels import reference as verify
     elif kernel == "triton":
         from sts_kernels import draft_attention as score
-        from sts_kernels import history, select, verify
+        from sts_kernels import headwise, history, select, verify
     else:
         raise ValueError(f"kernel must be 'torch' or 'triton', got {kernel!r}")
     return Ops(
@@ -41,4 +43,5 @@ def ops(kernel: str) -> Ops:
         history.blend_history,
         select.select_tokens,
         verify.sparse_verify_attention,
+        headwise.headwise_lists,
     )

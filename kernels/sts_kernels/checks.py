@@ -109,3 +109,15 @@ def check_history(importance, history, stamp, weight) -> None:
     expect(op, ok, f"history must be float32 [channels, slots], got {history.dtype} {tuple(history.shape)}")
     expect(op, stamp.shape == history.shape[1:] and stamp.dtype == torch.int32, "stamp must be int32 [slots]")
     expect(op, weight.dtype == torch.float32, f"weight must be float32 [bs], got {weight.dtype}")
+
+
+def check_headwise(kv_start, kv_count, head_channels, indptr, mask_indptr, indices, mask) -> None:
+    """Shapes of headwise_lists."""
+    op = "headwise_lists"
+    expect(op, kv_start.shape == kv_count.shape and kv_count.dim() == 2, "kv_count must be [bs, channels]")
+    pairs = kv_count.shape[0] * head_channels.numel()
+    for name, ends in (("indptr", indptr), ("mask_indptr", mask_indptr)):
+        ok = ends.dtype == torch.int32 and ends.dim() == 1 and ends.numel() > pairs
+        expect(op, ok, f"{name} must be int32 [{pairs} + 1 or more], got {ends.dtype} {tuple(ends.shape)}")
+    expect(op, indices.dtype == torch.int32, f"indices must be int32, got {indices.dtype}")
+    expect(op, mask.dtype == torch.uint8, f"mask must be uint8, got {mask.dtype}")

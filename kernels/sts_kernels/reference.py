@@ -20,6 +20,7 @@ from sts_kernels.checks import (
     IMPORTANCE_SCALE,
     UNKNOWN,
     check_draft,
+    check_headwise,
     check_history,
     check_select,
     check_verify,
@@ -88,7 +89,7 @@ def draft_attention(
     check_draft(q, carried_q, k_buffer, v_buffer, members, importance, pool_heads, pool_rows)
     group = (carried_q if q is None else q).shape[1] // k_buffer.shape[1]
     branches = 0 if q is None else q.shape[0] // max(1, seq_lens.numel())
-    out = None if q is None else torch.empty_like(q)
+    out = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for b, (req, length) in enumerate(zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)):
         column, probs = int(ctx_start[b]), []
         if carried_q is not None:
@@ -170,7 +171,8 @@ def sparse_verify_attention(
     """Exact softmax attention of each draft token over (selected context + tail), per (request, KV head).
 
     Args:
-        q: [bs, T, H_q, D] queries of the T draft tokens of each request.
+        q: [bs, T, H_q, D] queries of the T draft tokens of each request; tokens may lie apart, as in a slice
+            of a fused projection.
         k_buffer, v_buffer: [slots, H_kv, D] target pools.
         kv_indices, kv_start, kv_count: the lists of select_tokens; a count of -1 is the whole context.
         head_channels: int [H_kv], the channel whose list a KV head attends to.
@@ -188,7 +190,7 @@ def sparse_verify_attention(
     bs, tokens, q_heads, _ = q.shape
     kv_heads = k_buffer.shape[1]
     group = q_heads // kv_heads
-    out = torch.empty_like(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     channels = head_channels.tolist()
     for b, (req, length) in enumerate(zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)):
         tail = req_to_token[req, length : length + tokens].long()
@@ -209,6 +211,68 @@ def sparse_verify_attention(
                 scale=sm_scale,
             )[0].transpose(0, 1)
     return out
+
+
+def headwise_lists(
+    kv_indices: torch.Tensor,
+    kv_start: torch.Tensor,
+    kv_count: torch.Tensor,
+    head_channels: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tokens: int,
+    indptr: torch.Tensor,
+    mask_indptr: torch.Tensor,
+    indices: torch.Tensor,
+    mask: torch.Tensor,
+    layers: int,
+    attended: torch.Tensor,
+    clipped: torch.Tensor,
+) -> None:
+    """Lists of one head map row for a paged attention over pools seen as [slots * H_kv, 1, 1, D].
+
+    Every (request, KV head) pair b * H_kv + h has a list of a length that the host planned before it
+    knew how many tokens are chosen: the chosen tokens, padding, then the T draft tokens. The mask hides
+    the padding and lets a draft token see the chain up to itself. Padding repeats the request's first
+    token: masked keys and values are read and multiplied by zero, so they must be finite.
+
+    Args:
+        kv_indices, kv_start, kv_count, head_channels, req_to_token, req_pool_indices, seq_lens: as in
+            sparse_verify_attention, for a row of the head map.
+        tokens: T. The tail is at positions [L, L + T).
+        indptr: int32 [pairs + 1 or more], where lists start; each at least T long.
+        mask_indptr: int32 [pairs + 1 or more], at which byte of `mask` a pair's bits start.
+        indices: int32, written: slot * H_kv + h of every entry.
+        mask: uint8, written: bit row * list length + entry, from the lowest of a byte up, rounded up to
+            bytes a pair (FlashInfer's packed custom mask).
+        layers: how many layers attend to these lists, for `attended` and `clipped`.
+        attended: int64 [2], adds as sparse_verify_attention does, once for every such layer.
+        clipped: int64 [1], adds the tokens that found no room in a list; the last ones found it.
+    """
+    check_headwise(kv_start, kv_count, head_channels, indptr, mask_indptr, indices, mask)
+    channels, ends, bytes_ = head_channels.tolist(), indptr.tolist(), mask_indptr.tolist()
+    weights = 1 << torch.arange(8, device=mask.device)
+    for b, (req, length) in enumerate(zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)):
+        for h, channel in enumerate(channels):
+            pair, count, start = b * len(channels) + h, int(kv_count[b, channel]), int(kv_start[b, channel])
+            chosen = req_to_token[req, :length] if count < 0 else kv_indices[start : start + count]
+            width = ends[pair + 1] - ends[pair]
+            room = width - tokens
+            kept = min(chosen.numel(), room)
+            slots = req_to_token[req, :1].repeat(width)
+            slots[:kept] = chosen[chosen.numel() - kept :]
+            slots[room:] = req_to_token[req, length : length + tokens]
+            indices[ends[pair] : ends[pair + 1]] = slots * len(channels) + h
+            seen = torch.zeros(-(-tokens * width // 8) * 8, dtype=torch.bool, device=mask.device)
+            rows = seen[: tokens * width].view(tokens, width)
+            rows[:, :kept] = True
+            rows[:, room:] = torch.ones(tokens, tokens, device=mask.device).tril().bool()
+            packed = (seen.view(-1, 8) * weights).sum(1).to(torch.uint8)
+            mask[bytes_[pair] : bytes_[pair] + packed.numel()] = packed
+            if req > 0:
+                attended += torch.tensor([kept, length], device=attended.device) * layers
+                clipped += (chosen.numel() - kept) * layers
 
 
 def _probabilities(q, k_buffer, slots, sm_scale, group) -> torch.Tensor:
