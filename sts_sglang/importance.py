@@ -81,15 +81,18 @@ class RoundState:
         self.counts = torch.zeros(5, dtype=torch.int64, device=device)
         self.attended = self.counts[2:4]
 
-    def carry(self, layer: int, reqs, q: torch.Tensor, committed: torch.Tensor, prefill: bool) -> None:
-        """Keep the rows [bs, H_q, D] of a draft layer, made for the committed lengths [bs]."""
+    def carry(self, layer: int, reqs: torch.Tensor, q: torch.Tensor, rows: torch.Tensor) -> None:
+        """Keep of a draft layer's queries [N, H_q, D] each request's row (`rows` [bs], `reqs` [bs])."""
         if layer in self.carried_q:
-            self.carried_q[layer][reqs] = q
-            self.carried_len[reqs] = committed
-            if prefill:
-                self.rounds.index_fill_(0, reqs, 0)
-                if self.history is not None:
-                    self.history.fresh_request.index_fill_(0, reqs, True)
+            self.carried_q[layer].index_copy_(0, reqs, q.index_select(0, rows))
+
+    def carry_lengths(self, reqs: torch.Tensor, committed: torch.Tensor, prefill: bool) -> None:
+        """Note which committed lengths [bs] the carried rows are of."""
+        self.carried_len.index_copy_(0, reqs, committed)
+        if prefill:
+            self.rounds.index_fill_(0, reqs, 0)
+            if self.history is not None:
+                self.history.fresh_request.index_fill_(0, reqs, True)
 
     def columns(self, seq_lens: torch.Tensor) -> torch.Tensor:
         """int64 [bs] first column of each request, -1 where its context does not fit."""

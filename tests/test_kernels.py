@@ -53,7 +53,11 @@ class Batch:
         return pool.to(self.dtype)
 
     def queries(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, KV_HEADS * self.group, DIM).to(self.dtype)
+        """A slice of a fused projection, as models have it: rows lie apart, with NaN between them."""
+        heads = KV_HEADS * self.group
+        fused = torch.full((*shape, heads + 1, DIM), math.nan, dtype=self.dtype)
+        fused[..., :heads, :] = torch.randn(*shape, heads, DIM)
+        return fused[..., :heads, :]
 
     def slots(self, b: int, positions) -> torch.Tensor:
         return self.table[self.reqs[b], torch.tensor(positions, dtype=torch.int64)].long()
@@ -94,7 +98,7 @@ def members(q_heads: int) -> Members:
 def run_draft(kernel: str, batch: Batch, branches: int, step: int, pools=("max", "max"), carried=True):
     """(queries, carried queries, carried lengths, base importance), then what the op returned and wrote."""
     q = batch.queries(len(batch.lengths) * branches) if branches else None
-    carried_q = batch.queries(batch.table.shape[0]) if carried else None
+    carried_q = batch.queries(batch.table.shape[0]).contiguous() if carried else None
     carried_len = torch.zeros(batch.table.shape[0], dtype=torch.int64)
     carried_len[batch.reqs] = batch.seq_lens
     if len(batch.lengths) > 1:

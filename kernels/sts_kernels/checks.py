@@ -29,10 +29,12 @@ def expect_importance(op: str, importance: torch.Tensor) -> None:
 def check_verify(q, k_buffer, v_buffer, kv_start, kv_count, head_channels, tail_mask) -> None:
     """Shapes of sparse_verify_attention."""
     op = "sparse_verify_attention"
-    expect(
-        op, q.dim() == 4 and q.is_contiguous(), f"q must be contiguous [bs, T, H_q, D], got {tuple(q.shape)}"
-    )
+    expect(op, q.dim() == 4, f"q must be [bs, T, H_q, D], got {tuple(q.shape)}")
     bs, tokens, q_heads, dim = q.shape
+    rows = q.stride(0) == tokens * q.stride(1) and q.stride()[2:] == (dim, 1)
+    expect(
+        op, rows or bs == 0, f"q must be rows of contiguous heads at one distance, got strides {q.stride()}"
+    )
     expect(
         op,
         k_buffer.dim() == 3 and k_buffer.shape == v_buffer.shape and k_buffer.shape[2] == dim,
@@ -81,10 +83,13 @@ def check_draft(q, carried_q, k_buffer, v_buffer, members, importance, pool_head
                 rows.dim() == 3 and rows.shape[2] == k_buffer.shape[2],
                 f"{name} has shape {tuple(rows.shape)}",
             )
+            ok = rows.stride()[1:] == (rows.shape[2], 1)
+            expect(op, ok, f"{name} must have contiguous heads, got strides {rows.stride()}")
             heads = rows.shape[1]
             expect(
                 op, heads % k_buffer.shape[1] == 0, f"{heads} query heads for {k_buffer.shape[1]} KV heads"
             )
+    expect(op, carried_q is None or carried_q.is_contiguous(), "carried_q must be contiguous")
     expect(op, q is not None or carried_q is not None, "neither q nor carried_q is given")
     expect(
         op,

@@ -71,7 +71,7 @@ def draft_attention(
     expect("draft_attention", columns % BLOCK == 0, f"{columns} columns are no multiple of {BLOCK}")
     bs, kv_heads, dim = seq_lens.numel(), k_buffer.shape[1], k_buffer.shape[2]
     q_heads = (carried_q if q is None else q).shape[1]
-    out = None if q is None else torch.empty_like(q)
+    out = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if bs == 0:
         return out
     branches = 0 if q is None else q.shape[0] // bs
@@ -108,6 +108,7 @@ def draft_attention(
         sm_scale * LOG2E,
         step,
         num_steps,
+        some.stride(0),
         k_buffer.stride(0),
         k_buffer.stride(1),
         req_to_token.stride(0),
@@ -166,7 +167,7 @@ def draft_attention(
 
 @triton.jit
 def _split_kernel(
-    q_ptr,  # [bs * W, H_q, D]
+    q_ptr,  # [bs * W, H_q, D], rows `stride_q` apart
     carried_ptr,  # [requests, H_q, D]
     carried_len_ptr,
     k_ptr,
@@ -182,6 +183,7 @@ def _split_kernel(
     scale,
     step,
     num_steps,
+    stride_q,
     stride_slot,
     stride_head,
     stride_table,
@@ -224,7 +226,7 @@ def _split_kernel(
     in_step = (branch >= 0) & (branch < W)
     if W > 0:
         own = tl.load(
-            q_ptr + ((b * W + branch[:, None]) * H_Q + head[:, None]) * D + dims[None, :],
+            q_ptr + (b * W + branch[:, None]) * stride_q + head[:, None] * D + dims[None, :],
             mask=in_step[:, None],
             other=0.0,
         )

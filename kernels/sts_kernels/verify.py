@@ -43,7 +43,7 @@ def sparse_verify_attention(
     kv_heads = k_buffer.shape[1]
     rows = max(16, triton.next_power_of_2(tokens * (q_heads // kv_heads)))
     splits = _splits(KNOBS, bs * kv_heads, req_to_token.shape[1])
-    out = torch.empty_like(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if bs == 0:
         return out
     partial = torch.empty(bs, kv_heads, splits, rows, dim, dtype=torch.float32, device=q.device)
@@ -67,6 +67,7 @@ def sparse_verify_attention(
         attended,
         sm_scale * LOG2E,
         kv_count.shape[1],
+        q.stride(1),
         k_buffer.stride(0),
         k_buffer.stride(1),
         req_to_token.stride(0),
@@ -119,7 +120,7 @@ def _attend(
 
 @triton.jit
 def _split_kernel(
-    q_ptr,  # [bs, T, H_q, D]
+    q_ptr,  # [bs, T, H_q, D], tokens `stride_q` apart
     k_ptr,  # [slots, H_kv, D]
     v_ptr,
     partial_ptr,  # float32 [bs, H_kv, splits, ROWS, D]
@@ -135,6 +136,7 @@ def _split_kernel(
     attended_ptr,  # int64 [2]: selected, available
     scale,
     channels,
+    stride_q,
     stride_slot,
     stride_head,
     stride_table,
@@ -169,7 +171,7 @@ def _split_kernel(
     dims = tl.arange(0, D)
     row_token = rows // GROUP
     row_ok = rows < T * GROUP
-    q_offs = ((b * T + row_token) * H_Q + h * GROUP + rows % GROUP) * D
+    q_offs = (b * T + row_token) * stride_q + (h * GROUP + rows % GROUP) * D
     q = tl.load(q_ptr + q_offs[:, None] + dims[None, :], mask=row_ok[:, None], other=0.0)  # [ROWS, D]
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)

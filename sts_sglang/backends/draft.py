@@ -11,7 +11,6 @@ from sts_sglang.backends.reference import TorchBackend, write_kv
 from sts_sglang.importance import NO_MEMBERS
 
 if TYPE_CHECKING:
-    from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
@@ -26,25 +25,30 @@ class CarryLastRow:
     """
 
     runtime: StsRuntime | None = None  # set by the draft-target binding
+    _rows: torch.Tensor | None = None  # of the running forward
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         out = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if self.runtime is not None:
-            self._carry(q, layer, forward_batch)
+            state, reqs = self.runtime.state, forward_batch.req_pool_indices.long()
+            if layer.layer_id == 0:  # once a forward: a launch costs as much as what it does here
+                self._rows, committed = last_rows(forward_batch)
+                accepts = getattr(forward_batch.spec_info, "num_accept_tokens", None)
+                state.carry_lengths(reqs, committed, prefill=accepts is None)
+            queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+            state.carry(layer.layer_id, reqs, queries, self._rows)
         return out
 
-    def _carry(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> None:
-        accepted = getattr(fb.spec_info, "num_accept_tokens", None)
-        if accepted is None:  # prefill: the last row of each request
-            rows, committed = fb.extend_seq_lens.cumsum(0) - 1, fb.seq_lens
-        else:  # draft-extend runs all T rows of a request and says how many of them count
-            width = fb.spec_info.num_tokens_per_req
-            rows = torch.arange(accepted.numel(), device=accepted.device) * width + accepted - 1
-            committed = fb.seq_lens - width + accepted
-        queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)[rows]
-        self.runtime.state.carry(
-            layer.layer_id, fb.req_pool_indices, queries, committed, prefill=accepted is None
-        )
+
+def last_rows(fb: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 [bs] each: the row of each request's last accepted token, and its length up to that one."""
+    accepted = getattr(fb.spec_info, "num_accept_tokens", None)
+    if accepted is None:  # prefill
+        return fb.extend_seq_lens.cumsum(0) - 1, fb.seq_lens
+    # Draft-extend runs all T rows of a request and says how many of them count.
+    width = fb.spec_info.num_tokens_per_req
+    first = torch.arange(accepted.numel(), device=accepted.device) * width
+    return first + accepted - 1, fb.seq_lens - width + accepted
 
 
 class DraftExtendBackend(CarryLastRow, TorchBackend):
@@ -73,8 +77,7 @@ class DraftStepBackend(AttentionBackend):
         members = state.members.get(layer.layer_id, NO_MEMBERS)
         speaks = layer.layer_id in state.members
         out = runtime.ops.draft_attention(
-            # On CUDA, q is a slice of the fused projection.
-            q.contiguous().view(-1, layer.tp_q_head_num, layer.qk_head_dim),
+            q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
             state.carried_q[layer.layer_id] if speaks and self.step == 0 else None,
             state.carried_len,
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
+    from sts_sglang.backends.flashinfer_verify import FlashInferVerify
     from sts_sglang.importance import Selection
     from sts_sglang.runtime import StsRuntime
 
@@ -36,6 +38,7 @@ class StsTargetBackend(AttentionBackend):
         self.max_context_len = model_runner.model_config.context_len
         self.needs_cpu_seq_lens = dense.needs_cpu_seq_lens
         self.runtime: StsRuntime | None = None  # set by the draft-target binding
+        self.headwise: FlashInferVerify | None = None  # under kernel flashinfer, set there too
         self._selection: Selection | None = None
         self._whole: Selection | None = None  # of a tree's dense layers, see _dense_plans
         self._tail_mask: torch.Tensor | None = None
@@ -62,11 +65,16 @@ class StsTargetBackend(AttentionBackend):
         if not verify or self._dense_plans(forward_batch):
             self.dense.init_forward_metadata(forward_batch)
         if verify:
+            if self.headwise is not None:
+                self.headwise.plan_eager(forward_batch.batch_size)
             self._plan_verify(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
-        if not forward_batch.forward_mode.is_target_verify() or self._dense_plans(forward_batch):
+        verify = forward_batch.forward_mode.is_target_verify()
+        if not verify or self._dense_plans(forward_batch):
             self.dense.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+        if verify and self.headwise is not None:
+            self.headwise.plan_graph(forward_batch.batch_size, in_capture)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         verify = forward_batch.forward_mode.is_target_verify()
@@ -125,13 +133,15 @@ class StsTargetBackend(AttentionBackend):
         self, selection: Selection, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch
     ) -> torch.Tensor:
         runtime = self.runtime
-        # On CUDA, q is a slice of the fused projection.
-        rows = q.contiguous().view(fb.batch_size, -1, layer.tp_q_head_num, layer.qk_head_dim)
+        rows = q.view(fb.batch_size, -1, layer.tp_q_head_num, layer.qk_head_dim)
         kv_indices, channels = runtime.state.kv_indices, runtime.head_channels(layer.layer_id)
         if runtime.selector is not None:
             kv_indices, *selection = self._select_by_layer(selection.kv_count[:, 0], rows, layer, fb)
             channels = runtime.selector.heads
-        out = runtime.ops.sparse_verify_attention(
+        attend = runtime.ops.sparse_verify_attention
+        if self.headwise is not None:
+            attend = partial(self.headwise.attend, layer.layer_id)
+        out = attend(
             rows,
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
