@@ -41,6 +41,9 @@ PROFILE_AVAILABLE_BYTES = Target(
     ("self", "pre_model_load_memory"),
 )
 INTERNAL_STATE = Target("sglang.srt.managers.scheduler.Scheduler.get_internal_state", ("self", "recv_req"))
+HICACHE_LOAD = Target(
+    "sglang.srt.managers.cache_controller.HiCacheController.load", ("self", "host_indices")
+)
 ADD_CLI_ARGS = Target(f"{_ARGS}.add_cli_args", ("parser",))
 FROM_CLI_ARGS = Target(f"{_ARGS}.from_cli_args", ("cls", "args"))
 ARGS_INIT = Target(f"{_ARGS}.__init__", ("self",))
@@ -55,6 +58,7 @@ HOOK_TARGETS = (
     VERIFY_COMPLETE,
     PROFILE_AVAILABLE_BYTES,
     INTERNAL_STATE,
+    HICACHE_LOAD,
     ADD_CLI_ARGS,
     FROM_CLI_ARGS,
     ARGS_INIT,
@@ -194,6 +198,14 @@ def use_qlen_tree_mask(worker: Any) -> None:
     from sglang.srt.speculative.eagle_utils import TreeMaskMode
 
     worker._draft_worker.tree_mask_mode = TreeMaskMode.QLEN_ONLY
+
+
+def largest_decode_graph(server_args: Any) -> int:
+    """Requests of the largest CUDA graph that decode may be captured in, 0 without graphs."""
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    decode = server_args.cuda_graph_config.decode
+    return 0 if decode.backend == Backend.DISABLED else max(decode.bs or [decode.max_bs or 0])
 
 
 def captured_graphs(worker: Any) -> dict[str, bool]:

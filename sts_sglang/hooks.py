@@ -119,6 +119,7 @@ def init_attention_backends(result: None, self) -> None:
         bound.state.counts,
         enable_metrics=self.server_args.enable_metrics,
         interval=self.server_args.decode_log_interval,
+        plans=bound.plans,
     )
 
 
@@ -130,9 +131,15 @@ def init_cuda_graphs(result: None, self) -> None:
 
 
 def forward_batch(self, batch, on_publish=None) -> None:
-    """BEFORE EAGLEWorkerV2.forward_batch_generation: note per-request keeps at prefill."""
-    if (bound := runtime.current()) is not None and batch.forward_mode.is_extend():
+    """BEFORE EAGLEWorkerV2.forward_batch_generation: note keeps at prefill, and who is in a round."""
+    if (bound := runtime.current()) is None:
+        return
+    if bound.state.history is not None:
+        bound.state.history.forget_loaded()
+    if batch.forward_mode.is_extend():
         bound.admit(batch.reqs)
+    elif bound.headwise is not None:
+        bound.headwise.host.note(batch.reqs)
 
 
 def verify_complete(result: None, self, *args, **kwargs) -> None:
@@ -155,6 +162,12 @@ def internal_state(result, self, recv_req) -> None:
         result.internal_state["sts"] = bound.describe()
 
 
+def hicache_load(result, self, *args, **kwargs) -> None:
+    """AFTER HiCacheController.load: these slots get new occupants that no forward writes."""
+    if result is not None and (bound := runtime.current()) is not None and bound.state.history is not None:
+        bound.state.history.loaded(result)
+
+
 def table() -> list[tuple[compat.Target, Any, str]]:
     """(target, hook, HookType name) of every hook."""
     return [
@@ -165,6 +178,7 @@ def table() -> list[tuple[compat.Target, Any, str]]:
         (compat.VERIFY_COMPLETE, verify_complete, "AFTER"),
         (compat.PROFILE_AVAILABLE_BYTES, profile_available_bytes, "AFTER"),
         (compat.INTERNAL_STATE, internal_state, "AFTER"),
+        (compat.HICACHE_LOAD, hicache_load, "AFTER"),
         (compat.ADD_CLI_ARGS, add_cli_args, "AFTER"),
         (compat.FROM_CLI_ARGS, from_cli_args, "AROUND"),
         (compat.ARGS_INIT, args_init, "AROUND"),

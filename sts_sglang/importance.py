@@ -77,9 +77,10 @@ class RoundState:
             SlotHistory(config, channels, slots, requests, device) if config.history != "off" else None
         )
         self.rounds = torch.zeros(requests, dtype=torch.int32, device=device)  # since the prefill
-        # sparse verifies, dense verifies, context tokens attended to, context tokens there, full verifies
-        self.counts = torch.zeros(5, dtype=torch.int64, device=device)
-        self.attended = self.counts[2:4]
+        # sparse verifies, dense verifies, context tokens attended to, context tokens there, full verifies,
+        # clipped tokens
+        self.counts = torch.zeros(6, dtype=torch.int64, device=device)
+        self.attended, self.clipped = self.counts[2:4], self.counts[5:]
 
     def carry(self, layer: int, reqs: torch.Tensor, q: torch.Tensor, rows: torch.Tensor) -> None:
         """Keep of a draft layer's queries [N, H_q, D] each request's row (`rows` [bs], `reqs` [bs])."""
@@ -168,7 +169,7 @@ class SlotHistory:
 
     A slot forgets when the target writes it for a token, so what it remembers is of its present
     occupant, whatever happened in between (eviction, flush, abort, retraction): no hook on the
-    allocator is needed. Requests with a common prefix share its slots, and so what was learned of it.
+    allocator is needed. HiCache writes slots without a forward, and says which. Requests with a common prefix share its slots, and so what was learned of it.
     """
 
     def __init__(self, config: StsConfig, channels: int, slots: int, requests: int, device: str):
@@ -177,11 +178,28 @@ class SlotHistory:
         self.stamp = torch.zeros(slots, dtype=torch.int32, device=device)
         self.round = torch.zeros(1, dtype=torch.int32, device=device)
         self.fresh_request = torch.zeros(requests, dtype=torch.bool, device=device)
+        self._loaded: list[torch.Tensor] = []
 
     def forget(self, slots: torch.Tensor) -> None:
         """The target writes these slots now."""
         # index_fill_, here and below: assigning a Python number copies from the host, which no graph holds.
         self.remembered.index_fill_(1, slots, UNKNOWN)
+
+    def loaded(self, slots: torch.Tensor) -> None:
+        """HiCache brings KV from the host back into these slots: to be forgotten before the next forward."""
+        self._loaded.append(slots)
+
+    def forget_loaded(self) -> None:
+        """To be called on the stream of the forwards, before the next one.
+
+        Not when HiCache allocates: a round that is still in flight may hold a request that has finished,
+        and lets the slots it no longer owns remember.
+        """
+        for slots in self._loaded:
+            self.forget(slots)
+            if slots.is_cuda:  # allocated on the scheduler's stream, and dropped here before it was read
+                slots.record_stream(torch.cuda.current_stream())
+        self._loaded.clear()
 
     def blend(self, ops, importance, starts, seq_lens, reqs, table: torch.Tensor) -> None:
         """Mix memory into the importance of a verify batch and remember the batch; starts -1: not known."""

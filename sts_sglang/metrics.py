@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -19,6 +20,8 @@ class Counters:
     selected_tokens: int = 0
     available_tokens: int = 0
     full_verifies: int = 0
+    clipped_tokens: int = 0
+    plans: int = 0  # the host's
 
     @property
     def keep_ratio(self) -> float:
@@ -26,7 +29,8 @@ class Counters:
         return self.selected_tokens / self.available_tokens if self.available_tokens else 1.0
 
     def as_dict(self) -> dict[str, float]:
-        return {**asdict(self), "keep_ratio": self.keep_ratio}
+        values = asdict(self)
+        return {"plans_total": values.pop("plans"), **values, "keep_ratio": self.keep_ratio}
 
 
 _HELP = {
@@ -35,22 +39,27 @@ _HELP = {
     "selected_tokens": "Context tokens attended to in verify, per (layer, KV head).",
     "available_tokens": "Context tokens there in verify, per (layer, KV head).",
     "full_verifies": "Verifies (request, round) of the whole context by verify or full_verify_every.",
+    "clipped_tokens": "Context tokens that kernel flashinfer had no room for, per (layer, KV head).",
+    "plans": "Plans of kernel flashinfer, made on the host.",
 }
 
 
-def read_counters(counts: torch.Tensor) -> dict[str, float]:
-    """The device's totals (RoundState.counts) by name; waits for the device."""
-    return Counters(*counts.tolist()).as_dict()
+def read_counters(counts: torch.Tensor, plans: int) -> dict[str, float]:
+    """The device's totals (RoundState.counts) and the host's by name; waits for the device."""
+    return Counters(*counts.tolist(), plans=plans).as_dict()
 
 
 class Exporter:
-    """Publishes the device's totals: Prometheus when asked for, a log line every `interval` rounds.
+    """Publishes the totals: Prometheus when asked for, a log line every `interval` rounds.
 
-    The hot loop never waits for the device: totals are copied to pinned memory and read one round later.
+    The hot loop never waits for the device: its totals are copied to pinned memory and read one round
+    later. `plans` gives the host's.
     """
 
-    def __init__(self, counts: torch.Tensor, enable_metrics: bool, interval: int):
-        self._counts = counts
+    def __init__(
+        self, counts: torch.Tensor, enable_metrics: bool, interval: int, plans: Callable[[], int] = int
+    ):
+        self._counts, self._plans = counts, plans
         self._cpu = torch.zeros_like(counts, device="cpu", pin_memory=counts.is_cuda)
         self._counters = Counters()
         self._interval = interval
@@ -62,10 +71,10 @@ class Exporter:
     def on_round(self) -> None:
         """Called once a verify round, after its results are on the CPU."""
         self._rounds += 1
-        self._counters = Counters(*self._cpu.tolist())  # of the round before on a GPU
+        self._counters = Counters(*self._cpu.tolist(), plans=self._plans())  # of the round before on a GPU
         self._cpu.copy_(self._counts, non_blocking=True)
         if not self._counts.is_cuda:
-            self._counters = Counters(*self._cpu.tolist())
+            self._counters = Counters(*self._cpu.tolist(), plans=self._plans())
         if self._prometheus:
             self._publish()
         if self._rounds % self._interval == 0:
@@ -80,10 +89,11 @@ class Exporter:
     def _log(self) -> None:
         recent = _since(self._counters, self._logged)
         logger.info(
-            "STS: %d sparse verifies, %d dense, keep ratio %.4f (last %d rounds)",
+            "STS: %d sparse verifies, %d dense, keep ratio %.4f, %d plans (last %d rounds)",
             recent.sparse_verifies,
             recent.dense_verifies,
             recent.keep_ratio,
+            recent.plans,
             self._interval,
         )
         self._logged = Counters(**asdict(self._counters))

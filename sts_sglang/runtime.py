@@ -17,6 +17,7 @@ from sts_sglang.selectors import LayerSelector
 from sts_sglang.validate import draft_config
 
 if TYPE_CHECKING:
+    from sts_sglang.backends.flashinfer_verify import FlashInferVerify
     from sts_sglang.headmap import HeadCounts, ModelPaths
     from sts_sglang.memory import Sizes
 
@@ -65,7 +66,7 @@ class StsRuntime:
         self.config = config = headmap.served(config, self.head_map)
         self.device = device
         self.kernel = kernel_for(config, device)
-        self.ops = ops(self.kernel)
+        self.ops = ops("torch" if self.kernel == "torch" else "triton")
         self.num_steps = shape.num_steps
         self.rows_per_round = 1 + (shape.num_steps - 1) * shape.topk
         self.draft_pool = shape.pool
@@ -80,9 +81,10 @@ class StsRuntime:
             shape.head_dim,
             shape.dtype,
             device,
-            torch.float16 if self.kernel == "triton" else torch.float32,
+            torch.float32 if self.kernel == "torch" else torch.float16,
         )
         self.selector = None if config.selector == "draft" else self._comparison(target, shape.requests)
+        self.headwise: FlashInferVerify | None = None  # of kernel flashinfer, set by bind
         self.dense = "unknown"  # class of the target's dense backend, set by bind
         self.graphs: dict[str, bool] = {}
         self._head_channels = [
@@ -117,8 +119,14 @@ class StsRuntime:
         slots = slots.to(self.device, non_blocking=True)
         values = torch.tensor(keeps, dtype=torch.float64)
         self.state.keeps[slots] = values.to(self.device, non_blocking=True)
+        if self.headwise is not None:
+            self.headwise.host.admit(reqs, keeps)
         if self.selector is not None:
             self.selector.admit(slots, [req.origin_input_ids for req in reqs])
+
+    def plans(self) -> int:
+        """Plans made on the host so far."""
+        return 0 if self.headwise is None else self.headwise.plans
 
     def describe(self) -> dict[str, Any]:
         """The start-up line as data, with the counters so far; also in /get_server_info."""
@@ -132,13 +140,13 @@ class StsRuntime:
             "dense": self.dense,
             "graphs": self.graphs or "none",
             "columns": self.state.importance.shape[1],
-            "memory_bytes": self.state.nbytes(),
-            "counters": read_counters(self.state.counts),
+            "memory_bytes": {**self.state.nbytes(), **(self.headwise.nbytes() if self.headwise else {})},
+            "counters": read_counters(self.state.counts, self.plans()),
         }
 
 
 def kernel_for(config: StsConfig, device: str) -> str:
-    """`triton` or `torch`, the ops that run."""
+    """`triton` or `torch`, the ops that run, or `flashinfer`: Triton's with FlashInfer's verify attention."""
     if config.kernel != "auto":
         return config.kernel
     return "torch" if device == "cpu" else "triton"
@@ -182,6 +190,8 @@ def bind(worker: Any, config: StsConfig) -> StsRuntime:
     runtime.dense = type(target.dense).__name__
     compat.use_qlen_tree_mask(worker)
     target.runtime = parts.extend_backend.runtime = runtime
+    if runtime.kernel == "flashinfer":
+        target.headwise = runtime.headwise = _headwise(runtime, worker.server_args, parts.target_runner)
     if parts.multi_step_backend is not None:
         parts.multi_step_backend.bind(runtime)
     _current = runtime
@@ -203,9 +213,54 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
     state = memory.bytes_per_token(config, channels, counts[1].kv_heads, rows)
     if config.selector != "draft":  # scores and lists of a LayerSelector
         state += memory.OVERSUBSCRIBED * 6 * counts[0].kv_heads
+    own = 0
+    if config.kernel == "flashinfer":
+        shape = _headwise_shape(server_args, target, server_args.max_running_requests or MAX_REQUESTS)
+        own = shape.float_workspace() + shape.list_bytes(shape.entries(config, 0, target.context_len))
+        state += memory.OVERSUBSCRIBED * shape.list_bytes(8) / 8
     carried = counts[1].layers * draft.num_attention_heads * draft.head_dim * draft.dtype.itemsize
     requests = server_args.max_running_requests or MAX_REQUESTS
-    return memory.reserve(available - requests * carried, kv, state) + requests * carried
+    own += requests * carried
+    return memory.reserve(available - own, kv, state) + own
+
+
+def _headwise_shape(server_args: Any, target: Any, requests: int) -> memory.Headwise:
+    """Given the target's ModelConfig, and the requests of the largest batch."""
+    return memory.Headwise(
+        server_args.speculative_num_draft_tokens,
+        target.num_attention_heads,
+        target.get_total_num_kv_heads(),
+        target.head_dim,
+        requests,
+        min(requests, compat.largest_decode_graph(server_args)),
+    )
+
+
+def _headwise(runtime: StsRuntime, server_args: Any, runner: Any) -> FlashInferVerify:
+    from sts_sglang.backends.flashinfer_verify import FlashInferVerify, layer_runs
+
+    table, pool = runner.req_to_token_pool.req_to_token, runner.token_to_kv_pool
+    requests = min(table.shape[0], server_args.max_running_requests or table.shape[0])
+    shape = _headwise_shape(server_args, runner.model_config, requests)
+    if pool.get_key_buffer(0).shape[0] * shape.kv_heads >= 2**31:
+        raise ConfigError(
+            "sts_config.kernel: 'flashinfer' numbers the slots of all KV heads by int32, and the KV pool has "
+            "too many; allowed: 'triton', or a smaller --max-total-tokens"
+        )
+    state = runtime.state
+    return FlashInferVerify(
+        runtime.config,
+        shape,
+        runner.dtype,
+        shape.entries(runtime.config, pool.size, runner.model_config.context_len),
+        state.importance.shape[1],
+        state.kv_indices.numel() // state.importance.shape[0],
+        layer_runs(runtime.config, runtime.head_map, runner.model_config.num_hidden_layers),
+        table.shape[1],
+        runtime.ops,
+        runtime.device,
+        state.clipped,
+    )
 
 
 def check_graphs(captured: dict[str, bool], dense: str) -> dict[str, bool]:

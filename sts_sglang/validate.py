@@ -43,7 +43,7 @@ DRAFTS = {
 }
 
 # A device that is not listed is not served.
-KERNELS = {"cpu": ("auto", "torch"), "cuda": ("auto", "triton", "torch")}
+KERNELS = {"cpu": ("auto", "torch"), "cuda": ("auto", "triton", "flashinfer", "torch")}
 DENSE = {"cpu": ("auto", "torch"), "cuda": ("auto", "fa3", "flashinfer", "torch")}
 
 _SPECIAL_FIELDS = (
@@ -165,11 +165,12 @@ def check_device(server_args: ServerArgs, config: StsConfig) -> None:
         raise Refusal(f"--device cpu: sts needs its own platform; set SGLANG_PLATFORM={platform.NAME}")
     if server_args.enable_torch_compile:
         raise Refusal("--enable-torch-compile: not served by sts (its kernels are no torch ops); remove it")
-    _check_kernel(device, config)
+    _check_kernel(server_args, config)
     _check_graphs(server_args, config)
 
 
-def _check_kernel(device: str, config: StsConfig) -> None:
+def _check_kernel(server_args: ServerArgs, config: StsConfig) -> None:
+    device = server_args.device
     available = {"kernel": KERNELS[device], "dense": DENSE[device]}
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         # As numpy: far too slow to serve, for tests of the whole path.
@@ -180,6 +181,21 @@ def _check_kernel(device: str, config: StsConfig) -> None:
                 f"sts_config.{field}: {value!r} is not available on device {device} in this release; "
                 f"allowed here: {', '.join(served)}"
             )
+    if config.kernel == "flashinfer":
+        _check_flashinfer(server_args, config)
+
+
+def _check_flashinfer(server_args: ServerArgs, config: StsConfig) -> None:
+    """What its plans, made on the host, cannot follow."""
+    topk = server_args.speculative_eagle_topk
+    unserved = (
+        (config.policy == "top_p", "sts_config.policy 'top_p' (its lists end where the device finds)"),
+        (config.selector != "draft", f"sts_config.selector {config.selector!r} (its lists differ by layer)"),
+        (config.full_verify_every > 0, "sts_config.full_verify_every (the device counts the rounds)"),
+        ((topk or 1) > 1, f"--speculative-eagle-topk {topk} (its mask is a chain's)"),
+    )
+    if what := next((what for found, what in unserved if found), None):
+        raise Refusal(f"sts_config.kernel: 'flashinfer' does not serve {what}; set kernel to \"triton\"")
 
 
 def _check_graphs(server_args: ServerArgs, config: StsConfig) -> None:

@@ -568,17 +568,41 @@ def test_kernels_of_a_device(launch, device, field, value, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     args = launch()
     args.device = device
-    served = {"cpu": {}, "cuda": {"kernel": ("auto", "triton", "torch"), "dense": ("fa3",)}}[device]
+    served = {"cpu": {}, "cuda": {"kernel": ("auto", "triton", "flashinfer", "torch"), "dense": ("fa3",)}}[
+        device
+    ]
     if value in served.get(field, ()):
         validate.check_device(args, StsConfig(**{field: value}))
         return
     with pytest.raises(Refusal) as caught:
         validate.check_device(args, StsConfig(**{field: value}))
-    allowed = "auto, torch" if device == "cpu" else "auto, triton, torch"
+    allowed = "auto, torch" if device == "cpu" else "auto, triton, flashinfer, torch"
     assert str(caught.value) == (
         f"sts_config.{field}: {value!r} is not available on device {device} in this release; "
         f"allowed here: {allowed}"
     )
+
+
+@pytest.mark.parametrize(
+    "config, arguments, named",
+    [
+        ({"policy": "top_p"}, {}, "sts_config.policy 'top_p'"),
+        ({"selector": "quest"}, {}, "sts_config.selector 'quest'"),
+        ({"full_verify_every": 4}, {}, "sts_config.full_verify_every"),
+        ({}, {"speculative_eagle_topk": 4}, "--speculative-eagle-topk 4"),
+    ],
+)
+def test_what_kernel_flashinfer_cannot_plan(launch, flags, config, arguments, named):
+    args = launch()
+    args.device, args.cuda_graph_config.decode.backend = "cuda", "disabled"
+    validate.check_device(args, StsConfig(kernel="flashinfer"))
+    for field, value in arguments.items():
+        setattr(args, field, value)
+    validate.check_device(args, StsConfig(**config))
+    with pytest.raises(Refusal) as caught:
+        validate.check_device(args, StsConfig(**config, kernel="flashinfer"))
+    subject = f"sts_config.kernel: 'flashinfer' does not serve {named}"
+    check_message(caught, flags, subject, 'set kernel to "triton"')
 
 
 def test_configuration_is_checked_at_launch(launch, monkeypatch):

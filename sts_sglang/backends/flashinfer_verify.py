@@ -118,6 +118,7 @@ class FlashInferVerify:
         runs: layer_runs of the head map.
         limit: longest context.
         ops: the ops in use; headwise_lists is called.
+        clipped: int64 [1], counts tokens without room.
         wrapper_class: FlashInfer's BatchPrefillWithPagedKVCacheWrapper unless given.
     """
 
@@ -133,6 +134,7 @@ class FlashInferVerify:
         limit: int,
         ops: Ops,
         device: str,
+        clipped: torch.Tensor,
         wrapper_class: type | None = None,
     ):
         if wrapper_class is None:
@@ -145,7 +147,7 @@ class FlashInferVerify:
         self.mask = torch.zeros(mask_bytes, dtype=torch.uint8, device=device)
         # One for all plans: calls follow each other.
         self.workspace = torch.empty(shape.float_workspace(), dtype=torch.uint8, device=device)
-        self.clipped = torch.zeros(1, dtype=torch.int64, device=device)
+        self.clipped = clipped
         self.plans = 0
         self._wrapper_class = wrapper_class
         self._graphs: dict[int, _Planned] = {}
@@ -185,7 +187,7 @@ class FlashInferVerify:
         sm_scale: float,
         attended: torch.Tensor,
     ) -> torch.Tensor:
-        """sparse_verify_attention of a layer; layers come in order, and a run's first one writes its lists."""
+        """sparse_verify_attention of a layer; layers come in order, the first of a run writes its lists."""
         active, (bs, tokens, q_heads, dim) = self._active, q.shape
         if layer_id in self.runs:
             self.ops.headwise_lists(
