@@ -86,6 +86,7 @@ class StsRuntime:
         self.selector = None if config.selector == "draft" else self._comparison(target, shape.requests)
         self.headwise: FlashInferVerify | None = None  # of kernel flashinfer, set by bind
         self.dense = "unknown"  # class of the target's dense backend, set by bind
+        self.kv_bytes = 0  # of both KV pools, set by bind
         self.graphs: dict[str, bool] = {}
         self._head_channels = [
             torch.tensor(self.head_map.head_channels(layer), dtype=torch.int32, device=device)
@@ -131,6 +132,7 @@ class StsRuntime:
     def describe(self) -> dict[str, Any]:
         """The start-up line as data, with the counters so far; also in /get_server_info."""
         channels = len(self.head_map.channels)
+        own = {**self.state.nbytes(), **(self.headwise.nbytes() if self.headwise else {})}
         return {
             "config": json.loads(self.config.to_json()),
             "head_map": self.head_map.origin,
@@ -140,7 +142,8 @@ class StsRuntime:
             "dense": self.dense,
             "graphs": self.graphs or "none",
             "columns": self.state.importance.shape[1],
-            "memory_bytes": {**self.state.nbytes(), **(self.headwise.nbytes() if self.headwise else {})},
+            "memory_bytes": own,
+            "memory_share": round(sum(own.values()) / self.kv_bytes, 4) if self.kv_bytes else None,
             "counters": read_counters(self.state.counts, self.plans()),
         }
 
@@ -188,6 +191,8 @@ def bind(worker: Any, config: StsConfig) -> StsRuntime:
         headmap.ModelPaths.of_server(worker.server_args),
     )
     runtime.dense = type(target.dense).__name__
+    pools = (parts.target_runner.token_to_kv_pool, parts.draft_runner.token_to_kv_pool)
+    runtime.kv_bytes = sum(sum(pool.get_kv_size_bytes()) for pool in pools)
     compat.use_qlen_tree_mask(worker)
     target.runtime = parts.extend_backend.runtime = runtime
     if runtime.kernel == "flashinfer":

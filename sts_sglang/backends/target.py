@@ -115,7 +115,8 @@ class StsTargetBackend(AttentionBackend):
         if runtime.num_steps == 1:
             score_carried_rows(runtime, runtime.draft_pool, table, fb.req_pool_indices, fb.seq_lens)
         self._selection = runtime.state.select(runtime.ops, fb.req_pool_indices, fb.seq_lens, table)
-        self._whole = None if self._dense_plans(fb) else self._selection.whole()
+        whole = runtime.config.some_dense_verify and not self._dense_plans(fb)
+        self._whole = self._selection.whole() if whole else None
         self._tail_mask = self._tail_masks(fb).contiguous()
 
     def _tail_masks(self, fb: ForwardBatch) -> torch.Tensor:
