@@ -54,6 +54,7 @@ SERVERS = {
     "chain-float16": [*sts("STANDALONE", CHAIN, dense="torch"), "--dtype", "float16"],
     "tree-bfloat16": sts("STANDALONE", TREE, dense_layers=[1]),
     "eagle3-bfloat16": sts("EAGLE3", CHAIN, dense_layers=[1]),
+    "prefill-graphs-bfloat16": sts("STANDALONE", CHAIN),  # breakable, SGLang's default
     "eager-bfloat16": [*sts("STANDALONE", CHAIN), *EAGER],
     "torch-bfloat16": [*sts("STANDALONE", CHAIN, kernel="torch", dense="fa3"), *EAGER],
 }
@@ -73,7 +74,9 @@ class Servers:
     def _start(self, name: str) -> LocalServer | RuntimeError:
         args = ["--context-length", "33792", "--max-running-requests", "8", "--max-total-tokens", "120000"]
         args += ["--cuda-graph-max-bs", "8", "--mem-fraction-static", "0.6", "--skip-server-warmup"]
-        args += ["--random-seed", "0", "--cuda-graph-backend-prefill", "disabled"]
+        args += ["--random-seed", "0"]
+        if not name.startswith("prefill-graphs"):
+            args += ["--cuda-graph-backend-prefill", "disabled"]  # it captures for a minute
         log = self.folder / f"{name}.log"
         try:
             server = LocalServer(MODELS / "target", log, *args, *SERVERS[name], start_seconds=300)
