@@ -148,7 +148,7 @@ class FlashInferVerify:
         # One for all plans: calls follow each other.
         self.workspace = torch.empty(shape.float_workspace(), dtype=torch.uint8, device=device)
         self.clipped = clipped
-        self.plans = 0
+        self.plans, self._warned = 0, False
         self._wrapper_class = wrapper_class
         self._graphs: dict[int, _Planned] = {}
         self._eager: _Planned | None = None
@@ -231,8 +231,13 @@ class FlashInferVerify:
         for context in found:
             fitting.append(min(context, left))
             left -= fitting[-1]
-        if fitting != found:
-            logger.warning("STS: a verify of %d requests may exceed the lists of kernel flashinfer", bs)
+        if fitting != found and not self._warned:
+            self._warned = True
+            logger.warning(
+                "STS: kernel flashinfer has no room for the lists of %d requests at once; tokens they lose "
+                "are counted as clipped_tokens, kernel triton loses none",
+                bs,
+            )
         return tuple(fitting)
 
     def _plan(self, planned: _Planned, contexts: tuple[int, ...]) -> None:

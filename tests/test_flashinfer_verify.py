@@ -1,0 +1,400 @@
+"""Verify by FlashInfer: what is planned and when, and its attention against the twin's.
+
+Without a GPU a stand-in for FlashInfer's wrapper runs: it reads the same buffers, checks the sizes that
+the real planner would need, and attends by the definition. On a GPU the real one runs besides.
+"""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sts_kernels import ops
+from sts_sglang.backends.flashinfer_verify import (
+    FlashInferVerify,
+    HostRequest,
+    HostView,
+    layer_runs,
+    planned_contexts,
+)
+from sts_sglang.config import StsConfig
+from sts_sglang.headmap import HeadCounts, proportional
+from sts_sglang.memory import PLAN_GRID, Headwise
+from tests.tolerances import assert_close
+
+TOKENS, LIMIT, REQUESTS = 4, 1500, 6
+NO_LIMIT = 10**9
+RATIO = StsConfig(keep=0.1, budget=0, sink=2, recent=8)
+FIXED = StsConfig(policy="fixed", budget=70, sink=2, recent=8)
+
+
+class Wrapper:
+    """BatchPrefillWithPagedKVCacheWrapper as far as it is used."""
+
+    def __init__(self, workspace, layout, use_cuda_graph=False, backend="auto", **buffers):
+        assert (layout, backend) == ("NHD", "fa2")
+        self.workspace, self.graph, self.pins = workspace, use_cuda_graph, []
+        for name, buffer in buffers.items():
+            setattr(self, f"_{name}", buffer)
+
+    def reset_workspace_buffer(self, workspace, int_workspace):
+        assert workspace is self.workspace
+        self.int_workspace = int_workspace
+
+    def plan(self, qo_indptr, kv_indptr, indices, last, heads, kv_heads, dim, page, **options):
+        assert (kv_heads, page, options["sm_scale"]) == (1, 1, 1.0)
+        self.heads, self.dim, self.last_row = heads, dim, int(qo_indptr[-1])
+        assert int(options["seq_lens"][0]) == int(kv_indptr.diff().max())
+        self._check_sizes(qo_indptr, kv_indptr, options["max_token_per_sequence"])
+        self.pins.append(self._pin_memory_int_workspace_buffer)
+        if self.graph:
+            assert options["packed_custom_mask"] is None and indices.numel() == 0
+            for buffer, values in ((self._qo_indptr_buf, qo_indptr), (self._paged_kv_indptr_buf, kv_indptr)):
+                assert buffer.shape == values.shape
+                buffer.copy_(values)
+        else:
+            self._qo_indptr_buf, self._paged_kv_indptr_buf = qo_indptr, kv_indptr
+            self._paged_kv_indices_buf, self._custom_mask_buf = indices, options["packed_custom_mask"]
+
+    def _check_sizes(self, qo_indptr, kv_indptr, tokens):
+        """PrefillPlan and PrefillSplitQOKVIndptr of FlashInfer's scheduler.cuh, on 132 multiprocessors."""
+        batch, rows, grid = qo_indptr.numel() - 1, int(qo_indptr[-1]), 264
+        longest = rows - batch + 1 if self.graph else tokens
+        tile = next(t for t in (16, 64, 128) if longest * self.heads <= t or t == 128)
+        assert tile == next(t for t in (16, 64, 128) if tokens * self.heads <= t or t == 128)
+        per_request = -(-tokens * self.heads // tile)
+        blocks = int((kv_indptr.diff() > 0).sum()) * per_request
+        padded = max(grid, -(-rows * self.heads // tile) + batch - 1) if self.graph else max(grid, blocks)
+        assert blocks <= padded
+        ints = 13 * padded + 4 * (batch + 1) + 4 * (rows + 1) + 16 * 8
+        assert self.int_workspace.numel() == self._pin_memory_int_workspace_buffer.numel() >= ints
+        if self.graph or blocks < grid:
+            assert self.workspace.numel() >= self.heads * padded * tile * (self.dim + 1) * 4
+
+    def run(self, q, kv, out, q_scale):
+        assert q.shape == (self.last_row, self.heads, self.dim) and q.is_contiguous()
+        keys, values = (t.reshape(-1, self.dim) for t in kv)
+        rows, lists = self._qo_indptr_buf.tolist(), self._paged_kv_indptr_buf.tolist()
+        for i, start in enumerate(self._mask_indptr_buf.tolist()[: len(rows) - 1]):
+            count, width = rows[i + 1] - rows[i], lists[i + 1] - lists[i]
+            if count == 0:
+                continue
+            entries = self._paged_kv_indices_buf[lists[i] : lists[i + 1]].long()
+            packed = self._custom_mask_buf[start : start + (count * width + 7) // 8]
+            bits = (packed[:, None] >> torch.arange(8)) & 1
+            seen = bits.flatten()[: count * width].view(count, 1, width).bool()
+            logits = torch.einsum("qhd,kd->qhk", q[rows[i] : rows[i + 1]], keys[entries]) * q_scale
+            # As FlashInfer does: what is masked is read and multiplied by zero.
+            weights = logits.masked_fill(~seen, -5e4).softmax(-1)
+            out[rows[i] : rows[i + 1]] = torch.einsum("qhk,kd->qhd", weights, values[entries])
+
+
+class Verify:
+    """A target's pools and a batch over them in static buffers, as CUDA graphs need it."""
+
+    def __init__(self, config: StsConfig, wrapper, kv_heads=2, group=2, dim=16, dtype=torch.float32, graph=0):
+        self.config, self.device = config, "cpu" if wrapper else "cuda"
+        self.shape = Headwise(TOKENS, kv_heads * group, kv_heads, dim, REQUESTS, graph)
+        self.channels, width = kv_heads + 1, LIMIT + TOKENS
+        self.table = (torch.randperm(REQUESTS * width) + 1).view(REQUESTS, width).int()
+        self.table = torch.cat([torch.zeros(1, width, dtype=torch.int32), self.table]).to(self.device)
+        pools = (torch.randn(REQUESTS * width + 1, kv_heads, dim) for _ in range(2))
+        self.k, self.v = (pool.to(self.device, dtype) for pool in pools)
+        self.k[0] = self.v[0] = 1e3  # SGLang's padding slot holds anything finite
+        self.heads = torch.randint(self.channels, (kv_heads,), dtype=torch.int32, device=self.device)
+        self.lists = torch.zeros(self.channels * REQUESTS * LIMIT, dtype=torch.int32, device=self.device)
+        self.attended, self.clipped = (torch.zeros(n, dtype=torch.int64, device=self.device) for n in (2, 1))
+        self.path = FlashInferVerify(
+            config,
+            self.shape,
+            dtype,
+            self.shape.entries(config, 10**6, LIMIT),
+            NO_LIMIT,
+            NO_LIMIT,
+            {0: 2, 2: 1},
+            LIMIT,
+            ops("torch" if wrapper else "triton"),
+            self.device,
+            self.clipped,
+            wrapper,
+        )
+
+    def batch(self, bs: int) -> None:
+        """Static inputs of so many rows."""
+        heads, dim = self.shape.q_heads, self.shape.head_dim
+        self.q = torch.zeros(bs, TOKENS, heads, dim, dtype=self.k.dtype, device=self.device)
+        self.reqs, self.lens = (torch.zeros(bs, dtype=torch.int64, device=self.device) for _ in range(2))
+        self.start = torch.zeros(bs, self.channels, dtype=torch.int64, device=self.device)
+        self.count = torch.full((bs, self.channels), -1, dtype=torch.int32, device=self.device)
+        self.mask = torch.ones(TOKENS, TOKENS, device=self.device).tril().bool().expand(bs, -1, -1)
+        self.fill([])
+
+    def fill(self, requests: list[tuple[int, float | None]]) -> None:
+        """Draw a round of requests, by length and own keep; the rows after them pad."""
+        self.q.copy_(torch.randn(self.q.shape))
+        self.reqs.zero_(), self.lens.fill_(1), self.count.fill_(-1), self.start.zero_()
+        self.reqs[: len(requests)] = torch.randperm(REQUESTS)[: len(requests)].to(self.device) + 1
+        host, end = [], 0
+        for b, (length, keep) in enumerate(requests):
+            self.lens[b] = length
+            if (budget := self.config.budget_for(length, keep)) < length:
+                for c in range(self.channels):
+                    chosen = torch.randperm(length)[:budget].to(self.device)
+                    self.lists[end : end + budget] = self.table[self.reqs[b]][chosen]
+                    self.start[b, c], self.count[b, c], end = end, budget, end + budget
+            host.append(HostRequest(min(length + random.randint(0, 2 * TOKENS), LIMIT), keep, True))
+        self.path.host.batch = host
+
+    def args(self, q, k, v, attended) -> list:
+        places = [self.lists, self.start, self.count, self.heads, self.table, self.reqs, self.lens, self.mask]
+        return [q, k, v, *places, 0.3, attended]
+
+    def attend(self) -> list[torch.Tensor]:
+        """Three layers, of which two share lists."""
+        args = self.args(self.q, self.k, self.v, self.attended)
+        return [self.path.attend(layer, *args) for layer in range(3)]
+
+    def check(self, outputs: list[torch.Tensor], requests: int) -> None:
+        attended = torch.zeros(2, dtype=torch.int64, device=self.device)
+        args = self.args(self.q.float(), self.k.float(), self.v.float(), attended)
+        expected = ops("torch").sparse_verify_attention(*args)
+        for out in outputs:
+            assert out.isfinite().all()
+            assert_close(out[:requests], expected[:requests].double())
+        assert self.attended.tolist() == [3 * n for n in attended.tolist()] and self.clipped.item() == 0
+        self.attended.zero_()
+
+
+# Below the budget, at it, a token above, a whole context by the request's own keep, another own keep.
+ROUNDS = [
+    [(300, None), (5, None), (1500, None)],
+    [(303, None), (9, None)],
+    [(70, None), (71, None), (200, 1.0), (640, 0.5), (1, None), (1200, None)],
+    [(260, 1.0)],
+]
+
+
+@pytest.mark.parametrize("config", [RATIO, FIXED], ids=["ratio", "fixed"])
+@pytest.mark.parametrize("group, kv_heads", [(1, 2), (2, 3), (4, 1), (8, 2)])
+def test_eager_attention_is_the_twins(config, group, kv_heads):
+    verify = Verify(config, Wrapper, kv_heads, group)
+    for requests in ROUNDS:
+        verify.batch(len(requests))
+        verify.fill(requests)
+        verify.path.plan_eager(len(requests))
+        verify.check(verify.attend(), len(requests))
+
+
+@pytest.mark.parametrize("config", [RATIO, FIXED], ids=["ratio", "fixed"])
+@pytest.mark.parametrize("group", [1, 4, 8])
+def test_padded_graph_rows_are_harmless(config, group):
+    verify = Verify(config, Wrapper, group=group, graph=REQUESTS)
+    for bs in (REQUESTS, 4):
+        verify.batch(bs)
+        verify.path.plan_graph(bs, in_capture=True)
+        verify.check(verify.attend(), 0)
+        for requests in ROUNDS:
+            if len(requests) <= bs:
+                verify.fill(requests)
+                verify.path.plan_graph(bs, in_capture=False)
+                verify.check(verify.attend(), len(requests))
+
+
+def test_no_room_is_said_and_counted(caplog):
+    """Lists for 1,000 tokens of two contexts of 1,400: the last ones lose, and nothing breaks."""
+    verify = Verify(RATIO, Wrapper)
+    verify.batch(2)
+    verify.fill([(900, 1.0), (500, 1.0)])
+    verify.path.entries = 1000 + 2 * TOKENS
+    verify.path.plan_eager(2)
+    verify.path.plan_eager(2)
+    assert caplog.text.count("has no room for the lists") == 1
+    assert all(out.isfinite().all() for out in verify.attend())
+    assert verify.clipped.item() == 3 * verify.shape.kv_heads * 500  # layers, heads; 900 is planned as 1,024
+
+
+@pytest.mark.parametrize(
+    "config, request_, expected",
+    [
+        (FIXED, (1000, None), 70),
+        (FIXED, (20, None), 70),  # constant, whatever the length
+        (FIXED, (1000, 0.5), 512),
+        (FIXED, (1000, 1.0), 1024),
+        (RATIO, (1000, None), 256),
+        (RATIO, (2560, None), 256),
+        (RATIO, (2561, None), 512),
+        (RATIO, (30, None), 256),
+        (RATIO, (1000, 0.5), 512),
+    ],
+)
+def test_contexts_are_planned_by_the_budget_rule_at_the_bound(config, request_, expected):
+    assert planned_contexts(config, [HostRequest(*request_, True)], NO_LIMIT, NO_LIMIT) == [expected]
+    # Never scored, no room among the columns, no room among the lists: whole.
+    whole = -(-request_[0] // 256) * 256
+    assert planned_contexts(config, [HostRequest(*request_, False)], NO_LIMIT, NO_LIMIT) == [whole]
+    assert planned_contexts(config, [HostRequest(*request_, True)], request_[0] - 1, NO_LIMIT) == [whole]
+    budget = config.budget_for(*request_)
+    if budget < request_[0]:
+        assert planned_contexts(config, [HostRequest(*request_, True)], NO_LIMIT, budget - 1) == [whole]
+
+
+def test_what_is_planned_holds_every_length_up_to_the_bound():
+    for config in (RATIO, FIXED, StsConfig(keep=0.3, budget=100)):
+        for _ in range(300):
+            bound, keep = random.randint(1, 3000), random.choice([None, 0.03, 0.5, 1.0])
+            columns, lists = random.randint(1, 4000), random.randint(1, 1000)
+            (room,) = planned_contexts(config, [HostRequest(bound, keep, True)], columns, lists)
+            length = random.randint(1, bound)
+            budget = config.budget_for(length, keep)
+            whole = -(-length // 64) * 64 > columns or budget == length or budget > lists
+            assert room >= (length if whole else budget)
+
+
+def test_the_host_bounds_what_it_has_not_seen():
+    view = HostView(TOKENS, limit=100)
+    req = SimpleNamespace(rid="a", req_pool_idx=3, origin_input_ids=[0] * 20, output_ids=[1] * 5)
+    view.note([req])
+    assert view.batch == [HostRequest(25 + 2 * TOKENS, None, False)]
+    view.admit([req], [float("nan")])
+    view.note([req])
+    assert view.batch == [HostRequest(33, None, True)]
+    req.output_ids = [1] * 90
+    view.admit([req], [0.5])
+    view.note([req])
+    assert view.batch == [HostRequest(100, 0.5, True)]
+    other = SimpleNamespace(**{**vars(req), "rid": "b"})  # in the slot of another
+    view.note([other])
+    assert not view.batch[0].scored
+
+
+def test_a_fixed_budget_is_planned_once_a_batch_size():
+    verify = Verify(FIXED, Wrapper, graph=4)
+    for bs in (4, 2):
+        verify.path.plan_graph(bs, in_capture=True)
+    assert verify.path.plans == 2
+    for length in range(1, 1400, 100):
+        for bs in (2, 4):
+            verify.path.host.batch = [HostRequest(length, None, True)] * (bs - 1)
+            verify.path.plan_graph(bs, in_capture=False)
+    assert verify.path.plans == 2
+    verify.path.host.batch = [HostRequest(1000, 0.5, True)]
+    verify.path.plan_graph(4, in_capture=False)
+    assert verify.path.plans == 3
+
+
+def test_a_share_is_planned_again_only_when_a_list_outgrows_its_blocks():
+    verify = Verify(RATIO, Wrapper, graph=2)
+    verify.path.plan_graph(2, in_capture=True)
+    planned = []
+    for bound in [2500, 2540, 2560, 2561, 2600, 5120, 5121]:
+        verify.path.host.batch = [HostRequest(bound, None, True), HostRequest(100, None, True)]
+        verify.path.plan_graph(2, in_capture=False)
+        planned.append(verify.path.plans)
+    assert planned == [2, 2, 2, 3, 3, 3, 4]
+    verify.path.host.batch = verify.path.host.batch[:1]  # one has finished
+    verify.path.plan_graph(2, in_capture=False)
+    assert verify.path.plans == 5
+    for bs, total in ((1, 6), (1, 6), (2, 7)):  # eager has one plan for all batch sizes
+        verify.path.host.batch = [HostRequest(100, None, True)] * bs
+        verify.path.plan_eager(bs)
+        assert verify.path.plans == total
+
+
+def test_a_plan_is_not_written_over_the_last_ones_copy():
+    verify = Verify(RATIO, Wrapper)
+    for bound in (100, 5000, 10_000):
+        verify.path.host.batch = [HostRequest(bound, None, True)]
+        verify.path.plan_eager(1)
+    first, second, third = verify.path._eager.wrapper.pins
+    assert first is third is not second
+
+
+@pytest.mark.parametrize("pairs", [1, 8, 128, 1000])
+@pytest.mark.parametrize(
+    "tokens, group, tile", [(4, 4, 16), (2, 1, 16), (4, 8, 64), (8, 8, 64), (8, 16, 128)]
+)
+def test_empty_requests_make_flashinfer_take_a_fitting_tile(pairs, tokens, group, tile):
+    shape = Headwise(tokens, 8 * group, 8, 128, 4096, 0)
+    longest = pairs * tokens - shape.planned_requests(pairs) + 1
+    assert shape.tile == tile
+    assert tile == 128 or longest == tokens
+    assert shape.planned_requests(pairs) >= pairs and shape.slots(pairs) >= PLAN_GRID
+
+
+def test_an_8b_target_keeps_its_lists_small():
+    shape = Headwise(4, 32, 8, 128, requests=48, graph_requests=32)
+    pool = 450_000
+    kv = pool * (32 * 8 * 128 * 2 * 2 + 16 * 8 * 64 * 2 * 2)
+    assert shape.list_bytes(shape.entries(StsConfig(), pool, 131_072)) < 0.002 * kv
+    assert shape.float_workspace() < 128 << 20
+
+
+def test_layers_that_select_alike_share_lists():
+    head_map = proportional(HeadCounts(8, 4, 2), HeadCounts(4, 4, 2))
+    assert layer_runs(StsConfig(), head_map, 8) == {0: 2, 2: 2, 4: 2, 6: 2}
+    assert layer_runs(StsConfig(dense_layers=(0, 3)), head_map, 8) == {1: 1, 2: 1, 4: 2, 6: 2}
+    assert layer_runs(StsConfig(verify="dense"), head_map, 8) == {}
+
+
+# ---- on a GPU, with FlashInfer itself
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [RATIO, FIXED], ids=["ratio", "fixed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group, kv_heads, dim", [(2, 2, 64), (4, 8, 128), (8, 2, 64), (1, 3, 128)])
+def test_flashinfer_attends_as_the_twin_in_eager(config, dtype, group, kv_heads, dim):
+    verify = Verify(config, None, kv_heads, group, dim, dtype)
+    for requests in ROUNDS:
+        verify.batch(len(requests))
+        verify.fill(requests)
+        verify.path.plan_eager(len(requests))
+        verify.check(verify.attend(), len(requests))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [RATIO, FIXED], ids=["ratio", "fixed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group, kv_heads, dim", [(2, 2, 64), (4, 8, 128), (8, 2, 64)])
+def test_flashinfer_attends_as_the_twin_in_replays(config, dtype, group, kv_heads, dim):
+    """One graph over rounds of changing lengths, numbers of requests and plans."""
+    verify = Verify(config, None, kv_heads, group, dim, dtype, graph=REQUESTS)
+    verify.batch(REQUESTS)
+    verify.path.plan_graph(REQUESTS, in_capture=True)
+    for _ in range(2):
+        verify.attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = verify.attend()
+    verify.attended.zero_()
+    for requests in [*ROUNDS, *ROUNDS[::-1]]:
+        verify.fill(requests)
+        verify.path.plan_graph(REQUESTS, in_capture=False)
+        graph.replay()
+        torch.cuda.synchronize()
+        verify.check(outputs, len(requests))
+        again = [out.clone() for out in outputs]
+        verify.attended.zero_()
+        graph.replay()  # the same plan, not made again
+        assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True))
+        verify.attended.zero_()
+
+
+@pytest.mark.gpu
+def test_planning_does_not_wait_for_the_device():
+    verify = Verify(RATIO, None, graph=2, dim=64, dtype=torch.bfloat16)
+    verify.path.plan_graph(2, in_capture=True)
+    verify.path.plan_eager(2)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for bound in (300, 1200):
+            verify.path.host.batch = [HostRequest(bound, 1.0, True)] * 2
+            verify.path.plan_graph(2, in_capture=False)
+            verify.path.plan_eager(2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert verify.path.plans == 6
