@@ -51,6 +51,7 @@ SERVERS = {
     "stock-float16": ["--attention-backend", "triton", "--dtype", "float16"],
     "chain-bfloat16": sts("STANDALONE", CHAIN, history="blend"),
     "flashinfer-bfloat16": sts("STANDALONE", CHAIN, dense="flashinfer"),
+    "flashinfer-verify-bfloat16": sts("STANDALONE", CHAIN, kernel="flashinfer"),
     "chain-float16": [*sts("STANDALONE", CHAIN, dense="torch"), "--dtype", "float16"],
     "tree-bfloat16": sts("STANDALONE", TREE, dense_layers=[1]),
     "eagle3-bfloat16": sts("EAGLE3", CHAIN, dense_layers=[1]),
@@ -180,7 +181,7 @@ def test_questions_are_answered_from_a_tenth_of_the_context(servers, prompts, na
     assert min(lengths) > 1.5
 
 
-@pytest.mark.parametrize("name", ["eager-bfloat16", "chain-bfloat16"])
+@pytest.mark.parametrize("name", ["eager-bfloat16", "chain-bfloat16", "flashinfer-verify-bfloat16"])
 def test_sparse_output_equals_the_torch_kernels_but_for_near_ties(servers, prompts, name):
     params = {"custom_params": {"sts": {"keep": 0.1}}}
     twins = [ask(servers["torch-bfloat16"], ids, **params) for ids in prompts]
@@ -199,7 +200,9 @@ def test_sampling_accepts_drafts_and_stays_sparse(servers, prompts):
     assert all(a["meta_info"]["spec_accept_length"] > 1.2 for a in answers)
 
 
-@pytest.mark.parametrize("name", ["chain-bfloat16", "tree-bfloat16", "eagle3-bfloat16"])
+@pytest.mark.parametrize(
+    "name", ["chain-bfloat16", "tree-bfloat16", "eagle3-bfloat16", "flashinfer-verify-bfloat16"]
+)
 def test_the_host_waits_no_more_than_in_stock(servers, prompts, name):
     """Calls of the CUDA runtime in SGLang's own profile of a few rounds."""
     own, stock = (
@@ -209,6 +212,18 @@ def test_the_host_waits_no_more_than_in_stock(servers, prompts, name):
     for call in ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMalloc"):
         assert own["host_calls"][call] <= stock["host_calls"][call] + 0.2, call
     assert own["host_calls"]["cudaGraphLaunch"] >= 2.8  # draft, verify and draft-extend
+
+
+def test_flashinfer_is_planned_for_batches_not_for_rounds(servers, prompts):
+    server = servers["flashinfer-verify-bfloat16"]
+    before = server.counters()
+    ask(server, prompts[3])
+    after = server.counters()
+    assert after["sparse_verifies"] - before["sparse_verifies"] >= NEW_TOKENS / 4
+    # A context grows by less than one block of its list: at most two lengths are planned for.
+    assert after["plans_total"] - before["plans_total"] <= 2
+    assert after["plans_total"] >= 8  # every graph was planned
+    assert after["clipped_tokens"] == 0
 
 
 @pytest.mark.parametrize("name", UNDER_TEST)
@@ -221,7 +236,8 @@ def test_what_serves_is_said(servers, name):
         "torch": "TorchBackend",
     }
     assert said["device"] == "cuda"
-    assert said["kernel"] == ("torch" if name.startswith("torch") else "triton")
+    kernels = {"torch-bfloat16": "torch", "flashinfer-verify-bfloat16": "flashinfer"}
+    assert said["kernel"] == kernels.get(name, "triton")
     assert said["dense"] == classes[dense]
     passes = {p: dense != "torch" or p != "draft_extend" for p in ("verify", "draft_decode", "draft_extend")}
     assert said["graphs"] == ("none" if "--disable-cuda-graph" in SERVERS[name] else passes)

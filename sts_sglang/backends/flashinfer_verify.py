@@ -337,7 +337,7 @@ class _Staging:
     def take(self, wrapper: Any) -> None:
         """Give the wrapper the buffer of the plan before the last; its copy has long been done."""
         self._turn = 1 - self._turn
-        if self._copied:
+        if self._copied and not self._copied[self._turn].query():
             self._copied[self._turn].synchronize()
         wrapper._pin_memory_int_workspace_buffer = self._buffers[self._turn]
 
