@@ -165,6 +165,15 @@ def test_report_of_a_small_file(small_results):
     assert not aims["keep 10 %: loss of text within 1 %"]
 
 
+def test_a_file_of_another_run_is_not_gone_on_with(small_results):
+    path = small_results / "sts.jsonl"
+    same = {"device": "CPU", "items": 40}
+    assert measure.finished(path, same) == {("single", 4096), ("qa", 4096), ("text", 4096)}
+    assert measure.finished(small_results / "none.jsonl", same) == set()
+    with pytest.raises(SystemExit, match="has other device"):
+        measure.finished(path, {**same, "device": "H100"})
+
+
 def test_report_refuses_different_items(small_results):
     path = small_results / "quest.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -52,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--parallel", type=int, default=1, help="arms at a time, on one device (%(default)s)")
     p.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="(%(default)s)")
     p.add_argument("--models", type=Path, default=MODELS, help="folder with target/ and draft/ (the shipped)")
-    p.add_argument("--out", type=Path, default=OUT, help="folder of the results (benchmarks/results/quality)")
+    p.add_argument("--out", type=Path, help="folder (benchmarks/results/quality, quick: .../quality_quick)")
     p.add_argument("--logs", type=Path, help="folder of the server logs (a temporary one)")
     p.add_argument("server", nargs="*", help="further arguments of all servers, after --")
     return p.parse_args(argv)
@@ -88,6 +88,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     plan = plan_of(options)
+    options.out = options.out or (OUT.with_name("quality_quick") if options.quick else OUT)
     logs = options.logs or Path(tempfile.mkdtemp(prefix="quality-"))
     for folder in (logs, options.out):
         folder.mkdir(parents=True, exist_ok=True)

@@ -116,6 +116,17 @@ def start(name: str, plan: Plan, folder: Path) -> LocalServer:
     )
 
 
+def asked(plan: Plan, checksum: str) -> dict:
+    """What results must have in common to stand in one file."""
+    return {
+        "device": torch.cuda.get_device_name() if plan.device == "cuda" else f"CPU {platform.machine()}",
+        "items": plan.items,
+        "keeps": list(plan.keeps),
+        "text": checksum,
+        "models": headmap.ModelPaths(str(plan.models / "target"), str(plan.models / "draft")).fingerprints(),
+    }
+
+
 def header(name: str, plan: Plan, checksum: str, server: LocalServer) -> dict:
     """Where the results of an arm come from."""
     arm = ARMS[name]
@@ -125,11 +136,8 @@ def header(name: str, plan: Plan, checksum: str, server: LocalServer) -> dict:
         "arm": name,
         "about": arm.about,
         "sts": {key: state[key] for key in kept if key in state},
-        "device": torch.cuda.get_device_name() if plan.device == "cuda" else f"CPU {platform.machine()}",
+        **asked(plan, checksum),
         "dtype": "float32" if plan.device == "cpu" else "bfloat16",
-        "items": plan.items,
-        "text": checksum,
-        "models": headmap.ModelPaths(str(plan.models / "target"), str(plan.models / "draft")).fingerprints(),
         "commit": commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),

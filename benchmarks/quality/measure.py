@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.quality import items
-from benchmarks.quality.arms import ARMS, DENSE, Arm, Plan, header, start
+from benchmarks.quality.arms import ARMS, DENSE, Arm, Plan, asked, header, start
 from sts_sglang.local_server import LocalServer
 
 Made = items.Item | items.Shared | items.Text
@@ -208,7 +208,7 @@ def run_arm(
 ) -> None:
     """Ask everything of one arm; out/NAME.jsonl gets a header line, then a line a cell as they are done."""
     path = out / f"{name}.jsonl"
-    done = _finished(path)
+    done = finished(path, asked(plan, checksum))
     todo = [cell for cell in plan.cells() if cell not in done]
     if not todo:
         say(f"{name}: all there")
@@ -231,8 +231,10 @@ def run_arm(
     say(f"{name}: {time.monotonic() - started:.0f} s")
 
 
-def _finished(path: Path) -> set[tuple[str, int]]:
-    if not path.exists():
-        return set()
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+def finished(path: Path, expected: dict) -> set[tuple[str, int]]:
+    """(task, length) of the cells in a result file, which must be of the same device, items and models."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for key, value in expected.items() if rows else ():
+        if rows[0].get(key) != value:
+            raise SystemExit(f"{path}: has other {key} than this run; give another --out or remove the file")
     return {(row["task"], row["length"]) for row in rows if "task" in row}
