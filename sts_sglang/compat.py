@@ -41,9 +41,7 @@ PROFILE_AVAILABLE_BYTES = Target(
     ("self", "pre_model_load_memory"),
 )
 INTERNAL_STATE = Target("sglang.srt.managers.scheduler.Scheduler.get_internal_state", ("self", "recv_req"))
-HICACHE_LOAD = Target(
-    "sglang.srt.managers.cache_controller.HiCacheController.load", ("self", "host_indices")
-)
+HICACHE_LOAD = Target("sglang.srt.managers.cache_controller.HiCacheController.load", ("self", "host_indices"))
 ADD_CLI_ARGS = Target(f"{_ARGS}.add_cli_args", ("parser",))
 FROM_CLI_ARGS = Target(f"{_ARGS}.from_cli_args", ("cls", "args"))
 ARGS_INIT = Target(f"{_ARGS}.__init__", ("self",))

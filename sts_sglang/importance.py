@@ -169,7 +169,8 @@ class SlotHistory:
 
     A slot forgets when the target writes it for a token, so what it remembers is of its present
     occupant, whatever happened in between (eviction, flush, abort, retraction): no hook on the
-    allocator is needed. HiCache writes slots without a forward, and says which. Requests with a common prefix share its slots, and so what was learned of it.
+    allocator is needed. HiCache writes slots without a forward, and says which. Requests with a
+    common prefix share its slots, and so what was learned of it.
     """
 
     def __init__(self, config: StsConfig, channels: int, slots: int, requests: int, device: str):

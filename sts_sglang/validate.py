@@ -228,11 +228,17 @@ def _check_graphs(server_args: ServerArgs, config: StsConfig) -> None:
 
 def check_history(server_args: ServerArgs, config: StsConfig) -> None:
     """Whether slots can remember with this cache. Raises `Refusal`."""
-    if config.history != "off" and server_args.enable_hierarchical_cache:
-        raise Refusal(
-            "sts_config.history: --enable-hierarchical-cache brings KV back into slots that remember their "
-            'earlier occupants; set history to "off" or remove the flag'
-        )
+    from sglang.srt.environ import envs
+
+    if config.history == "off" or not server_args.enable_hierarchical_cache:
+        return
+    # These trees bring KV back from the host by roads of their own, on which no slot is forgotten.
+    for name in ("SGLANG_ENABLE_UNIFIED_RADIX_TREE", "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE"):
+        if getattr(envs, name).get():
+            raise Refusal(
+                f"sts_config.history: not served with --enable-hierarchical-cache and {name}, whose slots "
+                'would remember their earlier occupants; unset the variable or set history to "off"'
+            )
 
 
 def check_target(target: ModelConfig) -> None:

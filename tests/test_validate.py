@@ -633,9 +633,12 @@ def test_a_refusal_is_one_line():
     assert str(Refusal("a\nb\t c\u2028d")) == "a b c d"
 
 
-def test_history_needs_a_cache_whose_slots_are_written_by_forwards():
+@pytest.mark.parametrize("name", ["SGLANG_ENABLE_UNIFIED_RADIX_TREE", "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE"])
+def test_history_needs_a_cache_that_says_what_it_loads_back(name, monkeypatch):
     hierarchical = SimpleNamespace(enable_hierarchical_cache=True)
+    validate.check_history(hierarchical, StsConfig(history="blend"))
+    monkeypatch.setenv(name, "1")
     validate.check_history(hierarchical, StsConfig())
-    with pytest.raises(Refusal, match=r"^sts_config\.history: --enable-hierarchical-cache .* set history to"):
-        validate.check_history(hierarchical, StsConfig(history="blend"))
     validate.check_history(SimpleNamespace(enable_hierarchical_cache=False), StsConfig(history="warm"))
+    with pytest.raises(Refusal, match=rf"^sts_config\.history: not served with .* {name}.* unset"):
+        validate.check_history(hierarchical, StsConfig(history="blend"))
