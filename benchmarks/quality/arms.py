@@ -116,7 +116,7 @@ def start(name: str, plan: Plan, folder: Path) -> LocalServer:
     )
 
 
-def asked(plan: Plan, checksum: str) -> dict:
+def common(plan: Plan, checksum: str) -> dict:
     """What results must have in common to stand in one file."""
     return {
         "device": torch.cuda.get_device_name() if plan.device == "cuda" else f"CPU {platform.machine()}",
@@ -136,7 +136,7 @@ def header(name: str, plan: Plan, checksum: str, server: LocalServer) -> dict:
         "arm": name,
         "about": arm.about,
         "sts": {key: state[key] for key in kept if key in state},
-        **asked(plan, checksum),
+        **common(plan, checksum),
         "dtype": "float32" if plan.device == "cpu" else "bfloat16",
         "commit": commit(),
         "torch": torch.__version__,

@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.quality import items
-from benchmarks.quality.arms import ARMS, DENSE, Arm, Plan, asked, header, start
+from benchmarks.quality.arms import ARMS, DENSE, Arm, Plan, common, header, start
 from sts_sglang.local_server import LocalServer
 
 Made = items.Item | items.Shared | items.Text
@@ -208,7 +208,7 @@ def run_arm(
 ) -> None:
     """Ask everything of one arm; out/NAME.jsonl gets a header line, then a line a cell as they are done."""
     path = out / f"{name}.jsonl"
-    done = finished(path, asked(plan, checksum))
+    done = finished(path, common(plan, checksum))
     todo = [cell for cell in plan.cells() if cell not in done]
     if not todo:
         say(f"{name}: all there")
