@@ -6,7 +6,9 @@ the real planner would need, and attends by the definition. On a GPU the real on
 
 from __future__ import annotations
 
+import inspect
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +25,7 @@ from sts_sglang.backends.flashinfer_verify import (
 from sts_sglang.config import StsConfig
 from sts_sglang.headmap import HeadCounts, proportional
 from sts_sglang.memory import PLAN_GRID, Headwise
+from tests.test_backends import CONTEXT, COUNTS, DIM, KV_HEADS, LAYERS, Q_HEADS, Rig
 from tests.tolerances import assert_close
 
 TOKENS, LIMIT, REQUESTS = 4, 1500, 6
@@ -42,7 +45,7 @@ class Wrapper:
 
     def reset_workspace_buffer(self, workspace, int_workspace):
         assert workspace is self.workspace
-        self.int_workspace = int_workspace
+        self.int_workspace = self._pin_memory_int_workspace_buffer = int_workspace
 
     def plan(self, qo_indptr, kv_indptr, indices, last, heads, kv_heads, dim, page, **options):
         assert (kv_heads, page, options["sm_scale"]) == (1, 1, 1.0)
@@ -58,6 +61,7 @@ class Wrapper:
         else:
             self._qo_indptr_buf, self._paged_kv_indptr_buf = qo_indptr, kv_indptr
             self._paged_kv_indices_buf, self._custom_mask_buf = indices, options["packed_custom_mask"]
+            self._mask_indptr_buf = None  # FlashInfer's own, in bits
 
     def _check_sizes(self, qo_indptr, kv_indptr, tokens):
         """PrefillPlan and PrefillSplitQOKVIndptr of FlashInfer's scheduler.cuh, on 132 multiprocessors."""
@@ -337,6 +341,75 @@ def test_layers_that_select_alike_share_lists():
     assert layer_runs(StsConfig(), head_map, 8) == {0: 2, 2: 2, 4: 2, 6: 2}
     assert layer_runs(StsConfig(dense_layers=(0, 3)), head_map, 8) == {1: 1, 2: 1, 4: 2, 6: 2}
     assert layer_runs(StsConfig(verify="dense"), head_map, 8) == {}
+
+
+@pytest.mark.parametrize(
+    "config, plans",
+    [({"policy": "fixed", "budget": 7}, 2), ({"keep": 0.2, "budget": 0}, 1)],  # 7, then 256; 256 always
+)
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_target_backend_attends_and_counts_as_with_the_sparse_kernel(config, plans, graphs):
+    found = []
+    for wrapper in (None, Wrapper):
+        torch.manual_seed(0)
+        rig = Rig({**config, "sink": 2, "recent": 4})
+        if wrapper is not None:
+            give_headwise(rig, wrapper)
+        for length in (CONTEXT + 1, CONTEXT + 2, CONTEXT + 9):  # the last one is not what was carried
+            rig.draft_extend(min(length, CONTEXT + 2) - 1, 1, torch.randn(TOKENS, Q_HEADS * DIM))
+            rig.draft_steps(length, {})
+            fb = rig.verify_batch(length)
+            if wrapper is not None:
+                carried = length <= CONTEXT + 2
+                rig.runtime.headwise.host.batch = [HostRequest(length + 3, None, carried)]
+            if graphs:
+                rig.target.init_forward_metadata_out_graph(fb)
+                rig.target.init_forward_metadata_in_graph(fb)
+            else:
+                rig.target.init_forward_metadata(fb)
+            for i in range(LAYERS):
+                q = torch.randn(TOKENS, Q_HEADS * DIM)
+                found.append(rig.target.forward_extend(q, None, None, rig.layer(i), fb))
+        found.append(rig.runtime.state.counts)
+        assert rig.runtime.plans() == (0 if wrapper is None else plans)
+    half = len(found) // 2
+    for plain, headwise in zip(found[:half], found[half:], strict=True):
+        torch.testing.assert_close(headwise, plain, rtol=1e-5, atol=1e-5)
+
+
+def give_headwise(rig: Rig, wrapper: type) -> None:
+    """As runtime.bind does under kernel flashinfer."""
+    runtime, shape = rig.runtime, Headwise(TOKENS, Q_HEADS, KV_HEADS, DIM, 8, 8)
+    rig.target.headwise = runtime.headwise = FlashInferVerify(
+        runtime.config,
+        shape,
+        torch.float32,
+        shape.entries(runtime.config, 128, 100),
+        256,
+        256,
+        layer_runs(runtime.config, runtime.head_map, COUNTS.layers),
+        100,
+        runtime.ops,
+        "cpu",
+        runtime.state.clipped,
+        wrapper,
+    )
+
+
+def test_the_installed_flashinfer_is_the_one_that_was_read():
+    """Names and formulas that the path relies on, where no GPU would show that they changed."""
+    flashinfer = pytest.importorskip("flashinfer")
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper
+    options = {"packed_custom_mask", "sm_scale", "seq_lens", "max_token_per_sequence", "kv_data_type"}
+    assert options <= set(inspect.signature(wrapper.plan).parameters)
+    assert {"out", "q_scale"} <= set(inspect.signature(wrapper.run).parameters)
+    source = inspect.getsource(wrapper)
+    for name in ("_mask_indptr_buf", "_pin_memory_int_workspace_buffer"):
+        assert f"self.{name} = " in source
+    folder = Path(flashinfer.__file__).parent / "data" / "include" / "flashinfer" / "attention"
+    scheduler, variants = (folder / name for name in ("scheduler.cuh", "variants.cuh"))
+    assert "max_seq_len = total_num_rows - batch_size + 1" in scheduler.read_text()
+    assert "custom_mask_ptr[offset / 8] >> (offset % 8)" in variants.read_text()
 
 
 # ---- on a GPU, with FlashInfer itself

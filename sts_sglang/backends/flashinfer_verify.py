@@ -276,7 +276,7 @@ class FlashInferVerify:
             planned.indptr = indptr.to(self.device, non_blocking=True)
             planned.mask_indptr = mask_indptr.to(self.device, non_blocking=True)
             # FlashInfer counts a packed mask in bits here.
-            planned.wrapper._mask_indptr_buf = planned.mask_indptr
+            _replace(planned.wrapper, "_mask_indptr_buf", planned.mask_indptr)
         planned.contexts = contexts
         self.plans += 1
 
@@ -339,12 +339,19 @@ class _Staging:
         self._turn = 1 - self._turn
         if self._copied and not self._copied[self._turn].query():
             self._copied[self._turn].synchronize()
-        wrapper._pin_memory_int_workspace_buffer = self._buffers[self._turn]
+        _replace(wrapper, "_pin_memory_int_workspace_buffer", self._buffers[self._turn])
 
     def taken(self) -> None:
         """The wrapper has launched its copy."""
         if self._copied:
             self._copied[self._turn].record()
+
+
+def _replace(wrapper: Any, name: str, buffer: torch.Tensor) -> None:
+    """Give a wrapper another buffer, by a name that is FlashInfer's own business."""
+    if not hasattr(wrapper, name):
+        raise RuntimeError(f"this FlashInfer has no {name}: use kernel triton")
+    setattr(wrapper, name, buffer)
 
 
 def _ends(lengths: torch.Tensor, requests: int) -> torch.Tensor:
