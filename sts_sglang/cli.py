@@ -1,4 +1,4 @@
-"""The command line `sts-sglang`: `doctor`, `config` and `calibrate`. A command is a function in COMMANDS."""
+"""The command line `sts-sglang`. A command is a function in COMMANDS."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from sts_sglang import __version__, compat, platform
+from sts_sglang import __version__, compat, inspection, platform
 from sts_sglang.calibrate import command as calibrate
 from sts_sglang.config import ENV, ConfigError, StsConfig
 from sts_sglang.validate import BACKEND, CHAIN_FLAGS
@@ -75,7 +75,7 @@ def _add_config(commands) -> None:
     parser.set_defaults(run=_config)
 
 
-COMMANDS: tuple[Callable, ...] = (_add_doctor, _add_config, calibrate.add)
+COMMANDS: tuple[Callable, ...] = (_add_doctor, _add_config, calibrate.add, inspection.add)
 
 
 def _config(args: argparse.Namespace) -> int:

@@ -42,6 +42,7 @@ PROFILE_AVAILABLE_BYTES = Target(
 )
 INTERNAL_STATE = Target("sglang.srt.managers.scheduler.Scheduler.get_internal_state", ("self", "recv_req"))
 HICACHE_LOAD = Target("sglang.srt.managers.cache_controller.HiCacheController.load", ("self", "host_indices"))
+RELEASE_KV = Target("sglang.srt.mem_cache.common.release_kv_cache", ("req", "tree_cache", "is_insert"))
 ADD_CLI_ARGS = Target(f"{_ARGS}.add_cli_args", ("parser",))
 FROM_CLI_ARGS = Target(f"{_ARGS}.from_cli_args", ("cls", "args"))
 ARGS_INIT = Target(f"{_ARGS}.__init__", ("self",))
@@ -57,6 +58,7 @@ HOOK_TARGETS = (
     PROFILE_AVAILABLE_BYTES,
     INTERNAL_STATE,
     HICACHE_LOAD,
+    RELEASE_KV,
     ADD_CLI_ARGS,
     FROM_CLI_ARGS,
     ARGS_INIT,

@@ -98,17 +98,19 @@ def _layers(field: str, value: object) -> tuple[int, ...]:
     return layers
 
 
-def _head_map(field: str, value: object) -> str | None:
-    if value is None:
-        return None
-    allowed = "the path of a head map file, or null for the proportional map"
-    if not isinstance(value, str) or not value.strip() or len(value) > 4096 or "\0" in value:
-        raise _error(field, f"got {_show(value)}", allowed)
-    try:
-        os.fsencode(value)
-    except UnicodeEncodeError:
-        raise _error(field, f"got {_show(value)}, which no file can be named", allowed) from None
-    return value
+def _path(allowed: str, longest: int) -> Callable[[str, object], str | None]:
+    def read(field: str, value: object) -> str | None:
+        if value is None:
+            return None
+        if not isinstance(value, str) or not value.strip() or len(value) > longest or "\0" in value:
+            raise _error(field, f"got {_show(value)}", allowed)
+        try:
+            os.fsencode(value)
+        except UnicodeEncodeError:
+            raise _error(field, f"got {_show(value)}, which no file can be named", allowed) from None
+        return value
+
+    return read
 
 
 _READERS: dict[str, Callable[[str, object], object]] = {
@@ -121,7 +123,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "dense_layers": _layers,
     "pool_rows": _choice(get_args(Pooling)),
     "pool_heads": _choice(get_args(Pooling)),
-    "head_map": _head_map,
+    "head_map": _path("the path of a head map file, or null for the proportional map", 4096),
     "kernel": _choice(get_args(Kernel)),
     "dense": _choice(get_args(Dense)),
     "history": _choice(get_args(History)),
@@ -130,6 +132,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "selector": _choice(get_args(Selector)),
     "verify": _choice(get_args(Verify)),
     "full_verify_every": _integer(0, MAX_TOKENS),
+    "inspect_dir": _path("the path of a folder for dumps, at most 512 characters, or null for none", 512),
 }
 
 
@@ -179,6 +182,8 @@ class StsConfig:
     """`dense`: draft and score as ever but attend to everything, which is stock's output."""
     full_verify_every: int = 0
     """Every N-th verify of a request attends to everything; 0: none does."""
+    inspect_dir: str | None = None
+    """Folder for dumps of the importance of requests that ask for it, with their tokens; None: no dumps."""
 
     def __post_init__(self) -> None:
         for name, read in _READERS.items():
@@ -207,6 +212,9 @@ class StsConfig:
                     f"got {self.selector!r} with {field} {value!r}",
                     f"'draft' with {field} {value!r}, or another {field}",
                 )
+        if self.inspect_dir is not None:
+            problem = f"got {self.selector!r} with an inspect_dir"
+            raise _error("sts_config.selector", problem, "'draft', or no inspect_dir")
 
     def dense_verify(self, layer: int) -> bool:
         """Whether a target layer attends to everything in every verify."""
@@ -308,18 +316,42 @@ def request_keep(custom_params: Mapping[str, object] | None) -> float | None:
     None when it asks for none. Keys beside `sts` belong to others and are ignored. Raises `ConfigError`
     for a keep outside 0 < keep <= 1, another type, or an unknown key under `sts`.
     """
+    own = _request_params(custom_params)
+    return _share("custom_params.sts.keep", own["keep"]) if "keep" in own else None
+
+
+def request_inspect(custom_params: Mapping[str, object] | None) -> bool:
+    """Whether a request asks for a dump: `{"sts": {"inspect": true}}`. Raises `ConfigError`."""
+    value = _request_params(custom_params).get("inspect", False)
+    if not isinstance(value, bool):
+        raise _error("custom_params.sts.inspect", f"got {_show(value)}", "true or false")
+    return value
+
+
+def check_request(custom_params: Mapping[str, object] | None, config: StsConfig) -> None:
+    """Raises `ConfigError` for what a request may not ask of a server with this configuration."""
+    request_keep(custom_params)
+    if request_inspect(custom_params) and config.inspect_dir is None:
+        raise _error(
+            "custom_params.sts.inspect",
+            "this server writes no dumps",
+            "false, or a server with sts_config.inspect_dir set to a folder",
+        )
+
+
+def _request_params(custom_params: Mapping[str, object] | None) -> Mapping[str, object]:
     if custom_params is None:
-        return None
+        return {}
     if not isinstance(custom_params, Mapping):
         raise _error("custom_params", f"got {_show(custom_params)}", "an object")
     if "sts" not in custom_params:
-        return None
+        return {}
     own = custom_params["sts"]
     if not isinstance(own, Mapping):
         raise _error("custom_params.sts", f"got {_show(own)}", 'an object such as {"keep": 0.5}')
     for key in own:
-        _check_key("custom_params.sts", key, ("keep",))
-    return _share("custom_params.sts.keep", own["keep"]) if "keep" in own else None
+        _check_key("custom_params.sts", key, ("keep", "inspect"))
+    return own
 
 
 def _check_key(field: str, key: object, allowed: tuple[str, ...]) -> None:

@@ -7,8 +7,8 @@ import os
 import sys
 from typing import Any
 
-from sts_sglang import compat, runtime
-from sts_sglang.config import ENV, ConfigError, StsConfig, request_keep
+from sts_sglang import compat, dumps, runtime
+from sts_sglang.config import ENV, ConfigError, StsConfig, check_request
 from sts_sglang.metrics import Exporter
 from sts_sglang.validate import Refusal, asks_for_sts, check_all, check_raw
 
@@ -87,9 +87,9 @@ def _launch_config(given: Any) -> StsConfig:
 
 
 def sampling_verify(result: None, self, vocab_size: int) -> None:
-    """AFTER SamplingParams.verify: a request's own keep; ValueError becomes HTTP 400."""
+    """AFTER SamplingParams.verify: what a request asks of us; ValueError becomes HTTP 400."""
     if _Launch.config is not None:
-        request_keep(self.custom_params)
+        check_request(self.custom_params, _Launch.config)
 
 
 def create_draft_backend(original, self, backend_name: str, backend_map: dict, error_template: str):
@@ -168,6 +168,14 @@ def hicache_load(result, self, *args, **kwargs) -> None:
         bound.state.history.loaded(result)
 
 
+def release_kv(req, tree_cache, is_insert=True) -> None:
+    """BEFORE release_kv_cache: dump a finished request that asks for it, while its slots are its own."""
+    bound = runtime.current()
+    if bound is None or bound.config.inspect_dir is None or req.req_pool_idx is None or not req.finished():
+        return
+    dumps.finished(bound, req, tree_cache.req_to_token_pool.req_to_token)
+
+
 def table() -> list[tuple[compat.Target, Any, str]]:
     """(target, hook, HookType name) of every hook."""
     return [
@@ -179,6 +187,7 @@ def table() -> list[tuple[compat.Target, Any, str]]:
         (compat.PROFILE_AVAILABLE_BYTES, profile_available_bytes, "AFTER"),
         (compat.INTERNAL_STATE, internal_state, "AFTER"),
         (compat.HICACHE_LOAD, hicache_load, "AFTER"),
+        (compat.RELEASE_KV, release_kv, "BEFORE"),
         (compat.ADD_CLI_ARGS, add_cli_args, "AFTER"),
         (compat.FROM_CLI_ARGS, from_cli_args, "AROUND"),
         (compat.ARGS_INIT, args_init, "AROUND"),

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from sts_kernels import UNKNOWN, Members
+from sts_kernels.reference import SHIFT
 from sts_sglang.config import StsConfig
 from sts_sglang.headmap import HeadMap
 from sts_sglang.memory import Sizes
@@ -81,6 +82,10 @@ class RoundState:
         # clipped tokens
         self.counts = torch.zeros(6, dtype=torch.int64, device=device)
         self.attended, self.clipped = self.counts[2:4], self.counts[5:]
+        # For dumps without history: first column, context and round of a request's latest scores.
+        dumped = config.inspect_dir is not None and self.history is None
+        self.scored = torch.full((3, requests), -1, device=device) if dumped else None
+        self.scored_round = torch.zeros(1, dtype=torch.int64, device=device)
 
     def carry(self, layer: int, reqs: torch.Tensor, q: torch.Tensor, rows: torch.Tensor) -> None:
         """Keep of a draft layer's queries [N, H_q, D] each request's row (`rows` [bs], `reqs` [bs])."""
@@ -94,6 +99,8 @@ class RoundState:
             self.rounds.index_fill_(0, reqs, 0)
             if self.history is not None:
                 self.history.fresh_request.index_fill_(0, reqs, True)
+            if self.scored is not None:
+                self.scored.index_fill_(1, reqs, -1)
 
     def columns(self, seq_lens: torch.Tensor) -> torch.Tensor:
         """int64 [bs] first column of each request, -1 where its context does not fit."""
@@ -120,9 +127,13 @@ class RoundState:
         top_p = None
         if config.policy == "top_p":
             top_p = torch.where(keeps.isnan(), config.top_p, torch.inf).float()
+        starts = torch.where(known, columns, -1)
         if self.history is not None:
-            starts = torch.where(known, columns, -1)
             self.history.blend(ops, self.importance, starts, seq_lens, reqs, table)
+        if self.scored is not None:
+            self.scored_round += 1
+            rounds = self.scored_round.expand_as(seq_lens)
+            self.scored.index_copy_(1, reqs, torch.stack([starts, seq_lens, rounds]))
         if config.selector == "draft":
             ops.select_tokens(
                 self.importance,
@@ -151,6 +162,15 @@ class RoundState:
             return torch.full_like(reqs, self.config.verify == "dense", dtype=torch.bool)
         self.rounds[reqs] += 1
         return self.rounds[reqs] % every == 0
+
+    def last_scores(self, req: int, context: int) -> torch.Tensor:
+        """[channels, context] of a request's latest round, UNKNOWN where none; waits for the device."""
+        found = self.importance.new_full((self.importance.shape[0], context), UNKNOWN)
+        column, scored, round_ = self.scored[:, req].tolist()
+        if column >= 0 and round_ == int(self.scored_round):  # else others' scores are there by now
+            end = min(scored, context)
+            found[:, SHIFT:end] = self.importance[:, column + SHIFT : column + end]
+        return found
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by purpose."""

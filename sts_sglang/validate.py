@@ -241,6 +241,13 @@ def check_history(server_args: ServerArgs, config: StsConfig) -> None:
             )
 
 
+def check_inspect(config: StsConfig) -> None:
+    """Whether dumps can be written. Raises `Refusal`."""
+    folder = config.inspect_dir
+    if folder is not None and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+        raise Refusal(f"sts_config.inspect_dir: {folder} is no folder that can be written; create it first")
+
+
 def check_target(target: ModelConfig) -> None:
     """Check the target's own configuration. Raises `Refusal`."""
     _check_model("--model-path", target, TARGETS)
@@ -265,6 +272,7 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> None:
     check_resolved(server_args)
     check_device(server_args, config)
     check_history(server_args, config)
+    check_inspect(config)
     target = server_args.get_model_config()
     check_target(target)
     draft = draft_config(server_args, target)

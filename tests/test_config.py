@@ -14,7 +14,15 @@ from types import MappingProxyType
 import pytest
 import torch
 
-from sts_sglang.config import MAX_SOURCE, MAX_TOKENS, ConfigError, StsConfig, request_keep
+from sts_sglang.config import (
+    MAX_SOURCE,
+    MAX_TOKENS,
+    ConfigError,
+    StsConfig,
+    check_request,
+    request_inspect,
+    request_keep,
+)
 
 EVERY_KEY = {
     "policy": "top_p",
@@ -35,6 +43,7 @@ EVERY_KEY = {
     "selector": "draft",
     "verify": "dense",
     "full_verify_every": 16,
+    "inspect_dir": "dumps",
 }
 
 
@@ -100,7 +109,7 @@ def test_equal_configs_have_equal_json():
 
 
 def test_longest_config_fits_into_its_own_source_limit():
-    config = StsConfig(dense_layers=tuple(range(1024)), head_map="💡" * 4096)
+    config = StsConfig(dense_layers=tuple(range(1024)), head_map="💡" * 4096, inspect_dir="💡" * 512)
     assert len(config.to_json()) < MAX_SOURCE
     assert StsConfig.parse(config.to_json()) == config
 
@@ -129,6 +138,7 @@ BAD_VALUES = {
     "selector": (["sts", "", None, True, ["quest"]], "draft | quest | recent | random | oracle"),
     "verify": (["full", "", None, True], "sparse | dense"),
     "full_verify_every": ([-1, 1.0, True, "8", None, MAX_TOKENS + 1], INTEGER),
+    "inspect_dir": (["", " ", 1, True, ["d"], "a\0b", "\ud800", "x" * 513], "path of a folder for dumps"),
 }
 
 
@@ -163,6 +173,7 @@ def test_sink_says_why_zero_is_not_allowed():
         ({"policy": "fixed", "budget": 67}, ("sts_config.budget", "sink + recent = 68")),
         ({"selector": "quest", "policy": "top_p"}, ("sts_config.selector", "'quest' with policy 'top_p'")),
         ({"selector": "oracle", "history": "warm"}, ("sts_config.selector", "with history 'warm'")),
+        ({"selector": "recent", "inspect_dir": "d"}, ("sts_config.selector", "with an inspect_dir")),
     ],
 )
 def test_keys_that_disagree(config, words):
@@ -407,6 +418,18 @@ def test_bad_request_keep_is_refused(params, field):
         request_keep(params)
     message = str(caught.value)
     assert message.startswith(field) and "; allowed: " in message and len(message.splitlines()) == 1
+
+
+def test_dumps_are_for_servers_that_write_them():
+    wants = {"sts": {"inspect": True, "keep": 0.5}}
+    assert request_inspect(wants) and request_keep(wants) == 0.5
+    assert not request_inspect(None) and not request_inspect({"sts": {}})
+    check_request(wants, StsConfig(inspect_dir="dumps"))
+    check_request({"sts": {"inspect": False}}, StsConfig())
+    with pytest.raises(ConfigError, match=r"sts\.inspect: .* set to a folder$"):
+        check_request(wants, StsConfig())
+    with pytest.raises(ConfigError, match=r"sts\.inspect: got 1; allowed: true or false$"):
+        check_request({"sts": {"inspect": 1}}, StsConfig(inspect_dir="dumps"))
 
 
 def test_importing_the_configuration_imports_neither_torch_nor_sglang():

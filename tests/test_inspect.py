@@ -1,0 +1,203 @@
+"""Dumps of importance: what a served request leaves, what is refused, and what `inspect` makes of them."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from sts_kernels import UNKNOWN
+from sts_sglang import cli, dumps, inspection
+from sts_sglang.config import ConfigError, StsConfig
+from sts_sglang.dumps import Dump
+from sts_sglang.importance import RoundState
+from sts_sglang.tiny_pair import make_pair
+from sts_sglang.validate import Refusal, check_inspect
+from tests.oracle import Oracle, Rule
+from tests.server import Server, random_ids
+
+CHAIN = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1")
+CHAIN += ("--speculative-num-draft-tokens", "4")
+WANTED = {"custom_params": {"sts": {"inspect": True}}}
+
+
+def make_dump(length: int = 100) -> Dump:
+    """Two channels over four layers; position 42 stands out in the last ones."""
+    importance = np.full((2, length), 0.001, dtype=np.float32)
+    importance[:, 0] = UNKNOWN
+    importance[1, 42] = 0.5
+    meta = {"version": 1, "prompt_tokens": 60, "cached_tokens": 0, "signal": "history", "head_map": "x"}
+    meta["config"] = json.loads(StsConfig(history="warm").to_json())
+    channels = np.array([[0, 0], [0, 0], [0, 0], [0, 1]], dtype=np.int32)
+    return Dump(importance, channels, np.arange(length, dtype=np.int32), meta)
+
+
+def test_a_dump_is_read_as_it_was_written(tmp_path):
+    dump = make_dump()
+    path = dumps.write(tmp_path, dump)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    again = dumps.read(path)
+    assert again.meta == dump.meta
+    for found, expected in zip(again[:3], dump[:3], strict=True):
+        assert found.dtype == expected.dtype and (found == expected).all()
+
+
+def test_the_folder_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(dumps, "MAX_FILES", 2)
+    first = [dumps.write(tmp_path, make_dump()) for _ in range(2)]
+    with pytest.raises(ValueError, match="2 dumps of"):
+        dumps.write(tmp_path, make_dump())
+    monkeypatch.setattr(dumps, "MAX_FILES", 100)
+    monkeypatch.setattr(dumps, "MAX_BYTES", 2 * first[0].stat().st_size + 10)
+    with pytest.raises(ValueError, match="move some"):
+        dumps.write(tmp_path, make_dump())
+    assert sorted(tmp_path.iterdir()) == sorted(first)
+
+
+def replaced(**arrays) -> dict:
+    dump = make_dump()
+    plain = {"importance": dump.importance, "channels": dump.channels, "tokens": dump.tokens}
+    return {**plain, "meta": np.array(json.dumps(dump.meta)), **arrays}
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"meta": np.array({"version": 1}, dtype=object)},  # would be unpickled
+        {"meta": np.array("[]")},
+        {"meta": np.array("{")},
+        {"tokens": np.zeros(3, dtype=np.int32)},
+        {"importance": np.zeros((2, 100), dtype=np.int32)},
+        {"channels": np.full((4, 2), 2, dtype=np.int32)},
+        {"channels": np.zeros((0, 2), dtype=np.int32)},
+    ],
+    ids=lambda arrays: next(iter(arrays)),
+)
+def test_other_files_are_refused_in_one_line(arrays, tmp_path):
+    np.savez(tmp_path / "bad.npz", **replaced(**arrays))
+    with pytest.raises(ConfigError) as caught:
+        dumps.read(tmp_path / "bad.npz")
+    assert "bad.npz: " in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 no archive", b"text"])
+def test_what_is_no_archive_is_refused(content, tmp_path):
+    path = tmp_path / "x.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match="not a dump"):
+        dumps.read(path)
+
+
+def test_inspect_prints_and_plots(tmp_path, capsys):
+    path = dumps.write(tmp_path, make_dump())
+    assert cli.main(["inspect", str(path), "--top", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "100 tokens, 60 of them prompt; signal: history (history warm, decay 0.9); 2 channels" in out
+    first = out.partition("highest positions\n")[2].splitlines()[0].split()
+    assert first == ["42", "0.5000", "layer", "3", "token", "42"]
+    shares = [line for line in out.splitlines() if line.startswith("  layer 3")][0].split()[2:]
+    assert float(shares[4].rstrip("%")) > 80 and len(shares) == 10
+    assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_without_matplotlib_there_is_one_clear_line(tmp_path, capsys, monkeypatch):
+    path = dumps.write(tmp_path, make_dump())
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    assert cli.main(["inspect", str(path)]) == 2
+    assert capsys.readouterr().err == (
+        "error: inspect: matplotlib is not installed; allowed: pip install sts-sglang[plots], or --no-plot\n"
+    )
+    assert cli.main(["inspect", "--no-plot", str(path)]) == 0
+
+
+def test_tokens_are_shown_between_their_neighbours_and_harmless(tmp_path):
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join(f"\x1b{i} " for i in ids))
+    line = inspection.top(make_dump(), 1, tokenizer).splitlines()[1]
+    assert "[·42 ]" in line and "\x1b" not in line
+
+
+def test_a_tokenizer_that_is_none_is_named(tmp_path, capsys):
+    path = dumps.write(tmp_path, make_dump())
+    assert cli.main(["inspect", "--no-plot", "--tokenizer", str(tmp_path), str(path)]) == 2
+    assert f"error: --tokenizer {tmp_path}: " in capsys.readouterr().err
+
+
+def test_the_folder_must_be_there(tmp_path):
+    check_inspect(StsConfig(inspect_dir=str(tmp_path)))
+    check_inspect(StsConfig())
+    with pytest.raises(Refusal, match="inspect_dir: .* create it first"):
+        check_inspect(StsConfig(inspect_dir=str(tmp_path / "none")))
+
+
+def test_without_history_only_the_latest_round_is_shown():
+    state = RoundState.__new__(RoundState)
+    state.importance = torch.rand(2, 256)
+    state.scored = torch.tensor([[-1, 64, 0], [-1, 40, 40], [-1, 3, 2]])
+    state.scored_round = torch.tensor([3])
+    shown = state.last_scores(1, 44)
+    assert (shown[:, 1:40] == state.importance[:, 65:104]).all()
+    assert (shown[:, 0] == UNKNOWN).all() and (shown[:, 40:] == UNKNOWN).all()
+    assert (state.last_scores(2, 44) == UNKNOWN).all()  # its columns hold others' scores
+    assert (state.last_scores(0, 44) == UNKNOWN).all()
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("history", ["off", "blend"])
+def test_a_served_request_leaves_what_the_oracle_knows(history, tmp_path):
+    pair, folder = make_pair(tmp_path / "tiny"), tmp_path / "dumps"
+    folder.mkdir()
+    rule = Rule(keep=0.1, sink=2, recent=8, history=history)
+    config = {"keep": 0.1, "budget": 0, "sink": 2, "recent": 8, "history": history}
+    args = ["--attention-backend", "sts", "--speculative-algorithm", "STANDALONE", *CHAIN]
+    args += ["--speculative-draft-model-path", str(pair["draft"])]
+    args += ["--sts-config", json.dumps({**config, "inspect_dir": str(folder)})]
+    prompt = random_ids(200, 7)
+    with Server(pair["target"], tmp_path / "inspect.log", *args) as server:
+        server.generate(random_ids(50, 8), 8)
+        assert not list(folder.iterdir())  # nobody asked
+        answer = server.generate(prompt, 24, sampling_params=WANTED)
+        (path,) = folder.iterdir()
+        short = server.generate(prompt, 1, sampling_params=WANTED)  # finished by its prefill
+    assert "Traceback" not in (tmp_path / "inspect.log").read_text()
+    dump = dumps.read(path)
+    output = [*prompt, *answer["output_ids"]]
+    assert dump.tokens.tolist() == output[: len(dump.tokens)] and len(dump.tokens) >= len(output) - 1
+    assert dump.meta["prompt_tokens"] == 200
+    _compare(dump, history, Oracle(pair["target"], pair["draft"]).agree(answer["output_ids"], prompt, rule))
+    other = dumps.read(next(p for p in folder.iterdir() if p != path))
+    assert other.tokens.tolist() == prompt and short["meta_info"]["completion_tokens"] == 1
+    assert ((other.importance == UNKNOWN).all()) == (history == "off")
+
+
+def _compare(dump: Dump, history: str, trace) -> None:
+    """Every position of the prompt is known; memory is the oracle's, but for rounds that ran past the end."""
+    known = dump.importance[:, 1:200]
+    assert (known != UNKNOWN).all() and known.max() > 0.01
+    if history == "off":
+        return
+    spots = [key for key in trace.memory if 0 < key[2] < 200]
+    expected = np.array([trace.memory[key] for key in spots])
+    found = np.array([dump.importance[dump.channels[layer, head], p] for layer, head, p in spots])
+    assert (found >= 0.9**2 * expected - 1e-6).all()
+    assert (found <= 1.001 * expected).mean() > 0.8
+
+
+@pytest.mark.server
+def test_a_server_without_a_folder_answers_400(tmp_path):
+    pair = make_pair(tmp_path / "tiny")
+    args = ["--attention-backend", "sts", "--speculative-algorithm", "STANDALONE", *CHAIN]
+    args += ["--speculative-draft-model-path", str(pair["draft"])]
+    with (
+        Server(pair["target"], tmp_path / "none.log", *args) as server,
+        pytest.raises(urllib.error.HTTPError) as error,
+    ):
+        server.generate([1, 2, 3], 4, sampling_params=WANTED)
+    assert error.value.code == 400
+    assert "set to a folder" in error.value.read().decode()
+    assert not list(Path(tmp_path).glob("*.npz"))
