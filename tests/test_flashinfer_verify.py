@@ -13,8 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sts_kernels import ops
+from sts_sglang import hooks, runtime
 from sts_sglang.backends.flashinfer_verify import (
     FlashInferVerify,
     HostRequest,
@@ -25,13 +27,14 @@ from sts_sglang.backends.flashinfer_verify import (
 from sts_sglang.config import StsConfig
 from sts_sglang.headmap import HeadCounts, proportional
 from sts_sglang.memory import PLAN_GRID, Headwise
+from sts_sglang.metrics import Exporter
 from tests.test_backends import CONTEXT, COUNTS, DIM, KV_HEADS, LAYERS, Q_HEADS, Rig
 from tests.tolerances import assert_close
 
 TOKENS, LIMIT, REQUESTS = 4, 1500, 6
 NO_LIMIT = 10**9
 RATIO = StsConfig(keep=0.1, budget=0, sink=2, recent=8)
-FIXED = StsConfig(policy="fixed", budget=70, sink=2, recent=8)
+FIXED = StsConfig(policy="fixed", budget=71, sink=2, recent=8)  # masks of no whole bytes
 
 
 class Wrapper:
@@ -176,7 +179,7 @@ class Verify:
 ROUNDS = [
     [(300, None), (5, None), (1500, None)],
     [(303, None), (9, None)],
-    [(70, None), (71, None), (200, 1.0), (640, 0.5), (1, None), (1200, None)],
+    [(71, None), (72, None), (200, 1.0), (640, 0.5), (1, None), (1200, None)],
     [(260, 1.0)],
 ]
 
@@ -223,8 +226,8 @@ def test_no_room_is_said_and_counted(caplog):
 @pytest.mark.parametrize(
     "config, request_, expected",
     [
-        (FIXED, (1000, None), 70),
-        (FIXED, (20, None), 70),  # constant, whatever the length
+        (FIXED, (1000, None), 71),
+        (FIXED, (20, None), 71),  # constant, whatever the length
         (FIXED, (1000, 0.5), 512),
         (FIXED, (1000, 1.0), 1024),
         (RATIO, (1000, None), 256),
@@ -325,7 +328,11 @@ def test_empty_requests_make_flashinfer_take_a_fitting_tile(pairs, tokens, group
     longest = pairs * tokens - shape.planned_requests(pairs) + 1
     assert shape.tile == tile
     assert tile == 128 or longest == tokens
-    assert shape.planned_requests(pairs) >= pairs and shape.slots(pairs) >= PLAN_GRID
+    slots, planned = shape.slots(pairs), shape.planned_requests(pairs)
+    assert planned >= pairs and slots >= PLAN_GRID
+    # Three indices and a flag a block, two prefix sums, seven alignments.
+    ints = 13 * slots + 4 * (planned + 1) + 4 * (pairs * tokens + 1) + 7 * 16
+    assert ints <= shape.int_workspace(pairs, slots) <= 2 * ints + 4096
 
 
 def test_an_8b_target_keeps_its_lists_small():
@@ -377,21 +384,48 @@ def test_the_target_backend_attends_and_counts_as_with_the_sparse_kernel(config,
         torch.testing.assert_close(headwise, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_the_hook_tells_the_host_who_is_in_a_round(monkeypatch):
+    rig = Rig({"policy": "fixed", "budget": 7, "sink": 2, "recent": 4})
+    give_headwise(rig, Wrapper)
+    monkeypatch.setattr(runtime, "_current", rig.runtime)
+    params = SimpleNamespace(custom_params={"sts": {"keep": 0.5}})
+    req = SimpleNamespace(
+        rid="a", req_pool_idx=Rig.REQ, origin_input_ids=[0] * 9, output_ids=[1], sampling_params=params
+    )
+    hooks.forward_batch(None, SimpleNamespace(forward_mode=ForwardMode.EXTEND, reqs=[req]))
+    assert rig.runtime.headwise.host.batch == []
+    hooks.forward_batch(None, SimpleNamespace(forward_mode=ForwardMode.DECODE, reqs=[req]))
+    assert rig.runtime.headwise.host.batch == [HostRequest(10 + 2 * TOKENS, 0.5, True)]
+    rig.target.init_forward_metadata(rig.verify_batch(10))
+    assert rig.runtime.describe()["counters"]["plans_total"] == 1
+    assert rig.runtime.describe()["memory_bytes"]["headwise_lists"] > 0
+
+
+def test_plans_are_published_and_logged(caplog):
+    caplog.set_level("INFO")
+    exporter = Exporter(torch.tensor([3, 0, 5, 10, 0, 0]), enable_metrics=False, interval=1, plans=lambda: 2)
+    exporter.on_round()
+    assert "3 sparse verifies, 0 dense, keep ratio 0.5000, 2 plans" in caplog.text
+    exporter.on_round()
+    assert "0 plans (last 1 rounds)" in caplog.text
+
+
 def give_headwise(rig: Rig, wrapper: type) -> None:
     """As runtime.bind does under kernel flashinfer."""
-    runtime, shape = rig.runtime, Headwise(TOKENS, Q_HEADS, KV_HEADS, DIM, 8, 8)
-    rig.target.headwise = runtime.headwise = FlashInferVerify(
-        runtime.config,
+    own, shape = rig.runtime, Headwise(TOKENS, Q_HEADS, KV_HEADS, DIM, 8, 8)
+    own.ops = own.ops._replace(sparse_verify_attention=None)  # is not called
+    rig.target.headwise = own.headwise = FlashInferVerify(
+        own.config,
         shape,
         torch.float32,
-        shape.entries(runtime.config, 128, 100),
+        shape.entries(own.config, 128, 100),
         256,
         256,
-        layer_runs(runtime.config, runtime.head_map, COUNTS.layers),
+        layer_runs(own.config, own.head_map, COUNTS.layers),
         100,
-        runtime.ops,
+        own.ops,
         "cpu",
-        runtime.state.clipped,
+        own.state.clipped,
         wrapper,
     )
 

@@ -616,6 +616,11 @@ with compile_only() as compiled:
         like(128, 4096, dtype=f16), like(2, dtype=i64), like(2, dtype=i64), like(3, 4096), like(2, dtype=i64),
         like(128, 8192, dtype=f32), like(8192), like(1), like(2, dtype=f32), 0.9,
     )
+    ops("triton").headwise_lists(
+        like(4096), like(2, 16, dtype=i64), like(2, 16), like(8), like(3, 4096), like(2, dtype=i64),
+        like(2, dtype=i64), 4, like(17), like(17), like(9000), like(5000, dtype=torch.uint8), 1,
+        like(2, dtype=i64), like(1, dtype=i64),
+    )
 for name, kernel in compiled:
     if kernel:
         ptx = kernel.asm["ptx"]
@@ -635,7 +640,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
     kernels = [line.split() for line in done.stdout.splitlines()]
     assert {name for name, *_ in kernels} == {
         *("_split_kernel", "_merge_kernel", "_pool_kernel", "_select_kernel"),
-        *("_mix_kernel", "_decay_kernel", "_remember_kernel"),
+        *("_mix_kernel", "_decay_kernel", "_remember_kernel", "_lists_kernel"),
     }
     for name, shared, asynchronous, single in kernels:
         assert int(shared) <= 232448
