@@ -45,7 +45,12 @@ def bytes_per_token(config: StsConfig, channels: int, draft_kv_heads: int, draft
     """
     share = min(1.0, config.keep * LIST_SLACK) if config.policy == "ratio" else 1.0
     scored = 2 * channels + 4 * channels * share + 2 * draft_kv_heads * draft_rows
-    return OVERSUBSCRIBED * scored + (4 * channels if config.history != "off" else 0)
+    return OVERSUBSCRIBED * scored + (history_bytes_per_token(channels) if config.history != "off" else 0)
+
+
+def history_bytes_per_token(channels: int) -> int:
+    """float32 a channel, for the kernel's integer maximum, and the round that last touched the slot."""
+    return 4 * channels + 4
 
 
 def reserve(available: int, kv_bytes_per_token: int, state_bytes_per_token: float) -> int:

@@ -143,9 +143,15 @@ class StsRuntime:
             "graphs": self.graphs or "none",
             "columns": self.state.importance.shape[1],
             "memory_bytes": own,
+            **self._history_bytes(),
             "memory_share": round(sum(own.values()) / self.kv_bytes, 4) if self.kv_bytes else None,
             "counters": read_counters(self.state.counts, self.plans()),
         }
+
+    def _history_bytes(self) -> dict[str, int]:
+        if self.state.history is None:
+            return {}
+        return {"history_bytes_per_token": memory.history_bytes_per_token(len(self.head_map.channels))}
 
 
 def kernel_for(config: StsConfig, device: str) -> str:
