@@ -8,17 +8,20 @@ the history of another one after the first turn. Arms, each its own server:
   sts-cold    sts, nothing remembered between rounds ("history": "off")
   sts-warm    sts, the first verify of a turn starts from what slots remember ("history": "warm")
   sts-blend   sts, memory in every verify ("history": "blend")
+All servers start at the same time; then one after the other is measured, after a warm-up and on an empty
+cache, with one set of agents a seed. A line of the output is a turn of an arm, medians over its requests.
 
-Example, with the package's trained pair on a machine without a GPU:
-  SGLANG_PLATFORM=sts_cpu python benchmarks/bench_multi_turn.py --agents 4 --turns 4 \\
-      --server-args "--device cpu --dtype float32 --max-total-tokens 200000" --out multi_turn.jsonl
+Examples, with the package's trained pair on one GPU, and without any:
+  python benchmarks/bench_multi_turn.py --agents 64 --seeds 3 --out benchmarks/results/multi_turn.jsonl
+  SGLANG_PLATFORM=sts_cpu python benchmarks/bench_multi_turn.py --agents 4 --turns 4 --arms stock,sts-warm \\
+      --one-by-one --max-total-tokens 200000 --out multi_turn.jsonl
+First verifies after a prefix hit, and what they recall of the attention mass: bench_history.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shlex
 import statistics
@@ -26,11 +29,17 @@ import sysconfig
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from harness import commit
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from sts_sglang.demo import shipped_pair
 from sts_sglang.local_server import LocalServer
+from sts_sglang.validate import CHAIN_FLAGS
 
 HISTORY = {"sts-cold": "off", "sts-warm": "warm", "sts-blend": "blend"}
 ARMS = ("stock", "stock-spec", *HISTORY)
@@ -75,105 +84,144 @@ def library_source() -> list[str]:
     return [line for f in files[:80] for line in f.read_text(errors="ignore").splitlines() if line.strip()]
 
 
-def ask(server: LocalServer, messages: list[dict], max_tokens: int) -> dict:
-    """One streamed chat completion: answer, seconds to the first token, seconds per further token, usage."""
-    body = {"model": "x", "messages": messages, "temperature": 0, "max_tokens": max_tokens, "stream": True}
-    body["stream_options"] = {"include_usage": True}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{server.port}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"content-type": "application/json"},
-    )
-    started, first, text, usage = time.monotonic(), None, "", {}
-    with urllib.request.urlopen(request, timeout=3600) as stream:
-        for line in stream:
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line[6:])
-            usage = event.get("usage") or usage
-            piece = event["choices"][0]["delta"].get("content") if event["choices"] else None
-            if piece:
-                first = first or time.monotonic()
-                text += piece
-    ended, tokens = time.monotonic(), usage["completion_tokens"]
-    first = first or ended
-    return {
-        "answer": text,
-        "ttft_s": first - started,
-        "tpot_s": (ended - first) / max(1, tokens - 1),
-        "tokens": tokens,
-        "prompt_tokens": usage["prompt_tokens"],
-        "cached_tokens": (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
-    }
+@dataclass
+class Reply:
+    """What one streamed request gave."""
+
+    answer: str
+    ttft_s: float
+    tpot_s: float  # of the tokens after the first
+    tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    verifies: int  # rounds of speculation; 0 without
 
 
-def run_turn(server: LocalServer, agents: list[Agent], turn: int, options, rng: random.Random) -> dict:
+class Client:
+    """Asks one server in the form of the pair's chat template."""
+
+    def __init__(self, server: LocalServer, tokenizer: PreTrainedTokenizerBase, max_tokens: int):
+        self.server, self.tokenizer, self.max_tokens = server, tokenizer, max_tokens
+
+    def ask(self, messages: list[dict]) -> Reply:
+        """One greedy answer, streamed."""
+        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        params = {"temperature": 0, "max_new_tokens": self.max_tokens}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.server.port}/generate",
+            json.dumps({"input_ids": ids, "sampling_params": params, "stream": True}).encode(),
+            {"content-type": "application/json"},
+        )
+        started, first, last = time.monotonic(), None, {}
+        with urllib.request.urlopen(request, timeout=3600) as stream:
+            for line in stream:
+                if line.startswith(b"data: {"):
+                    first = first or time.monotonic()
+                    last = json.loads(line[6:])
+        ended, meta = time.monotonic(), last["meta_info"]
+        return Reply(
+            last["text"],
+            first - started,
+            (ended - first) / max(1, meta["completion_tokens"] - 1),
+            meta["completion_tokens"],
+            meta["prompt_tokens"],
+            meta["cached_tokens"],
+            meta.get("spec_verify_ct", 0),
+        )
+
+    def counters(self) -> dict | None:
+        state = json.loads(self.server.get("/server_info"))["internal_states"][0]
+        return state["sts"]["counters"] if "sts" in state else None
+
+
+def run_turn(client: Client, agents: list[Agent], turn: int, rng: random.Random) -> dict:
     """All agents read, then all ask at once; answers join their histories."""
-    questions = []
+    expected = []
     for agent in agents:
         question, value = rng.choice(agent.facts[: max(2, 2 * turn - 2)])
         agent.messages.append({"role": "user", "content": question})
-        questions.append(value)
-    before, started = _counters(server), time.monotonic()
+        expected.append(value)
+    before, started = client.counters(), time.monotonic()
     with ThreadPoolExecutor(len(agents)) as pool:
-        replies = list(pool.map(lambda a: ask(server, a.messages, options.max_tokens), agents))
+        replies = list(pool.map(lambda agent: client.ask(agent.messages), agents))
     seconds = time.monotonic() - started
     for agent, reply in zip(agents, replies, strict=True):
-        agent.messages.append({"role": "assistant", "content": reply["answer"]})
-    after = _counters(server)
+        agent.messages.append({"role": "assistant", "content": reply.answer})
     row = {
         "turn": turn,
-        "accuracy": statistics.mean(v in r["answer"] for v, r in zip(questions, replies, strict=True)),
-        "tokens_per_s": sum(r["tokens"] for r in replies) / seconds,
-        **{
-            k: statistics.median(r[k] for r in replies)
-            for k in ("ttft_s", "tpot_s", "prompt_tokens", "cached_tokens")
-        },
+        "right": sum(value in reply.answer for value, reply in zip(expected, replies, strict=True)),
+        "tokens_per_s": sum(reply.tokens for reply in replies) / seconds,
     }
-    if before:
-        delta = {k: after[k] - before[k] for k in after}
-        if not delta["sparse_verifies"] or delta["dense_verifies"]:
-            raise SystemExit(f"this turn was not verified sparsely: {delta}; nothing is reported")
-        row["accept_length"] = sum(r["tokens"] - 1 for r in replies) / delta["sparse_verifies"]
-        row["keep_ratio"] = delta["selected_tokens"] / delta["available_tokens"]
-    return row
+    for name in ("ttft_s", "tpot_s", "prompt_tokens", "cached_tokens"):
+        row[name] = statistics.median(getattr(reply, name) for reply in replies)
+    if verifies := sum(reply.verifies for reply in replies):
+        row["accept_length"] = sum(reply.tokens - 1 for reply in replies) / verifies
+    return row | _sparsity(before, client.counters())
 
 
-def _counters(server: LocalServer) -> dict | None:
-    state = json.loads(server.get("/server_info"))["internal_states"][0]
-    return state["sts"]["counters"] if "sts" in state else None
+def _sparsity(before: dict | None, after: dict | None) -> dict:
+    """The keep ratio between two readings; SystemExit when a verify was dense."""
+    if before is None or after is None:
+        return {}
+    delta = {name: after[name] - before[name] for name in after}
+    if not delta["sparse_verifies"] or delta["dense_verifies"]:
+        raise SystemExit(f"this turn was not verified sparsely: {delta}; nothing is reported")
+    return {"keep_ratio": delta["selected_tokens"] / delta["available_tokens"]}
 
 
-def run_arm(arm: str, options: argparse.Namespace) -> list[dict]:
-    """All turns of all agents on one server; every arm sees the same conversations up to its own answers."""
-    rng, library = random.Random(options.seed), library_source()
+def converse(client: Client, options: argparse.Namespace, seed: int, turns: int) -> list[dict]:
+    """All turns of one set of agents; every arm sees the same conversations up to its own answers."""
+    rng, library = random.Random(seed), library_source()
     system = "You read tool outputs and answer questions about them.\n" + "\n".join(
         library[: options.shared_lines]
     )
     agents = [Agent([{"role": "system", "content": system}]) for _ in range(options.agents)]
-    pair = shipped_pair()
-    args = ["--enable-cache-report", "--skip-server-warmup", *shlex.split(options.server_args)]
+    client.server.get("/flush_cache")
+    rows = []
+    for turn in range(1, turns + 1):
+        if turn == 2:  # branches: the second half goes on from the first half's histories
+            half = len(agents) // 2
+            for i in range(half):
+                agents[half + i] = Agent(list(agents[i].messages), list(agents[i].facts))
+        for agent in agents:
+            agent.read(library, options.lines, rng)
+        rows.append({"seed": seed, "agents": len(agents), **run_turn(client, agents, turn, rng)})
+    return rows
+
+
+def run_arm(arm: str, server: LocalServer, options: argparse.Namespace) -> list[dict]:
+    """Warm up, then one set of agents a seed."""
+    tokenizer = AutoTokenizer.from_pretrained(shipped_pair().target)
+    client = Client(server, tokenizer, options.max_tokens)
+    converse(client, options, seed=-1, turns=options.warmup_turns)
+    rows = []
+    for seed in range(options.seed, options.seed + options.seeds):
+        for row in converse(client, options, seed, options.turns):
+            row = {"arm": arm, **row}
+            shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+            print(json.dumps(shown), flush=True)
+            rows.append(row)
+    return rows
+
+
+def launch(arm: str, options: argparse.Namespace) -> LocalServer:
+    """The arm's server, which starts at once."""
+    pair, requests = shipped_pair(), str(options.agents)
+    args = ["--skip-server-warmup", "--random-seed", "0", "--max-running-requests", requests]
+    args += ["--context-length", "32768", "--max-total-tokens", str(options.max_total_tokens)]
+    if torch.cuda.is_available():
+        args += ["--mem-fraction-static", "0.7", "--cuda-graph-max-bs", requests]
+        args += ["--cuda-graph-backend-prefill", "disabled"]
+    else:
+        args += ["--device", "cpu", "--dtype", "float32"]
     if arm != "stock":
         args += ["--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", str(pair.draft)]
+        args += CHAIN_FLAGS.split()
     if arm in HISTORY:
         config = {**json.loads(options.sts_config), "history": HISTORY[arm]}
         args += ["--attention-backend", "sts", "--sts-config", json.dumps(config)]
-    rows = []
-    with LocalServer(pair.target, options.logs / f"{arm}.log", *args, start_seconds=600) as server:
-        for turn in range(1, options.turns + 1):
-            if turn == 2:  # branches: the second half goes on from the first half's histories
-                half = len(agents) // 2
-                for i in range(half):
-                    agents[half + i] = Agent(list(agents[i].messages), list(agents[i].facts))
-            for agent in agents:
-                agent.read(library, options.lines, rng)
-            row = {"arm": arm, "agents": options.agents, **run_turn(server, agents, turn, options, rng)}
-            print(
-                json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}),
-                flush=True,
-            )
-            rows.append({**row, "server": server.shown_command()})
-    return rows
+    args += shlex.split(options.server_args)
+    return LocalServer(pair.target, options.logs / f"{arm}.log", *args, start_seconds=600)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -185,8 +233,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--max-tokens", type=int, default=32, help="length of an answer (%(default)s)")
     p.add_argument("--arms", default=",".join(ARMS), help="comma separated (%(default)s)")
     p.add_argument("--sts-config", default='{"keep": 0.1, "budget": 0}', help="inline JSON (%(default)s)")
-    p.add_argument("--server-args", default="", help="arguments common to all servers, one string")
-    p.add_argument("--seed", type=int, default=0, help="of the conversations (%(default)s)")
+    p.add_argument("--server-args", default="", help="further arguments of all servers, one string")
+    p.add_argument("--max-total-tokens", type=int, default=800_000, help="of a KV pool (%(default)s)")
+    p.add_argument("--one-by-one", action="store_true", help="start a server when the one before is done")
+    p.add_argument("--warmup-turns", type=int, default=2, help="not reported, 0 for none (%(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of the first set of conversations (%(default)s)")
+    p.add_argument("--seeds", type=int, default=1, help="sets of conversations (%(default)s)")
     p.add_argument("--logs", type=Path, default=Path("."), help="folder of the server logs (%(default)s)")
     p.add_argument("--out", type=Path, help="append raw results to this JSONL file")
     return p.parse_args(argv)
@@ -194,14 +246,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    commit = os.environ.get("STS_COMMIT", "unknown")
-    for arm in options.arms.split(","):
-        rows = run_arm(arm, options)
-        if options.out:
-            with options.out.open("a") as f:
-                f.writelines(
-                    json.dumps({**row, "commit": commit, "seed": options.seed}) + "\n" for row in rows
-                )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    arms = options.arms.split(",")
+    with ExitStack() as stack:
+        started = {} if options.one_by_one else {arm: launch(arm, options) for arm in arms}
+        for server in started.values():
+            stack.callback(server.stop)  # also those that wait while an earlier one fails
+        for server in started.values():
+            stack.enter_context(server)
+        for arm in arms:
+            with ExitStack() as own:
+                server = started.get(arm) or own.enter_context(launch(arm, options))
+                rows = run_arm(arm, server, options)
+            origin = {"device": device, "commit": commit(), "server": server.shown_command()}
+            if options.out:
+                with options.out.open("a") as file:
+                    file.writelines(json.dumps({**row, **origin}) + "\n" for row in rows)
 
 
 if __name__ == "__main__":
