@@ -32,7 +32,7 @@ Verify = Literal["sparse", "dense"]
 
 # A share of a token below this is float error (0.1 * 30 = 3.0000000000000004), not a token.
 # It exceeds the error of keep * context for every context up to 2**33 tokens.
-_CEIL_GUARD = 1e-6
+CEIL_GUARD = 1e-6
 
 
 class ConfigError(ValueError):
@@ -286,7 +286,7 @@ class StsConfig:
         if keep is None and self.policy != "ratio":
             wanted = self.budget
         else:
-            wanted = math.ceil((self.keep if keep is None else keep) * context - _CEIL_GUARD)
+            wanted = math.ceil((self.keep if keep is None else keep) * context - CEIL_GUARD)
         return min(context, max(floor, self.sink + self.recent, wanted))
 
     def budget_tokens(self, seq_lens: torch.Tensor, keeps: torch.Tensor | None = None) -> torch.Tensor:
@@ -299,13 +299,13 @@ class StsConfig:
 
         context = seq_lens.to(torch.float64)
         if self.policy == "ratio":
-            wanted = torch.ceil(self.keep * context - _CEIL_GUARD)
+            wanted = torch.ceil(self.keep * context - CEIL_GUARD)
         else:
             wanted = torch.full_like(context, self.budget)
         if keeps is not None:
             if keeps.dtype != torch.float64:
                 raise ValueError(f"keeps: got {keeps.dtype}, expected torch.float64")
-            wanted = torch.where(keeps.isnan(), wanted, torch.ceil(keeps * context - _CEIL_GUARD))
+            wanted = torch.where(keeps.isnan(), wanted, torch.ceil(keeps * context - CEIL_GUARD))
         least = max(self.budget if self.policy == "ratio" else 0, self.sink + self.recent)
         return torch.minimum(wanted.clamp(min=least), context).to(torch.int64)
 

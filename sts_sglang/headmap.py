@@ -25,6 +25,8 @@ MAX_SOURCES = (
 MAX_TEXTS = 1024
 LATEST = "latest"  # in place of sources: the head selects the last tokens, whatever the draft says
 POOLS = ("max", "mean")
+MAX_SHARE = 1000.0
+SPLIT_STEPS = 64  # keeps at which a split budget is worked out; in between it is interpolated
 
 MAPS = Path(__file__).parent / "maps"
 FIELDS = (
@@ -36,6 +38,7 @@ FIELDS = (
     "fingerprints",
     "sources",
     "pool",
+    "shares",
     "dense_layers",
     "best",
     "texts",
@@ -91,6 +94,8 @@ class HeadMap:
     importance stays equal everywhere, so that the latest tokens win.
 
     pool: how rows and heads are to be pooled, None to leave it to the configuration.
+    shares: of the budget, [target layer][target KV head]: a head with twice the share of another selects
+    twice as many tokens, all of them together as many as without. Channels are then by share as well.
     dense_layers: target layers that are not to be sparse, besides the configuration's.
     """
 
@@ -98,16 +103,51 @@ class HeadMap:
     origin: str
     pool: Literal["max", "mean"] | None = None
     dense_layers: tuple[int, ...] = ()
+    shares: tuple[tuple[float, ...], ...] | None = None
+
+    @cached_property
+    def _by_channel(self) -> dict[tuple[tuple[Source, ...], float], int]:
+        """Distinct (sources, share) in order of first use: how many heads have them."""
+        found: dict[tuple[tuple[Source, ...], float], int] = {}
+        for layer in range(len(self.sources)):
+            for key in self._keys(layer):
+                found[key] = found.get(key, 0) + 1
+        return found
+
+    def _keys(self, layer: int) -> list[tuple[tuple[Source, ...], float]]:
+        shares = self.shares[layer] if self.shares else [1.0] * len(self.sources[layer])
+        return list(zip(self.sources[layer], shares, strict=True))
 
     @cached_property
     def channels(self) -> tuple[tuple[Source, ...], ...]:
-        """Distinct source sets, in order of first use."""
-        return tuple(dict.fromkeys(heads for layer in self.sources for heads in layer))
+        """Sources of each channel."""
+        return tuple(sources for sources, _ in self._by_channel)
 
     def head_channels(self, layer: int) -> list[int]:
         """Channel of every KV head of a target layer."""
-        index = {sources: i for i, sources in enumerate(self.channels)}
-        return [index[sources] for sources in self.sources[layer]]
+        index = {key: i for i, key in enumerate(self._by_channel)}
+        return [index[key] for key in self._keys(layer)]
+
+    def split(self) -> list[list[float]] | None:
+        """[SPLIT_STEPS + 1][channel]: part of the context that a channel keeps when all keep i / SPLIT_STEPS.
+
+        In proportion to the shares as long as no head has its whole context; what such heads cannot use
+        goes to the others, so that the mean over heads is the keep. None without shares.
+        """
+        if self.shares is None:
+            return None
+        shares, heads = [share for _, share in self._by_channel], [*self._by_channel.values()]
+        return [_filled(shares, heads, i / SPLIT_STEPS) for i in range(SPLIT_STEPS + 1)]
+
+
+def _filled(shares: list[float], heads: list[int], keep: float) -> list[float]:
+    """min(1, s * share) for the s at which their mean over heads is `keep`."""
+    low, high = 0.0, 1.0 / min(shares)
+    for _ in range(60):
+        s = (low + high) / 2
+        mean = sum(n * min(1.0, s * share) for share, n in zip(shares, heads, strict=True)) / sum(heads)
+        low, high = (s, high) if mean < keep else (low, s)
+    return [min(1.0, high * share) for share in shares]
 
 
 def counts(model_config: Any) -> HeadCounts:
@@ -161,6 +201,11 @@ def _conflict(head_map: HeadMap, config: StsConfig) -> ConfigError | None:
             f"sts_config.pool_heads: {pools[1]!r} with pool_rows {pools[0]!r} and a map "
             "that joins heads of several draft layers; allowed: the same pool for both"
         )
+    if head_map.shares and config.kernel == "flashinfer":
+        return ConfigError(
+            "sts_config.kernel: 'flashinfer' with a map that splits the budget between heads, which it would "
+            "pad to the longest list; allowed: auto | triton, or a map without shares"
+        )
     if () in head_map.channels and config.policy == "top_p":
         return ConfigError(
             f"sts_config.policy: 'top_p' with a map whose heads select the {LATEST} tokens, which hold no "
@@ -203,7 +248,8 @@ def load(path: str, target: HeadCounts, draft: HeadCounts, models: ModelPaths | 
     The file is a JSON object `{"version": 1, "shift": 1, "tp": 1, "target": {"layers", "q_heads",
     "kv_heads"}, "draft": {...}, "sources": [layer][kv head]}`. An entry of `sources` is a list of [draft
     layer, draft head], one of them repeated to weigh more under pool "mean", or "latest". Optional:
-    `fingerprints`, compared when `models` is given; `pool`, "max" or "mean"; `dense_layers`. Only to
+    `fingerprints`, compared when `models` is given; `pool`, "max" or "mean"; `shares` of the budget
+    [layer][kv head], in any unit; `dense_layers`. Only to
     inform, but checked as well: `best` (recall and Jaccard [layer][kv head] of the best single draft
     head), `texts`, `settings`. A handwritten map may omit all of these.
 
@@ -234,11 +280,12 @@ def load(path: str, target: HeadCounts, draft: HeadCounts, models: ModelPaths | 
     pool = data.get("pool")
     if "pool" in data and pool not in POOLS:
         raise _error("pool", f"got {_short(pool)}", " | ".join(POOLS))
+    shares = _shares(data["shares"], target) if "shares" in data else None
     dense = _dense_layers(data.get("dense_layers", []), target)
     _check_best(data.get("best", {}), target)
     _check_texts(data.get("texts", []))
     _check_settings(data.get("settings", {}))
-    return HeadMap(parsed, os.path.basename(path), pool, dense)
+    return HeadMap(parsed, os.path.basename(path), pool, dense, shares)
 
 
 def _check_fingerprints(value: Any, models: ModelPaths | None) -> None:
@@ -261,6 +308,13 @@ def _check_fingerprints(value: Any, models: ModelPaths | None) -> None:
         for part, digest in found.items():
             if digest != value[model][part]:
                 raise _error(f"fingerprints.{model}.{part}", f"made for another {model}", digest)
+
+
+def _shares(value: Any, target: HeadCounts) -> tuple[tuple[float, ...], ...]:
+    for t, row in enumerate(_list(value, "shares", target.layers)):
+        for h, share in enumerate(_list(row, f"shares[{t}]", target.kv_heads)):
+            _number(share, f"shares[{t}][{h}]", 1 / MAX_SHARE, MAX_SHARE)
+    return tuple(tuple(map(float, row)) for row in value)
 
 
 def _dense_layers(value: Any, target: HeadCounts) -> tuple[int, ...]:
@@ -322,6 +376,7 @@ SETTINGS: dict[str, tuple] = {
     "band": (0, 9999, int),
     "dense_below": (0, 1),
     "pool": ("auto", *POOLS),
+    "budget": ("split", "uniform"),
     "dtype": ("float32", "bfloat16", "float16"),
     "seed": (0, 2**63 - 1, int),
 }

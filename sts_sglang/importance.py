@@ -19,8 +19,8 @@ import torch
 
 from sts_kernels import UNKNOWN, Members
 from sts_kernels.reference import SHIFT
-from sts_sglang.config import StsConfig
-from sts_sglang.headmap import HeadMap
+from sts_sglang.config import CEIL_GUARD, StsConfig
+from sts_sglang.headmap import SPLIT_STEPS, HeadMap
 from sts_sglang.memory import Sizes
 
 ALIGN = 64  # columns of a request start at multiples of the kernels' block of keys
@@ -77,6 +77,8 @@ class RoundState:
         self.history = (
             SlotHistory(config, channels, slots, requests, device) if config.history != "off" else None
         )
+        split = head_map.split()
+        self.split = None if split is None else torch.tensor(split, dtype=torch.float64, device=device)
         self.rounds = torch.zeros(requests, dtype=torch.int32, device=device)  # since the prefill
         # sparse verifies, dense verifies, context tokens attended to, context tokens there, full verifies,
         # clipped tokens
@@ -117,13 +119,14 @@ class RoundState:
         known = (self.carried_len[reqs] == seq_lens) & (columns >= 0)
         keeps = self.keeps[reqs]
         budgets = config.budget_tokens(seq_lens, keeps)
-        channels = self.importance.shape[0]
-        sizes = torch.where(known & ~full & (budgets < seq_lens), budgets * channels, 0)
-        ends = sizes.cumsum(0)
+        lengths = self._list_lengths(budgets, seq_lens)
+        sparse = known & ~full & (budgets < seq_lens)
+        listed = sparse[:, None] & (lengths < seq_lens[:, None])
+        room = torch.where(listed, lengths, 0)
+        ends = room.sum(1).cumsum(0)
         known &= ends <= self.kv_indices.numel()
-        listed = known & (sizes > 0)
-        kv_start = (ends - sizes)[:, None] + torch.arange(channels, device=ends.device) * budgets[:, None]
-        kv_count = torch.where(listed, budgets, -1)[:, None].expand(-1, channels).to(torch.int32).contiguous()
+        kv_start = (ends - room.sum(1))[:, None] + room.cumsum(1) - room
+        kv_count = torch.where(listed & known[:, None], lengths, -1).to(torch.int32)
         top_p = None
         if config.policy == "top_p":
             top_p = torch.where(keeps.isnan(), config.top_p, torch.inf).float()
@@ -154,6 +157,17 @@ class RoundState:
         self.counts[1] += (~known & chosen).sum()
         self.counts[4] += (full & (reqs > 0)).sum()
         return Selection(kv_start, kv_count)
+
+    def _list_lengths(self, budgets: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+        """int64 [bs, channels]: tokens that each list may have, their mean over heads being the budget."""
+        if self.split is None:
+            return budgets[:, None].expand(-1, self.importance.shape[0])
+        context = seq_lens.to(torch.float64)
+        steps = budgets / context.clamp(min=1) * SPLIT_STEPS
+        low = steps.long().clamp(max=SPLIT_STEPS - 1)
+        parts = torch.lerp(self.split[low], self.split[low + 1], (steps - low)[:, None])
+        lengths = torch.ceil(parts * context[:, None] - CEIL_GUARD).long()
+        return lengths.clamp(min=self.config.sink + self.config.recent).minimum(seq_lens[:, None])
 
     def _full_verifies(self, reqs: torch.Tensor) -> torch.Tensor:
         """bool [bs]: who attends to everything this round because the configuration says so."""

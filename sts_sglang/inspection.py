@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sts_kernels import UNKNOWN
-from sts_kernels.reference import SHIFT
 from sts_sglang.config import ConfigError
-from sts_sglang.dumps import Dump, read
+from sts_sglang.headmap import SHIFT
+
+if TYPE_CHECKING:
+    from sts_sglang.dumps import Dump
 
 GROUPS = 4  # of target layers
 POINTS = 1000  # of a curve; a point is the maximum of its positions
@@ -37,6 +38,8 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0. Raises ConfigError, one line that names the file or flag."""
+    from sts_sglang.dumps import read  # imports torch, which the launcher's side goes without
+
     figure = None if args.no_plot else _figure()
     tokenizer = None if args.tokenizer is None else _tokenizer(args.tokenizer)
     for path in args.files:
@@ -58,7 +61,7 @@ class Group(NamedTuple):
 
 def groups(dump: Dump) -> list[Group]:
     """The target's layers in runs of nearly equal length, at most GROUPS."""
-    known = np.where(dump.importance == UNKNOWN, 0, dump.importance)
+    known = np.maximum(dump.importance, 0)  # what is unknown is below
     found = []
     for layers in np.array_split(np.arange(len(dump.channels)), min(GROUPS, len(dump.channels))):
         name = f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
@@ -67,7 +70,7 @@ def groups(dump: Dump) -> list[Group]:
 
 
 def describe(dump: Dump) -> str:
-    unknown = (dump.importance[:, SHIFT:] == UNKNOWN).all(0).mean() if len(dump.tokens) > SHIFT else 1.0
+    unknown = (dump.importance[:, SHIFT:] < 0).all(0).mean() if len(dump.tokens) > SHIFT else 1.0
     config = dump.meta["config"]
     return (
         f"{len(dump.tokens)} tokens, {dump.meta['prompt_tokens']} of them prompt; signal: "

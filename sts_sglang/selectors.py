@@ -184,10 +184,10 @@ class LayerSelector:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Lists of one layer: kv_indices, kv_start and kv_count [bs, H_kv] for sparse_verify_attention.
 
-        q is [bs, T, H_q, D]; `columns` are the requests' first columns, `counts` [bs] their budgets, -1
-        to attend to the whole context. Waits for the device.
+        q is [bs, T, H_q, D]; `columns` are the requests' first columns, `counts` [bs, H_kv] the lengths of
+        the lists, -1 to attend to the whole context. Waits for the device.
         """
-        tokens, kv_heads = q.shape[1], k_buffer.shape[1]
+        tokens = q.shape[1]
         positions = torch.arange(int(seq_lens.max()), device=q.device)
         tail = seq_lens[:, None] + torch.arange(tokens, device=q.device)
         layer = Layer(
@@ -202,16 +202,16 @@ class LayerSelector:
             self.config.pool_rows,
             self.config.pool_heads,
         )
-        scored = layer.there & (counts >= 0)[:, None]
+        scored = layer.there & (counts >= 0).any(1, keepdim=True)
         place = (columns[:, None] + positions)[scored]
         self.scores[:, place] = self.rule(layer).transpose(0, 1)[:, scored].to(self.scores.dtype)
         kv_start = columns[:, None] + self.heads * self.scores.shape[1]
-        kv_count = counts[:, None].expand(-1, kv_heads).to(torch.int32).contiguous()
+        kv_count = counts.to(torch.int32).contiguous()
         ops.select_tokens(
             self.scores,
             columns,
             seq_lens,
-            counts,
+            counts.amax(1),
             self.config.sink,
             self.config.recent,
             table,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -190,6 +191,28 @@ def test_a_row_of_another_length_is_not_used():
     rig.draft_steps(CONTEXT + 2, {})
     assert {len(chosen) for chosen in rig.plan(CONTEXT + 2)} == {7}
     assert rig.dense_verifies() == 2
+
+
+def test_a_split_budget_gives_lists_of_unequal_length(tmp_path):
+    """Lists of the same budget together; keep 1 is the whole context for everybody."""
+    sources = [[[[layer, 2 * h], [layer, 2 * h + 1]] for h in range(KV_HEADS)] for layer in range(LAYERS)]
+    counts = COUNTS._asdict()
+    head_map = {"version": 1, "shift": 1, "tp": 1, "target": counts, "draft": counts, "sources": sources}
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps({**head_map, "shares": [[0.5, 1.0], [0.5, 2.0]]}))
+    config = {"keep": 0.5, "budget": 0, "sink": 1, "recent": 2, "head_map": str(path)}
+    rig = Rig(config)
+    length = CONTEXT
+    rig.draft_extend(length - 1, 1, torch.zeros(TOKENS, Q_HEADS * DIM))
+    rig.draft_steps(length, {})
+    lists = rig.plan(length)
+    assert [len(positions) for positions in lists] == [10, 20, 10, 40]
+    for positions in lists:
+        assert {0, length - 2, length - 1} <= set(positions)
+    rig.runtime.state.keeps[rig.REQ] = 1.0
+    assert [len(positions) for positions in rig.plan(length)] == [length] * 4
+    rig.runtime.state.keeps[rig.REQ] = 0.05  # sink + recent at least
+    assert [len(positions) for positions in rig.plan(length)] == [3, 3, 3, 6]
 
 
 def test_what_does_not_fit_the_buffers_attends_whole():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -197,6 +198,47 @@ def test_under_the_mean_a_head_that_counts_more_is_taken_more_often():
     found = search.best_map(windows, target, draft, None, 4)
     assert found.head_map.pool == "mean"  # the better of both for this
     assert [q for _, q in found.head_map.sources[0][0]] == [1, 1, 4]
+
+
+def test_the_budget_goes_to_heads_whose_attention_is_spread():
+    """Heads 0 and 3 attend evenly, the others to what their draft head finds: those need few tokens."""
+    target, draft = HeadCounts(2, 4, 2), HeadCounts(1, 4, 2)
+    scores, mass, _ = planted(3, target, draft, [0, 1, 2, 3])
+    for m, s in zip(mass, scores, strict=True):
+        m[[1, 2]] = torch.where(s[[1, 2]] > s[[1, 2]].quantile(0.97), 1.0, 0.0)
+        m[[0, 3]] = 1.0
+    windows = search.frees([recorded(scores, mass)], CONFIG)
+    sources = (((((0, 0)),), ((0, 1),)), (((0, 2),), ((0, 3),)))
+    head_map = search.split_budget(HeadMap(sources, "x", "max"), windows, target, draft, 0.25)
+    flat = [share for row in head_map.shares for share in row]
+    assert sum(flat) / 4 == pytest.approx(1, abs=0.1) and sum(flat) <= 4 + 1e-6
+    assert min(flat[0], flat[3]) > 1 > max(flat[1], flat[2])
+    lost = search.lost_mass(head_map, windows, target, draft, 0.25)
+    assert lost["split budget"] < lost["uniform budget"]
+
+
+def test_lost_attention_by_brute_force(pair):
+    found = Pair(str(pair["target"]), str(pair["draft"]))
+    target, draft = found.target_counts, found.draft_counts
+    record = found.record("x", TOKENS, WINDOWS)
+    windows = search.frees([record], CONFIG)
+    sources = [[((0, 1), (1, 2)), ()], [((1, 3), (0, 0)), ((0, 2),)]] * 2
+    shares = ((0.5, 1.5), (2.0, 1.0), (0.2, 0.8), (1.0, 1.0))
+    head_map = HeadMap(tuple(map(tuple, sources)), "x", "max", shares=shares)
+    lost = search.lost_mass(head_map, windows, target, draft, 0.25)
+    total = {"uniform budget": 0.0, "split budget": 0.0}
+    for i, t in enumerate(WINDOWS):
+        mass, score = record.mass.read(i), record.scores["max"].read(i)
+        free, _ = frees_of(t)
+        for layer in range(4):
+            for h in range(2):
+                own, heads = mass[2 * layer + h], [score[4 * d + q] for d, q in sources[layer][h]]
+                values = torch.stack(heads).amax(0) if heads else torch.arange(t)
+                for name, share in (("uniform budget", 1.0), ("split budget", shares[layer][h])):
+                    k = max(0, math.ceil(0.25 * share * t - 1e-6) - (t - len(free)))
+                    kept = best(values, free, k)
+                    total[name] += sum(float(own[p]) for p in free if p not in kept) / (8 * len(WINDOWS))
+    assert lost == pytest.approx(total, abs=1e-4)
 
 
 def near_end(mass):

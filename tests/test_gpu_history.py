@@ -7,10 +7,9 @@ which shows that the poison is found.
 from __future__ import annotations
 
 import json
-import threading
 import time
 import urllib.error
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -29,8 +28,8 @@ CHAIN += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4"
 MODULE = "tests.poisoned_history"
 ENV = {"SGLANG_TEST_RETRACT": "1"}
 BROKEN = {**ENV, "STS_TEST_NEVER_FORGET": "1"}
-BRANCHES, ABORTED = 8, 3  # requests over every prefix, and how many of them are aborted
-NEW_TOKENS = 32
+BRANCHES = 8  # requests over every prefix
+NEW_TOKENS, ENDLESS = 32, 1000  # of a request, and of one that is aborted
 
 
 def sts(draft: Path, **config) -> list[str]:
@@ -41,13 +40,13 @@ def sts(draft: Path, **config) -> list[str]:
     ]
 
 
-def ask(server: LocalServer, ids: list[int], rid: str | None = None) -> dict:
-    params = {"max_new_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+def ask(server: LocalServer, ids: list[int], rid: str | None = None, tokens: int = NEW_TOKENS) -> dict:
+    params = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
     return server.post("/generate", {"input_ids": ids, "sampling_params": params, "rid": rid})
 
 
 def storm(server: LocalServer, prefixes: list[list[int]], turns: int = 2) -> list[dict]:
-    """Branches of every prefix at once, some aborted at different times; a second turn follows the first."""
+    """Branches of every prefix at once, a third of them aborted on the way; another turn follows the first."""
     answers = []
     for turn in range(turns):
         prompts = [
@@ -55,24 +54,27 @@ def storm(server: LocalServer, prefixes: list[list[int]], turns: int = 2) -> lis
             for i in range(BRANCHES)
             for p, prefix in enumerate(prefixes)
         ]
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            running = [pool.submit(ask, server, ids, f"{turn}-{n}") for n, ids in enumerate(prompts)]
-            for n in range(ABORTED * len(prefixes)):
-                threading.Timer(0.15 * n, _abort, (server, f"{turn}-{3 * n}")).start()
-            time.sleep(0.15 * ABORTED * len(prefixes))
-            answers += [_answer(future) for future in running]
-    return [answer for answer in answers if answer]
+        with ThreadPoolExecutor(2 * len(prompts)) as pool:
+            for n, ids in enumerate(prompts):
+                rid, doomed = f"{turn}-{n}", n % 3 == 0
+                answers.append(pool.submit(ask, server, ids, rid, ENDLESS if doomed else NEW_TOKENS))
+                if doomed:
+                    pool.submit(_abort, server, rid, answers[-1], 0.1 + 0.04 * n)
+    return [found for answer in answers if (found := _answer(answer))]
 
 
-def _abort(server: LocalServer, rid: str) -> None:
-    with suppress(OSError):
-        server.post("/abort_request", {"rid": rid})
+def _abort(server: LocalServer, rid: str, answer: Future, delay: float) -> None:
+    """Until it is gone: one that has not arrived yet is not found."""
+    while not answer.done():
+        time.sleep(delay)
+        with suppress(OSError):
+            server.post("/abort_request", {"rid": rid})
 
 
-def _answer(future) -> dict | None:
+def _answer(answer: Future) -> dict | None:
     """None for a request that was aborted before it began."""
     try:
-        return future.result()
+        return answer.result()
     except urllib.error.HTTPError:
         return None
 
@@ -92,9 +94,19 @@ def alone(server: LocalServer, prompts: list[list[int]]) -> list[list[int]]:
     """One after the other, each on an empty cache: all its slots are new, and the freed ones poisoned."""
     outputs = []
     for ids in prompts:
-        server.get("/flush_cache")
+        _flush(server)
         outputs.append(ask(server, ids)["output_ids"])
     return outputs
+
+
+def _flush(server: LocalServer) -> None:
+    """SGLang refuses while anything runs."""
+    for _ in range(50):
+        with suppress(urllib.error.HTTPError):
+            server.get("/flush_cache")
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"the cache cannot be flushed: {server.log_tail()}")
 
 
 def start_all(stack: ExitStack, servers: dict[str, LocalServer]) -> dict[str, LocalServer]:

@@ -5,13 +5,23 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 
 import pytest
 import torch
 
 from sts_kernels import reference
 from sts_sglang.config import ConfigError, StsConfig
-from sts_sglang.headmap import MAX_SOURCES, HeadCounts, ModelPaths, load, of_config, proportional, served
+from sts_sglang.headmap import (
+    MAX_SOURCES,
+    SPLIT_STEPS,
+    HeadCounts,
+    ModelPaths,
+    load,
+    of_config,
+    proportional,
+    served,
+)
 from sts_sglang.importance import members_by_layer
 from tests import test_backends as rigs
 
@@ -51,6 +61,7 @@ def full() -> dict:
         **valid(),
         "fingerprints": {"target": PRINT, "draft": PRINT},
         "pool": "mean",
+        "shares": [[0.5, 2.0]] * 4,
         "dense_layers": [3, 1],
         "best": {"recall": [[0, 1.0], [0.5, 0.25]] * 2, "jaccard": [[0.0, 1]] * 4},
         "texts": [{"domain": "prose", "sha256": "0" * 64, "tokens": 4096}],
@@ -64,6 +75,7 @@ def full() -> dict:
             "band": None,
             "dense_below": None,
             "pool": "auto",
+            "budget": "split",
             "dtype": "float32",
             "seed": 0,
         },
@@ -391,3 +403,60 @@ def test_latest_heads_need_a_budget_that_importance_does_not_cut(tmp_path):
     of_config(StsConfig(head_map=path, policy="fixed"), rigs.COUNTS, rigs.COUNTS)
     with pytest.raises(ConfigError, match=r"^sts_config\.policy: 'top_p' .*allowed: ratio \| fixed"):
         of_config(StsConfig(head_map=path, policy="top_p"), rigs.COUNTS, rigs.COUNTS)
+
+
+SHARES = [[0.5, 2.0], [1.0, 1.0], [0.25, 1.0], [3.0, 0.75]]
+
+
+def shared_map(tmp_path, shares=SHARES):
+    return load(write(tmp_path, {**valid(), "shares": shares}), TARGET, DRAFT)
+
+
+def test_heads_with_other_shares_are_other_channels(tmp_path):
+    data = valid()
+    data["sources"] = [[[[0, 0]], [[0, 0]]]] * TARGET.layers
+    assert len(load(write(tmp_path, data), TARGET, DRAFT).channels) == 1
+    head_map = load(write(tmp_path, {**data, "shares": SHARES}), TARGET, DRAFT)
+    assert len(head_map.channels) == len({share for row in SHARES for share in row})
+    assert head_map.head_channels(1) == [head_map.head_channels(1)[0]] * 2
+    assert head_map.head_channels(2)[1] == head_map.head_channels(1)[0] != head_map.head_channels(0)[0]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 5, 20, 40, 63, SPLIT_STEPS])
+def test_a_split_budget_is_the_budget_on_the_mean_and_follows_the_shares(tmp_path, keep):
+    head_map = shared_map(tmp_path)
+    row = head_map.split()[keep]
+    heads = [row[c] for layer in range(TARGET.layers) for c in head_map.head_channels(layer)]
+    assert sum(heads) / len(heads) == pytest.approx(keep / SPLIT_STEPS, abs=1e-9)
+    assert all(0 <= part <= 1 for part in heads)
+    flat = [share for layer in SHARES for share in layer]
+    part_of_one = next(p / s for p, s in zip(heads, flat, strict=True) if p < 1 or keep == SPLIT_STEPS)
+    for part, share in zip(heads, flat, strict=True):
+        assert part == pytest.approx(min(1, part_of_one * share), abs=1e-9) or keep == SPLIT_STEPS
+    assert proportional(TARGET, DRAFT).split() is None
+
+
+@pytest.mark.parametrize(
+    ("shares", "field"),
+    [
+        ("x", "shares"),
+        (None, "shares"),
+        (SHARES[:3], "shares"),
+        ([*SHARES[:3], [1.0]], "shares[3]"),
+        ([*SHARES[:3], [1.0, 0]], "shares[3][1]"),
+        ([*SHARES[:3], [1.0, -1.0]], "shares[3][1]"),
+        ([*SHARES[:3], [1.0, "1"]], "shares[3][1]"),
+        ([*SHARES[:3], [1.0, True]], "shares[3][1]"),
+        ([*SHARES[:3], [1.0, 1e9]], "shares[3][1]"),
+    ],
+)
+def test_bad_shares_are_refused_by_field(tmp_path, shares, field):
+    with pytest.raises(ConfigError, match=rf"^head_map\.{re.escape(field)}: "):
+        shared_map(tmp_path, shares)
+
+
+def test_a_split_budget_and_flashinfer_do_not_go_together(tmp_path):
+    path = write(tmp_path, {**valid(), "shares": SHARES})
+    of_config(StsConfig(head_map=path), TARGET, DRAFT)
+    with pytest.raises(ConfigError, match=r"^sts_config\.kernel: 'flashinfer' with a map that splits"):
+        of_config(StsConfig(head_map=path, kernel="flashinfer"), TARGET, DRAFT)

@@ -64,7 +64,7 @@ class Batch:
         made = selectors.LayerSelector(config, KV_HEADS, self.total, requests, dtype, device)
         made.admit(self.reqs.to(device), prompts or [[b] for b in self.reqs.tolist()])
         tensors = (self.q, self.keys, self.table, self.reqs, self.seq_lens, self.columns)
-        tensors = (*tensors, torch.tensor(counts), self.tail)
+        tensors = (*tensors, torch.tensor(counts)[:, None].expand(-1, KV_HEADS), self.tail)
         found = made.select(ops(kernel), number, *(t.to(device) for t in tensors), DIM**-0.5)
         indices, start, count = (t.cpu() for t in found)
         return [

@@ -137,7 +137,8 @@ class StsTargetBackend(AttentionBackend):
         rows = q.view(fb.batch_size, -1, layer.tp_q_head_num, layer.qk_head_dim)
         kv_indices, channels = runtime.state.kv_indices, runtime.head_channels(layer.layer_id)
         if runtime.selector is not None:
-            kv_indices, *selection = self._select_by_layer(selection.kv_count[:, 0], rows, layer, fb)
+            counts = selection.kv_count[:, channels.long()]
+            kv_indices, *selection = self._select_by_layer(counts, rows, layer, fb)
             channels = runtime.selector.heads
         attend = runtime.ops.sparse_verify_attention
         if self.headwise is not None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +58,12 @@ def add(commands) -> None:
         choices=("auto", *POOLS),
         default="auto",
         help="pool of rows and heads (default: the better)",
+    )
+    flag(
+        "--budget",
+        choices=("split", "uniform"),
+        default="split",
+        help="give heads that lose more a larger part of the budget (default), or all the same",
     )
     flag(
         "--band",
@@ -134,6 +141,9 @@ def measure(pair, args, config, records, held):
 
     _say("searching")
     found = find(windows)
+    if args.budget == "split":
+        split = search.split_budget(found.head_map, windows, target, draft, args.keep)
+        found = replace(found, head_map=split)
     _say("checking on held-out texts")
     mass = search.outside(checks, target)
     ways = {
@@ -148,21 +158,24 @@ def measure(pair, args, config, records, held):
     recall["random"] = search.random(checks)
     recall["calibrated, own texts"] = float(found.recall.mean())
     weighted = {name: float((values * mass).sum() / mass.sum()) for name, values in ways.items()}
-    gap = recall["oracle"] - recall["proportional default"]
     stability = {}
     for domain in dict.fromkeys(r.domain for r in records):
         _say(f"stability: {domain}")
         own = find(search.frees([r for r in records if r.domain == domain], config)).head_map
         share = search.recall_of(own, checks, target, draft).mean((1, 2))
         stability[domain] = search.by_domain(checks, share)
+    lost = search.lost_mass(found.head_map, checks, target, draft, args.keep)
+    weighted |= {f"calibrated, {name}": 1 - share / float(mass.mean()) for name, share in lost.items()}
     by_head, best = ways["calibrated"].mean(0), ways["oracle"].mean(0)
     latest = sum(not own for layer in found.head_map.sources for own in layer)
     return found, {
         "recall": recall,
         "recall_by_mass": weighted,
         "recall_by_domain": {n: search.by_domain(checks, v.mean((1, 2))) for n, v in ways.items()},
-        "gap_closed": (recall["calibrated"] - recall["proportional default"]) / gap if gap > 1e-6 else None,
+        "gap_closed": _closed(recall, "calibrated"),
         "share_outside": float(mass.mean()),
+        "lost": lost,
+        "gap_closed_by_mass": _closed(weighted, f"calibrated, {args.budget} budget"),
         "pool": found.head_map.pool,
         "latest_heads": latest,
         "heads_mean": sum(len(own) for layer in found.head_map.sources for own in layer)
@@ -178,6 +191,12 @@ def measure(pair, args, config, records, held):
         "candidate_recall": _rounded(found.singles.recall),
         "candidate_jaccard": _rounded(found.singles.jaccard),
     }
+
+
+def _closed(recall: dict[str, float], way: str) -> float | None:
+    """Part of the gap between the proportional default and the oracle, None where there is none."""
+    gap = recall["oracle"] - recall["proportional default"]
+    return (recall[way] - recall["proportional default"]) / gap if gap > 1e-6 else None
 
 
 def _map(pair, args, found, report: dict[str, Any], prints, texts: list[Text], records) -> dict[str, Any]:
@@ -200,6 +219,7 @@ def _map(pair, args, found, report: dict[str, Any], prints, texts: list[Text], r
         "sources": [
             [[list(source) for source in h] or LATEST for h in layer] for layer in found.head_map.sources
         ],
+        **({"shares": found.head_map.shares} if found.head_map.shares else {}),
         "dense_layers": report["dense_layers"],
         "best": best,
         "texts": [

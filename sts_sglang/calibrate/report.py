@@ -26,9 +26,15 @@ def table(report: dict[str, Any]) -> str:
         shares += report["recall_by_domain"][name].values() if shares else []
         lines += [f"  {name:<24}{report['recall'][name]:6.3f}" + "".join(f"{s:9.3f}  " for s in shares)]
     lines += [f"  {report['share_outside']:.0%} of the target's attention lies outside sink and recent"]
+    lost = [
+        f"{share:.2%} with a {name} (recall by mass {report['recall_by_mass'][f'calibrated, {name}']:.3f})"
+        for name, share in report["lost"].items()
+    ]
+    lines += [f"  of all its attention, the map leaves out {' and '.join(lost)}"]
     if (closed := report["gap_closed"]) is not None:
         lines += [
-            f"  of the gap between the proportional default and the oracle, the map closes {closed:.0%}"
+            f"  of the gap between the proportional default and the oracle, the map closes {closed:.0%}; "
+            f"by mass, with its budgets, {report['gap_closed_by_mass']:.0%}"
         ]
     lines += [
         f"pool {report['pool']}, {report['heads_mean']:.1f} draft heads a target head; "

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from sts_sglang.calibrate.record import VERIFY_ROWS, Record
-from sts_sglang.config import StsConfig
+from sts_sglang.config import CEIL_GUARD, StsConfig
 from sts_sglang.headmap import POOLS, HeadCounts, HeadMap, Source
 
 SHORTLIST = 16  # candidates tried as members of a target head's sources
+# Parts of the context that a head may be given when the budget is split, in budgets.
+PARTS = (0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 LEAST_GAIN = 0.001  # recall that a further member must add: each costs the draft's scoring kernel time
 
 
@@ -209,15 +212,21 @@ def _join(pool: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def selected(head_map: HeadMap, free: Free, layer: int, draft: HeadCounts, pool: str) -> torch.Tensor:
     """Indices [KV heads, count] that each head of a target layer selects."""
+    return ranked(head_map, free, layer, draft, pool)[:, : free.count]
+
+
+def ranked(head_map: HeadMap, free: Free, layer: int, draft: HeadCounts, pool: str) -> torch.Tensor:
+    """Indices [KV heads, positions] in the order in which each head of a target layer would select them."""
     rows = []
     for own in head_map.sources[layer]:
         if not own:
-            rows.append(torch.arange(free.positions - free.count, free.positions))
+            rows.append(torch.arange(free.positions - 1, -1, -1))
             continue
         heads = [d * draft.q_heads + q for d, q in own]
         different = sorted(set(heads))
         values = free.scores(pool, different)[[different.index(c) for c in heads]]
-        rows.append(free.top(values.amax(0) if pool == "max" else values.sum(0)))
+        joined = values.amax(0) if pool == "max" else values.sum(0)
+        rows.append(joined.argsort(descending=True))
     return torch.stack(rows)
 
 
@@ -229,6 +238,72 @@ def recall_of(head_map: HeadMap, windows: list[Free], target: HeadCounts, draft:
         target,
         lambda free, layer, mass: free.recall(mass, selected(head_map, free, layer, draft, pool)),
     )
+
+
+def split_budget(
+    head_map: HeadMap, windows: list[Free], target: HeadCounts, draft: HeadCounts, keep: float
+) -> HeadMap:
+    """The map with shares: what each target head gets of the budget, so that most attention is selected.
+
+    A head whose attention outside sink and recent is little, or gathered in few tokens that its sources
+    find, gives up what serves it least to one that loses much. Every domain counts the same.
+    """
+    parts = sorted({min(1.0, keep * part) for part in PARTS})
+    lost = _lost(head_map, windows, target, draft, parts).tolist()
+    level = [[0] * target.kv_heads for _ in range(target.layers)]
+    left = (keep - parts[0]) * target.layers * target.kv_heads
+    while (step := _best_step(lost, level, parts, left)) is not None:
+        t, h, further = step
+        left -= parts[further] - parts[level[t][h]]
+        level[t][h] = further
+    shares = tuple(tuple(round(parts[i] / keep, 4) for i in row) for row in level)
+    return replace(head_map, shares=shares)
+
+
+def _best_step(lost: list, level: list[list[int]], parts: list[float], left: float):
+    """(layer, head, further level) that saves most attention for what it costs, None if `left` buys none."""
+    best, found = 0.0, None
+    for t, row in enumerate(level):
+        for h, now in enumerate(row):
+            for further in range(now + 1, len(parts)):
+                cost = parts[further] - parts[now]
+                gain = (lost[t][h][now] - lost[t][h][further]) / cost
+                if cost <= left + 1e-9 and gain > best:
+                    best, found = gain, (t, h, further)
+    return found
+
+
+def _lost(head_map, windows: list[Free], target: HeadCounts, draft: HeadCounts, parts) -> torch.Tensor:
+    """[layers, KV heads, parts] of attention outside sink and recent that a list of that part misses."""
+    pool = head_map.pool or "max"
+    domains = list(dict.fromkeys(free.domain for free in windows))
+    total = torch.zeros(len(domains), target.layers, target.kv_heads, len(parts))
+    for free in windows:
+        context = free.record.windows[free.i]
+        wanted = [math.ceil(part * context - CEIL_GUARD) - (context - free.positions) for part in parts]
+        counts = [min(free.positions, max(0, k)) for k in wanted]
+        for layer in range(target.layers):
+            mass = free.mass(_rows(layer, target))
+            order = ranked(head_map, free, layer, draft, pool)
+            kept = mass.gather(1, order).cumsum(1)
+            kept = torch.nn.functional.pad(kept, (1, 0))[:, counts]
+            total[domains.index(free.domain), layer] += mass.sum(1, keepdim=True) - kept
+    number = torch.tensor([sum(free.domain == d for free in windows) for d in domains])
+    return (total / number[:, None, None, None]).mean(0)
+
+
+def lost_mass(
+    head_map: HeadMap, windows: list[Free], target: HeadCounts, draft: HeadCounts, keep: float
+) -> dict[str, float]:
+    """Mean over heads of the attention that is not selected, with one budget for all and with shares."""
+    shares = head_map.shares or [[1.0] * target.kv_heads] * target.layers
+    parts = sorted({keep, *(min(1.0, share * keep) for row in shares for share in row)})
+    lost = _lost(head_map, windows, target, draft, parts)
+    found = {"uniform budget": float(lost[..., parts.index(keep)].mean())}
+    if head_map.shares:
+        index = torch.tensor([[parts.index(min(1.0, share * keep)) for share in row] for row in shares])
+        found["split budget"] = float(lost.gather(-1, index[..., None]).mean())
+    return found
 
 
 def oracle(windows: list[Free], target: HeadCounts) -> torch.Tensor:
