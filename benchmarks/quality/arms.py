@@ -34,6 +34,7 @@ ARMS = {
     "sts": Arm({}, "the draft's attention, default head map"),
     "sts-again": Arm({}, "the same once more: run-to-run noise"),
     "sts-proportional": Arm({"head_map": "proportional"}, "the map that needs no calibration"),
+    "sts-uniform": Arm({"head_map": "uniform"}, "the default map, but the same budget for every head"),
     "sts-warm": Arm({"history": "warm"}, "history in a request's first verify"),
     "sts-blend": Arm({"history": "blend"}, "history in every verify"),
     "sts-full4": Arm({"full_verify_every": 4}, "every 4th verify attends to everything"),
@@ -64,9 +65,9 @@ class Plan:
 
 def sts_config(arm: Arm, models: Path, folder: Path) -> str:
     config = {**BASE, **arm.config}
-    if config.get("head_map") == "proportional":
-        path = folder / "proportional.json"
-        path.write_text(json.dumps(_proportional(models)))
+    if (name := config.get("head_map")) in MAPS:
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(MAPS[name](models)))
         config["head_map"] = str(path)
     return json.dumps(config)
 
@@ -80,6 +81,15 @@ def _proportional(models: Path) -> dict:
     head_map = headmap.proportional(*counts)
     shapes = {"target": counts[0]._asdict(), "draft": counts[1]._asdict()}
     return {"version": 1, "shift": 1, "tp": 1, **shapes, "sources": head_map.sources}
+
+
+def _uniform(models: Path) -> dict:
+    """The packaged map of the pair without its split of the budget."""
+    data = json.loads((headmap.MAPS / "standalone.json").read_text())
+    return {key: value for key, value in data.items() if key != "shares"}
+
+
+MAPS = {"proportional": _proportional, "uniform": _uniform}
 
 
 def start(name: str, plan: Plan, folder: Path) -> LocalServer:

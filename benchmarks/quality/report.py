@@ -19,7 +19,8 @@ from benchmarks.quality.stats import ENOUGH, Interval, interval, macro_interval
 
 DENSE = 1.0
 LOSS = "text"
-RIVALS = ("quest", "recent", "random", "oracle", "sts-proportional", "sts-warm", "sts-blend", "sts-full4")
+RIVALS = ("quest", "recent", "random", "oracle", "sts-uniform", "sts-proportional")
+RIVALS += ("sts-warm", "sts-blend", "sts-full4")
 COLORS = {"sts": "C3", "oracle": "k", "quest": "C0", "recent": "C2", "random": "C7"}
 
 
