@@ -46,7 +46,7 @@ def ask(server: LocalServer, ids: list[int], rid: str | None = None, tokens: int
 
 
 def storm(server: LocalServer, prefixes: list[list[int]], turns: int = 2) -> list[dict]:
-    """Branches of every prefix at once, a third of them aborted on the way; another turn follows the first."""
+    """Branches of every prefix at once, a third of them aborted on the way; then another turn."""
     answers = []
     for turn in range(turns):
         prompts = [

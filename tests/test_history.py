@@ -15,6 +15,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 from sts_kernels import UNKNOWN, ops
 from sts_sglang.config import StsConfig
 from sts_sglang.importance import SlotHistory
+from sts_sglang.memory import history_bytes_per_token
 
 SLOTS, REQUESTS, WIDTH, TOKENS = 160, 6, 64, 4
 CONFIG = StsConfig(history="blend", history_weight=0.5, history_decay=0.75)
@@ -164,6 +165,23 @@ def test_no_slot_remembers_an_earlier_occupant(seed: int) -> None:
         inherited += sum(s.cached > 0 for s in engine.running.values())
     assert inherited > 40  # the traffic did share prefixes
     assert engine.expected
+
+
+def test_it_takes_what_is_reserved_for_it() -> None:
+    history = SlotHistory(CONFIG, 5, SLOTS + 1, REQUESTS, "cpu")
+    assert history.nbytes() == (SLOTS + 1) * history_bytes_per_token(5)
+
+
+def test_loaded_slots_are_forgotten_before_the_next_forward_and_not_earlier() -> None:
+    """A round in flight lets a finished request's slots remember, when HiCache has them already."""
+    history = SlotHistory(CONFIG, 2, 8, REQUESTS, "cpu")
+    history.loaded(torch.tensor([2, 3]))
+    history.remembered[:] = 0.5
+    history.forget_loaded()
+    assert (history.remembered == UNKNOWN).all(0).tolist() == [False, False, True, True] + 4 * [False]
+    history.remembered[:] = 0.5
+    history.forget_loaded()
+    assert (history.remembered == 0.5).all()  # once
 
 
 def test_the_slot_past_a_matched_prefix_is_unknown() -> None:
