@@ -69,7 +69,8 @@ def of_request(runtime: StsRuntime, req: Any, table: torch.Tensor) -> Dump:
     state, head_map = runtime.state, runtime.head_map
     if state.history is not None:
         slots = table[req.req_pool_idx, : len(tokens)].long()
-        importance = state.history.remembered[:, slots]
+        # A row at a time: the device may have no room for all.
+        importance = torch.stack([row[slots].cpu() for row in state.history.remembered])
     else:
         importance = state.last_scores(req.req_pool_idx, len(tokens))
     importance = importance.float().cpu()

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from sts_sglang import dumps
 from sts_sglang.demo import FACTS, MODELS, document
 from sts_sglang.local_server import LocalServer
 from sts_sglang.tiny_pair import make_pair
@@ -114,6 +115,20 @@ def start_all(stack: ExitStack, servers: dict[str, LocalServer]) -> dict[str, Lo
     return {name: stack.enter_context(server) for name, server in servers.items()}
 
 
+def inspect(server: LocalServer, ids: list[int]) -> None:
+    """A dump, with nothing else running, knows the whole prompt and no more than a probability of it."""
+    folder = Path(server.sts()["config"]["inspect_dir"])
+    before = set(folder.iterdir())
+    params = {"max_new_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    params["custom_params"] = {"sts": {"inspect": True}}
+    answer = server.post("/generate", {"input_ids": ids, "sampling_params": params})
+    (path,) = set(folder.iterdir()) - before
+    dump = dumps.read(path)
+    assert dump.tokens.tolist() == [*ids, *answer["output_ids"]][: len(dump.tokens)]
+    known = dump.importance[:, 1 : len(ids)]
+    assert (known >= 0).all() and 0.01 < known.max() <= 1
+
+
 def check(servers: dict[str, LocalServer], prefixes: list[list[int]]) -> None:
     poisoned = [name for name in servers if name != "off"]
     with ThreadPoolExecutor(len(poisoned)) as pool:
@@ -129,6 +144,9 @@ def check(servers: dict[str, LocalServer], prefixes: list[list[int]]) -> None:
     assert warm == off
     for name in ("warm", "blend"):
         assert servers[name].sts()["poison"]["read"] == 0
+        assert servers[name].sts()["history_bytes_per_token"] > 4
+    for name in ("warm", "off"):
+        inspect(servers[name], prompts[0])
     for name, server in servers.items():
         assert "Traceback" not in server.log.read_text(), f"{name}: {server.log_tail()}"
 
@@ -147,7 +165,7 @@ def test_no_freed_slot_is_remembered_on_a_gpu(tmp_path):
     args += ["--chunked-prefill-size", "2048"]
 
     def server(name: str, env: dict, **config) -> LocalServer:
-        flags = [*args, *sts(MODELS / "draft", **config)]
+        flags = [*args, *sts(MODELS / "draft", inspect_dir=str(tmp_path), **config)]
         log = tmp_path / f"{name}.log"
         return LocalServer(MODELS / "target", log, *flags, env=env, start_seconds=240, module=MODULE)
 
@@ -167,7 +185,7 @@ def test_no_freed_slot_is_remembered_on_the_cpu(tmp_path):
     args = ["--max-total-tokens", "1500", "--chunked-prefill-size", "128"]
 
     def server(name: str, env: dict, **config) -> LocalServer:
-        flags = [*args, *sts(pair["draft"], **config)]
+        flags = [*args, *sts(pair["draft"], inspect_dir=str(tmp_path), **config)]
         return Server(pair["target"], tmp_path / f"{name}.log", *flags, env=env, module=MODULE)
 
     with ExitStack() as stack:

@@ -14,9 +14,17 @@ from sts_kernels.checks import check_verify
 LOG2E = 1.4426950408889634
 # What the benches tune. `programs` over (request, KV head) pairs gives the splits, each of at least
 # `least` tokens of a full context. Slots, then keys and values are loaded ahead: with five stages two
-# blocks of keys and values are in flight, with three only one.
-# `early` lets the merge start while the splits end.
-KNOBS = {"BLOCK": 32, "programs": 264, "least": 512, "num_warps": 4, "num_stages": 5, "early": True}
+# blocks of keys and values are in flight, with three only one. `early` lets the merge start while the splits
+# end. A list longer than the mean is read in up to `uneven` times as many splits.
+KNOBS = {
+    "BLOCK": 32,
+    "programs": 264,
+    "least": 512,
+    "num_warps": 4,
+    "num_stages": 5,
+    "early": True,
+    "uneven": 4,
+}
 
 
 def sparse_verify_attention(
@@ -43,19 +51,22 @@ def sparse_verify_attention(
     kv_heads = k_buffer.shape[1]
     rows = max(16, triton.next_power_of_2(tokens * (q_heads // kv_heads)))
     splits = _splits(KNOBS, bs * kv_heads, req_to_token.shape[1])
+    most = max(1, min(splits * KNOBS["uneven"], req_to_token.shape[1] // KNOBS["least"], 64))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if bs == 0:
         return out
-    partial = torch.empty(bs, kv_heads, splits, rows, dim, dtype=torch.float32, device=q.device)
-    stats = torch.empty(bs, kv_heads, splits, rows, 2, dtype=torch.float32, device=q.device)
+    partial = torch.empty(bs, kv_heads, most, rows, dim, dtype=torch.float32, device=q.device)
+    stats = torch.empty(bs, kv_heads, most, rows, 2, dtype=torch.float32, device=q.device)
+    number = torch.empty(bs, kv_heads, dtype=torch.int32, device=q.device)
     shape = {"T": tokens, "H_Q": q_heads, "H_KV": kv_heads, "D": dim, "ROWS": rows}
     early = starts_early(q.device) if KNOBS["early"] else {}
-    _split_kernel[(bs, kv_heads, splits)](
+    _split_kernel[(bs, kv_heads, most)](
         q,
         k_buffer,
         v_buffer,
         partial,
         stats,
+        number,
         kv_indices,
         kv_start,
         kv_count,
@@ -71,7 +82,10 @@ def sparse_verify_attention(
         k_buffer.stride(0),
         k_buffer.stride(1),
         req_to_token.stride(0),
+        bs,
         splits,
+        most,
+        PAIRS_P2=triton.next_power_of_2(bs * kv_heads),
         TAIL=max(16, triton.next_power_of_2(tokens)),
         BLOCK=KNOBS["BLOCK"],
         EARLY=bool(early),
@@ -79,9 +93,9 @@ def sparse_verify_attention(
         num_stages=KNOBS["num_stages"],
         **shape,
     )
-    splits_p2 = triton.next_power_of_2(splits)
+    splits_p2 = triton.next_power_of_2(most)
     _merge_kernel[(bs, tokens, q_heads)](
-        partial, stats, out, splits, SPLITS_P2=splits_p2, EARLY=bool(early), **shape, **early
+        partial, stats, number, out, most, SPLITS_P2=splits_p2, EARLY=bool(early), **shape, **early
     )
     return out
 
@@ -123,8 +137,9 @@ def _split_kernel(
     q_ptr,  # [bs, T, H_q, D], tokens `stride_q` apart
     k_ptr,  # [slots, H_kv, D]
     v_ptr,
-    partial_ptr,  # float32 [bs, H_kv, splits, ROWS, D]
-    stats_ptr,  # float32 [bs, H_kv, splits, ROWS, 2]: maximum in log2, sum
+    partial_ptr,  # float32 [bs, H_kv, most, ROWS, D]
+    stats_ptr,  # float32 [bs, H_kv, most, ROWS, 2]: maximum in log2, sum
+    number_ptr,  # [bs, H_kv], splits that a list is read in
     indices_ptr,
     start_ptr,  # [bs, channels]
     count_ptr,  # [bs, channels], -1: the whole context
@@ -140,7 +155,10 @@ def _split_kernel(
     stride_slot,
     stride_head,
     stride_table,
-    splits,
+    bs,
+    splits,  # of a list of mean length
+    most,
+    PAIRS_P2: tl.constexpr,  # bs * H_kv padded
     T: tl.constexpr,
     H_Q: tl.constexpr,
     H_KV: tl.constexpr,
@@ -163,6 +181,19 @@ def _split_kernel(
     if count < 0:
         total = length
         list_ptr = row_ptr
+    # Contexts and budgets differ: every program gets about as many tokens as any other.
+    pair = tl.arange(0, PAIRS_P2)
+    there = pair < bs * H_KV
+    its_channel = tl.load(head_channels_ptr + pair % H_KV, mask=there, other=0)
+    counts = tl.load(count_ptr + pair // H_KV * channels + its_channel, mask=there, other=0)
+    lengths = tl.load(lens_ptr + pair // H_KV, mask=there, other=0).to(tl.int32)
+    tokens = tl.sum(tl.where(counts < 0, lengths, counts), 0)
+    share = tl.maximum(tl.cdiv(tokens, bs * H_KV * splits), 1)
+    number = tl.minimum(tl.maximum(tl.cdiv(total, share), 1), most)
+    if split >= number:
+        return
+    if split == 0:
+        tl.store(number_ptr + b * H_KV + h, number)
     if (split == 0) & (req > 0):  # slot 0 is the padding of CUDA graphs
         tl.atomic_add(attended_ptr, total.to(tl.int64))
         tl.atomic_add(attended_ptr + 1, length.to(tl.int64))
@@ -178,8 +209,8 @@ def _split_kernel(
     acc = tl.zeros([ROWS, D], tl.float32)
 
     # Equal numbers of tokens, not of blocks: what is masked in a block is not read.
-    first = total * split // splits
-    last = total * (split + 1) // splits
+    first = total * split // number
+    last = total * (split + 1) // number
     for block in range(first, last, BLOCK):
         offs = block + tl.arange(0, BLOCK)
         ok = offs < last
@@ -199,7 +230,7 @@ def _split_kernel(
             norm,
             acc,
         )
-    if split == splits - 1:
+    if split == number - 1:
         # The tail: the draft tokens themselves, each seeing what its row of the mask allows.
         cols = tl.arange(0, TAIL)
         ok = cols < T
@@ -214,7 +245,7 @@ def _split_kernel(
         )
     if EARLY:
         gdc_launch_dependents()
-    base = ((b * H_KV + h) * splits + split) * ROWS
+    base = ((b * H_KV + h) * most + split) * ROWS
     tl.store(partial_ptr + (base + rows[:, None]) * D + dims[None, :], acc, mask=row_ok[:, None])
     tl.store(stats_ptr + (base + rows) * 2, peak)
     tl.store(stats_ptr + (base + rows) * 2 + 1, norm)
@@ -224,8 +255,9 @@ def _split_kernel(
 def _merge_kernel(
     partial_ptr,
     stats_ptr,
+    number_ptr,
     out_ptr,  # [bs, T, H_q, D]
-    splits,
+    most,
     T: tl.constexpr,
     H_Q: tl.constexpr,
     H_KV: tl.constexpr,
@@ -239,9 +271,10 @@ def _merge_kernel(
     b, token, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H_Q // H_KV
     row = token * GROUP + head % GROUP
-    first = (b * H_KV + head // GROUP) * splits
+    kv_head = b * H_KV + head // GROUP
+    number = tl.load(number_ptr + kv_head)
     # Every row sees itself in the tail, so one split at least has a finite maximum.
-    _, _, out = _merge(partial_ptr, stats_ptr, first, row, splits, D, ROWS, SPLITS_P2)
+    _, _, out = _merge(partial_ptr, stats_ptr, kv_head * most, row, number, D, ROWS, SPLITS_P2)
     dims = tl.arange(0, D)
     tl.store(out_ptr + ((b * T + token) * H_Q + head) * D + dims, out.to(out_ptr.dtype.element_ty))
 
