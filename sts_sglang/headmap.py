@@ -139,6 +139,14 @@ class HeadMap:
         shares, heads = [share for _, share in self._by_channel], [*self._by_channel.values()]
         return [_filled(shares, heads, i / SPLIT_STEPS) for i in range(SPLIT_STEPS + 1)]
 
+    def list_growth(self, keep: float) -> float:
+        """How much longer the lists of all channels are together than with the same budget for every head:
+        a budget is split over heads, and a channel of a large share may serve few of them. At least 1."""
+        if self.shares is None:
+            return 1.0
+        shares, heads = [share for _, share in self._by_channel], [*self._by_channel.values()]
+        return max(1.0, sum(_filled(shares, heads, keep)) / len(shares) / keep)
+
 
 def _filled(shares: list[float], heads: list[int], keep: float) -> list[float]:
     """min(1, s * share) for the s at which their mean over heads is `keep`."""

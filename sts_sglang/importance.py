@@ -73,7 +73,8 @@ class RoundState:
         self.keeps = torch.full((requests,), torch.nan, dtype=torch.float64, device=device)
         columns = -(-sizes.columns // ALIGN) * ALIGN
         self.importance = torch.zeros(channels, columns, dtype=importance_dtype, device=device)
-        self.kv_indices = torch.zeros(channels * sizes.indices, dtype=torch.int32, device=device)
+        entries = int(channels * sizes.indices * head_map.list_growth(config.keep))
+        self.kv_indices = torch.zeros(entries, dtype=torch.int32, device=device)
         self.history = (
             SlotHistory(config, channels, slots, requests, device) if config.history != "off" else None
         )

@@ -35,16 +35,19 @@ def sizes(config: StsConfig, pool_tokens: int, requests: int, context_len: int) 
     return Sizes(columns, min(columns, wanted))
 
 
-def bytes_per_token(config: StsConfig, channels: int, draft_kv_heads: int, draft_rows: int) -> float:
+def bytes_per_token(
+    config: StsConfig, channels: int, draft_kv_heads: int, draft_rows: int, list_growth: float = 1.0
+) -> float:
     """Bytes that one more token of the KV pool adds.
 
     Args:
         channels: of the head map; draft_kv_heads: of the draft.
         draft_rows: query rows of a draft KV head in one step, (1 + topk) * group: the draft attention
             keeps what they saw until it knows their log-sum-exp.
+        list_growth: of the head map.
     """
     share = min(1.0, config.keep * LIST_SLACK) if config.policy == "ratio" else 1.0
-    scored = 2 * channels + 4 * channels * share + 2 * draft_kv_heads * draft_rows
+    scored = 2 * channels + 4 * channels * share * list_growth + 2 * draft_kv_heads * draft_rows
     return OVERSUBSCRIBED * scored + (history_bytes_per_token(channels) if config.history != "off" else 0)
 
 

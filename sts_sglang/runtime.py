@@ -214,14 +214,15 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
     draft = draft_config(server_args, target)
     counts = [headmap.counts(model) for model in (target, draft)]
     # Fingerprints say whose map it is, not how large it is.
-    channels = len(headmap.of_config(config, *counts).channels)
+    head_map = headmap.of_config(config, *counts)
     group = draft.num_attention_heads // counts[1].kv_heads
     rows = (1 + (server_args.speculative_eagle_topk or 1)) * group
     kv = sum(
         c.layers * c.kv_heads * 2 * m.head_dim * m.dtype.itemsize
         for c, m in zip(counts, (target, draft), strict=True)
     )
-    state = memory.bytes_per_token(config, channels, counts[1].kv_heads, rows)
+    growth = head_map.list_growth(config.keep)
+    state = memory.bytes_per_token(config, len(head_map.channels), counts[1].kv_heads, rows, growth)
     if config.selector != "draft":  # scores and lists of a LayerSelector
         state += memory.OVERSUBSCRIBED * 6 * counts[0].kv_heads
     own = 0
