@@ -16,7 +16,7 @@ rounds, layers and KV heads; `by_mass` weighs heads by how much mass they have t
 key just past the matched prefix is the donor's: its score counts as lost. `first_of_fresh` is the mass, sink
 and recent included, that the first verify holds, over what a fresh scoring of the whole context would (no key
 lost, nothing remembered); `first_of_oracle` over what the target's own top tokens would. `over_channel` is
-the difference of `by_mass` to `channel`, with its standard error over conversations.
+the difference of `by_mass` to `channel`, `over_off` to `off`, with standard errors over conversations.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from sts_sglang.demo import MODELS
 
 CONFIG = StsConfig(keep=0.1, budget=0)
 WAYS = ("off", "channel", "layer", "slot", "warm")
-WEIGHTS = (0.5, 0.2)  # of memory; the first is the default
+WEIGHTS = (0.5, 0.2, 0.05)  # of memory
 ROUND = 3  # accepted tokens
 
 
@@ -188,11 +188,14 @@ def main() -> None:
     layers = len({min((layer for layer, _ in s), default=-1) for s in chat.map.channels})
     numbers = {"off": 0, "slot": 1, "layer": layers}
     lines = [measure(chat, conversations, way, weight) for weight in WEIGHTS for way in WAYS]
+    off = lines[0]["each"]
     served = {line["weight"]: line["each"] for line in lines if line["way"] == "channel"}
     for line in lines:
-        more = [a - b for a, b in zip(line.pop("each"), served[line["weight"]], strict=True)]
-        line["over_channel"] = round(statistics.mean(more), 4)
-        line["over_channel_error"] = round(statistics.stdev(more) / len(more) ** 0.5, 4)
+        each = line.pop("each")
+        for name, other in (("over_channel", served[line["weight"]]), ("over_off", off)):
+            more = [a - b for a, b in zip(each, other, strict=True)]
+            line[name] = round(statistics.mean(more), 4)
+            line[f"{name}_error"] = round(statistics.stdev(more) / len(more) ** 0.5, 4)
         line["bytes_a_token"] = 4 * numbers.get(line["way"], channels)
         line |= {"conversations": len(conversations), "rounds": sum(map(len, conversations))}
         line |= {"longest": max(r[-1].free.record.tokens for r in conversations)}
