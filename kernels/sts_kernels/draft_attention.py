@@ -28,6 +28,7 @@ KNOBS = {
     "num_warps": 4,
     "num_stages": 5,
     "early": True,
+    "uneven": 4,
     "pool_blocks": 4,
     "pool_programs": 64,
     "pool_warps": 4,
@@ -78,10 +79,11 @@ def draft_attention(
     queries = branches + (carried_q is not None)
     used = queries * (q_heads // kv_heads)
     rows = max(16, triton.next_power_of_2(used))
-    splits = _splits(KNOBS, bs * kv_heads, req_to_token.shape[1])
+    splits, most = _splits(KNOBS, bs * kv_heads, req_to_token.shape[1])
     new = {"device": k_buffer.device}
-    partial = torch.empty(bs, kv_heads, splits, rows, dim, dtype=torch.float32, **new)
-    stats = torch.empty(bs, kv_heads, splits, rows, 2, dtype=torch.float32, **new)
+    partial = torch.empty(bs, kv_heads, most, rows, dim, dtype=torch.float32, **new)
+    stats = torch.empty(bs, kv_heads, most, rows, 2, dtype=torch.float32, **new)
+    number = torch.empty(bs, dtype=torch.int32, **new)
     lse = torch.empty(bs, kv_heads, rows, dtype=torch.float32, **new)
     capture = members.channels.numel() > 0
     blocks = columns // BLOCK if capture else 0
@@ -91,7 +93,7 @@ def draft_attention(
     early = starts_early(k_buffer.device) if KNOBS["early"] else {}
     shape |= {"ROWS": rows, "USED": used, "EARLY": bool(early)}
     some = carried_q if q is None else q
-    _split_kernel[(bs, kv_heads, splits)](
+    _split_kernel[(bs, kv_heads, most)](
         some if q is None else q,
         some if carried_q is None else carried_q,
         carried_len,
@@ -99,6 +101,7 @@ def draft_attention(
         v_buffer,
         partial,
         stats,
+        number,
         stored,
         peaks,
         req_to_token,
@@ -113,7 +116,10 @@ def draft_attention(
         k_buffer.stride(1),
         req_to_token.stride(0),
         blocks,
+        bs,
         splits,
+        most,
+        BS_P2=triton.next_power_of_2(bs),
         SCRATCH=max(16, triton.next_power_of_2(branches * (step + 1))),
         BLOCK=BLOCK,
         CAPTURE=capture,
@@ -123,9 +129,9 @@ def draft_attention(
         num_stages=KNOBS["num_stages"],
         **shape,
     )
-    splits_p2 = triton.next_power_of_2(splits)
+    splits_p2 = triton.next_power_of_2(most)
     _merge_kernel[(bs, kv_heads, used)](
-        partial, stats, lse, some if out is None else out, splits, SPLITS_P2=splits_p2, **shape, **early
+        partial, stats, number, lse, some if out is None else out, most, SPLITS_P2=splits_p2, **shape, **early
     )
     if not capture:
         return out
@@ -172,8 +178,9 @@ def _split_kernel(
     carried_len_ptr,
     k_ptr,
     v_ptr,
-    partial_ptr,  # float32 [bs, H_kv, splits, ROWS, D]
-    stats_ptr,  # float32 [bs, H_kv, splits, ROWS, 2]
+    partial_ptr,  # float32 [bs, H_kv, most, ROWS, D]
+    stats_ptr,  # float32 [bs, H_kv, most, ROWS, 2]
+    number_ptr,  # [bs], splits that a context is read in
     stored_ptr,  # float16 [H_kv, blocks of columns, USED, BLOCK]
     peaks_ptr,  # float32 [H_kv, blocks of columns, USED]
     table_ptr,
@@ -188,7 +195,10 @@ def _split_kernel(
     stride_head,
     stride_table,
     blocks,
-    splits,
+    bs,
+    splits,  # of a context of mean length
+    most,
+    BS_P2: tl.constexpr,
     W: tl.constexpr,
     CARRIED: tl.constexpr,
     H_Q: tl.constexpr,
@@ -209,6 +219,15 @@ def _split_kernel(
     length = tl.load(lens_ptr + b).to(tl.int32)
     row_ptr = table_ptr + req * stride_table
     column = tl.load(ctx_start_ptr + b)
+    # Contexts differ: every program gets about as many tokens as any other.
+    every = tl.arange(0, BS_P2)
+    tokens = tl.sum(tl.load(lens_ptr + every, mask=every < bs, other=0).to(tl.int32), 0)
+    share = tl.maximum(tl.cdiv(tokens, bs * splits), 1)
+    number = tl.minimum(tl.maximum(tl.cdiv(length, share), 1), most)
+    if split >= number:
+        return
+    if (h == 0) & (split == 0):
+        tl.store(number_ptr + b, number)
 
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, D)
@@ -238,7 +257,7 @@ def _split_kernel(
     acc = tl.zeros([ROWS, D], tl.float32)
     # Positions [SHIFT, length + SHIFT), in whole blocks; each block holds a key.
     end = tl.where(length > 0, length + SHIFT, 0)
-    per_split = tl.cdiv(tl.cdiv(end, BLOCK), splits) * BLOCK
+    per_split = tl.cdiv(tl.cdiv(end, BLOCK), number) * BLOCK
     first = split * per_split
     place = h.to(tl.int64) * blocks + column // BLOCK  # this request's first block
     for block in range(first, tl.minimum(first + per_split, end), BLOCK):
@@ -264,7 +283,7 @@ def _split_kernel(
             acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         norm = norm * fade + tl.sum(p, 1)
         peak = new_peak
-    if (W > 0) & (split == splits - 1):
+    if (W > 0) & (split == number - 1):
         # Scratch: what ran in a row's own branch, itself included. The carried row ends at L.
         cols = tl.arange(0, SCRATCH)
         ok = cols < W * (step + 1)
@@ -276,7 +295,7 @@ def _split_kernel(
         )
     if EARLY:
         gdc_launch_dependents()
-    base = ((b * H_KV + h) * splits + split) * ROWS
+    base = ((b * H_KV + h) * most + split) * ROWS
     tl.store(partial_ptr + (base + rows[:, None]) * D + dims[None, :], acc, mask=(rows < USED)[:, None])
     tl.store(stats_ptr + (base + rows) * 2, peak)
     tl.store(stats_ptr + (base + rows) * 2 + 1, norm)
@@ -286,9 +305,10 @@ def _split_kernel(
 def _merge_kernel(
     partial_ptr,
     stats_ptr,
+    number_ptr,
     lse_ptr,  # float32 [bs, H_kv, ROWS], log2
     out_ptr,
-    splits,
+    most,
     W: tl.constexpr,
     CARRIED: tl.constexpr,
     H_Q: tl.constexpr,
@@ -305,8 +325,8 @@ def _merge_kernel(
     b, h, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H_Q // H_KV
     branch = row // GROUP - CARRIED
-    first = (b * H_KV + h) * splits
-    peak, norm, out = _merge(partial_ptr, stats_ptr, first, row, splits, D, ROWS, SPLITS_P2)
+    number = tl.load(number_ptr + b)
+    peak, norm, out = _merge(partial_ptr, stats_ptr, (b * H_KV + h) * most, row, number, D, ROWS, SPLITS_P2)
     tl.store(lse_ptr + (b * H_KV + h) * ROWS + row, peak + tl.log2(norm))
     if (W > 0) & (branch >= 0):
         place = ((b * W + branch) * H_Q + h * GROUP + row % GROUP) * D + tl.arange(0, D)

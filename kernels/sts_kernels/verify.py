@@ -50,8 +50,7 @@ def sparse_verify_attention(
     bs, tokens, q_heads, dim = q.shape
     kv_heads = k_buffer.shape[1]
     rows = max(16, triton.next_power_of_2(tokens * (q_heads // kv_heads)))
-    splits = _splits(KNOBS, bs * kv_heads, req_to_token.shape[1])
-    most = max(1, min(splits * KNOBS["uneven"], req_to_token.shape[1] // KNOBS["least"], 64))
+    splits, most = _splits(KNOBS, bs * kv_heads, req_to_token.shape[1])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if bs == 0:
         return out
@@ -100,9 +99,11 @@ def sparse_verify_attention(
     return out
 
 
-def _splits(knobs: dict[str, int], pairs: int, max_context: int) -> int:
-    """KV splits of each of so many (request, KV head) pairs; at most 64, what a merge holds in registers."""
-    return max(1, min(knobs["programs"] // max(1, pairs), max_context // knobs["least"], 64))
+def _splits(knobs: dict[str, int], pairs: int, max_context: int) -> tuple[int, int]:
+    """KV splits of a (request, KV head) of mean length, and of the longest; a merge holds 64 in registers."""
+    most = max(1, min(max_context // knobs["least"], 64))
+    splits = max(1, min(knobs["programs"] // max(1, pairs), most))
+    return splits, min(splits * knobs["uneven"], most)
 
 
 @functools.cache
