@@ -43,7 +43,7 @@ class Rule:
     donor: tuple[int, int] | None = None
     swapped_ties: frozenset[tuple[int, int, int]] = frozenset()  # near ties decided the other way
     history: str = "off"
-    history_weight: float = 0.5
+    history_weight: float = 0.05
     history_decay: float = 0.9
 
     def budget(self, context: int) -> int:

@@ -21,7 +21,7 @@ from sts_sglang.importance import SlotHistory
 from sts_sglang.runtime import StsRuntime
 
 POISON = 1e30
-FOUND = 1e15  # half of the poison in float32, infinity in float16
+FOUND = 1e15  # below any part of the poison in float32, and below infinity in float16
 _freed: list[torch.Tensor | None] = []  # None: every slot
 _poisoned = 0
 
