@@ -23,7 +23,7 @@ def lines(name: str) -> list[dict]:
 
 def save(figure: plt.Figure, name: str) -> None:
     figure.tight_layout()
-    figure.savefig(RESULTS / name, dpi=70)
+    figure.savefig(RESULTS / name, dpi=50)
     plt.close(figure)
 
 
