@@ -1,5 +1,7 @@
 """Sparse verify attention: Triton against its twin (gate), then time beside FA3 and FlashInfer.
 
+`triton-split` reads as many tokens in lists of unequal length, as a map that splits the budget makes them.
+
 One layer, all requests of one length, selections drawn at random per (request, channel), bf16. Rivals:
 dense FA3 (as SGLang calls it) and FlashInfer over the whole context, and FlashInfer over the same
 selections, with every (request, KV head) as a request of its own on a view of the pools with one head.
@@ -51,7 +53,9 @@ GRID = settings(
         "num_warps": [4, 8],
         "num_stages": [3, 5, 7],
     }
-) + [{"early": False}, {"least": 256}, {"least": 1024}]
+) + [{"early": False}, {"least": 256}, {"least": 1024}, {"uneven": 1}, {"uneven": 8}]
+# Parts of the budget of KV heads in a map that splits it; their mean is 1.
+SPLIT = (0.3, 0.3, 0.5, 0.5, 0.9, 1.0, 1.5, 3.0)
 
 
 @dataclass
@@ -107,6 +111,19 @@ class Case:
         attended = torch.zeros(2, dtype=torch.int64, device=DEVICE)
         places = [lists.flatten(), start, counts, heads, pool.table, reqs, lens, mask]
         return cls(pool, q, lists, [q, pool.k, pool.v, *places, dim**-0.5, attended])
+
+    def split(self) -> Case:
+        """The same list entries of a request, parted unequally between its KV heads."""
+        total = self.lists.shape[1] * KV_HEADS
+        ends = (
+            (torch.tensor(SPLIT, dtype=torch.float64).cumsum(0) / KV_HEADS * total).round().long().to(DEVICE)
+        )
+        counts = ends.diff(prepend=ends.new_zeros(1))
+        batch = self.q.shape[0]
+        start = torch.arange(batch, device=DEVICE)[:, None] * total + ends - counts
+        args = [*self.args]
+        args[4], args[5] = start, counts.int().expand(batch, -1).contiguous()
+        return Case(self.pool, self.q, self.lists, args)
 
     def run(self, kernel: str = "triton") -> torch.Tensor:
         return ops(kernel).sparse_verify_attention(*self.args)
@@ -223,6 +240,9 @@ def bench(results: Results, shape: Shape, pools: list[Pool], timed_dense: set[tu
     expected = cases[0].run("torch")
     if results.gate("triton", shape, lambda: close(cases[0].run(), expected)):
         results.add("triton", shape, microseconds([c.run for c in cases]), sparse_bytes(shape))
+    split = [case.split() for case in cases]
+    if results.gate("triton-split", shape, lambda: close(split[0].run(), split[0].run("torch"))):
+        results.add("triton-split", shape, microseconds([c.run for c in split]), sparse_bytes(shape))
     rivals(results, shape, cases[:8], SPARSE, sparse_bytes(shape), expected)
     whole = {k: v for k, v in shape.items() if k != "keep"}
     if tuple(whole.values()) not in timed_dense:

@@ -592,6 +592,11 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
         _, check, nbytes = prepare(shape | more)
         check()
         assert nbytes > 0
+    split = bench_verify.cases_of(
+        shape | {"dim": 16, "rows": 4, "group": 4}, [bench_verify.Pool.draw(shape | {"dim": 16}, 0)]
+    )[0].split()
+    assert split.args[5].sum() == split.lists.numel() and split.args[5].min() < split.args[5].max()
+    bench_verify.close(split.run(), split.run("torch"))
 
 
 COMPILE = """
