@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from harness import commit
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -228,9 +228,7 @@ def main() -> None:
     lines = [
         {
             "command": " ".join(["python", *sys.argv]),
-            "commit": subprocess.run(
-                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-            ).stdout.strip(),
+            "commit": commit(),
             "torch": torch.__version__,
             "fingerprints": {n: fingerprint.of_model(str(args.models / n)) for n in ("target", args.draft)},
             "windows": {"calibration": len(windows), "texts": len(texts), "tasks": len(tasks)},

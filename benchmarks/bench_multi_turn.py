@@ -38,7 +38,7 @@ from harness import commit
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sts_sglang.demo import shipped_pair
-from sts_sglang.local_server import LocalServer
+from sts_sglang.local_server import LocalServer, sparse_between
 from sts_sglang.validate import CHAIN_FLAGS
 
 HISTORY = {"sts-cold": "off", "sts-warm": "warm", "sts-blend": "blend"}
@@ -159,17 +159,9 @@ def run_turn(client: Client, agents: list[Agent], turn: int, rng: random.Random)
         row[name] = statistics.median(getattr(reply, name) for reply in replies)
     if verifies := sum(reply.verifies for reply in replies):
         row["accept_length"] = sum(reply.tokens - 1 for reply in replies) / verifies
-    return row | _sparsity(before, client.counters())
-
-
-def _sparsity(before: dict | None, after: dict | None) -> dict:
-    """The keep ratio between two readings; SystemExit when a verify was dense."""
-    if before is None or after is None:
-        return {}
-    delta = {name: after[name] - before[name] for name in after}
-    if not delta["sparse_verifies"] or delta["dense_verifies"]:
-        raise SystemExit(f"this turn was not verified sparsely: {delta}; nothing is reported")
-    return {"keep_ratio": delta["selected_tokens"] / delta["available_tokens"]}
+    if before is not None:
+        row["keep_ratio"] = sparse_between(before, client.counters())["keep_ratio"]
+    return row
 
 
 def converse(client: Client, options: argparse.Namespace, seed: int, turns: int) -> list[dict]:

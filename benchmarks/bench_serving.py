@@ -21,17 +21,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shlex
 import statistics
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks import dummy_models
-from sts_sglang.local_server import LocalServer
+from benchmarks.harness import commit
+from sts_sglang.local_server import LocalServer, sparse_between
 
 ARMS = ("stock", "stock-spec", "stock-spec-captured", "sts-dense", "sts")
 
@@ -59,21 +58,22 @@ def prompt(request: int, context: int, vocab: int) -> list[int]:
     return [rng.randrange(5, vocab) for _ in range(context)]
 
 
+def ask(server: LocalServer, ids: list[int], new_tokens: int) -> dict:
+    """Greedy, exactly so many tokens."""
+    params = {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
+    return server.post("/generate", {"input_ids": ids, "sampling_params": params}, timeout=1800)
+
+
 def run_shape(server: LocalServer, context: int, requests: int, options: argparse.Namespace) -> list[dict]:
     """One shape on a running server: prefill, then the measured batch, `passes` times."""
-
-    def ask(prompt: list[int], new_tokens: int) -> dict:
-        params = {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
-        return server.post("/generate", {"input_ids": prompt, "sampling_params": params}, timeout=1800)
-
     prompts = [prompt(i, context, options.vocab) for i in range(requests)]
     for ids in prompts:
-        ask(ids, 1)
+        ask(server, ids, 1)
     rows = []
     with ThreadPoolExecutor(requests) as pool:
         for _ in range(options.passes):
             started = time.monotonic()
-            answers = list(pool.map(lambda ids: ask(ids, options.new_tokens), prompts))
+            answers = list(pool.map(lambda ids: ask(server, ids, options.new_tokens), prompts))
             rows.append(measured(answers, time.monotonic() - started, options.new_tokens))
     return rows
 
@@ -107,7 +107,9 @@ def run_arm(arm: str, repeat: int, shapes: list[tuple[int, int]], options: argpa
             shape = {"arm": arm, "repeat": repeat, "context": context, "requests": requests}
             passes = run_shape(server, context, requests, options)
             if before is not None:
-                shape |= _sparsity(arm, before, server.counters())
+                delta = sparse_between(before, server.counters())
+                shape["sparse_verifies"] = delta["sparse_verifies"]
+                shape["keep_ratio"] = round(delta["keep_ratio"], 4)
             for row in passes:
                 rows.append({**shape, **row, "server": server.shown_command()})
                 print(json.dumps({**shape, **row}), flush=True)
@@ -115,15 +117,6 @@ def run_arm(arm: str, repeat: int, shapes: list[tuple[int, int]], options: argpa
                 with options.out.open("a") as f:
                     f.writelines(json.dumps({**row, **options.where}) + "\n" for row in rows[-len(passes) :])
     return rows
-
-
-def _sparsity(arm: str, before: dict, after: dict) -> dict:
-    """What this shape's verifies attended to; an arm that was not what its name says ends the run."""
-    delta = {name: after[name] - before[name] for name in after}
-    if not delta["sparse_verifies"] or delta["dense_verifies"]:
-        raise SystemExit(f"{arm}: counters {delta} show that this was not sts; nothing is reported")
-    keep = delta["selected_tokens"] / delta["available_tokens"]
-    return {"sparse_verifies": delta["sparse_verifies"], "keep_ratio": round(keep, 4)}
 
 
 def origin() -> dict:
@@ -136,14 +129,6 @@ def origin() -> dict:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"none ({platform.machine()} CPU)"
     names = ("sglang", "torch", "flashinfer-python", "sts-sglang")
     return {"gpu": gpu, "python": platform.python_version(), **{n: version(n) for n in names}}
-
-
-def commit() -> str:
-    """STS_COMMIT where there is no repository, else git's answer."""
-    if "STS_COMMIT" in os.environ:
-        return os.environ["STS_COMMIT"]
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -36,14 +36,9 @@ WAITS = (
 
 def record(server: LocalServer, prompts: list[list[int]], rounds: int) -> list[dict]:
     """Events of a trace over about `rounds` decode rounds of a batch that is prefilled already."""
-
-    def ask(new_tokens: int, ids: list[int]) -> None:
-        params = {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
-        server.post("/generate", {"input_ids": ids, "sampling_params": params}, timeout=1800)
-
     for ids in prompts:
-        ask(1, ids)
-    running = [threading.Thread(target=ask, args=(1500, ids)) for ids in prompts]
+        bench_serving.ask(server, ids, 1)
+    running = [threading.Thread(target=bench_serving.ask, args=(server, ids, 1500)) for ids in prompts]
     for thread in running:
         thread.start()
     time.sleep(1.5)  # all of them decode by now

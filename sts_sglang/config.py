@@ -262,6 +262,11 @@ class StsConfig:
             error.args = (f"{error} (read from the environment variable {ENV})",)
             raise
 
+    @classmethod
+    def of_launch(cls) -> StsConfig:
+        """In a scheduler process: what the launcher resolved and left in the environment."""
+        return cls.parse(os.environ[ENV])
+
     def to_json(self) -> str:
         """Canonical JSON: every field, sorted, no spaces. `parse` gives an equal configuration back."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))

@@ -136,26 +136,25 @@ class HeadMap:
         """
         if self.shares is None:
             return None
-        shares, heads = [share for _, share in self._by_channel], [*self._by_channel.values()]
-        return [_filled(shares, heads, i / SPLIT_STEPS) for i in range(SPLIT_STEPS + 1)]
+        return [self._parts(i / SPLIT_STEPS) for i in range(SPLIT_STEPS + 1)]
 
     def list_growth(self, keep: float) -> float:
         """How much longer the lists of all channels are together than with the same budget for every head:
         a budget is split over heads, and a channel of a large share may serve few of them. At least 1."""
         if self.shares is None:
             return 1.0
+        parts = self._parts(keep)
+        return max(1.0, sum(parts) / len(parts) / keep)
+
+    def _parts(self, keep: float) -> list[float]:
+        """Of each channel: min(1, s * share) for the s at which their mean over heads is `keep`."""
         shares, heads = [share for _, share in self._by_channel], [*self._by_channel.values()]
-        return max(1.0, sum(_filled(shares, heads, keep)) / len(shares) / keep)
-
-
-def _filled(shares: list[float], heads: list[int], keep: float) -> list[float]:
-    """min(1, s * share) for the s at which their mean over heads is `keep`."""
-    low, high = 0.0, 1.0 / min(shares)
-    for _ in range(60):
-        s = (low + high) / 2
-        mean = sum(n * min(1.0, s * share) for share, n in zip(shares, heads, strict=True)) / sum(heads)
-        low, high = (s, high) if mean < keep else (low, s)
-    return [min(1.0, high * share) for share in shares]
+        low, high = 0.0, 1.0 / min(shares)
+        for _ in range(60):
+            s = (low + high) / 2
+            mean = sum(n * min(1.0, s * share) for share, n in zip(shares, heads, strict=True)) / sum(heads)
+            low, high = (s, high) if mean < keep else (low, s)
+        return [min(1.0, high * share) for share in shares]
 
 
 def counts(model_config: Any) -> HeadCounts:

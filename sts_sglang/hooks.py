@@ -105,7 +105,7 @@ def create_draft_backend(original, self, backend_name: str, backend_map: dict, e
     else:
 
         def build():
-            return dense.of_draft_extend(StsConfig.parse(os.environ[ENV]), runner)
+            return dense.of_draft_extend(StsConfig.of_launch(), runner)
 
     return original(self, backend_name, {**backend_map, "sts": build}, error_template)
 
@@ -114,7 +114,7 @@ def init_attention_backends(result: None, self) -> None:
     """AFTER EAGLEWorkerV2.init_attention_backends: bind draft and target, before any capture."""
     if not asks_for_sts(self.server_args):
         return
-    bound = runtime.bind(self, StsConfig.parse(os.environ[ENV]))
+    bound = runtime.bind(self, StsConfig.of_launch())
     self.sts_exporter = Exporter(
         bound.state.counts,
         enable_metrics=self.server_args.enable_metrics,
@@ -152,7 +152,7 @@ def profile_available_bytes(result: int, self, pre_model_load_memory) -> int | N
     """AFTER KVCacheConfigurator._profile_available_bytes: leave room for the buffers of a round."""
     if self.is_draft_worker or not asks_for_sts(self.server_args):
         return None
-    config = StsConfig.parse(os.environ[ENV])
+    config = StsConfig.of_launch()
     return result - runtime.reserved_bytes(config, self.server_args, self.model_config, result)
 
 

@@ -124,18 +124,20 @@ class RoundState:
         sparse = known & ~full & (budgets < seq_lens)
         listed = sparse[:, None] & (lengths < seq_lens[:, None])
         room = torch.where(listed, lengths, 0)
-        ends = room.sum(1).cumsum(0)
+        totals = room.sum(1)
+        ends = totals.cumsum(0)
         known &= ends <= self.kv_indices.numel()
-        kv_start = (ends - room.sum(1))[:, None] + room.cumsum(1) - room
+        kv_start = (ends - totals)[:, None] + room.cumsum(1) - room
         kv_count = torch.where(listed & known[:, None], lengths, -1).to(torch.int32)
         top_p = None
         if config.policy == "top_p":
             top_p = torch.where(keeps.isnan(), config.top_p, torch.inf).float()
-        starts = torch.where(known, columns, -1)
         if self.history is not None:
+            starts = torch.where(known, columns, -1)
             self.history.blend(ops, self.importance, starts, seq_lens, reqs, table)
         if self.scored is not None:
             self.scored_round += 1
+            starts = torch.where(known, columns, -1)
             rounds = self.scored_round.expand_as(seq_lens)
             self.scored.index_copy_(1, reqs, torch.stack([starts, seq_lens, rounds]))
         if config.selector == "draft":

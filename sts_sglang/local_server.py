@@ -110,6 +110,19 @@ class LocalServer:
         return self.sts()["counters"]
 
 
+def sparse_between(before: dict, after: dict) -> dict:
+    """What was added between two readings of `counters()`; `keep_ratio` is that of these verifies.
+
+    Raises:
+        SystemExit: none of them was sparse, or one was dense for want of importance: a benchmark of it
+            would be of something else.
+    """
+    delta = {name: after[name] - before[name] for name in after}
+    if not delta["sparse_verifies"] or delta["dense_verifies"]:
+        raise SystemExit(f"counters {delta}: this was not verified sparsely; nothing is reported")
+    return {**delta, "keep_ratio": delta["selected_tokens"] / delta["available_tokens"]}
+
+
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

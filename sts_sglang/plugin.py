@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 
 from sts_sglang import compat, platform
-from sts_sglang.config import ENV, StsConfig
+from sts_sglang.config import StsConfig
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ def _create_backend(model_runner):
     """Factory of the attention registry, called for the target's and the draft's model runner."""
     if missing := compat.unhooked():
         raise RuntimeError(f"SGLang did not apply the STS hooks on {', '.join(missing)}; see its log")
-    config = StsConfig.parse(os.environ[ENV])
+    config = StsConfig.of_launch()
     from sts_sglang.backends import dense
 
     if model_runner.is_draft_worker:

@@ -225,13 +225,13 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
     state = memory.bytes_per_token(config, len(head_map.channels), counts[1].kv_heads, rows, growth)
     if config.selector != "draft":  # scores and lists of a LayerSelector
         state += memory.OVERSUBSCRIBED * 6 * counts[0].kv_heads
+    requests = server_args.max_running_requests or MAX_REQUESTS
     own = 0
     if config.kernel == "flashinfer":
-        shape = _headwise_shape(server_args, target, server_args.max_running_requests or MAX_REQUESTS)
+        shape = _headwise_shape(server_args, target, requests)
         own = shape.float_workspace() + shape.list_bytes(shape.entries(config, 0, target.context_len))
         state += memory.OVERSUBSCRIBED * shape.list_bytes(8) / 8
     carried = counts[1].layers * draft.num_attention_heads * draft.head_dim * draft.dtype.itemsize
-    requests = server_args.max_running_requests or MAX_REQUESTS
     own += requests * carried
     return memory.reserve(available - own, kv, state) + own
 
@@ -248,12 +248,16 @@ def _headwise_shape(server_args: Any, target: Any, requests: int) -> memory.Head
     )
 
 
+def _batch_limit(server_args: Any, table: torch.Tensor) -> int:
+    """Most requests of a batch, given req_to_token."""
+    return min(table.shape[0], server_args.max_running_requests or table.shape[0])
+
+
 def _headwise(runtime: StsRuntime, server_args: Any, runner: Any) -> FlashInferVerify:
     from sts_sglang.backends.flashinfer_verify import FlashInferVerify, layer_runs
 
     table, pool = runner.req_to_token_pool.req_to_token, runner.token_to_kv_pool
-    requests = min(table.shape[0], server_args.max_running_requests or table.shape[0])
-    shape = _headwise_shape(server_args, runner.model_config, requests)
+    shape = _headwise_shape(server_args, runner.model_config, _batch_limit(server_args, table))
     if pool.get_key_buffer(0).shape[0] * shape.kv_heads >= 2**31:
         raise ConfigError(
             "sts_config.kernel: 'flashinfer' numbers the slots of all KV heads by int32, and the KV pool has "
@@ -298,14 +302,14 @@ def announce(runtime: StsRuntime) -> None:
 def _draft_shape(config: StsConfig, worker: Any, parts: compat.SpecParts) -> DraftShape:
     runner = parts.draft_runner
     table, pool = runner.req_to_token_pool.req_to_token, runner.token_to_kv_pool
-    batches = min(table.shape[0], worker.server_args.max_running_requests or table.shape[0])
+    requests = _batch_limit(worker.server_args, table)
     return DraftShape(
         num_steps=worker.speculative_num_steps,
         topk=worker.topk,
         head_dim=runner.model_config.head_dim,
         requests=table.shape[0],
         slots=pool.get_key_buffer(0).shape[0],
-        sizes=memory.sizes(config, pool.size, batches, runner.model_config.context_len),
+        sizes=memory.sizes(config, pool.size, requests, runner.model_config.context_len),
         pool=pool,
         dtype=runner.dtype,
     )

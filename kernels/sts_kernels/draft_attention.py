@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sts_kernels.checks import IMPORTANCE_SCALE, check_draft, expect
 from sts_kernels.reference import SHIFT, Members
-from sts_kernels.verify import LOG2E, _attend, _merge, _splits, starts_early
+from sts_kernels.verify import LOG2E, _attend, _merge, _number, _splits, starts_early
 
 BLOCK = 64  # columns of a request start at multiples of it
 # What the benches tune, as in verify.py; a pooling program takes `pool_blocks` blocks at a time, and
@@ -219,11 +219,9 @@ def _split_kernel(
     length = tl.load(lens_ptr + b).to(tl.int32)
     row_ptr = table_ptr + req * stride_table
     column = tl.load(ctx_start_ptr + b)
-    # Contexts differ: every program gets about as many tokens as any other.
     every = tl.arange(0, BS_P2)
     tokens = tl.sum(tl.load(lens_ptr + every, mask=every < bs, other=0).to(tl.int32), 0)
-    share = tl.maximum(tl.cdiv(tokens, bs * splits), 1)
-    number = tl.minimum(tl.maximum(tl.cdiv(length, share), 1), most)
+    number = _number(length, tokens, bs * splits, most)
     if split >= number:
         return
     if (h == 0) & (split == 0):

@@ -45,6 +45,21 @@ def blend_history(
 
 
 @triton.jit
+def _request(b, ctx_start_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table):
+    """First column, below 0 where there is none, and length of a request; where its slots stand."""
+    slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
+    return tl.load(ctx_start_ptr + b), tl.load(lens_ptr + b).to(tl.int32), slot_ptr
+
+
+@triton.jit
+def _block(block, length, slot_ptr, BLOCK: tl.constexpr):
+    """Positions from `block` on, which of them the context has, and their slots."""
+    offs = block + tl.arange(0, BLOCK)
+    ok = offs < length
+    return offs, ok, tl.load(slot_ptr + offs, mask=ok, other=0)
+
+
+@triton.jit
 def _mix_kernel(
     importance_ptr,
     fresh_ptr,
@@ -63,15 +78,12 @@ def _mix_kernel(
     PROGRAMS: tl.constexpr,
 ):
     b, c, program = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    column, length = tl.load(ctx_start_ptr + b), tl.load(lens_ptr + b).to(tl.int32)
+    column, length, slot_ptr = _request(b, ctx_start_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table)
     if column < 0:
         return
     w = tl.load(weight_ptr + b)
-    slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
     for block in range(SHIFT + program * BLOCK, length, PROGRAMS * BLOCK):
-        offs = block + tl.arange(0, BLOCK)
-        ok = offs < length
-        slots = tl.load(slot_ptr + offs, mask=ok, other=0)
+        offs, ok, slots = _block(block, length, slot_ptr, BLOCK)
         place = c * columns + column + offs
         fresh = tl.load(importance_ptr + place, mask=ok, other=0.0)
         remembered = tl.load(history_ptr + c * slots_stride + slots, mask=ok, other=UNKNOWN)
@@ -98,15 +110,12 @@ def _decay_kernel(
     PROGRAMS: tl.constexpr,
 ):
     b, program = tl.program_id(0), tl.program_id(1)
-    length = tl.load(lens_ptr + b).to(tl.int32)
-    if tl.load(ctx_start_ptr + b) < 0:
+    column, length, slot_ptr = _request(b, ctx_start_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table)
+    if column < 0:
         return
     now = tl.load(round_ptr)
-    slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
     for block in range(SHIFT + program * BLOCK, length, PROGRAMS * BLOCK):
-        offs = block + tl.arange(0, BLOCK)
-        ok = offs < length
-        slots = tl.load(slot_ptr + offs, mask=ok, other=0)
+        offs, ok, slots = _block(block, length, slot_ptr, BLOCK)
         # Whoever changes the stamp decays the slot, for all that share it.
         first = ok & (tl.atomic_xchg(stamp_ptr + slots, tl.zeros_like(slots) + now, mask=ok) != now)
         place = history_ptr + slots
@@ -132,14 +141,11 @@ def _remember_kernel(
     PROGRAMS: tl.constexpr,
 ):
     b, c, program = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    column, length = tl.load(ctx_start_ptr + b), tl.load(lens_ptr + b).to(tl.int32)
+    column, length, slot_ptr = _request(b, ctx_start_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table)
     if column < 0:
         return
-    slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
     for block in range(SHIFT + program * BLOCK, length, PROGRAMS * BLOCK):
-        offs = block + tl.arange(0, BLOCK)
-        ok = offs < length
-        slots = tl.load(slot_ptr + offs, mask=ok, other=0)
+        offs, ok, slots = _block(block, length, slot_ptr, BLOCK)
         fresh = tl.load(fresh_ptr + c * columns + column + offs, mask=ok, other=0.0).to(tl.float32)
         # Scores are not negative, so their bits order as integers; UNKNOWN's are below them.
         tl.atomic_max(history_bits_ptr + c * slots_stride + slots, fresh.to(tl.int32, bitcast=True), mask=ok)

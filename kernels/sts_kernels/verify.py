@@ -116,6 +116,13 @@ def starts_early(device: torch.device) -> dict[str, bool]:
 
 
 @triton.jit
+def _number(total, tokens, programs, most):
+    """Splits of `total` of a batch's `tokens`, so that every program gets about as many as any other."""
+    share = tl.maximum(tl.cdiv(tokens, programs), 1)
+    return tl.minimum(tl.maximum(tl.cdiv(total, share), 1), most)
+
+
+@triton.jit
 def _attend(
     q, k_ptr, v_ptr, slots, ok, seen, head_offset, stride_slot, dims, scale, peak, norm, acc
 ):  # fmt: skip
@@ -182,15 +189,13 @@ def _split_kernel(
     if count < 0:
         total = length
         list_ptr = row_ptr
-    # Contexts and budgets differ: every program gets about as many tokens as any other.
     pair = tl.arange(0, PAIRS_P2)
     there = pair < bs * H_KV
     its_channel = tl.load(head_channels_ptr + pair % H_KV, mask=there, other=0)
     counts = tl.load(count_ptr + pair // H_KV * channels + its_channel, mask=there, other=0)
     lengths = tl.load(lens_ptr + pair // H_KV, mask=there, other=0).to(tl.int32)
     tokens = tl.sum(tl.where(counts < 0, lengths, counts), 0)
-    share = tl.maximum(tl.cdiv(tokens, bs * H_KV * splits), 1)
-    number = tl.minimum(tl.maximum(tl.cdiv(total, share), 1), most)
+    number = _number(total, tokens, bs * H_KV * splits, most)
     if split >= number:
         return
     if split == 0:

@@ -32,23 +32,23 @@ class CarryLastRow:
         if self.runtime is not None:
             state, reqs = self.runtime.state, forward_batch.req_pool_indices.long()
             if layer.layer_id == 0:  # once a forward: a launch costs as much as what it does here
-                self._rows, committed = last_rows(forward_batch)
-                accepts = getattr(forward_batch.spec_info, "num_accept_tokens", None)
-                state.carry_lengths(reqs, committed, prefill=accepts is None)
+                self._rows, committed, prefill = last_rows(forward_batch)
+                state.carry_lengths(reqs, committed, prefill)
             queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
             state.carry(layer.layer_id, reqs, queries, self._rows)
         return out
 
 
-def last_rows(fb: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 [bs] each: the row of each request's last accepted token, and its length up to that one."""
+def last_rows(fb: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """int64 [bs] each: the row of each request's last accepted token, and its length up to that one; and
+    whether this is a prefill."""
     accepted = getattr(fb.spec_info, "num_accept_tokens", None)
-    if accepted is None:  # prefill
-        return fb.extend_seq_lens.cumsum(0) - 1, fb.seq_lens
+    if accepted is None:
+        return fb.extend_seq_lens.cumsum(0) - 1, fb.seq_lens, True
     # Draft-extend runs all T rows of a request and says how many of them count.
     width = fb.spec_info.num_tokens_per_req
     first = torch.arange(accepted.numel(), device=accepted.device) * width
-    return first + accepted - 1, fb.seq_lens - width + accepted
+    return first + accepted - 1, fb.seq_lens - width + accepted, False
 
 
 class DraftExtendBackend(CarryLastRow, TorchBackend):

@@ -61,26 +61,23 @@ class StsTargetBackend(AttentionBackend):
         return [self._mask_buffer, None]
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        verify = forward_batch.forward_mode.is_target_verify()
-        if not verify or self._dense_plans(forward_batch):
+        if self._dense_plans(forward_batch):
             self.dense.init_forward_metadata(forward_batch)
-        if verify:
+        if forward_batch.forward_mode.is_target_verify():
             if self.headwise is not None:
                 self.headwise.plan_eager(forward_batch.batch_size)
             self._plan_verify(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
-        verify = forward_batch.forward_mode.is_target_verify()
-        if not verify or self._dense_plans(forward_batch):
+        if self._dense_plans(forward_batch):
             self.dense.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
-        if verify and self.headwise is not None:
+        if forward_batch.forward_mode.is_target_verify() and self.headwise is not None:
             self.headwise.plan_graph(forward_batch.batch_size, in_capture)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
-        verify = forward_batch.forward_mode.is_target_verify()
-        if not verify or self._dense_plans(forward_batch):
+        if self._dense_plans(forward_batch):
             self.dense.init_forward_metadata_in_graph(forward_batch)
-        if verify:
+        if forward_batch.forward_mode.is_target_verify():
             self._plan_verify(forward_batch)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
@@ -102,10 +99,12 @@ class StsTargetBackend(AttentionBackend):
         return self.dense.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
 
     def _dense_plans(self, fb: ForwardBatch) -> bool:
-        """Whether the dense backend verifies the dense layers of this batch.
+        """Whether the dense backend plans this forward: every one but verify, and that if it has layers.
 
         FA3 and FlashInfer read the mask of a tree as FULL_MASK, which nobody fills here: trees attend
         whole by the sparse kernel."""
+        if not fb.forward_mode.is_target_verify():
+            return True
         chain = fb.spec_info.topk == 1 or isinstance(self.dense, TorchBackend)
         return chain and self.runtime.config.some_dense_verify
 
