@@ -1,6 +1,7 @@
 """Sparse verify attention: Triton against its twin (gate), then time beside FA3 and FlashInfer.
 
-`triton-split` reads as many tokens in lists of unequal length, as a map that splits the budget makes them.
+`triton-split` reads as many tokens in lists of unequal length, as a map that splits the budget makes them;
+`plan` parts those lists among programs, for 32 layers in one launch, once a round.
 
 One layer, all requests of one length, selections drawn at random per (request, channel), bf16. Rivals:
 dense FA3 (as SGLang calls it) and FlashInfer over the whole context, and FlashInfer over the same
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -31,7 +32,8 @@ from benchmarks.harness import (
     using,
 )
 from sts_kernels import ops
-from sts_kernels.verify import KNOBS
+from sts_kernels.reference import Plan
+from sts_kernels.verify import KNOBS, splits
 
 KV_HEADS = 8
 FULL = {
@@ -54,6 +56,7 @@ GRID = settings(
         "num_stages": [3, 5, 7],
     }
 ) + [{"early": False}, {"least": 256}, {"least": 1024}, {"uneven": 1}, {"uneven": 8}]
+LAYERS = 32  # that one plan is made for
 # Parts of the budget of KV heads in a map that splits it; their mean is 1.
 SPLIT = (0.3, 0.3, 0.5, 0.5, 0.9, 1.0, 1.5, 3.0)
 
@@ -92,6 +95,7 @@ class Case:
     q: torch.Tensor  # [batch, rows, H_q, D]
     lists: torch.Tensor  # [batch * H_kv, count]
     args: list
+    plans: dict[tuple, Plan] = field(default_factory=dict)
 
     @classmethod
     def draw(cls, shape: Shape, pool: Pool, part: int) -> Case:
@@ -126,7 +130,15 @@ class Case:
         return Case(self.pool, self.q, self.lists, args)
 
     def run(self, kernel: str = "triton") -> torch.Tensor:
-        return ops(kernel).sparse_verify_attention(*self.args)
+        """The plan is made once, as for all layers of a round; so is FlashInfer's."""
+        how = splits(self.args[5].numel(), self.pool.table.shape[1])
+        if how not in self.plans:
+            self.plans[how] = self.plan(how, layers=1).of(0)
+        return ops(kernel).sparse_verify_attention(*self.args, self.plans[how])
+
+    def plan(self, how: tuple[int, int], layers: int, kernel: str = "triton") -> Plan:
+        _, _, _, _, start, counts, heads, _, _, lens, *_ = self.args
+        return ops(kernel).plan_verify(start, counts, heads.expand(layers, -1).contiguous(), lens, *how)
 
 
 def kv_bytes(shape: Shape, tokens: int) -> int:
@@ -243,6 +255,10 @@ def bench(results: Results, shape: Shape, pools: list[Pool], timed_dense: set[tu
     split = [case.split() for case in cases]
     if results.gate("triton-split", shape, lambda: close(split[0].run(), split[0].run("torch"))):
         results.add("triton-split", shape, microseconds([c.run for c in split]), sparse_bytes(shape))
+    how = splits(split[0].args[5].numel(), pools[0].table.shape[1])
+    plan = functools.partial(split[0].plan, how, LAYERS)
+    if results.gate("plan", shape, lambda: same_plan(plan(), split[0].plan(how, 1, "torch"))):
+        results.add("plan", shape, microseconds([plan]), split[0].args[4].nbytes * LAYERS)
     rivals(results, shape, cases[:8], SPARSE, sparse_bytes(shape), expected)
     whole = {k: v for k, v in shape.items() if k != "keep"}
     if tuple(whole.values()) not in timed_dense:
@@ -252,6 +268,12 @@ def bench(results: Results, shape: Shape, pools: list[Pool], timed_dense: set[tu
         full = kv_bytes(shape, shape["context"] + shape["rows"])
         others = [Case.draw(shape, p, 0) for p in pools[1:]]
         rivals(results, whole, [case, *others], DENSE, full, case.run("torch"))
+
+
+def same_plan(plans: Plan, twin: Plan) -> None:
+    """Of every layer."""
+    used = int(twin.ends[0, -1])
+    assert (plans.ends == twin.ends).all() and (plans.work[:, :used] == twin.work[:, :used]).all()
 
 
 def compile_one(shape: Shape, knobs: dict) -> None:

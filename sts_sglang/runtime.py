@@ -17,8 +17,10 @@ from sts_sglang.selectors import LayerSelector
 from sts_sglang.validate import draft_config
 
 if TYPE_CHECKING:
+    from sts_kernels.reference import Plan
     from sts_sglang.backends.flashinfer_verify import FlashInferVerify
     from sts_sglang.headmap import HeadCounts, ModelPaths
+    from sts_sglang.importance import Selection
     from sts_sglang.memory import Sizes
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,17 @@ class StsRuntime:
             torch.tensor(self.head_map.head_channels(layer), dtype=torch.int32, device=device)
             for layer in range(target.layers)
         ]
+        self._all_heads = torch.stack(self._head_channels)
+
+    def plan_verify(self, selection: Selection, seq_lens: torch.Tensor, max_context: int) -> Plan | None:
+        """How Triton's verify parts its work in every layer; the other kernels, and selectors that make their
+        lists layer by layer, have no such plan."""
+        if self.kernel != "triton" or self.selector is not None:
+            return None
+        from sts_kernels.verify import splits  # imports Triton, which the torch ops do without
+
+        programs = splits(seq_lens.numel() * self._all_heads.shape[1], max_context)
+        return self.ops.plan_verify(*selection, self._all_heads, seq_lens, *programs)
 
     def _comparison(self, target: HeadCounts, requests: int) -> LayerSelector:
         """Selects in the draft's stead, over the same columns."""

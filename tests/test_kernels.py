@@ -467,11 +467,39 @@ def test_verify_in_half_precision(kernel: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("block", [16, 64])
 def test_verify_in_any_number_of_splits(monkeypatch, splits: int, block: int) -> None:
     """Some splits of the short lists hold nothing, those of the long ones several blocks."""
-    monkeypatch.setattr(verify, "KNOBS", verify.KNOBS | {"programs": 8 * splits, "least": 8, "BLOCK": block})
+    for name, value in {"programs": 8 * splits, "least": 8, "BLOCK": block}.items():
+        monkeypatch.setitem(verify.KNOBS, name, value)
     batch = Batch()
     q, lists, out, attended = run_verify("triton", batch, [5, -1, 66, -1])
     check_verify(batch, q, lists, out, chain(4))
     assert attended == [2 * (5 + 1 + 66 + 130), 2 * sum(LENGTHS)]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("programs, most", [(24, 64), (40, 3), (500, 64)])
+def test_a_plan_parts_every_list_evenly(kernel: str, programs: int, most: int) -> None:
+    """Three requests of four heads, two layers; the lists of the channels stand 1,000 entries apart."""
+    counts = torch.tensor([[700, 3, 40], [-1, 0, 16], [5, 5, 5]], dtype=torch.int32)
+    starts, lens = torch.arange(9).view(3, 3) * 1000, torch.tensor([900, 450, 9])
+    heads = torch.tensor([[0, 1, 2, 0], [1, 1, 2, 2]], dtype=torch.int32)
+    args = on_device([starts, counts, heads, lens])
+    plan = ops(kernel).plan_verify(*args, programs, most)
+    twin = ops("torch").plan_verify(*args, programs, most)
+    assert torch.equal(plan.ends, twin.ends) and plan.work.shape == (2, programs, 4)
+    for layer in range(2):
+        used = int(plan.ends[layer, -1])
+        assert 12 <= used <= programs
+        work = plan.work[layer, :used].tolist()
+        assert work == twin.work[layer, :used].tolist()
+        for pair in range(12):
+            b, channel = pair // 4, int(heads[layer, pair % 4])
+            count, kinds = int(counts[b, channel]), [kind for p, *_, kind in work if p == pair]
+            read = [i for p, first, n, _ in work if p == pair for i in range(first, first + n)]
+            begin, total = (0, int(lens[b])) if count < 0 else (int(starts[b, channel]), count)
+            assert read == list(range(begin, begin + total)) and len(kinds) <= most
+            assert kinds[0] & 2 and kinds[-1] & 4 and all(bool(kind & 1) == (count < 0) for kind in kinds)
+    if programs == 24:  # no list of the first layer holds anybody up
+        assert max(tokens for *_, tokens, _ in plan.work[0, : int(plan.ends[0, -1])].tolist()) < 200
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -637,7 +665,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
     """What the interpreter accepts the compiler may not. Keys and values are loaded asynchronously, stored
     exponentials and importance are not written one by one, and shared memory suffices."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": "."}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": f".:{env.get('PYTHONPATH', '')}"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300
     )
@@ -645,7 +673,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
     kernels = [line.split() for line in done.stdout.splitlines()]
     assert {name for name, *_ in kernels} == {
         *("_split_kernel", "_merge_kernel", "_pool_kernel", "_select_kernel"),
-        *("_mix_kernel", "_decay_kernel", "_remember_kernel", "_lists_kernel"),
+        *("_mix_kernel", "_decay_kernel", "_remember_kernel", "_lists_kernel", "_plan_kernel"),
     }
     for name, shared, asynchronous, single in kernels:
         assert int(shared) <= 232448

@@ -1,6 +1,6 @@
-"""Ops of draft-guided sparse attention (STS, arXiv 2605.15508): score, remember, select, attend.
+"""Ops of draft-guided sparse attention (STS, arXiv 2605.15508): score, remember, select, plan, attend.
 
-Five functions in two implementations of the same signature: `ops("torch")` is the reference on any
+Six functions in two implementations of the same signature: `ops("torch")` is the reference on any
 device, `ops("triton")` the kernels. This package imports torch and triton and never sglang.
 """
 
@@ -21,6 +21,7 @@ class Ops(NamedTuple):
     draft_attention: Callable
     blend_history: Callable
     select_tokens: Callable
+    plan_verify: Callable
     sparse_verify_attention: Callable
     headwise_lists: Callable
 
@@ -42,6 +43,7 @@ def ops(kernel: str) -> Ops:
         score.draft_attention,
         history.blend_history,
         select.select_tokens,
+        verify.plan_verify,
         verify.sparse_verify_attention,
         headwise.headwise_lists,
     )

@@ -61,6 +61,14 @@ def check_verify(q, k_buffer, v_buffer, kv_start, kv_count, head_channels, tail_
     )
 
 
+def check_plan(kv_start, kv_count, head_channels) -> None:
+    """Shapes of plan_verify."""
+    op = "plan_verify"
+    expect(op, kv_start.shape == kv_count.shape and kv_count.dim() == 2, "kv_count must be [bs, channels]")
+    ok = head_channels.dim() == 2 and head_channels.dtype == torch.int32
+    expect(op, ok, f"head_channels must be int32 [layers, H_kv], got {tuple(head_channels.shape)}")
+
+
 def check_select(importance, budgets, kv_start, kv_count) -> None:
     """Shapes of select_tokens."""
     op = "select_tokens"

@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sts_kernels.checks import IMPORTANCE_SCALE, check_draft, expect
 from sts_kernels.reference import SHIFT, Members
-from sts_kernels.verify import LOG2E, _attend, _merge, _number, _splits, starts_early
+from sts_kernels.verify import LOG2E, _attend, _merge, splits, starts_early
 
 BLOCK = 64  # columns of a request start at multiples of it
 # What the benches tune, as in verify.py; a pooling program takes `pool_blocks` blocks at a time, and
@@ -79,7 +79,7 @@ def draft_attention(
     queries = branches + (carried_q is not None)
     used = queries * (q_heads // kv_heads)
     rows = max(16, triton.next_power_of_2(used))
-    splits, most = _splits(KNOBS, bs * kv_heads, req_to_token.shape[1])
+    programs, most = splits(bs * kv_heads, req_to_token.shape[1], KNOBS)
     new = {"device": k_buffer.device}
     partial = torch.empty(bs, kv_heads, most, rows, dim, dtype=torch.float32, **new)
     stats = torch.empty(bs, kv_heads, most, rows, 2, dtype=torch.float32, **new)
@@ -117,7 +117,7 @@ def draft_attention(
         req_to_token.stride(0),
         blocks,
         bs,
-        splits,
+        programs // kv_heads,
         most,
         BS_P2=triton.next_power_of_2(bs),
         SCRATCH=max(16, triton.next_power_of_2(branches * (step + 1))),
@@ -196,7 +196,7 @@ def _split_kernel(
     stride_table,
     blocks,
     bs,
-    splits,  # of a context of mean length
+    programs,  # of a KV head
     most,
     BS_P2: tl.constexpr,
     W: tl.constexpr,
@@ -221,7 +221,7 @@ def _split_kernel(
     column = tl.load(ctx_start_ptr + b)
     every = tl.arange(0, BS_P2)
     tokens = tl.sum(tl.load(lens_ptr + every, mask=every < bs, other=0).to(tl.int32), 0)
-    number = _number(length, tokens, bs * splits, most)
+    number = _number(length, tokens, programs, most)
     if split >= number:
         return
     if (h == 0) & (split == 0):
@@ -297,6 +297,13 @@ def _split_kernel(
     tl.store(partial_ptr + (base + rows[:, None]) * D + dims[None, :], acc, mask=(rows < USED)[:, None])
     tl.store(stats_ptr + (base + rows) * 2, peak)
     tl.store(stats_ptr + (base + rows) * 2 + 1, norm)
+
+
+@triton.jit
+def _number(total, tokens, programs, most):
+    """Splits of `total` of a batch's `tokens`, so that every program gets about as many as any other."""
+    share = tl.maximum(tl.cdiv(tokens, programs), 1)
+    return tl.minimum(tl.maximum(tl.cdiv(total, share), 1), most)
 
 
 @triton.jit

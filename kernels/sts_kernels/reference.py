@@ -11,6 +11,7 @@ The three steps of a round share these static buffers, so that a CUDA graph can 
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from sts_kernels.checks import (
     check_draft,
     check_headwise,
     check_history,
+    check_plan,
     check_select,
     check_verify,
 )
@@ -41,6 +43,28 @@ class Members(NamedTuple):
     heads: torch.Tensor
     scale: torch.Tensor
     fresh: torch.Tensor
+
+
+class Plan(NamedTuple):
+    """How verify attention is parted among programs, in every layer.
+
+    work: int64 [layers, work, 4], a part of a list each: the pair b * H_kv + h; its first entry in
+    kv_indices, or position where the pair attends to its whole context; its tokens; and the sum of 1, the
+    whole context, 2, the list's first part, 4, its last. ends: int32 [layers, bs * H_kv + 1], where each
+    pair's parts end in `work`, after a zero; what `work` has beyond the last end is undefined.
+    """
+
+    work: torch.Tensor
+    ends: torch.Tensor
+
+    @classmethod
+    def empty(cls, layers: int, pairs: int, programs: int, device: torch.device) -> Plan:
+        work = torch.empty(layers, programs, 4, dtype=torch.int64, device=device)
+        return cls(work, torch.empty(layers, pairs + 1, dtype=torch.int32, device=device))
+
+    def of(self, layer: int) -> Plan:
+        """One layer's."""
+        return Plan(self.work[layer], self.ends[layer])
 
 
 def draft_attention(
@@ -167,6 +191,7 @@ def sparse_verify_attention(
     tail_mask: torch.Tensor,
     sm_scale: float,
     attended: torch.Tensor,
+    plan: Plan | None = None,
 ) -> torch.Tensor:
     """Exact softmax attention of each draft token over (selected context + tail), per (request, KV head).
 
@@ -182,6 +207,7 @@ def sparse_verify_attention(
         sm_scale: scale of the logits.
         attended: int64 [2], adds the context tokens attended to and those there, per (request, KV head).
             Request slot 0 is not counted: SGLang pads the batches of CUDA graphs with it.
+        plan: this layer's of `plan_verify`, which tells a kernel how to part its work; not needed here.
 
     Returns:
         [bs, T, H_q, D] in the dtype of q.
@@ -211,6 +237,48 @@ def sparse_verify_attention(
                 scale=sm_scale,
             )[0].transpose(0, 1)
     return out
+
+
+def plan_verify(
+    kv_start: torch.Tensor,
+    kv_count: torch.Tensor,
+    head_channels: torch.Tensor,
+    seq_lens: torch.Tensor,
+    programs: int,
+    most: int,
+) -> Plan:
+    """Part the lists of every layer, so that programs that run side by side read about as many tokens.
+
+    All lists of a layer are parted by the smallest share of tokens at which the parts are no more than
+    `programs`; a list has one part at least, and no more than `most`.
+
+    Args:
+        kv_start, kv_count: [bs, channels], the lists of select_tokens; a count of -1 is the whole context.
+        head_channels: int32 [layers, H_kv].
+        seq_lens: [bs]. programs: at least bs * H_kv. most: parts of a list.
+    """
+    check_plan(kv_start, kv_count, head_channels)
+    layers, heads = head_channels.shape
+    plan = Plan.empty(layers, seq_lens.numel() * heads, programs, kv_start.device)
+    for layer, channels in enumerate(head_channels.tolist()):
+        begin, count = (t[:, channels].flatten().tolist() for t in (kv_start, kv_count))
+        length = seq_lens.repeat_interleave(heads).tolist()
+        total = [n if c < 0 else c for c, n in zip(count, length, strict=True)]
+
+        def parts(share: int, total: list[int] = total) -> list[int]:
+            return [min(max(-(-n // share), 1), most) for n in total]
+
+        share = next((s for s in range(1, max(total, default=1)) if sum(parts(s)) <= programs), None)
+        number = parts(share or max(*total, 1))
+        plan.ends[layer] = torch.tensor([0, *itertools.accumulate(number)])
+        work = []
+        for pair, (n, tokens) in enumerate(zip(number, total, strict=True)):
+            whole, start = count[pair] < 0, 0 if count[pair] < 0 else begin[pair]
+            for i in range(n):
+                first, end = tokens * i // n, tokens * (i + 1) // n
+                work.append([pair, start + first, end - first, whole + 2 * (i == 0) + 4 * (i == n - 1)])
+        plan.work[layer, : len(work)] = torch.tensor(work).view(-1, 4)
+    return plan
 
 
 def headwise_lists(

@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sts_kernels.checks import check_verify
+from sts_kernels.checks import check_plan, check_verify
+from sts_kernels.reference import Plan
 
 LOG2E = 1.4426950408889634
-# What the benches tune. `programs` over (request, KV head) pairs gives the splits, each of at least
+# What the benches tune. `programs` share the lists of all (request, KV head) pairs, each at least
 # `least` tokens of a full context. Slots, then keys and values are loaded ahead: with five stages two
 # blocks of keys and values are in flight, with three only one. `early` lets the merge start while the splits
 # end. A list longer than the mean is read in up to `uneven` times as many splits.
@@ -41,33 +42,37 @@ def sparse_verify_attention(
     tail_mask: torch.Tensor,
     sm_scale: float,
     attended: torch.Tensor,
+    plan: Plan | None = None,
 ) -> torch.Tensor:
     """Kernel of `sts_kernels.reference.sparse_verify_attention` (see there); graph-safe, no host sync.
 
-    All T * G query rows of a (request, KV head) share one read of the selected KV.
+    All T * G query rows of a (request, KV head) share one read of the selected KV. Without a plan, which
+    one launch of `plan_verify` makes for all layers of a round, the layer makes its own.
     """
     check_verify(q, k_buffer, v_buffer, kv_start, kv_count, head_channels, tail_mask)
     bs, tokens, q_heads, dim = q.shape
     kv_heads = k_buffer.shape[1]
     rows = max(16, triton.next_power_of_2(tokens * (q_heads // kv_heads)))
-    splits, most = _splits(KNOBS, bs * kv_heads, req_to_token.shape[1])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if bs == 0:
         return out
-    partial = torch.empty(bs, kv_heads, most, rows, dim, dtype=torch.float32, device=q.device)
-    stats = torch.empty(bs, kv_heads, most, rows, 2, dtype=torch.float32, device=q.device)
-    number = torch.empty(bs, kv_heads, dtype=torch.int32, device=q.device)
+    programs, most = splits(bs * kv_heads, req_to_token.shape[1])
+    if plan is None:
+        plan = plan_verify(kv_start, kv_count, head_channels[None], seq_lens, programs, most).of(0)
+    number = plan.work.shape[0]
+    partial = torch.empty(number, rows, dim, dtype=torch.float32, device=q.device)
+    stats = torch.empty(number, rows, 2, dtype=torch.float32, device=q.device)
     shape = {"T": tokens, "H_Q": q_heads, "H_KV": kv_heads, "D": dim, "ROWS": rows}
     early = starts_early(q.device) if KNOBS["early"] else {}
-    _split_kernel[(bs, kv_heads, most)](
+    _split_kernel[(number,)](
         q,
         k_buffer,
         v_buffer,
         partial,
         stats,
-        number,
+        plan.work,
+        plan.ends,
         kv_indices,
-        kv_start,
         kv_count,
         head_channels,
         req_to_token,
@@ -77,14 +82,11 @@ def sparse_verify_attention(
         attended,
         sm_scale * LOG2E,
         kv_count.shape[1],
+        bs * kv_heads,
         q.stride(1),
         k_buffer.stride(0),
         k_buffer.stride(1),
         req_to_token.stride(0),
-        bs,
-        splits,
-        most,
-        PAIRS_P2=triton.next_power_of_2(bs * kv_heads),
         TAIL=max(16, triton.next_power_of_2(tokens)),
         BLOCK=KNOBS["BLOCK"],
         EARLY=bool(early),
@@ -94,16 +96,50 @@ def sparse_verify_attention(
     )
     splits_p2 = triton.next_power_of_2(most)
     _merge_kernel[(bs, tokens, q_heads)](
-        partial, stats, number, out, most, SPLITS_P2=splits_p2, EARLY=bool(early), **shape, **early
+        partial, stats, plan.ends, out, SPLITS_P2=splits_p2, EARLY=bool(early), **shape, **early
     )
     return out
 
 
-def _splits(knobs: dict[str, int], pairs: int, max_context: int) -> tuple[int, int]:
-    """KV splits of a (request, KV head) of mean length, and of the longest; a merge holds 64 in registers."""
+def plan_verify(
+    kv_start: torch.Tensor,
+    kv_count: torch.Tensor,
+    head_channels: torch.Tensor,
+    seq_lens: torch.Tensor,
+    programs: int,
+    most: int,
+) -> Plan:
+    """Kernel of `sts_kernels.reference.plan_verify` (see there); graph-safe, no host sync."""
+    check_plan(kv_start, kv_count, head_channels)
+    layers, heads = head_channels.shape
+    pairs = seq_lens.numel() * heads
+    plan = Plan.empty(layers, pairs, programs, kv_start.device)
+    if pairs:
+        _plan_kernel[(layers,)](
+            plan.work,
+            plan.ends,
+            kv_start,
+            kv_count,
+            head_channels,
+            seq_lens,
+            kv_count.shape[1],
+            pairs,
+            plan.work.shape[1],
+            programs,
+            most,
+            H_KV=heads,
+            PAIRS_P2=triton.next_power_of_2(pairs),
+            num_warps=4 if pairs <= 1024 else 16,
+        )
+    return plan
+
+
+def splits(pairs: int, max_context: int, knobs: dict[str, int] = KNOBS) -> tuple[int, int]:
+    """How many programs share the lists of so many (request, KV head) pairs, and how many at most one list;
+    a merge holds 64 of them in registers."""
     most = max(1, min(max_context // knobs["least"], 64))
-    splits = max(1, min(knobs["programs"] // max(1, pairs), most))
-    return splits, min(splits * knobs["uneven"], most)
+    each = max(1, min(knobs["programs"] // max(1, pairs), most))
+    return each * pairs, min(each * knobs["uneven"], most)
 
 
 @functools.cache
@@ -116,10 +152,58 @@ def starts_early(device: torch.device) -> dict[str, bool]:
 
 
 @triton.jit
-def _number(total, tokens, programs, most):
-    """Splits of `total` of a batch's `tokens`, so that every program gets about as many as any other."""
-    share = tl.maximum(tl.cdiv(tokens, programs), 1)
-    return tl.minimum(tl.maximum(tl.cdiv(total, share), 1), most)
+def _plan_kernel(
+    work_ptr,  # int64 [layers, work, 4]
+    ends_ptr,  # int32 [layers, pairs + 1]
+    start_ptr,
+    count_ptr,
+    heads_ptr,  # [layers, H_kv]
+    lens_ptr,
+    channels,
+    pairs,
+    work,
+    programs,
+    most,
+    H_KV: tl.constexpr,
+    PAIRS_P2: tl.constexpr,
+):
+    layer = tl.program_id(0)
+    pair = tl.arange(0, PAIRS_P2)
+    there = pair < pairs
+    place = pair // H_KV * channels + tl.load(heads_ptr + layer * H_KV + pair % H_KV, mask=there, other=0)
+    count = tl.load(count_ptr + place, mask=there, other=0)
+    begin = tl.load(start_ptr + place, mask=there, other=0)
+    whole = count < 0
+    total = tl.where(whole, tl.load(lens_ptr + pair // H_KV, mask=there, other=0).to(tl.int32), count)
+    begin = tl.where(whole, 0, begin)
+
+    # The smallest share that the programs suffice for: in halves, then exactly.
+    low, high = 0, tl.maximum(tl.max(total, 0), 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = tl.sum(_parts(total, middle, most, there), 0) <= programs
+        low = tl.where(enough, low, middle)
+        high = tl.where(enough, middle, high)
+    number = _parts(total, high, most, there)
+    end = tl.cumsum(number, 0)
+    tl.store(ends_ptr + layer * (pairs + 1) + 1 + pair, end, mask=there)
+    tl.store(ends_ptr + layer * (pairs + 1), 0)
+    for split in range(0, tl.max(number, 0)):
+        entry = work_ptr + (layer * work + end - number + split).to(tl.int64) * 4
+        here = split < number
+        parts = tl.maximum(number, 1)  # none where there is no pair
+        first = total.to(tl.int64) * split // parts
+        kind = tl.where(whole, 1, 0) + (2 if split == 0 else 0) + tl.where(split == number - 1, 4, 0)
+        tl.store(entry, pair, mask=here)
+        tl.store(entry + 1, begin + first, mask=here)
+        tl.store(entry + 2, total.to(tl.int64) * (split + 1) // parts - first, mask=here)
+        tl.store(entry + 3, kind, mask=here)
+
+
+@triton.jit
+def _parts(total, share, most, there):
+    """Splits of each list into parts of about `share` tokens."""
+    return tl.where(there, tl.minimum(tl.maximum(tl.cdiv(total, share), 1), most), 0)
 
 
 @triton.jit
@@ -145,11 +229,11 @@ def _split_kernel(
     q_ptr,  # [bs, T, H_q, D], tokens `stride_q` apart
     k_ptr,  # [slots, H_kv, D]
     v_ptr,
-    partial_ptr,  # float32 [bs, H_kv, most, ROWS, D]
-    stats_ptr,  # float32 [bs, H_kv, most, ROWS, 2]: maximum in log2, sum
-    number_ptr,  # [bs, H_kv], splits that a list is read in
+    partial_ptr,  # float32 [work, ROWS, D]
+    stats_ptr,  # float32 [work, ROWS, 2]: maximum in log2, sum
+    work_ptr,  # int64 [work, 4], see Plan
+    ends_ptr,  # [pairs + 1]
     indices_ptr,
-    start_ptr,  # [bs, channels]
     count_ptr,  # [bs, channels], -1: the whole context
     head_channels_ptr,
     table_ptr,  # req_to_token
@@ -159,14 +243,11 @@ def _split_kernel(
     attended_ptr,  # int64 [2]: selected, available
     scale,
     channels,
+    pairs,
     stride_q,
     stride_slot,
     stride_head,
     stride_table,
-    bs,
-    splits,  # of a list of mean length
-    most,
-    PAIRS_P2: tl.constexpr,  # bs * H_kv padded
     T: tl.constexpr,
     H_Q: tl.constexpr,
     H_KV: tl.constexpr,
@@ -176,32 +257,24 @@ def _split_kernel(
     TAIL: tl.constexpr,  # T padded to a power of two of at least 16
     EARLY: tl.constexpr,
 ):
-    b, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    program = tl.program_id(0)
     GROUP: tl.constexpr = H_Q // H_KV
-    channel = tl.load(head_channels_ptr + h)
+    # All at once, used or not: what to read is two latencies away from the slots.
+    entry = work_ptr + program * 4
+    pair, kind = tl.load(entry).to(tl.int32), tl.load(entry + 3)
+    begin, total = tl.load(entry + 1), tl.load(entry + 2).to(tl.int32)
+    if program >= tl.load(ends_ptr + pairs):
+        return
+    b, h = pair // H_KV, pair % H_KV
     length = tl.load(lens_ptr + b).to(tl.int32)
-    count = tl.load(count_ptr + b * channels + channel)
     req = tl.load(reqs_ptr + b).to(tl.int64)
     row_ptr = table_ptr + req * stride_table
-    # Loaded beside the count, used or not: one latency less before the first block.
-    list_ptr = indices_ptr + tl.load(start_ptr + b * channels + channel)
-    total = count
-    if count < 0:
-        total = length
-        list_ptr = row_ptr
-    pair = tl.arange(0, PAIRS_P2)
-    there = pair < bs * H_KV
-    its_channel = tl.load(head_channels_ptr + pair % H_KV, mask=there, other=0)
-    counts = tl.load(count_ptr + pair // H_KV * channels + its_channel, mask=there, other=0)
-    lengths = tl.load(lens_ptr + pair // H_KV, mask=there, other=0).to(tl.int32)
-    tokens = tl.sum(tl.where(counts < 0, lengths, counts), 0)
-    number = _number(total, tokens, bs * H_KV * splits, most)
-    if split >= number:
-        return
-    if split == 0:
-        tl.store(number_ptr + b * H_KV + h, number)
-    if (split == 0) & (req > 0):  # slot 0 is the padding of CUDA graphs
-        tl.atomic_add(attended_ptr, total.to(tl.int64))
+    list_ptr = indices_ptr + begin
+    if (kind & 1) != 0:
+        list_ptr = row_ptr + begin
+    if ((kind & 2) != 0) & (req > 0):  # slot 0 is the padding of CUDA graphs
+        count = tl.load(count_ptr + b * channels + tl.load(head_channels_ptr + h))
+        tl.atomic_add(attended_ptr, tl.where(count < 0, length, count).to(tl.int64))
         tl.atomic_add(attended_ptr + 1, length.to(tl.int64))
 
     rows = tl.arange(0, ROWS)
@@ -214,12 +287,10 @@ def _split_kernel(
     norm = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D], tl.float32)
 
-    # Equal numbers of tokens, not of blocks: what is masked in a block is not read.
-    first = total * split // number
-    last = total * (split + 1) // number
-    for block in range(first, last, BLOCK):
+    # Lists are parted by tokens, not by blocks: what is masked in a block is not read.
+    for block in range(0, total, BLOCK):
         offs = block + tl.arange(0, BLOCK)
-        ok = offs < last
+        ok = offs < total
         slots = tl.load(list_ptr + offs, mask=ok, other=0)
         peak, norm, acc = _attend(
             q,
@@ -236,7 +307,7 @@ def _split_kernel(
             norm,
             acc,
         )
-    if split == number - 1:
+    if (kind & 4) != 0:
         # The tail: the draft tokens themselves, each seeing what its row of the mask allows.
         cols = tl.arange(0, TAIL)
         ok = cols < T
@@ -251,7 +322,7 @@ def _split_kernel(
         )
     if EARLY:
         gdc_launch_dependents()
-    base = ((b * H_KV + h) * most + split) * ROWS
+    base = program.to(tl.int64) * ROWS
     tl.store(partial_ptr + (base + rows[:, None]) * D + dims[None, :], acc, mask=row_ok[:, None])
     tl.store(stats_ptr + (base + rows) * 2, peak)
     tl.store(stats_ptr + (base + rows) * 2 + 1, norm)
@@ -261,9 +332,8 @@ def _split_kernel(
 def _merge_kernel(
     partial_ptr,
     stats_ptr,
-    number_ptr,
+    ends_ptr,
     out_ptr,  # [bs, T, H_q, D]
-    most,
     T: tl.constexpr,
     H_Q: tl.constexpr,
     H_KV: tl.constexpr,
@@ -277,10 +347,10 @@ def _merge_kernel(
     b, token, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H_Q // H_KV
     row = token * GROUP + head % GROUP
-    kv_head = b * H_KV + head // GROUP
-    number = tl.load(number_ptr + kv_head)
+    end_ptr = ends_ptr + b * H_KV + head // GROUP
+    first = tl.load(end_ptr)
     # Every row sees itself in the tail, so one split at least has a finite maximum.
-    _, _, out = _merge(partial_ptr, stats_ptr, kv_head * most, row, number, D, ROWS, SPLITS_P2)
+    _, _, out = _merge(partial_ptr, stats_ptr, first, row, tl.load(end_ptr + 1) - first, D, ROWS, SPLITS_P2)
     dims = tl.arange(0, D)
     tl.store(out_ptr + ((b * T + token) * H_Q + head) * D + dims, out.to(out_ptr.dtype.element_ty))
 

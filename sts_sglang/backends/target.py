@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
+    from sts_kernels.reference import Plan
     from sts_sglang.backends.flashinfer_verify import FlashInferVerify
     from sts_sglang.importance import Selection
     from sts_sglang.runtime import StsRuntime
@@ -40,6 +41,7 @@ class StsTargetBackend(AttentionBackend):
         self.runtime: StsRuntime | None = None  # set by the draft-target binding
         self.headwise: FlashInferVerify | None = None  # under kernel flashinfer, set there too
         self._selection: Selection | None = None
+        self._plan: Plan | None = None  # of the selection, see StsRuntime.plan_verify
         self._whole: Selection | None = None  # of a tree's dense layers, see _dense_plans
         self._tail_mask: torch.Tensor | None = None
         self._mask_buffer: torch.Tensor | None = None  # trees under CUDA graphs
@@ -88,12 +90,12 @@ class StsTargetBackend(AttentionBackend):
         if self.runtime.config.dense_verify(layer.layer_id):
             if self._whole is None:
                 return self._verify_densely(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-            selection = self._whole
+            selection, plan = self._whole, None
         else:
-            selection = self._selection
+            selection, plan = self._selection, self._plan
         if save_kv_cache and k is not None:
             write_kv(self.token_to_kv_pool, k, v, layer, forward_batch)
-        return self._attend(selection, q, layer, forward_batch)
+        return self._attend(selection, plan, q, layer, forward_batch)
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         return self.dense.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
@@ -114,6 +116,7 @@ class StsTargetBackend(AttentionBackend):
         if runtime.num_steps == 1:
             score_carried_rows(runtime, runtime.draft_pool, table, fb.req_pool_indices, fb.seq_lens)
         self._selection = runtime.state.select(runtime.ops, fb.req_pool_indices, fb.seq_lens, table)
+        self._plan = runtime.plan_verify(self._selection, fb.seq_lens, table.shape[1])
         whole = runtime.config.some_dense_verify and not self._dense_plans(fb)
         self._whole = self._selection.whole() if whole else None
         self._tail_mask = self._tail_masks(fb).contiguous()
@@ -130,7 +133,12 @@ class StsTargetBackend(AttentionBackend):
         return self.dense.forward_extend(q, k, v, layer, fb, save_kv_cache, **kwargs)
 
     def _attend(
-        self, selection: Selection, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch
+        self,
+        selection: Selection,
+        plan: Plan | None,
+        q: torch.Tensor,
+        layer: RadixAttention,
+        fb: ForwardBatch,
     ) -> torch.Tensor:
         runtime = self.runtime
         rows = q.view(fb.batch_size, -1, layer.tp_q_head_num, layer.qk_head_dim)
@@ -140,6 +148,8 @@ class StsTargetBackend(AttentionBackend):
             kv_indices, *selection = self._select_by_layer(counts, rows, layer, fb)
             channels = runtime.selector.heads
         attend = runtime.ops.sparse_verify_attention
+        if plan is not None:
+            attend = partial(attend, plan=plan.of(layer.layer_id))
         if self.headwise is not None:
             attend = partial(self.headwise.attend, layer.layer_id)
         out = attend(
