@@ -6,6 +6,7 @@ Arms (each its own server, `--repeats` times in alternating order):
   stock-spec-captured  the same with its draft-extend in a CUDA graph: what that graph alone brings
   sts-dense            sts with every target layer dense: what capture and selection cost
   sts                  sts with the given --sts-config
+  sts-draft            the same with sparse draft steps
 
 For every shape CONTEXTxREQUESTS the prompts are prefilled once, so that the measured requests find them
 in the prefix cache; then all requests decode `--new-tokens` at the same time, `--passes` times. Prompts of
@@ -32,7 +33,7 @@ from benchmarks import dummy_models
 from benchmarks.harness import commit
 from sts_sglang.local_server import LocalServer, sparse_between
 
-ARMS = ("stock", "stock-spec", "stock-spec-captured", "sts-dense", "sts")
+ARMS = ("stock", "stock-spec", "stock-spec-captured", "sts-dense", "sts", "sts-draft")
 
 
 def arm_args(arm: str, options: argparse.Namespace) -> list[str]:
@@ -49,6 +50,8 @@ def arm_args(arm: str, options: argparse.Namespace) -> list[str]:
     if arm == "sts-dense":
         layers = json.loads((options.target / "config.json").read_text())["num_hidden_layers"]
         config["dense_layers"] = list(range(layers))
+    if arm == "sts-draft":
+        config["draft_steps"] = "sparse"
     return [*args, "--attention-backend", "sts", "--sts-config", json.dumps(config)]
 
 

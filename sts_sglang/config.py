@@ -29,6 +29,7 @@ Dense = Literal["auto", "fa3", "flashinfer", "torch"]
 History = Literal["off", "warm", "blend"]
 Selector = Literal["draft", "quest", "recent", "random", "oracle"]
 Verify = Literal["sparse", "dense"]
+DraftSteps = Literal["dense", "sparse"]
 
 # A share of a token below this is float error (0.1 * 30 = 3.0000000000000004), not a token.
 # It exceeds the error of keep * context for every context up to 2**33 tokens.
@@ -131,6 +132,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "history_decay": _share,
     "selector": _choice(get_args(Selector)),
     "verify": _choice(get_args(Verify)),
+    "draft_steps": _choice(get_args(DraftSteps)),
     "full_verify_every": _integer(0, MAX_TOKENS),
     "inspect_dir": _path("the path of a folder for dumps, at most 512 characters, or null for none", 512),
 }
@@ -180,6 +182,9 @@ class StsConfig:
     `recent` nothing but sink and the last tokens, `random` chance."""
     verify: Verify = "sparse"
     """`dense`: draft and score as ever but attend to everything, which is stock's output."""
+    draft_steps: DraftSteps = "dense"
+    """`sparse`: the context is scored and selected in the first draft step of a round; the steps after it
+    attend to the selection, as verify does, and score nothing."""
     full_verify_every: int = 0
     """Every N-th verify of a request attends to everything; 0: none does."""
     inspect_dir: str | None = None
@@ -204,8 +209,9 @@ class StsConfig:
             self._check_comparison()
 
     def _check_comparison(self) -> None:
-        """What only the draft's scores can do: be a mass, and be remembered."""
-        for field, value in (("policy", "top_p"), ("history", "warm"), ("history", "blend")):
+        """What only the draft's scores can do: be a mass, be remembered, and be there before verify."""
+        kinds = (("policy", "top_p"), ("history", "warm"), ("history", "blend"), ("draft_steps", "sparse"))
+        for field, value in kinds:
             if getattr(self, field) == value:
                 raise _error(
                     "sts_config.selector",

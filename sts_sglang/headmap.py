@@ -97,6 +97,7 @@ class HeadMap:
     shares: of the budget, [target layer][target KV head]: a head with twice the share of another selects
     twice as many tokens, all of them together as many as without. Channels are then by share as well.
     dense_layers: target layers that are not to be sparse, besides the configuration's.
+    draft: with it every KV head of the draft has a channel too, see `of_draft`.
     """
 
     sources: tuple[tuple[tuple[Source, ...], ...], ...]
@@ -104,6 +105,7 @@ class HeadMap:
     pool: Literal["max", "mean"] | None = None
     dense_layers: tuple[int, ...] = ()
     shares: tuple[tuple[float, ...], ...] | None = None
+    draft: HeadCounts | None = None
 
     @cached_property
     def _by_channel(self) -> dict[tuple[tuple[Source, ...], float], int]:
@@ -112,7 +114,27 @@ class HeadMap:
         for layer in range(len(self.sources)):
             for key in self._keys(layer):
                 found[key] = found.get(key, 0) + 1
+        for own in self._own_sources():
+            if not any(_within(sources, own) for sources, _ in found):
+                found[own, 1.0] = 0  # serves no target head
         return found
+
+    def _own_sources(self) -> list[tuple[Source, ...]]:
+        """Query heads of every (layer, KV head) of the draft."""
+        if self.draft is None:
+            return []
+        group = self.draft.q_heads // self.draft.kv_heads
+        heads = [range(h * group, (h + 1) * group) for h in range(self.draft.kv_heads)]
+        return [tuple((i, head) for head in own) for i in range(self.draft.layers) for own in heads]
+
+    def of_draft(self) -> list[list[int]]:
+        """Channel of every KV head of every draft layer: one that only its own query heads speak for."""
+        channels = [
+            next(i for i, sources in enumerate(self.channels) if _within(sources, own))
+            for own in self._own_sources()
+        ]
+        heads = self.draft.kv_heads
+        return [channels[i : i + heads] for i in range(0, len(channels), heads)]
 
     def _keys(self, layer: int) -> list[tuple[tuple[Source, ...], float]]:
         shares = self.shares[layer] if self.shares else [1.0] * len(self.sources[layer])
@@ -157,6 +179,11 @@ class HeadMap:
         return [min(1.0, high * share) for share in shares]
 
 
+def _within(sources: tuple[Source, ...], own: tuple[Source, ...]) -> bool:
+    """Whether a channel selects by some of these heads and by no other."""
+    return bool(sources) and set(sources) <= set(own)
+
+
 def counts(model_config: Any) -> HeadCounts:
     """Attention shape of an SGLang ModelConfig."""
     return HeadCounts(
@@ -182,7 +209,7 @@ def of_config(
         head_map = packaged(config, target, draft, models) or proportional(target, draft)
     if conflict := _conflict(head_map, config):
         raise conflict
-    return head_map
+    return replace(head_map, draft=draft) if config.draft_steps == "sparse" else head_map
 
 
 def served(config: StsConfig, head_map: HeadMap) -> StsConfig:

@@ -46,7 +46,7 @@ class RoundState:
         sizes: of the buffers that follow the KV pool; a request that does not fit attends whole.
         draft_heads, draft_dim: query heads and head size of the draft.
         dtype, device: of the draft's queries.
-        importance_dtype: float32 for the torch ops, float16 for the kernels.
+        importance_dtype: float16, which is all that the kernels take, or float32.
     """
 
     def __init__(
@@ -75,6 +75,14 @@ class RoundState:
         self.importance = torch.zeros(channels, columns, dtype=importance_dtype, device=device)
         entries = int(channels * sizes.indices * head_map.list_growth(config.keep))
         self.kv_indices = torch.zeros(entries, dtype=torch.int32, device=device)
+        # With sparse draft steps: the draft's slots of the same tokens, and the lists of the round's batch,
+        # which one graph makes and another one reads.
+        self.draft_indices = torch.zeros_like(self.kv_indices) if config.draft_steps == "sparse" else None
+        shared = (requests, channels) if config.draft_steps == "sparse" else (0, channels)
+        self.made = Selection(
+            torch.zeros(shared, dtype=torch.int64, device=device),
+            torch.full(shared, -1, dtype=torch.int32, device=device),
+        )
         self.history = (
             SlotHistory(config, channels, slots, requests, device) if config.history != "off" else None
         )
@@ -82,9 +90,9 @@ class RoundState:
         self.split = None if split is None else torch.tensor(split, dtype=torch.float64, device=device)
         self.rounds = torch.zeros(requests, dtype=torch.int32, device=device)  # since the prefill
         # sparse verifies, dense verifies, context tokens attended to, context tokens there, full verifies,
-        # clipped tokens
-        self.counts = torch.zeros(6, dtype=torch.int64, device=device)
-        self.attended, self.clipped = self.counts[2:4], self.counts[5:]
+        # clipped tokens, context tokens that sparse draft steps attended to, and those there
+        self.counts = torch.zeros(8, dtype=torch.int64, device=device)
+        self.attended, self.clipped, self.draft_attended = self.counts[2:4], self.counts[5:6], self.counts[6:]
         # For dumps without history: first column, context and round of a request's latest scores.
         dumped = config.inspect_dir is not None and self.history is None
         self.scored = torch.full((3, requests), -1, device=device) if dumped else None
@@ -154,12 +162,23 @@ class RoundState:
                 kv_start,
                 kv_count,
                 top_p,
+                self.draft_indices,
             )
         chosen = (reqs > 0) & ~full
         self.counts[0] += (known & chosen).sum()
         self.counts[1] += (~known & chosen).sum()
         self.counts[4] += (full & (reqs > 0)).sum()
         return Selection(kv_start, kv_count)
+
+    def select_early(self, ops, reqs, seq_lens: torch.Tensor, table: torch.Tensor) -> Selection:
+        """`select` after the first draft step, for the steps after it and for verify."""
+        for made, new in zip(self.made, self.select(ops, reqs, seq_lens, table), strict=True):
+            made[: reqs.numel()].copy_(new)
+        return self.selected(reqs.numel())
+
+    def selected(self, bs: int) -> Selection:
+        """What `select_early` made for this round's batch."""
+        return Selection(*(made[:bs] for made in self.made))
 
     def _list_lengths(self, budgets: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
         """int64 [bs, channels]: tokens that each list may have, their mean over heads being the budget."""
@@ -196,7 +215,7 @@ class RoundState:
         return {
             **history,
             "importance": self.importance.nbytes,
-            "kv_indices": self.kv_indices.nbytes,
+            "kv_indices": self.kv_indices.nbytes * (1 if self.draft_indices is None else 2),
             "carried_rows": sum(t.nbytes for t in carried),
         }
 

@@ -21,6 +21,8 @@ class Counters:
     available_tokens: int = 0
     full_verifies: int = 0
     clipped_tokens: int = 0
+    draft_selected_tokens: int = 0
+    draft_available_tokens: int = 0
     plans: int = 0  # the host's
 
     @property
@@ -40,6 +42,8 @@ _HELP = {
     "available_tokens": "Context tokens there in verify, per (layer, KV head).",
     "full_verifies": "Verifies (request, round) of the whole context by verify or full_verify_every.",
     "clipped_tokens": "Context tokens that kernel flashinfer had no room for, per (layer, KV head).",
+    "draft_selected_tokens": "Context tokens attended to in sparse draft steps, per (layer, KV head).",
+    "draft_available_tokens": "Context tokens there in sparse draft steps, per (layer, KV head).",
     "plans": "Plans of kernel flashinfer, made on the host.",
 }
 

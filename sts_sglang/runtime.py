@@ -70,7 +70,9 @@ class StsRuntime:
         self.kernel = kernel_for(config, device)
         self.ops = ops("torch" if self.kernel == "torch" else "triton")
         self.num_steps = shape.num_steps
-        self.rows_per_round = 1 + (shape.num_steps - 1) * shape.topk
+        # Of them the carried row; the last step of a round does not run.
+        self.scoring_steps = shape.num_steps - 1 if config.draft_steps == "dense" else 1
+        self.rows_per_round = 1 + self.scoring_steps * shape.topk
         self.draft_pool = shape.pool
         self.draft_scaling = shape.head_dim**-0.5
         self.state = RoundState(
@@ -83,7 +85,9 @@ class StsRuntime:
             shape.head_dim,
             shape.dtype,
             device,
-            torch.float32 if self.kernel == "torch" else torch.float16,
+            # Exact on the CPU, the reference. On CUDA the torch ops stand beside the kernels, and a tenth of
+            # a context reaches down to scores that only float32 tells from zero.
+            torch.float32 if device == "cpu" and self.kernel == "torch" else torch.float16,
         )
         self.selector = None if config.selector == "draft" else self._comparison(target, shape.requests)
         self.headwise: FlashInferVerify | None = None  # of kernel flashinfer, set by bind
@@ -94,17 +98,28 @@ class StsRuntime:
             torch.tensor(self.head_map.head_channels(layer), dtype=torch.int32, device=device)
             for layer in range(target.layers)
         ]
-        self._all_heads = torch.stack(self._head_channels)
+        self._target_heads = torch.stack(self._head_channels)
+        own = self.head_map.of_draft() if config.draft_steps == "sparse" else []
+        self.draft_heads = torch.tensor(own, dtype=torch.int32, device=device)  # [layers, H_kv] or nothing
 
     def plan_verify(self, selection: Selection, seq_lens: torch.Tensor, max_context: int) -> Plan | None:
         """How Triton's verify parts its work in every layer; the other kernels, and selectors that make their
         lists layer by layer, have no such plan."""
         if self.kernel != "triton" or self.selector is not None:
             return None
+        return self._plan(selection, self._target_heads, seq_lens, max_context)
+
+    def plan_draft(self, selection: Selection, seq_lens: torch.Tensor, max_context: int) -> Plan | None:
+        """The same for sparse draft steps."""
+        if self.kernel == "torch":
+            return None
+        return self._plan(selection, self.draft_heads, seq_lens, max_context)
+
+    def _plan(self, selection, heads, seq_lens, max_context) -> Plan:
         from sts_kernels.verify import splits  # imports Triton, which the torch ops do without
 
-        programs = splits(seq_lens.numel() * self._all_heads.shape[1], max_context)
-        return self.ops.plan_verify(*selection, self._all_heads, seq_lens, *programs)
+        programs = splits(seq_lens.numel() * heads.shape[1], max_context)
+        return self.ops.plan_verify(*selection, heads, seq_lens, *programs)
 
     def _comparison(self, target: HeadCounts, requests: int) -> LayerSelector:
         """Selects in the draft's stead, over the same columns."""

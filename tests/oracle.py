@@ -45,6 +45,7 @@ class Rule:
     history: str = "off"
     history_weight: float = 0.05
     history_decay: float = 0.9
+    draft_sparse: bool = False  # draft steps after the first attend to the selection made after it
 
     def budget(self, context: int) -> int:
         return min(context, max(self.floor, self.sink + self.recent, math.ceil(self.keep * context - 1e-9)))
@@ -87,13 +88,16 @@ class HFDraft:
         self.model = _load(path)
         self.layers = self.model.config.num_hidden_layers
         self.heads = self.model.config.num_attention_heads
+        self.kv_heads = self.model.config.num_key_value_heads
+        self._masks: list[torch.Tensor] = []
+        for i, layer in enumerate(self.model.model.layers):
+            layer.self_attn.register_forward_pre_hook(_mask_hook(self, i), with_kwargs=True)
 
     def __call__(self, tokens, hidden, positions, mask):
+        """`mask` bool [n, n], or [layers, heads, n, n]."""
+        self._masks = [_additive(m)[None] for m in mask.expand(self.layers, self.heads, -1, -1)]
         out = self.model(
-            torch.tensor([tokens]),
-            attention_mask=_additive(mask)[None, None],
-            position_ids=torch.tensor([positions]),
-            output_attentions=True,
+            torch.tensor([tokens]), position_ids=torch.tensor([positions]), output_attentions=True
         )
         return out.logits[0], None, [a[0] for a in out.attentions]
 
@@ -106,6 +110,7 @@ class Eagle3Draft:
         self.w = {k: w.float() for k, w in load_file(path / "model.safetensors").items()}
         self.target = target
         self.layers, self.heads = 1, self.config["num_attention_heads"]
+        self.kv_heads = self.config["num_key_value_heads"]
         self.aux_layers = self.config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
 
     def __call__(self, tokens, hidden, positions, mask):
@@ -121,6 +126,7 @@ class Eagle3Draft:
         cos, sin = self.target.model.rotary_emb(x, torch.tensor([positions]))
         q, k = apply_rotary_pos_emb(q[None], k[None], cos, sin)
         group = heads // k.shape[1]
+        mask = mask.expand(1, heads, -1, -1)[0]
         logits = q[0] @ k[0].repeat_interleave(group, 0).transpose(1, 2) * dim**-0.5 + _additive(mask)
         attention = logits.softmax(-1)
         mixed = (attention @ v.repeat_interleave(group, 0)).transpose(0, 1).flatten(1)
@@ -149,7 +155,7 @@ class Oracle:
         self.draft = Eagle3Draft(draft, self.target) if eagle3 else HFDraft(draft)
         self._masks: list[torch.Tensor] = []
         for i, layer in enumerate(self.target.model.layers):
-            layer.self_attn.register_forward_pre_hook(self._mask_hook(i), with_kwargs=True)
+            layer.self_attn.register_forward_pre_hook(_mask_hook(self, i), with_kwargs=True)
 
     def agree(self, tokens: list[int], prompt: list[int], rule: Rule, memory: dict | None = None) -> Trace:
         """The trace that explains a server's `tokens`, which may decide near ties as it likes.
@@ -185,7 +191,7 @@ class Oracle:
         tokens.append(self._emit(trace, logits[-1]))
         while len(tokens) - len(prompt) < new_tokens:
             length = len(tokens) - 1  # committed; the last token is the bonus, verify row 0
-            tree = self._draft_round(tokens, hidden, rule)
+            tree = self._draft_round(tokens, hidden, rule, trace)
             rows = self._mask_rows(tree, length, seen, rule, trace)
             logits, hidden = self._verify(tokens, tree, rows, seen)
             path = self._walk(tree, logits)
@@ -201,7 +207,7 @@ class Oracle:
         trace.logprobs = trace.logprobs[:new_tokens]
         return trace
 
-    def _draft_round(self, tokens: list[int], hidden: list[torch.Tensor], rule: Rule) -> Tree:
+    def _draft_round(self, tokens: list[int], hidden: list[torch.Tensor], rule: Rule, trace: Trace) -> Tree:
         """Expand `topk` branches for `num_steps` steps and keep the best num_tokens - 1 candidates.
 
         A draft does not see token 0. Branch b of step i attends to the committed tokens and to what ran
@@ -220,18 +226,23 @@ class Oracle:
         candidates = [(float(s), int(t), -1) for s, t in zip(scores, chosen, strict=True)]
         branch_nodes, branch_tokens = list(range(k)), chosen.tolist()
         parent_rows = [length - 1] * k
+        kept, scored, allowed = length - 1 + (1 if rule.drop_carried else 0), None, True
         for step in range(rule.num_steps - 1):
             first = len(ids)
             ids, positions = ids + branch_tokens, positions + [length + step] * k
-            grown = torch.zeros(first + k, first + k, dtype=torch.bool)
-            grown[:first, :first] = mask
+            grown = torch.zeros(*mask.shape[:-2], first + k, first + k, dtype=torch.bool)
+            grown[..., :first, :first] = mask
             for b in range(k):
-                grown[first + b, :length] = True
-                grown[first + b, [length + i * k + b for i in range(step + 1)]] = True
+                grown[..., first + b, :length] = allowed
+                grown[..., first + b, [length + i * k + b for i in range(step + 1)]] = True
             mask = grown
             if states is not None:
                 states = torch.cat([states, out[parent_rows]])
             logits, out, attention = self.draft(ids, states, positions, mask)
+            if rule.draft_sparse and step == 0:
+                scored = [a[:, kept:] for a in attention]
+                allowed = self._allowed(scored, length, rule, trace)
+                mask = mask.expand(*allowed.shape[:2], -1, -1)
             probs, nexts = logits[first:].softmax(-1).topk(k)
             expanded = scores[:, None] * probs
             base = len(candidates)
@@ -244,12 +255,26 @@ class Oracle:
             parent_rows = [first + int(f) // k for f in flat]
         best = sorted(sorted(range(len(candidates)), key=lambda c: -candidates[c][0])[: rule.num_tokens - 1])
         node = {-1: 0, **{c: n + 1 for n, c in enumerate(best)}}
-        kept = length - 1 + (1 if rule.drop_carried else 0)
         return Tree(
             tokens=[tokens[-1], *(candidates[c][1] for c in best)],
             parents=[0, *(node[candidates[c][2]] for c in best)],
-            attention=[a[:, kept:] for a in attention],
+            attention=[a[:, kept:] for a in attention] if scored is None else scored,
         )
+
+    def _allowed(self, scored: list[torch.Tensor], length: int, rule: Rule, trace: Trace) -> torch.Tensor:
+        """bool [layers, heads, length]: the draft keys that each draft head's later steps attend to, given
+        what the rows so far attended to. Tokens are chosen as for verify, by the heads of one KV head; the
+        bonus token's key, the last, stands in for the one that the first token lacks."""
+        group = self.draft.heads // self.draft.kv_heads
+        allowed = torch.zeros(self.draft.layers, self.draft.heads, length, dtype=torch.bool)
+        for layer, source in enumerate(scored):
+            for h in range(self.draft.kv_heads):
+                heads = slice(h * group, (h + 1) * group)
+                spoken = source[heads]
+                score = spoken.amax((0, 1)) if rule.pool == "max" else spoken.mean((0, 1))
+                chosen = self._top(score, length, rule, trace, (trace.rounds, layer, h))
+                allowed[layer, heads, [p - 1 if p else length - 1 for p in chosen]] = True
+        return allowed
 
     def _mask_rows(
         self, tree: Tree, length: int, seen: torch.Tensor, rule: Rule, trace: Trace
@@ -337,17 +362,20 @@ class Oracle:
         )
         return out.logits[0], [h[0] for h in out.hidden_states]
 
-    def _mask_hook(self, layer: int):
-        def hook(module, args, kwargs):
-            return args, {**kwargs, "attention_mask": self._masks[layer]}
-
-        return hook
-
     @staticmethod
     def _emit(trace: Trace, logits: torch.Tensor) -> int:
         token = int(logits.argmax())
         trace.logprobs.append(float(logits.log_softmax(-1)[token]))
         return token
+
+
+def _mask_hook(owner: Oracle | HFDraft, layer: int):
+    """Gives a layer the mask that its owner holds for it."""
+
+    def hook(module, args, kwargs):
+        return args, {**kwargs, "attention_mask": owner._masks[layer]}
+
+    return hook
 
 
 def _additive(mask: torch.Tensor) -> torch.Tensor:

@@ -309,7 +309,7 @@ def test_verify_attends_to_the_selection_and_counts_it(layer):
             values = rig.target_pool.v[layer, rig.slots[positions], kv].double()
             weights = (keys @ q.view(TOKENS, Q_HEADS, DIM)[row, head].double() * DIM**-0.5).softmax(0)
             torch.testing.assert_close(out[row, head].double(), weights @ values, rtol=1e-5, atol=1e-5)
-    assert rig.runtime.state.counts.tolist() == [1, 0, 7 * KV_HEADS, (CONTEXT + 1) * KV_HEADS, 0, 0]
+    assert rig.runtime.state.counts.tolist() == [1, 0, 7 * KV_HEADS, (CONTEXT + 1) * KV_HEADS, 0, 0, 0, 0]
 
 
 def test_draft_steps_attend_to_their_own_branch():

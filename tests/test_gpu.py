@@ -27,6 +27,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.server]
 
 CHAIN = ["--speculative-num-steps", "3", "--speculative-eagle-topk", "1"]
 CHAIN += ["--speculative-num-draft-tokens", "4"]
+LONG = ["--speculative-num-steps", "5", "--speculative-eagle-topk", "1"]
+LONG += ["--speculative-num-draft-tokens", "6"]
 TREE = ["--speculative-num-steps", "3", "--speculative-eagle-topk", "4"]
 TREE += ["--speculative-num-draft-tokens", "8"]
 SPARSE = {"keep": 0.1, "budget": 0}
@@ -49,7 +51,9 @@ SERVERS = {
     "stock-bfloat16": ["--attention-backend", "fa3"],
     "stock-spec-bfloat16": ["--attention-backend", "fa3", *draft("STANDALONE"), *CHAIN],
     "stock-float16": ["--attention-backend", "triton", "--dtype", "float16"],
-    "chain-bfloat16": sts("STANDALONE", CHAIN, history="blend"),
+    "chain-bfloat16": sts("STANDALONE", CHAIN),
+    "history-bfloat16": sts("STANDALONE", CHAIN, history="blend"),
+    "draft-steps-bfloat16": sts("STANDALONE", LONG, draft_steps="sparse"),
     "flashinfer-bfloat16": sts("STANDALONE", CHAIN, dense="flashinfer"),
     "flashinfer-verify-bfloat16": sts("STANDALONE", CHAIN, kernel="flashinfer"),
     "chain-float16": [*sts("STANDALONE", CHAIN, dense="torch"), "--dtype", "float16"],
@@ -111,6 +115,11 @@ def prompts() -> list[list[int]]:
         message = [{"role": "user", "content": text}]
         found.append(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
     return found
+
+
+@pytest.fixture(scope="module")
+def stock_profile(servers, prompts) -> dict:
+    return summary(record(servers["stock-spec-bfloat16"], prompts[2:], rounds=12), top=0)
 
 
 def ask(server: LocalServer, ids: list[int], tokens: int = NEW_TOKENS, **params) -> dict:
@@ -181,8 +190,11 @@ def test_questions_are_answered_from_a_tenth_of_the_context(servers, prompts, na
     assert min(lengths) > 1.5
 
 
-# Those that select by the same map and without memory.
-@pytest.mark.parametrize("name", ["eager-bfloat16", "prefill-graphs-bfloat16", "flashinfer-bfloat16"])
+# Those that select by the same map, rows and memory.
+SAME = ["chain-bfloat16", "eager-bfloat16", "prefill-graphs-bfloat16", "flashinfer-bfloat16"]
+
+
+@pytest.mark.parametrize("name", SAME)
 def test_sparse_output_equals_the_torch_kernels_but_for_near_ties(servers, prompts, name):
     params = {"custom_params": {"sts": {"keep": 0.1}}}
     twins = [ask(servers["torch-bfloat16"], ids, **params) for ids in prompts]
@@ -190,9 +202,10 @@ def test_sparse_output_equals_the_torch_kernels_but_for_near_ties(servers, promp
         forced_through(servers[name], ids, twin, NEAR_TIES[torch.bfloat16], **params)
 
 
-def test_sampling_accepts_drafts_and_stays_sparse(servers, prompts):
+@pytest.mark.parametrize("name", ["chain-bfloat16", "history-bfloat16", "draft-steps-bfloat16"])
+def test_sampling_accepts_drafts_and_stays_sparse(servers, prompts, name):
     """Temperature 0.7: the rejection sampling of SGLang's CUDA branch, which no CPU test reaches."""
-    server = servers["chain-bfloat16"]
+    server = servers[name]
     before = server.counters()
     answers = ask_all(server, [prompts[3]] * 4, temperature=0.7, top_p=0.9)
     assert was_sparse(server, before) < 0.15
@@ -202,13 +215,15 @@ def test_sampling_accepts_drafts_and_stays_sparse(servers, prompts):
 
 
 @pytest.mark.parametrize(
-    "name", ["chain-bfloat16", "tree-bfloat16", "eagle3-bfloat16", "flashinfer-verify-bfloat16"]
+    "name",
+    [
+        *("history-bfloat16", "draft-steps-bfloat16", "tree-bfloat16", "eagle3-bfloat16"),
+        "flashinfer-verify-bfloat16",
+    ],
 )
-def test_the_host_waits_no_more_than_in_stock(servers, prompts, name):
+def test_the_host_waits_no_more_than_in_stock(servers, prompts, stock_profile, name):
     """Calls of the CUDA runtime in SGLang's own profile of a few rounds."""
-    own, stock = (
-        summary(record(servers[n], prompts[2:], rounds=12), top=0) for n in (name, "stock-spec-bfloat16")
-    )
+    own, stock = summary(record(servers[name], prompts[2:], rounds=12), top=0), stock_profile
     assert own["rounds"] >= 8 and stock["rounds"] >= 8
     for call in ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMalloc"):
         assert own["host_calls"][call] <= stock["host_calls"][call] + 0.2, call

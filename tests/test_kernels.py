@@ -265,7 +265,9 @@ def run_select(kernel, batch: Batch, importance, counts: list[int], sink, recent
     args = on_device([importance, batch.ctx_start, batch.seq_lens, budgets])
     places = on_device([batch.table, batch.reqs])
     limits = None if top_p is None else torch.tensor(top_p, dtype=torch.float32, device=DEVICE)
-    ops(kernel).select_tokens(*args, sink, recent, *places, kv_indices, kv_start, kv_count, limits)
+    draft_indices = torch.full_like(kv_indices, -7)
+    lists = [kv_indices, kv_start, kv_count]
+    ops(kernel).select_tokens(*args, sink, recent, *places, *lists, limits, draft_indices)
     found, used = [], 0
     for b in range(bs):
         position = {int(slot): p for p, slot in enumerate(batch.table[batch.reqs[b]])}
@@ -274,10 +276,14 @@ def run_select(kernel, batch: Batch, importance, counts: list[int], sink, recent
             start, count = int(kv_start[b, c]), int(kv_count[b, c])
             entries = kv_indices[start : start + max(count, 0)].tolist()
             used += len(entries)
+            # A draft key stands one position before its token; the bonus token's stands in for none.
+            keys = [p - 1 if p else batch.lengths[b] - 1 for p in (position[slot] for slot in entries)]
+            shifted = draft_indices[start : start + max(count, 0)].tolist()
+            assert shifted == batch.table[batch.reqs[b], keys].tolist()
             lists.append(None if count < 0 else sorted(position[slot] for slot in entries))
         found.append(lists)
     if top_p is None:
-        assert int((kv_indices != -7).sum()) == used  # nothing else was written
+        assert int((kv_indices != -7).sum()) == int((draft_indices != -7).sum()) == used  # and no more
     return found
 
 
@@ -403,7 +409,8 @@ def chain(bs: int) -> torch.Tensor:
 def run_verify(kernel: str, batch: Batch, counts: list[int], tail_mask=None):
     """(queries, lists, output, attended); channel 1 takes the latest positions, channel 0 the earliest."""
     bs, width = len(batch.lengths), max([*batch.lengths, 1])
-    q = batch.queries(bs, TOKENS)
+    mask = chain(bs) if tail_mask is None else tail_mask
+    q = batch.queries(bs, mask.shape[1])
     kv_start = torch.arange(bs * 2).view(bs, 2) * width
     kv_indices = torch.full((bs * 2 * width + 8,), 10**6, dtype=torch.int32)
     lists = []
@@ -415,7 +422,6 @@ def run_verify(kernel: str, batch: Batch, counts: list[int], tail_mask=None):
         lists.append(picks)
     kv_count = torch.tensor(counts, dtype=torch.int32)[:, None].expand(bs, 2).contiguous()
     attended = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    mask = chain(bs) if tail_mask is None else tail_mask
     heads = torch.tensor([1, 0], dtype=torch.int32)
     args = [
         q,
@@ -436,8 +442,8 @@ def run_verify(kernel: str, batch: Batch, counts: list[int], tail_mask=None):
 
 def check_verify(batch: Batch, q, lists, out, mask) -> None:
     for b, length in enumerate(batch.lengths):
-        for row in range(TOKENS):
-            tail = [length + j for j in range(TOKENS) if mask[b, row, j]]
+        for row in range(mask.shape[1]):
+            tail = [length + j for j in range(mask.shape[2]) if mask[b, row, j]]
             expected = [
                 batch.attend(q[b, row], h, batch.slots(b, lists[b][[1, 0][h // batch.group]] + tail))
                 for h in range(KV_HEADS * batch.group)
@@ -516,6 +522,15 @@ def test_verify_of_a_tree(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_verify_of_a_draft_step(kernel: str) -> None:
+    """Two branches, whose tail is six scratch cells; the mask is one for all requests."""
+    batch = Batch(lengths=[70, 9])
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0]]).bool().expand(2, -1, -1)
+    q, lists, out, _ = run_verify(kernel, batch, [20, -1], mask)
+    check_verify(batch, q, lists, out, mask)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_verify_does_not_count_the_padding_slot(kernel: str) -> None:
     batch = Batch(lengths=[9, 70])
     padding = replace(batch)
@@ -570,7 +585,7 @@ def test_a_needle_at_any_position_is_selected_and_seen(kernel: str) -> None:
         {"q": torch.zeros(1, TOKENS, 4, DIM + 1)},
         {"head_channels": torch.zeros(3)},
         {"kv_count": torch.zeros(2, 1)},
-        {"tail_mask": torch.ones(1, TOKENS, TOKENS + 1)},
+        {"tail_mask": torch.ones(1, TOKENS + 1, TOKENS)},
     ],
     ids=["heads", "dim", "channels", "counts", "mask"],
 )
@@ -672,10 +687,11 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = [line.split() for line in done.stdout.splitlines()]
     assert {name for name, *_ in kernels} == {
-        *("_split_kernel", "_merge_kernel", "_pool_kernel", "_select_kernel"),
+        *("_draft_kernel", "_draft_merge_kernel", "_pool_kernel", "_select_kernel"),
+        *("_verify_kernel", "_verify_merge_kernel"),
         *("_mix_kernel", "_decay_kernel", "_remember_kernel", "_lists_kernel", "_plan_kernel"),
     }
     for name, shared, asynchronous, single in kernels:
         assert int(shared) <= 232448
-        assert (asynchronous == "True") == (name == "_split_kernel")
-        assert name not in ("_split_kernel", "_pool_kernel") or single == "False"
+        assert (asynchronous == "True") == (name in ("_draft_kernel", "_verify_kernel"))
+        assert name not in ("_draft_kernel", "_pool_kernel") or single == "False"

@@ -30,6 +30,14 @@ CHAIN = (
     "--speculative-num-draft-tokens",
     "4",
 )
+LONG_CHAIN = (
+    "--speculative-num-steps",
+    "5",
+    "--speculative-eagle-topk",
+    "1",
+    "--speculative-num-draft-tokens",
+    "6",
+)
 TREE = (
     "--speculative-num-steps",
     "3",
@@ -41,6 +49,11 @@ TREE = (
 FULL = {"keep": 1.0}
 SPARSE = {"keep": 0.1, "budget": 0, "sink": 2, "recent": 8}
 RULE = Rule(keep=0.1, sink=2, recent=8)
+SHAPES = {
+    CHAIN: {},
+    LONG_CHAIN: {"num_steps": 5, "num_tokens": 6},
+    TREE: {"topk": 4, "num_tokens": 8},
+}
 LEAK = re.compile(r"memory leak|leak detected|Traceback", re.IGNORECASE)
 SCHEMA = {
     "type": "object",
@@ -142,20 +155,27 @@ def features(server: Server, **extra) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "draft", "shape"),
+    ("algorithm", "draft", "shape", "draft_steps"),
     [
-        ("STANDALONE", "draft", CHAIN),
-        ("STANDALONE", "draft", TREE),
-        ("EAGLE3", "eagle3", CHAIN),
-        ("EAGLE3", "eagle3", TREE),
+        ("STANDALONE", "draft", CHAIN, "dense"),
+        ("STANDALONE", "draft", TREE, "dense"),
+        ("EAGLE3", "eagle3", CHAIN, "dense"),
+        ("EAGLE3", "eagle3", TREE, "dense"),
+        ("STANDALONE", "draft", LONG_CHAIN, "sparse"),
+        ("STANDALONE", "draft", TREE, "sparse"),
+        ("EAGLE3", "eagle3", LONG_CHAIN, "sparse"),
     ],
-    ids=["standalone-chain", "standalone-tree", "eagle3-chain", "eagle3-tree"],
+    ids=[
+        *("standalone-chain", "standalone-tree", "eagle3-chain", "eagle3-tree"),
+        *("standalone-sparse-chain", "standalone-sparse-tree", "eagle3-sparse-chain"),
+    ],
 )
-def test_full_budget_then_small(pair, logs, reference, algorithm, draft, shape, request):
+def test_full_budget_then_small(pair, logs, reference, algorithm, draft, shape, draft_steps, request):
     """One server: by default a tenth of the context, per request all of it."""
-    tree = shape is TREE
-    with sts_server(pair, logs, request.node.callspec.id, algorithm, draft, SPARSE, *shape) as server:
-        _check_small_budget(server, Oracle(pair["target"], pair[draft]), tree)
+    config = {**SPARSE, "draft_steps": draft_steps}
+    with sts_server(pair, logs, request.node.callspec.id, algorithm, draft, config, *shape) as server:
+        rule = replace(RULE, draft_sparse=draft_steps == "sparse", **SHAPES[shape])
+        _check_small_budget(server, Oracle(pair["target"], pair[draft]), rule)
         before = server.counters()
         whole = Whole(server)
         assert scenario(whole) == reference["outputs"]
@@ -182,9 +202,8 @@ class Whole:
         return self._server.generate_all(prompts, new_tokens, sampling_params=self.PARAMS)
 
 
-def _check_small_budget(server: Server, oracle: Oracle, tree: bool) -> None:
+def _check_small_budget(server: Server, oracle: Oracle, rule: Rule) -> None:
     """Concurrent requests of unequal lengths that leave and join the batch, against the oracle."""
-    rule = replace(RULE, topk=4, num_tokens=8) if tree else RULE
     prompts = [random_ids(n, 100 + n) for n in (150, 260, 333, 91)]
     answers = server.generate_all(prompts, 32)
     counters = server.counters()
@@ -194,12 +213,15 @@ def _check_small_budget(server: Server, oracle: Oracle, tree: bool) -> None:
     assert counters["dense_verifies"] == 0
     assert counters["selected_tokens"] == sum(t.selected for t in traces)
     assert counters["available_tokens"] == sum(t.available for t in traces)
+    draft_tokens = [counters[f"draft_{name}_tokens"] for name in ("selected", "available")]
+    assert 0.05 < draft_tokens[0] / draft_tokens[1] < 0.3 if rule.draft_sparse else draft_tokens == [0, 0]
     for wrong in (
         {"shift": 0},
         {"swap_heads": True},
         {"drop_tail": True},
         {"drop_carried": True},
         {"keep": 1.0},
+        *([{"draft_sparse": False}] if rule.draft_sparse else []),
     ):
         tokens = [oracle.generate(ids, 32, replace(rule, **wrong)).tokens for ids in prompts]
         assert tokens != [a["output_ids"] for a in answers], f"the test does not notice {wrong}"
@@ -341,17 +363,19 @@ def test_dense_verify_equals_stock(pair, logs, reference):
     assert counters["selected_tokens"] == counters["available_tokens"]
 
 
-def test_the_triton_kernels_serve_in_the_interpreter(pair, logs):
+@pytest.mark.parametrize("draft_steps", ["dense", "sparse"])
+def test_the_triton_kernels_serve_in_the_interpreter(pair, logs, draft_steps):
     """The whole path with the kernels in place of their twins: slow, so few and short requests."""
     args = (*TREE, "--max-running-requests", "2")
-    config = {**SPARSE, "kernel": "triton"}
-    env = {"TRITON_INTERPRET": "1"}
-    with sts_server(pair, logs, "triton", "STANDALONE", "draft", config, *args, env=env) as server:
+    config = {**SPARSE, "kernel": "triton", "draft_steps": draft_steps}
+    env, name = {"TRITON_INTERPRET": "1"}, f"triton-{draft_steps}"
+    with sts_server(pair, logs, name, "STANDALONE", "draft", config, *args, env=env) as server:
         prompts = [random_ids(n, 900 + n) for n in (70, 101)]
         answers = server.generate_all(prompts, 8)
         assert server.sts()["kernel"] == "triton"
         counters = server.counters()
-    oracle, rule = Oracle(pair["target"], pair["draft"]), replace(RULE, topk=4, num_tokens=8)
+    rule = replace(RULE, draft_sparse=draft_steps == "sparse", **SHAPES[TREE])
+    oracle = Oracle(pair["target"], pair["draft"])
     traces = [oracle.generate(ids, 8, rule) for ids in prompts]
     assert [a["output_ids"] for a in answers] == [t.tokens for t in traces]
     assert counters["dense_verifies"] == 0

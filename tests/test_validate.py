@@ -562,6 +562,19 @@ def test_selectors_for_comparison_are_not_captured(launch, flags, selector):
     validate.check_device(args, StsConfig(selector=selector))
 
 
+def test_sparse_draft_steps_need_a_step_after_the_first(launch, flags):
+    args = launch()
+    args.speculative_num_steps = 2
+    validate.check_device(args, StsConfig())
+    with pytest.raises(Refusal) as caught:
+        validate.check_device(args, StsConfig(draft_steps="sparse"))
+    check_message(
+        caught, flags, "sts_config.draft_steps: 'sparse' with --speculative-num-steps 2", validate.CHAIN_FLAGS
+    )
+    args.speculative_num_steps = 3
+    validate.check_device(args, StsConfig(draft_steps="sparse"))
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("field, value", [("kernel", "flashinfer"), ("kernel", "triton"), ("dense", "fa3")])
 def test_kernels_of_a_device(launch, device, field, value, monkeypatch):

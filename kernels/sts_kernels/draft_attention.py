@@ -93,7 +93,7 @@ def draft_attention(
     early = starts_early(k_buffer.device) if KNOBS["early"] else {}
     shape |= {"ROWS": rows, "USED": used, "EARLY": bool(early)}
     some = carried_q if q is None else q
-    _split_kernel[(bs, kv_heads, most)](
+    _draft_kernel[(bs, kv_heads, most)](
         some if q is None else q,
         some if carried_q is None else carried_q,
         carried_len,
@@ -130,7 +130,7 @@ def draft_attention(
         **shape,
     )
     splits_p2 = triton.next_power_of_2(most)
-    _merge_kernel[(bs, kv_heads, used)](
+    _draft_merge_kernel[(bs, kv_heads, used)](
         partial, stats, number, lse, some if out is None else out, most, SPLITS_P2=splits_p2, **shape, **early
     )
     if not capture:
@@ -172,7 +172,7 @@ def draft_attention(
 
 
 @triton.jit
-def _split_kernel(
+def _draft_kernel(
     q_ptr,  # [bs * W, H_q, D], rows `stride_q` apart
     carried_ptr,  # [requests, H_q, D]
     carried_len_ptr,
@@ -307,7 +307,7 @@ def _number(total, tokens, programs, most):
 
 
 @triton.jit
-def _merge_kernel(
+def _draft_merge_kernel(
     partial_ptr,
     stats_ptr,
     number_ptr,

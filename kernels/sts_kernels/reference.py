@@ -145,6 +145,7 @@ def select_tokens(
     kv_start: torch.Tensor,
     kv_count: torch.Tensor,
     top_p: torch.Tensor | None = None,
+    draft_indices: torch.Tensor | None = None,
 ) -> None:
     """Slots of sink, recent and the top of importance for every (request, channel) with kv_count >= 0.
 
@@ -161,6 +162,9 @@ def select_tokens(
         top_p: float32 [bs] or None. A finite entry cuts each list of the request to the smallest one
             that holds this part of the importance at positions [1, L) (position 0 has no score), and
             writes its length to kv_count. Unknown tokens have no mass and stay in.
+        draft_indices: int32 or None, written as kv_indices is: slots of the draft's keys about the same
+            tokens. No draft key is about position 0; the bonus token's, which every draft row may attend to,
+            takes its place.
     """
     check_select(importance, budgets, kv_start, kv_count)
     for b, (req, length) in enumerate(zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)):
@@ -175,6 +179,9 @@ def select_tokens(
                 count = _top_p_count(scores, chosen, sink + recent, float(top_p[b]))
                 kv_count[b, c], chosen = count, chosen[:count]
             kv_indices[start : start + count] = req_to_token[req, chosen].to(kv_indices.dtype)
+            if draft_indices is not None:
+                keys = torch.where(chosen > 0, chosen, length) - SHIFT
+                draft_indices[start : start + count] = req_to_token[req, keys].to(kv_indices.dtype)
 
 
 def sparse_verify_attention(
@@ -202,8 +209,9 @@ def sparse_verify_attention(
         kv_indices, kv_start, kv_count: the lists of select_tokens; a count of -1 is the whole context.
         head_channels: int [H_kv], the channel whose list a KV head attends to.
         req_to_token, req_pool_indices, seq_lens: slots by position; requests; committed lengths L. The
-            tail is at positions [L, L + T).
-        tail_mask: bool [bs, T, T], row i may attend to tail token j (causal chain or tree).
+            tail is at positions [L, L + N).
+        tail_mask: bool [bs, T, N], row i may attend to tail token j; rows are contiguous. In verify N is T
+            (causal chain or tree), in a draft step the tail is what ran in the round.
         sm_scale: scale of the logits.
         attended: int64 [2], adds the context tokens attended to and those there, per (request, KV head).
             Request slot 0 is not counted: SGLang pads the batches of CUDA graphs with it.
@@ -219,7 +227,7 @@ def sparse_verify_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     channels = head_channels.tolist()
     for b, (req, length) in enumerate(zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)):
-        tail = req_to_token[req, length : length + tokens].long()
+        tail = req_to_token[req, length : length + tail_mask.shape[2]].long()
         for h, channel in enumerate(channels):
             count, start = int(kv_count[b, channel]), int(kv_start[b, channel])
             selected = req_to_token[req, :length] if count < 0 else kv_indices[start : start + count]

@@ -64,7 +64,7 @@ def sparse_verify_attention(
     stats = torch.empty(number, rows, 2, dtype=torch.float32, device=q.device)
     shape = {"T": tokens, "H_Q": q_heads, "H_KV": kv_heads, "D": dim, "ROWS": rows}
     early = starts_early(q.device) if KNOBS["early"] else {}
-    _split_kernel[(number,)](
+    _verify_kernel[(number,)](
         q,
         k_buffer,
         v_buffer,
@@ -87,7 +87,9 @@ def sparse_verify_attention(
         k_buffer.stride(0),
         k_buffer.stride(1),
         req_to_token.stride(0),
-        TAIL=max(16, triton.next_power_of_2(tokens)),
+        tail_mask.stride(0),
+        TAIL=tail_mask.shape[2],
+        TAIL_P2=max(16, triton.next_power_of_2(tail_mask.shape[2])),
         BLOCK=KNOBS["BLOCK"],
         EARLY=bool(early),
         num_warps=KNOBS["num_warps"],
@@ -95,7 +97,7 @@ def sparse_verify_attention(
         **shape,
     )
     splits_p2 = triton.next_power_of_2(most)
-    _merge_kernel[(bs, tokens, q_heads)](
+    _verify_merge_kernel[(bs, tokens, q_heads)](
         partial, stats, plan.ends, out, SPLITS_P2=splits_p2, EARLY=bool(early), **shape, **early
     )
     return out
@@ -225,7 +227,7 @@ def _attend(
 
 
 @triton.jit
-def _split_kernel(
+def _verify_kernel(
     q_ptr,  # [bs, T, H_q, D], tokens `stride_q` apart
     k_ptr,  # [slots, H_kv, D]
     v_ptr,
@@ -239,7 +241,7 @@ def _split_kernel(
     table_ptr,  # req_to_token
     reqs_ptr,
     lens_ptr,
-    mask_ptr,  # [bs, T, T]
+    mask_ptr,  # [bs, T, TAIL]
     attended_ptr,  # int64 [2]: selected, available
     scale,
     channels,
@@ -248,13 +250,15 @@ def _split_kernel(
     stride_slot,
     stride_head,
     stride_table,
+    stride_mask,
     T: tl.constexpr,
     H_Q: tl.constexpr,
     H_KV: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,  # T * group, padded to a power of two of at least 16
     BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,  # T padded to a power of two of at least 16
+    TAIL: tl.constexpr,
+    TAIL_P2: tl.constexpr,  # padded to a power of two of at least 16
     EARLY: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -309,11 +313,11 @@ def _split_kernel(
         )
     if (kind & 4) != 0:
         # The tail: the draft tokens themselves, each seeing what its row of the mask allows.
-        cols = tl.arange(0, TAIL)
-        ok = cols < T
+        cols = tl.arange(0, TAIL_P2)
+        ok = cols < TAIL
         slots = tl.load(row_ptr + length + cols, mask=ok, other=0)
         seen = tl.load(
-            mask_ptr + (b * T + row_token[:, None]) * T + cols[None, :],
+            mask_ptr + b * stride_mask + row_token[:, None] * TAIL + cols[None, :],
             mask=row_ok[:, None] & ok[None, :],
             other=0,
         )
@@ -329,7 +333,7 @@ def _split_kernel(
 
 
 @triton.jit
-def _merge_kernel(
+def _verify_merge_kernel(
     partial_ptr,
     stats_ptr,
     ends_ptr,

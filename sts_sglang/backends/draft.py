@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
+    from sts_kernels.reference import Plan
+    from sts_sglang.importance import Selection
     from sts_sglang.runtime import StsRuntime
 
 
@@ -65,7 +68,11 @@ class DraftStepBackend(AttentionBackend):
         self.max_context_len = model_runner.model_config.context_len
         self.step, self.topk, self.num_steps = step, topk, num_steps
         self.runtime: StsRuntime | None = None
-        self.columns: torch.Tensor | None = None  # set by DraftMultiStepBackend once a round
+        self.round: DraftRound | None = None  # set by DraftMultiStepBackend
+        # bool [W, W * S]: what of the round's scratch each branch attends to.
+        branch, cell = torch.arange(topk)[:, None], torch.arange(topk * num_steps)
+        seen = (cell // num_steps == branch) & (cell % num_steps <= step)
+        self._scratch = seen.to(model_runner.device)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
@@ -73,6 +80,8 @@ class DraftStepBackend(AttentionBackend):
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         if save_kv_cache and k is not None:
             write_kv(self.token_to_kv_pool, k, v, layer, forward_batch)
+        if self.step >= self.runtime.scoring_steps:
+            return self._attend_sparsely(q, layer, forward_batch)
         runtime, state = self.runtime, self.runtime.state
         members = state.members.get(layer.layer_id, NO_MEMBERS)
         speaks = layer.layer_id in state.members
@@ -85,7 +94,7 @@ class DraftStepBackend(AttentionBackend):
             self.req_to_token_pool.req_to_token,
             forward_batch.req_pool_indices,
             forward_batch.seq_lens,
-            self.columns,
+            self.round.columns,
             self.step,
             self.num_steps,
             layer.scaling,
@@ -96,6 +105,39 @@ class DraftStepBackend(AttentionBackend):
             runtime.config.pool_rows,
         )
         return out.flatten(1)
+
+    def _attend_sparsely(self, q, layer, fb: ForwardBatch) -> torch.Tensor:
+        """To what the step before selected, and to the round's scratch."""
+        runtime, state, table = self.runtime, self.runtime.state, self.req_to_token_pool.req_to_token
+        if self.step == runtime.scoring_steps and layer.layer_id == 0:
+            self.round.selection = state.select_early(runtime.ops, fb.req_pool_indices, fb.seq_lens, table)
+            self.round.plan = runtime.plan_draft(self.round.selection, fb.seq_lens, table.shape[1])
+        bs, plan = fb.seq_lens.numel(), self.round.plan
+        out = runtime.ops.sparse_verify_attention(
+            q.view(bs, -1, layer.tp_q_head_num, layer.qk_head_dim),
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
+            state.draft_indices,
+            *self.round.selection,
+            runtime.draft_heads[layer.layer_id],
+            table,
+            fb.req_pool_indices,
+            fb.seq_lens,
+            self._scratch.expand(bs, -1, -1),
+            layer.scaling,
+            state.draft_attended,
+            None if plan is None else plan.of(layer.layer_id),
+        )
+        return out.view(q.shape[0], -1)
+
+
+@dataclass
+class DraftRound:
+    """What the steps of a round share."""
+
+    columns: torch.Tensor  # int64 [bs]
+    selection: Selection | None = None  # with sparse draft steps, from the second on
+    plan: Plan | None = None
 
 
 class DraftMultiStepBackend:
@@ -128,9 +170,9 @@ class DraftMultiStepBackend:
         """Columns of the round, recorded into the graph of each batch size."""
         if forward_batch.forward_mode.is_idle():
             return
-        columns = self.runtime.state.columns(forward_batch.seq_lens)
+        round_ = DraftRound(self.runtime.state.columns(forward_batch.seq_lens))
         for backend in self.attn_backends:
-            backend.columns = columns
+            backend.round = round_
 
 
 def score_carried_rows(runtime: StsRuntime, draft_pool, table, reqs, seq_lens) -> None:
