@@ -23,7 +23,7 @@ from benchmarks.harness import (
     using,
 )
 from sts_kernels import Members, ops
-from sts_kernels.draft_attention import KNOBS
+from sts_kernels.draft_attention import KNOBS, plan_contexts
 
 Q_HEADS, KV_HEADS, DIM, STEPS = 32, 8, 64, 3
 SHAPES = [
@@ -80,6 +80,11 @@ def silent(args: list) -> list:
     return [args[0], None, *args[2:12], members(False, args[3].device), *args[IMPORTANCE:]]
 
 
+def planned(args: list) -> list:
+    """With the plan, made once as for all layers and steps of a round."""
+    return [*args, "max", "max", plan_contexts(args[7], KV_HEADS, args[5].shape[1])]
+
+
 def run(args: list, kernel: str = "triton") -> tuple[torch.Tensor, torch.Tensor]:
     """Output and importance."""
     args[IMPORTANCE].zero_()
@@ -99,7 +104,7 @@ def prepare(shape: Shape):
     """What `tune` times."""
     inputs = [draw(shape, seed) for seed in range(copies(nbytes(shape)))]
     expected = run(inputs[0], "torch")
-    calls = [lambda i=i: ops("triton").draft_attention(*i) for i in inputs]
+    calls = [lambda i=planned(i): ops("triton").draft_attention(*i) for i in inputs]
     return calls, lambda: close(run(inputs[0]), expected), nbytes(shape)
 
 
@@ -128,7 +133,7 @@ def bench(results: Results, shape: Shape) -> None:
     if results.gate("triton+importance", shape, lambda: close(run(inputs[0]), expected)):
         plain = [silent(i) for i in inputs]
         for name, cases in (("triton", plain), ("triton+importance", inputs)):
-            calls = [lambda i=i: ops("triton").draft_attention(*i) for i in cases]
+            calls = [lambda i=planned(i): ops("triton").draft_attention(*i) for i in cases]
             results.add(name, shape, microseconds(calls), nbytes(shape))
     try:
         calls = [fa3_dense(shape, i) for i in inputs]

@@ -109,6 +109,14 @@ class StsRuntime:
             return None
         return self._plan(selection, self._target_heads, seq_lens, max_context)
 
+    def plan_contexts(self, seq_lens: torch.Tensor, max_context: int) -> Plan | None:
+        """The same for dense draft steps."""
+        if self.kernel == "torch":
+            return None
+        from sts_kernels.draft_attention import plan_contexts
+
+        return plan_contexts(seq_lens, self.draft_pool.get_key_buffer(0).shape[1], max_context)
+
     def plan_draft(self, selection: Selection, seq_lens: torch.Tensor, max_context: int) -> Plan | None:
         """The same for sparse draft steps."""
         if self.kernel == "torch":

@@ -16,8 +16,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sts_kernels.checks import IMPORTANCE_SCALE, check_draft, expect
-from sts_kernels.reference import SHIFT, Members
-from sts_kernels.verify import LOG2E, _attend, _merge, splits, starts_early
+from sts_kernels.reference import SHIFT, Members, Plan
+from sts_kernels.verify import LOG2E, _attend, _merge, plan_verify, splits, starts_early
 
 BLOCK = 64  # columns of a request start at multiples of it
 # What the benches tune, as in verify.py; a pooling program takes `pool_blocks` blocks at a time, and
@@ -58,11 +58,13 @@ def draft_attention(
     total_rows: int,
     pool_heads: str = "max",
     pool_rows: str = "max",
+    plan: Plan | None = None,
 ) -> torch.Tensor | None:
     """Kernel of `sts_kernels.reference.draft_attention` (see there); graph-safe, no host sync.
 
     `ctx_start` must be multiples of 64, and so the number of columns: a block of positions never shares
-    columns with another request.
+    columns with another request. Without a plan, which one launch of `plan_contexts` makes for all steps and
+    layers of a round, the call makes its own.
     """
     check_draft(q, carried_q, k_buffer, v_buffer, members, importance, pool_heads, pool_rows)
     expect(
@@ -79,11 +81,12 @@ def draft_attention(
     queries = branches + (carried_q is not None)
     used = queries * (q_heads // kv_heads)
     rows = max(16, triton.next_power_of_2(used))
-    programs, most = splits(bs * kv_heads, req_to_token.shape[1], KNOBS)
+    _, most = splits(bs * kv_heads, req_to_token.shape[1], KNOBS)
+    plan = plan or plan_contexts(seq_lens, kv_heads, req_to_token.shape[1])
+    work = plan.work.shape[0]
     new = {"device": k_buffer.device}
-    partial = torch.empty(bs, kv_heads, most, rows, dim, dtype=torch.float32, **new)
-    stats = torch.empty(bs, kv_heads, most, rows, 2, dtype=torch.float32, **new)
-    number = torch.empty(bs, dtype=torch.int32, **new)
+    partial = torch.empty(kv_heads, work, rows, dim, dtype=torch.float32, **new)
+    stats = torch.empty(kv_heads, work, rows, 2, dtype=torch.float32, **new)
     lse = torch.empty(bs, kv_heads, rows, dtype=torch.float32, **new)
     capture = members.channels.numel() > 0
     blocks = columns // BLOCK if capture else 0
@@ -93,7 +96,7 @@ def draft_attention(
     early = starts_early(k_buffer.device) if KNOBS["early"] else {}
     shape |= {"ROWS": rows, "USED": used, "EARLY": bool(early)}
     some = carried_q if q is None else q
-    _draft_kernel[(bs, kv_heads, most)](
+    _draft_kernel[(work, kv_heads)](
         some if q is None else q,
         some if carried_q is None else carried_q,
         carried_len,
@@ -101,7 +104,8 @@ def draft_attention(
         v_buffer,
         partial,
         stats,
-        number,
+        plan.work,
+        plan.ends,
         stored,
         peaks,
         req_to_token,
@@ -117,9 +121,6 @@ def draft_attention(
         req_to_token.stride(0),
         blocks,
         bs,
-        programs // kv_heads,
-        most,
-        BS_P2=triton.next_power_of_2(bs),
         SCRATCH=max(16, triton.next_power_of_2(branches * (step + 1))),
         BLOCK=BLOCK,
         CAPTURE=capture,
@@ -131,7 +132,15 @@ def draft_attention(
     )
     splits_p2 = triton.next_power_of_2(most)
     _draft_merge_kernel[(bs, kv_heads, used)](
-        partial, stats, number, lse, some if out is None else out, most, SPLITS_P2=splits_p2, **shape, **early
+        partial,
+        stats,
+        plan.ends,
+        lse,
+        some if out is None else out,
+        work,
+        SPLITS_P2=splits_p2,
+        **shape,
+        **early,
     )
     if not capture:
         return out
@@ -171,6 +180,14 @@ def draft_attention(
     return out
 
 
+def plan_contexts(seq_lens: torch.Tensor, kv_heads: int, max_context: int) -> Plan:
+    """How the contexts of a batch are parted among programs, for every KV head alike; see plan_verify."""
+    programs, most = splits(seq_lens.numel() * kv_heads, max_context, KNOBS)
+    start = torch.zeros(seq_lens.numel(), 1, dtype=torch.int64, device=seq_lens.device)
+    head = torch.zeros(1, 1, dtype=torch.int32, device=seq_lens.device)
+    return plan_verify(start, start.int() - 1, head, seq_lens, programs // kv_heads, most).of(0)
+
+
 @triton.jit
 def _draft_kernel(
     q_ptr,  # [bs * W, H_q, D], rows `stride_q` apart
@@ -178,9 +195,10 @@ def _draft_kernel(
     carried_len_ptr,
     k_ptr,
     v_ptr,
-    partial_ptr,  # float32 [bs, H_kv, most, ROWS, D]
-    stats_ptr,  # float32 [bs, H_kv, most, ROWS, 2]
-    number_ptr,  # [bs], splits that a context is read in
+    partial_ptr,  # float32 [H_kv, work, ROWS, D]
+    stats_ptr,  # float32 [H_kv, work, ROWS, 2]
+    work_ptr,  # int64 [work, 4], see Plan
+    ends_ptr,  # [bs + 1]
     stored_ptr,  # float16 [H_kv, blocks of columns, USED, BLOCK]
     peaks_ptr,  # float32 [H_kv, blocks of columns, USED]
     table_ptr,
@@ -196,9 +214,6 @@ def _draft_kernel(
     stride_table,
     blocks,
     bs,
-    programs,  # of a KV head
-    most,
-    BS_P2: tl.constexpr,
     W: tl.constexpr,
     CARRIED: tl.constexpr,
     H_Q: tl.constexpr,
@@ -213,19 +228,17 @@ def _draft_kernel(
     SHIFT: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    b, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    program, h = tl.program_id(0), tl.program_id(1)
     GROUP: tl.constexpr = H_Q // H_KV
+    entry = work_ptr + program * 4
+    b, kind = tl.load(entry).to(tl.int32), tl.load(entry + 3)
+    begin, tokens = tl.load(entry + 1).to(tl.int32), tl.load(entry + 2).to(tl.int32)
+    if program >= tl.load(ends_ptr + bs):
+        return
     req = tl.load(reqs_ptr + b).to(tl.int64)
     length = tl.load(lens_ptr + b).to(tl.int32)
     row_ptr = table_ptr + req * stride_table
     column = tl.load(ctx_start_ptr + b)
-    every = tl.arange(0, BS_P2)
-    tokens = tl.sum(tl.load(lens_ptr + every, mask=every < bs, other=0).to(tl.int32), 0)
-    number = _number(length, tokens, programs, most)
-    if split >= number:
-        return
-    if (h == 0) & (split == 0):
-        tl.store(number_ptr + b, number)
 
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, D)
@@ -255,10 +268,10 @@ def _draft_kernel(
     acc = tl.zeros([ROWS, D], tl.float32)
     # Positions [SHIFT, length + SHIFT), in whole blocks; each block holds a key.
     end = tl.where(length > 0, length + SHIFT, 0)
-    per_split = tl.cdiv(tl.cdiv(end, BLOCK), number) * BLOCK
-    first = split * per_split
+    first = tl.cdiv(begin, BLOCK) * BLOCK
+    last = tl.where((kind & 4) != 0, end, tl.cdiv(begin + tokens, BLOCK) * BLOCK)
     place = h.to(tl.int64) * blocks + column // BLOCK  # this request's first block
-    for block in range(first, tl.minimum(first + per_split, end), BLOCK):
+    for block in range(first, last, BLOCK):
         offs = block + tl.arange(0, BLOCK)
         ok = (offs >= SHIFT) & (offs < end)
         slots = tl.load(row_ptr + offs - SHIFT, mask=ok, other=0)
@@ -281,7 +294,7 @@ def _draft_kernel(
             acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         norm = norm * fade + tl.sum(p, 1)
         peak = new_peak
-    if (W > 0) & (split == number - 1):
+    if (W > 0) & ((kind & 4) != 0):
         # Scratch: what ran in a row's own branch, itself included. The carried row ends at L.
         cols = tl.arange(0, SCRATCH)
         ok = cols < W * (step + 1)
@@ -293,27 +306,20 @@ def _draft_kernel(
         )
     if EARLY:
         gdc_launch_dependents()
-    base = ((b * H_KV + h) * most + split) * ROWS
+    base = (h * tl.num_programs(0) + program).to(tl.int64) * ROWS
     tl.store(partial_ptr + (base + rows[:, None]) * D + dims[None, :], acc, mask=(rows < USED)[:, None])
     tl.store(stats_ptr + (base + rows) * 2, peak)
     tl.store(stats_ptr + (base + rows) * 2 + 1, norm)
 
 
 @triton.jit
-def _number(total, tokens, programs, most):
-    """Splits of `total` of a batch's `tokens`, so that every program gets about as many as any other."""
-    share = tl.maximum(tl.cdiv(tokens, programs), 1)
-    return tl.minimum(tl.maximum(tl.cdiv(total, share), 1), most)
-
-
-@triton.jit
 def _draft_merge_kernel(
     partial_ptr,
     stats_ptr,
-    number_ptr,
+    ends_ptr,
     lse_ptr,  # float32 [bs, H_kv, ROWS], log2
     out_ptr,
-    most,
+    work,
     W: tl.constexpr,
     CARRIED: tl.constexpr,
     H_Q: tl.constexpr,
@@ -330,8 +336,9 @@ def _draft_merge_kernel(
     b, h, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H_Q // H_KV
     branch = row // GROUP - CARRIED
-    number = tl.load(number_ptr + b)
-    peak, norm, out = _merge(partial_ptr, stats_ptr, (b * H_KV + h) * most, row, number, D, ROWS, SPLITS_P2)
+    first = tl.load(ends_ptr + b)
+    number = tl.load(ends_ptr + b + 1) - first
+    peak, norm, out = _merge(partial_ptr, stats_ptr, h * work + first, row, number, D, ROWS, SPLITS_P2)
     tl.store(lse_ptr + (b * H_KV + h) * ROWS + row, peak + tl.log2(norm))
     if (W > 0) & (branch >= 0):
         place = ((b * W + branch) * H_Q + h * GROUP + row % GROUP) * D + tl.arange(0, D)

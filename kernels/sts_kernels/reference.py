@@ -85,6 +85,7 @@ def draft_attention(
     total_rows: int,
     pool_heads: str = "max",
     pool_rows: str = "max",
+    plan: Plan | None = None,
 ) -> torch.Tensor | None:
     """One draft decode step of one layer: its attention, and its rows' importance pooled in.
 
@@ -106,6 +107,7 @@ def draft_attention(
             (`carried_q` given), else it is combined with what is there by pool_rows (maximum or sum);
             a channel with heads in several layers therefore needs pool_heads == pool_rows.
         total_rows: rows of a round per request, the divisor of pool_rows "mean".
+        plan: of plan_contexts, which tells a kernel how to part its work; not needed here.
 
     Returns:
         [bs * W, H_q, D], None without q.

@@ -103,6 +103,7 @@ class DraftStepBackend(AttentionBackend):
             runtime.rows_per_round,
             runtime.config.pool_heads,
             runtime.config.pool_rows,
+            self.round.contexts,
         )
         return out.flatten(1)
 
@@ -136,6 +137,7 @@ class DraftRound:
     """What the steps of a round share."""
 
     columns: torch.Tensor  # int64 [bs]
+    contexts: Plan | None  # of dense steps
     selection: Selection | None = None  # with sparse draft steps, from the second on
     plan: Plan | None = None
 
@@ -147,6 +149,7 @@ class DraftMultiStepBackend:
 
     def __init__(self, model_runner: ModelRunner, topk: int, num_steps: int):
         self.topk, self.num_steps = topk, num_steps
+        self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self.attn_backends = [
             DraftStepBackend(model_runner, step, topk, num_steps) for step in range(num_steps - 1)
         ]
@@ -170,7 +173,9 @@ class DraftMultiStepBackend:
         """Columns of the round, recorded into the graph of each batch size."""
         if forward_batch.forward_mode.is_idle():
             return
-        round_ = DraftRound(self.runtime.state.columns(forward_batch.seq_lens))
+        runtime, seq_lens = self.runtime, forward_batch.seq_lens
+        plan = runtime.plan_contexts(seq_lens, self.req_to_token.shape[1])
+        round_ = DraftRound(runtime.state.columns(seq_lens), plan)
         for backend in self.attn_backends:
             backend.round = round_
 
