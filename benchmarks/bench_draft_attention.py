@@ -102,9 +102,9 @@ def nbytes(shape: Shape) -> int:
 
 def prepare(shape: Shape):
     """What `tune` times."""
-    inputs = [draw(shape, seed) for seed in range(copies(nbytes(shape)))]
+    inputs = [planned(draw(shape, seed)) for seed in range(copies(nbytes(shape)))]
     expected = run(inputs[0], "torch")
-    calls = [lambda i=planned(i): ops("triton").draft_attention(*i) for i in inputs]
+    calls = [lambda i=i: ops("triton").draft_attention(*i) for i in inputs]
     return calls, lambda: close(run(inputs[0]), expected), nbytes(shape)
 
 
@@ -128,12 +128,12 @@ def fa3_dense(shape: Shape, args: list):
 
 
 def bench(results: Results, shape: Shape) -> None:
-    inputs = [draw(shape, seed) for seed in range(copies(nbytes(shape)))]
+    inputs = [planned(draw(shape, seed)) for seed in range(copies(nbytes(shape)))]
     expected = run(inputs[0], "torch")
     if results.gate("triton+importance", shape, lambda: close(run(inputs[0]), expected)):
         plain = [silent(i) for i in inputs]
         for name, cases in (("triton", plain), ("triton+importance", inputs)):
-            calls = [lambda i=planned(i): ops("triton").draft_attention(*i) for i in cases]
+            calls = [lambda i=i: ops("triton").draft_attention(*i) for i in cases]
             results.add(name, shape, microseconds(calls), nbytes(shape))
     try:
         calls = [fa3_dense(shape, i) for i in inputs]
