@@ -78,6 +78,10 @@ def _share(field: str, value: object) -> float:
     return float(value)
 
 
+def _part(field: str, value: object) -> float:
+    return 0.0 if value == 0 and not isinstance(value, bool) else _share(field, value)
+
+
 def _sink(field: str, value: object) -> int:
     if value == 0 and not isinstance(value, bool):
         raise _error(
@@ -122,6 +126,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "sink": _sink,
     "recent": _integer(1, MAX_TOKENS),
     "dense_layers": _layers,
+    "spread": _part,
     "pool_rows": _choice(get_args(Pooling)),
     "pool_heads": _choice(get_args(Pooling)),
     "head_map": _path("the path of a head map file, or null for the proportional map", 4096),
@@ -159,6 +164,9 @@ class StsConfig:
     """Last context tokens, always kept."""
     dense_layers: tuple[int, ...] = ()
     """Target layers that attend to everything, kept sorted; `check_layers` knows how many there are."""
+    spread: float = 0.5
+    """Part of a token's score that the next token has at least: who reads a token reads on in the next row,
+    and the last rows of a verify have no row of the draft. 0: none."""
     pool_rows: Pooling = "max"
     """How the draft rows of a request become one score."""
     pool_heads: Pooling = "max"

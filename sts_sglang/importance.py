@@ -143,6 +143,9 @@ class RoundState:
         if self.history is not None:
             starts = torch.where(known, columns, -1)
             self.history.blend(ops, self.importance, starts, seq_lens, reqs, table)
+        if config.spread and config.selector == "draft":
+            starts = torch.where(known & sparse, columns, -1)
+            ops.spread_importance(self.importance, starts, seq_lens, config.spread)
         if self.scored is not None:
             self.scored_round += 1
             starts = torch.where(known, columns, -1)

@@ -45,6 +45,7 @@ class Rule:
     history: str = "off"
     history_weight: float = 0.05
     history_decay: float = 0.9
+    spread: float = 0.5  # part of a token's score that the next one has at least
     draft_sparse: bool = False  # draft steps after the first attend to the selection made after it
 
     def budget(self, context: int) -> int:
@@ -320,6 +321,7 @@ class Oracle:
 
     @staticmethod
     def _top(score: torch.Tensor, length: int, rule: Rule, trace: Trace, tie: tuple) -> list[int]:
+        score = torch.maximum(score, torch.cat([score[:1], score[:-1] * rule.spread]))
         forced = set(range(min(rule.sink, length))) | set(range(max(length - rule.recent, 0), length))
         free = [p for p in range(length) if p not in forced]
         value = {p: float(score[p - rule.shift]) for p in free}

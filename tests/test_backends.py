@@ -279,10 +279,23 @@ def test_a_prefill_makes_its_request_fresh_and_the_target_makes_slots_forget():
     assert (history.remembered[:, rig.slots[:10]] == 5.0).all()
 
 
+@pytest.mark.parametrize("spread", [0, 0.5])
+def test_who_is_read_passes_importance_on(spread):
+    """One free token beside sink and recent: the needle; two: its successor too, or whatever comes next."""
+    for budget in (7, 8):
+        config = {"policy": "fixed", "budget": budget, "sink": 2, "recent": 4, "spread": spread}
+        rig = Rig(config, num_steps=1)
+        rig.draft_extend(CONTEXT, 1, needle_query(rig, 19, TOKENS, 0))
+        for chosen in rig.plan(CONTEXT + 1):
+            assert 20 in chosen and len(chosen) == budget
+            assert (21 in chosen) == (budget == 8 and spread > 0)
+
+
 def test_top_p_takes_fewer_tokens_when_attention_is_peaked():
     found = []
     for position in (None, 19):
-        rig = Rig({"policy": "top_p", "top_p": 0.9, "budget": 30, "sink": 2, "recent": 4}, num_steps=1)
+        config = {"policy": "top_p", "top_p": 0.9, "budget": 30, "sink": 2, "recent": 4, "spread": 0}
+        rig = Rig(config, num_steps=1)
         q = torch.zeros(TOKENS, Q_HEADS * DIM)
         if position is not None:
             q = needle_query(rig, position, TOKENS, 0)

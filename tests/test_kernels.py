@@ -251,6 +251,27 @@ def test_draft_attention_of_an_empty_batch(kernel: str) -> None:
     assert out.shape[0] == 0
 
 
+# ---- spread
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_importance_passes_on_by_one_token(kernel: str, factor: float) -> None:
+    """Over several blocks, exactly; unknown tokens and other requests' columns stay as they are."""
+    batch = Batch(lengths=[9, 1, 2, 9000, 70])
+    batch.ctx_start[4] = -1
+    before = scores_like("unknown", batch)
+    found = before.clone().to(DEVICE)
+    ops(kernel).spread_importance(found, *on_device([batch.ctx_start, batch.seq_lens]), factor)
+    expected = before.clone()
+    for start, length in zip(batch.ctx_start.tolist(), batch.lengths, strict=True):
+        for p in range(2, length if start >= 0 else 0):
+            own, last = before[:, start + p], before[:, start + p - 1] * factor
+            expected[:, start + p] = torch.where(last > own, last, own)
+    assert torch.equal(found.cpu().view(torch.int16), expected.view(torch.int16))
+    assert (found.cpu() != before).sum() > 1000
+
+
 # ---- selection
 
 
@@ -660,6 +681,7 @@ with compile_only() as compiled:
     bench_draft_attention.compile_one(shape | {"step": 0}, {})
     bench_draft_attention.compile_one(shape | {"step": 1}, {})
     bench_select.compile_one(shape, {})
+    ops("triton").spread_importance(like(8, 4096, dtype=f16), like(2, dtype=i64), like(2, dtype=i64), 0.5)
     ops("triton").blend_history(
         like(128, 4096, dtype=f16), like(2, dtype=i64), like(2, dtype=i64), like(3, 4096), like(2, dtype=i64),
         like(128, 8192, dtype=f32), like(8192), like(1), like(2, dtype=f32), 0.9,
@@ -690,6 +712,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
         *("_draft_kernel", "_draft_merge_kernel", "_pool_kernel", "_select_kernel"),
         *("_verify_kernel", "_verify_merge_kernel"),
         *("_mix_kernel", "_decay_kernel", "_remember_kernel", "_lists_kernel", "_plan_kernel"),
+        "_spread_kernel",
     }
     for name, shared, asynchronous, single in kernels:
         assert int(shared) <= 232448

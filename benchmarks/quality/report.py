@@ -355,7 +355,9 @@ def plot(r: Results, path: Path) -> None:
             dense = r.mean(arm, DENSE, length)
             bounds = [[100 * (dense + getattr(s, side)) for s in spread] for side in ("low", "high")]
             axis.fill_between(r.keeps, *bounds, color=COLORS[arm], alpha=0.12, linewidth=0)
-        axis.axhline(100 * r.mean("sts", DENSE, length), color="k", linestyle=":", label="dense")
+        levels = [mean for arm in r.arms if (mean := r.mean(arm, DENSE, length)) is not None]
+        if levels:
+            axis.axhline(100 * levels[0], color="k", linestyle=":", label="dense")
         axis.set(xscale="log", xlabel="keep (share of the context)", title=f"{length} tokens", ylim=(0, 102))
         axis.set_xticks(r.keeps, [percent(k) for k in r.keeps])
         axis.minorticks_off()

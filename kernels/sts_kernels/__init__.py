@@ -1,6 +1,6 @@
-"""Ops of draft-guided sparse attention (STS, arXiv 2605.15508): score, remember, select, plan, attend.
+"""Ops of draft-guided sparse attention (STS, arXiv 2605.15508), from scores to attention.
 
-Six functions in two implementations of the same signature: `ops("torch")` is the reference on any
+Seven functions in two implementations of the same signature: `ops("torch")` is the reference on any
 device, `ops("triton")` the kernels. This package imports torch and triton and never sglang.
 """
 
@@ -20,6 +20,7 @@ class Ops(NamedTuple):
 
     draft_attention: Callable
     blend_history: Callable
+    spread_importance: Callable
     select_tokens: Callable
     plan_verify: Callable
     sparse_verify_attention: Callable
@@ -33,15 +34,17 @@ def ops(kernel: str) -> Ops:
         from sts_kernels import reference as history
         from sts_kernels import reference as score
         from sts_kernels import reference as select
+        from sts_kernels import reference as spread
         from sts_kernels import reference as verify
     elif kernel == "triton":
         from sts_kernels import draft_attention as score
-        from sts_kernels import headwise, history, select, verify
+        from sts_kernels import headwise, history, select, spread, verify
     else:
         raise ValueError(f"kernel must be 'torch' or 'triton', got {kernel!r}")
     return Ops(
         score.draft_attention,
         history.blend_history,
+        spread.spread_importance,
         select.select_tokens,
         verify.plan_verify,
         verify.sparse_verify_attention,

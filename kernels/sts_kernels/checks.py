@@ -124,6 +124,12 @@ def check_history(importance, history, stamp, weight) -> None:
     expect(op, weight.dtype == torch.float32, f"weight must be float32 [bs], got {weight.dtype}")
 
 
+def check_spread(importance, factor) -> None:
+    """Arguments of spread_importance."""
+    expect_importance("spread_importance", importance)
+    expect("spread_importance", 0 < factor <= 1, f"factor must be above 0 and at most 1, got {factor}")
+
+
 def check_headwise(kv_start, kv_count, head_channels, indptr, mask_indptr, indices, mask) -> None:
     """Shapes of headwise_lists."""
     op = "headwise_lists"

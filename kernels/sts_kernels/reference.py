@@ -25,6 +25,7 @@ from sts_kernels.checks import (
     check_history,
     check_plan,
     check_select,
+    check_spread,
     check_verify,
 )
 
@@ -132,6 +133,28 @@ def draft_attention(
             pooled = _pool(torch.stack(probs), members, total_rows, pool_heads, pool_rows)
             _combine(importance, pooled, members, column, length, carried_q is not None, pool_rows)
     return out
+
+
+def spread_importance(
+    importance: torch.Tensor, ctx_start: torch.Tensor, seq_lens: torch.Tensor, factor: float
+) -> None:
+    """Every token's importance becomes at least `factor` times that of the token before it.
+
+    A draft row says what its position reads; the row after it reads on. The last draft token has no row, and
+    with sparse draft steps only two rows have scores.
+
+    Args:
+        importance: [channels, columns], read and written at positions [2, L) of every request with columns
+            (position 0 has no score to pass on). Unknown (NaN) stays unknown and passes nothing on.
+        ctx_start, seq_lens: [bs]. factor: above 0, at most 1.
+    """
+    check_spread(importance, factor)
+    for start, length in zip(ctx_start.tolist(), seq_lens.tolist(), strict=True):
+        if start >= 0:
+            own = importance[:, start + SHIFT + 1 : start + length]
+            before = importance[:, start + SHIFT : start + length - 1]
+            passed = (before.float() * factor).to(importance.dtype)
+            own.copy_(torch.where(passed > own, passed, own))
 
 
 def select_tokens(
