@@ -37,6 +37,7 @@ ARMS = {
     "sts-uniform": Arm({"head_map": "uniform"}, "the default map, but the same budget for every head"),
     "sts-warm": Arm({"history": "warm"}, "history in a request's first verify"),
     "sts-blend": Arm({"history": "blend"}, "history in every verify"),
+    "sts-no-spread": Arm({"spread": 0}, "no token passes importance on to the next"),
     "sts-draft": Arm({"draft_steps": "sparse"}, "draft steps after the first attend to the selection"),
     "sts-full4": Arm({"full_verify_every": 4}, "every 4th verify attends to everything"),
     "oracle": Arm({"selector": "oracle"}, "the target's own attention"),

@@ -1,4 +1,9 @@
-"""Selection in Triton: exact top-k by two byte histograms and one compaction, per (request, channel)."""
+"""Selection in Triton: exact top-k, a program per (request, channel), without atomics.
+
+Each lane holds 32 neighbouring scores. Transposed, bit b of the 32 is one word, the plane b: a mask of them
+that an instruction compares and one more counts. A row of one tile, 32 x WORDS scores, is read and transposed
+once and its threshold found bit by bit in registers. A longer row is searched two bits a pass over it.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,15 @@ import triton
 import triton.language as tl
 
 from sts_kernels.checks import check_select, expect
+from sts_kernels.reference import SHIFT
 
 # What the benches tune.
-KNOBS = {"BLOCK": 4096, "num_warps": 16}
+KNOBS = {"WORDS": 1024, "num_warps": 8}
 ALIGN = 64  # of columns: scores are read 16 bytes at a time where requests start at multiples of it
-UNKNOWN = tl.constexpr(0x7C01)  # float16 bits above those of infinity are NaN
+KEY_BITS = tl.constexpr(15)  # of float16 without its sign: the bits of non-negative scores are in their order
+UNKNOWN = tl.constexpr(0x7C00)  # float16 bits from infinity, which no score reaches, on: NaN
+EACH_HALF = tl.constexpr(0x00010001)  # a word is two scores
+ALL = tl.constexpr(0xFFFFFFFF)
 
 
 def select_tokens(
@@ -27,6 +36,7 @@ def select_tokens(
     kv_start: torch.Tensor,
     kv_count: torch.Tensor,
     top_p: torch.Tensor | None = None,
+    draft_indices: torch.Tensor | None = None,
 ) -> None:
     """Kernel of `sts_kernels.reference.select_tokens` (see there); graph-safe, no host sync.
 
@@ -43,10 +53,10 @@ def select_tokens(
         importance.view(torch.int16),
         ctx_start,
         seq_lens,
-        budgets,
         req_to_token,
         req_pool_indices,
         kv_indices,
+        kv_indices if draft_indices is None else draft_indices,
         kv_start,
         kv_count,
         importance.stride(0),
@@ -54,6 +64,7 @@ def select_tokens(
         channels,
         seq_lens if top_p is None else top_p,
         TOP_P=top_p is not None,
+        DRAFT_SHIFT=SHIFT if draft_indices is not None else 0,
         SINK=sink,
         RECENT=recent,
         FORCED=triton.next_power_of_2(sink + recent),
@@ -62,36 +73,166 @@ def select_tokens(
     )
 
 
+# ---- words and planes
+
+
 @triton.jit
-def _keys(row_ptr, offs, first, last, ALIGN: tl.constexpr):
-    """Order-preserving int32 keys of non-negative float16 scores (NaN, unknown, above all); and validity."""
+def _popcount(x):
+    """Bits set of uint32, as int32. The compiler knows this way of writing the instruction."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _lowest(number):
+    """uint32 with the lowest `number` bits set; none if negative, all from 32 on."""
+    some = (tl.full(number.shape, 1, tl.uint32) << (number & 31).to(tl.uint32)) - 1
+    return tl.where(number >= 32, ALL, tl.where(number > 0, some, 0)).to(tl.uint32)
+
+
+@triton.jit
+def _inside(at, first, last):
+    """[WORDS, 1]: of the 32 scores from each of `at` on, those at [first, last)."""
+    return _lowest(last - at) & (_lowest(first - at) ^ ALL)
+
+
+@triton.jit
+def _bits(row_ptr, offs, last, ALIGN: tl.constexpr):
+    """float16 bits of the scores at `offs`, uint32. From `last` on 0, or others of the ALIGN columns."""
     # Up to the end of the last ALIGN columns, which are this request's: a mask by position would split
     # the access into single scores.
-    key = tl.load(row_ptr + offs, mask=offs // ALIGN * ALIGN < last, other=0).to(tl.int32) & 0xFFFF
-    return key, (offs >= first) & (offs < last)
+    bits = tl.load(row_ptr + offs, mask=offs // ALIGN * ALIGN < last, other=0)
+    return bits.to(tl.uint16, bitcast=True).to(tl.uint32)
 
 
 @triton.jit
-def _threshold_bin(counts, wanted):
-    """The highest bin whose suffix holds `wanted`, and how many lie above it."""
-    bins = tl.arange(0, 256)
-    suffix = tl.cumsum(counts, 0, reverse=True)
-    bin_ = tl.max(tl.where(suffix >= wanted, bins, -1), 0)
-    return bin_, tl.sum(tl.where(bins > bin_, counts, 0), 0)
+def _words(row_ptr, at, last, ALIGN: tl.constexpr):
+    """The 32 scores from each of `at` on, two [WORDS, 8] of scores r and 16 + r: r < 8; r >= 8."""
+    offs = at + tl.arange(0, 8)[None, :]
+    low = _bits(row_ptr, offs, last, ALIGN) | (_bits(row_ptr, offs + 16, last, ALIGN) << 16)
+    high = _bits(row_ptr, offs + 8, last, ALIGN) | (_bits(row_ptr, offs + 24, last, ALIGN) << 16)
+    return low, high
+
+
+@triton.jit
+def _swap(a, b, BY: tl.constexpr, MASK: tl.constexpr):
+    """One step of the transposition: the upper BY of every 2 BY bits of `a` for the lower ones of `b`."""
+    return (a & MASK) | ((b & MASK) << BY), ((a >> BY) & MASK) | (b & (MASK << BY))
+
+
+@triton.jit
+def _swap_columns(x, BY: tl.constexpr, MASK: tl.constexpr):
+    """_swap of the even columns with the odd ones: [WORDS, n] to two [WORDS, n / 2]."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    return _swap(even, odd, BY, MASK)
+
+
+@triton.jit
+def _eight(x):
+    """The 8 columns of [WORDS, 8], each [WORDS, 1], transposed among themselves."""
+    a, b = _swap_columns(x, 1, 0x55555555)
+    a, c = _swap_columns(a, 2, 0x33333333)
+    b, d = _swap_columns(b, 2, 0x33333333)
+    a0, a4 = _swap_columns(a, 4, 0x0F0F0F0F)
+    b1, b5 = _swap_columns(b, 4, 0x0F0F0F0F)
+    c2, c6 = _swap_columns(c, 4, 0x0F0F0F0F)
+    d3, d7 = _swap_columns(d, 4, 0x0F0F0F0F)
+    return a0, b1, c2, d3, a4, b5, c6, d7
+
+
+@triton.jit
+def _planes(row_ptr, at, last, ALIGN: tl.constexpr):
+    """KEY_BITS of [WORDS, 1]: bit i of plane b is bit b of the score at `at` + i; unknown ones are equal."""
+    low, high = _words(row_ptr, at, last, ALIGN)
+    low, high = _swap(low, high, 8, 0x00FF00FF)
+    planes = _eight(low) + _eight(high)
+    known = (planes[10] & planes[11] & planes[12] & planes[13] & planes[14]) ^ ALL  # by their exponent
+    mantissa = ()
+    for b in tl.static_range(10):
+        mantissa += (planes[b] & known,)
+    return mantissa + planes[10:15]
+
+
+# ---- the threshold: the highest key that at least `wanted` scores reach, and how many reach it
+
+
+@triton.jit
+def _search_tile(planes, active, wanted):
+    """Bit by bit in registers; `active`, [WORDS, 1], are the scores to search."""
+    threshold = 0
+    above = 0  # how many are above the active ones, those with the bits of the threshold so far
+    reach = tl.sum(_popcount(active))
+    for i in tl.static_range(KEY_BITS):
+        plane = planes[KEY_BITS - 1 - i]
+        number = above + tl.sum(_popcount(active & plane))
+        enough = number >= wanted
+        threshold = threshold * 2 + enough.to(tl.int32)
+        reach = tl.where(enough, number, reach)
+        above = tl.where(enough, above, number)
+        active &= plane ^ tl.where(enough, 0, ALL).to(tl.uint32)
+    return threshold, reach
+
+
+@triton.jit
+def _cleared(words, inside, FIRST: tl.constexpr):
+    """`words` [WORDS, 8] of scores FIRST + r and 16 more, 0 for those that `inside` [WORDS, 1] lacks."""
+    column = (FIRST + tl.arange(0, 8)[None, :]).to(tl.uint32)
+    return words & (((inside >> column) & EACH_HALF) * 0xFFFF)
+
+
+@triton.jit
+def _reaching(words, key):
+    """[WORDS]: how many scores in `words` [WORDS, 8] are at least `key`, in each half of the result."""
+    # Above the 15 bits of a score, a bit that the subtraction takes where the key is higher.
+    spare: tl.constexpr = EACH_HALF << KEY_BITS
+    return tl.sum((((words | spare) - key.to(tl.uint32) * EACH_HALF) >> KEY_BITS) & EACH_HALF, 1)
+
+
+@triton.jit
+def _search_row(row_ptr, first, last, wanted, ALIGN: tl.constexpr, WORDS: tl.constexpr):
+    """Two bits a pass over the row's scores, counting those that reach each of three keys."""
+    tiles = tl.cdiv(last, 32 * WORDS)
+    threshold = 0
+    reach = last - first
+    for i in range(8):
+        step = 1 << (14 - 2 * i)
+        counts = (tl.zeros([WORDS], tl.uint32), tl.zeros([WORDS], tl.uint32), tl.zeros([WORDS], tl.uint32))
+        for tile in range(tiles):
+            at = (tile * WORDS + tl.arange(0, WORDS)[:, None]) * 32
+            low, high = _words(row_ptr, at, last, ALIGN)
+            if (tile == 0) | (tile == tiles - 1):
+                inside = _inside(at, first, last)
+                low, high = _cleared(low, inside, 0), _cleared(high, inside, 8)
+            more = ()
+            for k in tl.static_range(3):
+                key = threshold + (k + 1) * step
+                more += (counts[k] + _reaching(low, key) + _reaching(high, key),)
+            counts = more
+        base = threshold
+        for k in tl.static_range(3):
+            key = base + (k + 1) * step
+            number = tl.sum((counts[k] & 0xFFFF) + (counts[k] >> 16)).to(tl.int32)
+            enough = (number >= wanted) & (key <= UNKNOWN)  # unknown scores are equal, see _planes
+            threshold = tl.where(enough, key, threshold)
+            reach = tl.where(enough, number, reach)
+    return threshold, reach
 
 
 @triton.jit
 def _mass(row_ptr, begin, end, least, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of the scores with a key of at least `least` in [begin, end), and how many; NaN has no mass."""
-    total = 0.0
-    number = 0
+    """Sum of the scores with a key of at least `least` in [begin, end), and how many; unknown has no mass."""
+    total = tl.zeros([BLOCK], tl.float32)
+    number = tl.zeros([BLOCK], tl.int32)
     for block in range(0, end, BLOCK):
-        key, ok = _keys(row_ptr, block + tl.arange(0, BLOCK), begin, end, ALIGN)
-        inside = ok & (key >= least)
+        offs = block + tl.arange(0, BLOCK)
+        key = _bits(row_ptr, offs, end, ALIGN) & 0x7FFF
+        inside = (offs >= begin) & (offs < end) & (key >= least)
         value = key.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        total += tl.sum(tl.where(inside & (key < UNKNOWN), value, 0.0), 0)
-        number += tl.sum(inside.to(tl.int32), 0)
-    return total, number
+        total += tl.where(inside & (key < UNKNOWN), value, 0.0)
+        number += inside.to(tl.int32)
+    return tl.sum(total), tl.sum(number)
 
 
 @triton.jit
@@ -99,20 +240,89 @@ def _top_p_wanted(row_ptr, length, first, last, top_p, ALIGN: tl.constexpr, BLOC
     """Free tokens of the smallest set with `top_p` of the mass: bisects the threshold key."""
     total, _ = _mass(row_ptr, 1, length, 0, ALIGN, BLOCK)
     free, free_number = _mass(row_ptr, first, last, 0, ALIGN, BLOCK)
-    _, unknown = _mass(row_ptr, first, last, UNKNOWN, ALIGN, BLOCK)
+    above, unknown = _mass(row_ptr, first, last, UNKNOWN, ALIGN, BLOCK)
     missing = top_p * total - (total - free)  # what the free tokens have to bring
     low = 0
     high = UNKNOWN
-    for _ in range(15):
+    number = unknown  # of the scores that reach `high`, as `above` is their mass
+    for _ in range(KEY_BITS):
         middle = (low + high) // 2
-        held, _ = _mass(row_ptr, first, last, middle, ALIGN, BLOCK)
+        held, held_number = _mass(row_ptr, first, last, middle, ALIGN, BLOCK)
         enough = held >= missing
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
-    above, number = _mass(row_ptr, first, last, low + 1, ALIGN, BLOCK)
+        above = tl.where(enough, above, held)
+        number = tl.where(enough, number, held_number)
     value = low.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     ties = tl.where(value > 0, tl.ceil((missing - above) / tl.maximum(value, 1e-30)), 0.0).to(tl.int32)
     return tl.where(missing <= 0, unknown, tl.minimum(number + tl.maximum(ties, 0), free_number))
+
+
+# ---- the lists
+
+
+@triton.jit
+def _split(planes, inside, threshold):
+    """[WORDS, 1]: the scores of `inside` above the threshold, and those that equal it."""
+    above, equal = inside ^ inside, inside
+    for i in tl.static_range(KEY_BITS):
+        plane = planes[KEY_BITS - 1 - i]
+        zero = tl.where((threshold >> (KEY_BITS - 1 - i)) & 1 == 0, ALL, 0).to(tl.uint32)
+        above |= equal & plane & zero
+        equal &= plane ^ zero
+    return above, equal
+
+
+@triton.jit
+def _write_slots(position, place, mask, length, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT: tl.constexpr):
+    """To `place` of the lists, the slots of the tokens and of the draft's keys about them. All are tuples,
+    whose loads are on their way together."""
+    slots = ()
+    for k in tl.static_range(len(position)):
+        slots += (tl.load(slot_ptr + position[k], mask=mask[k], other=0),)
+    if DRAFT_SHIFT:
+        keys = ()
+        for k in tl.static_range(len(position)):
+            key = tl.where(position[k] > 0, position[k], length) - DRAFT_SHIFT
+            keys += (tl.load(slot_ptr + key, mask=mask[k], other=0),)
+    for k in tl.static_range(len(position)):
+        tl.store(out_ptr + place[k], slots[k], mask=mask[k])
+        if DRAFT_SHIFT:
+            tl.store(draft_ptr + place[k], keys[k], mask=mask[k])
+
+
+@triton.jit
+def _write_tile(
+    above, equal, at, written, skip, length, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT: tl.constexpr
+):
+    """List the scores `above`, and those `equal` but for the first `skip`, after `written` others.
+
+    Returns `written` and `skip` for the next tile.
+    """
+    numbers = _popcount(above).to(tl.int64) | (_popcount(equal).to(tl.int64) << 32)
+    before = tl.cumsum(numbers, 0) - numbers  # both counts by one scan
+    equal_before = (before >> 32).to(tl.int32)
+    place = written + (before & ALL).to(tl.int32) + tl.maximum(equal_before - skip, 0)
+    to_skip = tl.maximum(skip - equal_before, 0)
+    left = above | equal
+    # Lanes go through their own bits, four in a round.
+    for _ in range(tl.cdiv(tl.max(_popcount(left)), 4)):
+        positions, places, takes = (), (), ()
+        for _ in tl.static_range(4):
+            bit = left & (0 - left)
+            tie = (equal & bit) != 0
+            take = ((bit & above) != 0) | (tie & (to_skip <= 0))
+            positions += (at + _popcount(bit - 1),)
+            places += (place,)
+            takes += (take,)
+            left ^= bit
+            to_skip -= tie.to(tl.int32)
+            place += take.to(tl.int32)
+        _write_slots(positions, places, takes, length, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT)
+    total = tl.sum(numbers)
+    ties = (total >> 32).to(tl.int32)
+    taken = (total & ALL).to(tl.int32) + tl.maximum(ties - skip, 0)
+    return written + taken, tl.maximum(skip - ties, 0)
 
 
 @triton.jit
@@ -120,10 +330,10 @@ def _select_kernel(
     scores_ptr,  # float16 bits as int16 [channels, tokens]
     ctx_start_ptr,
     lens_ptr,
-    budgets_ptr,
     table_ptr,
     reqs_ptr,
     indices_ptr,
+    draft_ptr,  # as indices_ptr, written if DRAFT_SHIFT
     start_ptr,  # [bs, channels]
     count_ptr,  # [bs, channels]: in, -1 for the whole context, else the budget
     stride_channel,
@@ -131,11 +341,12 @@ def _select_kernel(
     channels,
     top_p_ptr,
     TOP_P: tl.constexpr,
+    DRAFT_SHIFT: tl.constexpr,
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     FORCED: tl.constexpr,
     ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     b, c = tl.program_id(0), tl.program_id(1)
     count = tl.load(count_ptr + b * channels + c)
@@ -144,49 +355,39 @@ def _select_kernel(
     length = tl.load(lens_ptr + b).to(tl.int32)
     row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(ctx_start_ptr + b) // ALIGN * ALIGN
     slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
-    out_ptr = indices_ptr + tl.load(start_ptr + b * channels + c)
+    start = tl.load(start_ptr + b * channels + c)
+    out_ptr, draft_ptr = indices_ptr + start, draft_ptr + start
     first, last = SINK, length - RECENT
     wanted = count - SINK - RECENT
     if TOP_P:
         top_p = tl.load(top_p_ptr + b)
         if top_p < float("inf"):
-            wanted = tl.minimum(wanted, _top_p_wanted(row_ptr, length, first, last, top_p, ALIGN, BLOCK))
+            most = _top_p_wanted(row_ptr, length, first, last, top_p, ALIGN, 4 * WORDS)
+            wanted = tl.minimum(wanted, most)
             tl.store(count_ptr + b * channels + c, SINK + RECENT + wanted)
 
     forced = tl.arange(0, FORCED)
     position = tl.where(forced < SINK, forced, last + forced - SINK)
     is_forced = forced < SINK + RECENT
-    tl.store(out_ptr + forced, tl.load(slot_ptr + position, mask=is_forced, other=0), mask=is_forced)
+    _write_slots((position,), (forced,), (is_forced,), length, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT)
     if wanted <= 0:
         return
 
-    # High byte, then low byte within its bin: the threshold key, exactly.
-    high = tl.zeros([256], tl.int32)
-    for block in range(0, last, BLOCK):
-        key, ok = _keys(row_ptr, block + tl.arange(0, BLOCK), first, last, ALIGN)
-        high += tl.histogram(key >> 8, 256, mask=ok)
-    high_bin, above = _threshold_bin(high, wanted)
-    wanted_low = wanted - above
-    low = tl.zeros([256], tl.int32)
-    for block in range(0, last, BLOCK):
-        key, ok = _keys(row_ptr, block + tl.arange(0, BLOCK), first, last, ALIGN)
-        low += tl.histogram(key & 255, 256, mask=ok & ((key >> 8) == high_bin))
-    low_bin, above_low = _threshold_bin(low, wanted_low)
-    threshold = high_bin * 256 + low_bin
-    ties = wanted_low - above_low
-
-    # From the end: of equal scores the later position wins.
-    written = 0
-    tied = 0
-    blocks = tl.cdiv(last, BLOCK)
-    for i in range(0, blocks):
-        offs = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-        key, ok = _keys(row_ptr, offs, first, last, ALIGN)
-        equal = (ok & (key == threshold)).to(tl.int32)
-        rank = tied + tl.cumsum(equal, 0, reverse=True)
-        take = (ok & ((key > threshold) | ((equal == 1) & (rank <= ties)))).to(tl.int32)
-        place = SINK + RECENT + written + tl.cumsum(take, 0, reverse=True) - 1
-        slots = tl.load(slot_ptr + offs, mask=take == 1, other=0)
-        tl.store(out_ptr + place, slots, mask=take == 1)
-        written += tl.sum(take, 0)
-        tied += tl.sum(equal, 0)
+    written = SINK + RECENT
+    at = tl.arange(0, WORDS)[:, None] * 32
+    if last <= 32 * WORDS:
+        planes, inside = _planes(row_ptr, at, last, ALIGN), _inside(at, first, last)
+        threshold, reach = _search_tile(planes, inside, wanted)
+        above, equal = _split(planes, inside, threshold)
+        # Of equal scores the later position wins: the first ones are too many.
+        skip = reach - wanted
+        _write_tile(above, equal, at, written, skip, length, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT)
+    else:
+        threshold, reach = _search_row(row_ptr, first, last, wanted, ALIGN, WORDS)
+        skip = reach - wanted
+        for tile in range(0, last, 32 * WORDS):
+            planes = _planes(row_ptr, tile + at, last, ALIGN)
+            above, equal = _split(planes, _inside(tile + at, first, last), threshold)
+            written, skip = _write_tile(
+                above, equal, tile + at, written, skip, length, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT
+            )
