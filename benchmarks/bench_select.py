@@ -28,7 +28,7 @@ SHAPES = [
     for c, b in ((8192, 16), (32768, 1), (32768, 4), (32768, 8), (32768, 16), (131072, 1), (131072, 4))
     for k in (0.05, 0.1, 0.25)
 ]
-GRID = settings({"BLOCK": [1024, 2048, 4096, 8192], "num_warps": [4, 8, 16, 32]})
+GRID = settings({"WORDS": [512, 1024, 2048], "num_warps": [8, 16], "maxnreg": [80, 96, 128]})
 LISTS, COUNTS = 8, 10  # places of kv_indices and kv_count among the arguments
 
 

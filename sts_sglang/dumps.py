@@ -63,7 +63,7 @@ def finished(runtime: StsRuntime, req: Any, table: torch.Tensor) -> None:
 
 def of_request(runtime: StsRuntime, req: Any, table: torch.Tensor) -> Dump:
     """What slots remember of the request's tokens or, without history, how its last round scored them."""
-    tokens = [*req.origin_input_ids, *req.output_ids][: req.kv_committed_len]
+    tokens = [*req.origin_input_ids, *req.output_ids_through_stop][: req.kv_committed_len]
     if table.is_cuda:  # rounds in flight on the stream of the forwards
         torch.cuda.synchronize(table.device)
     state, head_map = runtime.state, runtime.head_map

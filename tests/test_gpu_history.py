@@ -162,7 +162,7 @@ def test_no_freed_slot_is_remembered_on_a_gpu(tmp_path):
     args = ["--max-total-tokens", str(6 * max(map(len, prefixes))), "--max-running-requests", "12"]
     args += ["--context-length", "16384", "--mem-fraction-static", "0.6", "--skip-server-warmup"]
     args += ["--cuda-graph-max-bs", "12", "--cuda-graph-backend-prefill", "disabled", "--random-seed", "0"]
-    args += ["--chunked-prefill-size", "2048"]
+    args += ["--chunked-prefill-size", "2048", "--sleep-on-idle"]
 
     def server(name: str, env: dict, **config) -> LocalServer:
         flags = [*args, *sts(MODELS / "draft", inspect_dir=str(tmp_path), **config)]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from sts_kernels import IMPORTANCE_SCALE, UNKNOWN, Members, draft_attention, ops, verify
+from sts_kernels import IMPORTANCE_SCALE, UNKNOWN, Members, draft_attention, ops, select, verify
 from tests.tolerances import assert_close
 
 KERNELS = ["torch", "triton"]
@@ -324,6 +324,7 @@ def scores_like(kind: str, batch: Batch) -> torch.Tensor:
         scores = (torch.rand(scores.shape) * 6e-5).half()
     elif kind == "unknown":
         scores[:, 5::7] = math.nan
+        scores.view(torch.int16)[:, 6::14] = 0x7FFF  # NaN as CUDA writes it
     return scores
 
 
@@ -340,13 +341,17 @@ def test_selection_follows_the_definition(kernel: str, kind: str, counts: list[i
             assert found[b][c] == (None if count < 0 else top_by_definition(row, count, sink, recent))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_selection_over_several_blocks(kernel: str) -> None:
-    batch = Batch(lengths=[5000])
-    for kind in ("distinct", "tied"):
+@pytest.mark.parametrize("words", [64, 256, 1024])
+def test_selection_in_tiles_of_any_size(monkeypatch, words: int) -> None:
+    """Rows of several tiles, of one and of a small one."""
+    monkeypatch.setitem(select.KNOBS, "WORDS", words)
+    batch = Batch(lengths=[5000, 2048 + 64])
+    for kind in ("distinct", "tied", "unknown"):
         importance = scores_like(kind, batch)[:1]
-        found = run_select(kernel, batch, importance, [700], 4, 64)
-        assert found[0][0] == top_by_definition(importance[0, :5000], 700, 4, 64)
+        found = run_select("triton", batch, importance, [700, 300], 4, 64)
+        for b, (length, count) in enumerate(((5000, 700), (2048 + 64, 300))):
+            row = importance[0, int(batch.ctx_start[b]) :][:length]
+            assert found[b][0] == top_by_definition(row, count, 4, 64)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -431,7 +436,8 @@ def run_verify(kernel: str, batch: Batch, counts: list[int], tail_mask=None):
     """(queries, lists, output, attended); channel 1 takes the latest positions, channel 0 the earliest."""
     bs, width = len(batch.lengths), max([*batch.lengths, 1])
     mask = chain(bs) if tail_mask is None else tail_mask
-    q = batch.queries(bs, mask.shape[1])
+    q = batch.queries(bs * mask.shape[1])
+    q = q.view(bs, mask.shape[1], *q.shape[1:])
     kv_start = torch.arange(bs * 2).view(bs, 2) * width
     kv_indices = torch.full((bs * 2 * width + 8,), 10**6, dtype=torch.int32)
     lists = []
@@ -543,10 +549,12 @@ def test_verify_of_a_tree(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_verify_of_a_draft_step(kernel: str) -> None:
-    """Two branches, whose tail is six scratch cells; the mask is one for all requests."""
+@pytest.mark.parametrize("branches", [1, 2])
+def test_verify_of_a_draft_step(kernel: str, branches: int) -> None:
+    """The tail is the branches' scratch cells, three each; the mask is one for all requests."""
     batch = Batch(lengths=[70, 9])
-    mask = torch.tensor([[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0]]).bool().expand(2, -1, -1)
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0]])[:branches, : 3 * branches].bool()
+    mask = mask.expand(2, -1, -1)
     q, lists, out, _ = run_verify(kernel, batch, [20, -1], mask)
     check_verify(batch, q, lists, out, mask)
 

@@ -15,10 +15,10 @@ from sts_kernels.checks import check_select, expect
 from sts_kernels.reference import SHIFT
 
 # What the benches tune.
-KNOBS = {"WORDS": 1024, "num_warps": 8}
+KNOBS = {"WORDS": 1024, "num_warps": 8, "maxnreg": 128}  # 128 registers: two programs on a multiprocessor
 ALIGN = 64  # of columns: scores are read 16 bytes at a time where requests start at multiples of it
 KEY_BITS = tl.constexpr(15)  # of float16 without its sign: the bits of non-negative scores are in their order
-UNKNOWN = tl.constexpr(0x7C00)  # float16 bits from infinity, which no score reaches, on: NaN
+UNKNOWN = tl.constexpr(0x7C01)  # float16 bits above those of infinity are NaN
 EACH_HALF = tl.constexpr(0x00010001)  # a word is two scores
 ALL = tl.constexpr(0xFFFFFFFF)
 
@@ -45,6 +45,9 @@ def select_tokens(
     check_select(importance, budgets, kv_start, kv_count)
     expect(
         "select_tokens", importance.dtype == torch.float16, f"importance is {importance.dtype}, not float16"
+    )
+    expect(
+        "select_tokens", draft_indices is None or sink >= SHIFT, f"sink is {sink}, no draft key is before it"
     )
     channels, bs = importance.shape[0], budgets.numel()
     if bs == 0:
@@ -144,15 +147,18 @@ def _eight(x):
 
 @triton.jit
 def _planes(row_ptr, at, last, ALIGN: tl.constexpr):
-    """KEY_BITS of [WORDS, 1]: bit i of plane b is bit b of the score at `at` + i; unknown ones are equal."""
-    low, high = _words(row_ptr, at, last, ALIGN)
-    low, high = _swap(low, high, 8, 0x00FF00FF)
-    planes = _eight(low) + _eight(high)
-    known = (planes[10] & planes[11] & planes[12] & planes[13] & planes[14]) ^ ALL  # by their exponent
-    mantissa = ()
-    for b in tl.static_range(10):
-        mantissa += (planes[b] & known,)
-    return mantissa + planes[10:15]
+    """KEY_BITS of [WORDS, 1]: bit i of plane b is bit b of the score at `at` + i; any NaN is UNKNOWN."""
+    few, more = _words(row_ptr, at, last, ALIGN)
+    few, more = _swap(few, more, 8, 0x00FF00FF)
+    planes = _eight(few) + _eight(more)
+    unknown = planes[0]  # NaN: any bit below the exponent, and all of the exponent's
+    for b in tl.static_range(1, 10):
+        unknown |= planes[b]
+    unknown &= planes[10] & planes[11] & planes[12] & planes[13] & planes[14]
+    low = (planes[0] | unknown,)
+    for b in tl.static_range(1, 10):
+        low += (planes[b] & (unknown ^ ALL),)
+    return low + planes[10:15]
 
 
 # ---- the threshold: the highest key that at least `wanted` scores reach, and how many reach it
@@ -214,7 +220,7 @@ def _search_row(row_ptr, first, last, wanted, ALIGN: tl.constexpr, WORDS: tl.con
         for k in tl.static_range(3):
             key = base + (k + 1) * step
             number = tl.sum((counts[k] & 0xFFFF) + (counts[k] >> 16)).to(tl.int32)
-            enough = (number >= wanted) & (key <= UNKNOWN)  # unknown scores are equal, see _planes
+            enough = (number >= wanted) & (key <= UNKNOWN)  # NaN is equal to NaN, as in _planes
             threshold = tl.where(enough, key, threshold)
             reach = tl.where(enough, number, reach)
     return threshold, reach
@@ -274,27 +280,17 @@ def _split(planes, inside, threshold):
 
 
 @triton.jit
-def _write_slots(position, place, mask, length, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT: tl.constexpr):
-    """To `place` of the lists, the slots of the tokens and of the draft's keys about them. All are tuples,
-    whose loads are on their way together."""
+def _copy_slots(slot_ptr, positions, out_ptr, places, masks):
+    """Slots at `positions` to `places` of a list. All are tuples, whose loads are on their way together."""
     slots = ()
-    for k in tl.static_range(len(position)):
-        slots += (tl.load(slot_ptr + position[k], mask=mask[k], other=0),)
-    if DRAFT_SHIFT:
-        keys = ()
-        for k in tl.static_range(len(position)):
-            key = tl.where(position[k] > 0, position[k], length) - DRAFT_SHIFT
-            keys += (tl.load(slot_ptr + key, mask=mask[k], other=0),)
-    for k in tl.static_range(len(position)):
-        tl.store(out_ptr + place[k], slots[k], mask=mask[k])
-        if DRAFT_SHIFT:
-            tl.store(draft_ptr + place[k], keys[k], mask=mask[k])
+    for k in tl.static_range(len(positions)):
+        slots += (tl.load(slot_ptr + positions[k], mask=masks[k], other=0),)
+    for k in tl.static_range(len(positions)):
+        tl.store(out_ptr + places[k], slots[k], mask=masks[k])
 
 
 @triton.jit
-def _write_tile(
-    above, equal, at, written, skip, length, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT: tl.constexpr
-):
+def _write_tile(above, equal, at, written, skip, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT: tl.constexpr):
     """List the scores `above`, and those `equal` but for the first `skip`, after `written` others.
 
     Returns `written` and `skip` for the next tile.
@@ -318,11 +314,60 @@ def _write_tile(
             left ^= bit
             to_skip -= tie.to(tl.int32)
             place += take.to(tl.int32)
-        _write_slots(positions, places, takes, length, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT)
+        _copy_slots(slot_ptr, positions, out_ptr, places, takes)
+        if DRAFT_SHIFT:
+            _copy_slots(slot_ptr - DRAFT_SHIFT, positions, draft_ptr, places, takes)
     total = tl.sum(numbers)
     ties = (total >> 32).to(tl.int32)
     taken = (total & ALL).to(tl.int32) + tl.maximum(ties - skip, 0)
     return written + taken, tl.maximum(skip - ties, 0)
+
+
+@triton.jit
+def _list_tile(
+    row_ptr,
+    first,
+    last,
+    wanted,
+    slot_ptr,
+    out_ptr,
+    draft_ptr,
+    DRAFT_SHIFT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Search and list a row of one tile, which stays in registers."""
+    at = tl.arange(0, WORDS)[:, None] * 32
+    planes, inside = _planes(row_ptr, at, last, ALIGN), _inside(at, first, last)
+    threshold, reach = _search_tile(planes, inside, wanted)
+    above, equal = _split(planes, inside, threshold)
+    # Of equal scores the later position wins: too many are the first ones.
+    _write_tile(above, equal, at, 0, reach - wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT)
+
+
+@triton.jit
+def _list_row(
+    row_ptr,
+    first,
+    last,
+    wanted,
+    slot_ptr,
+    out_ptr,
+    draft_ptr,
+    DRAFT_SHIFT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Search and list a row of several tiles, read again by every pass."""
+    threshold, reach = _search_row(row_ptr, first, last, wanted, ALIGN, WORDS)
+    written, skip = 0, reach - wanted
+    for tile in range(0, last, 32 * WORDS):
+        at = tile + tl.arange(0, WORDS)[:, None] * 32
+        planes, inside = _planes(row_ptr, at, last, ALIGN), _inside(at, first, last)
+        above, equal = _split(planes, inside, threshold)
+        written, skip = _write_tile(
+            above, equal, at, written, skip, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT
+        )
 
 
 @triton.jit
@@ -369,25 +414,18 @@ def _select_kernel(
     forced = tl.arange(0, FORCED)
     position = tl.where(forced < SINK, forced, last + forced - SINK)
     is_forced = forced < SINK + RECENT
-    _write_slots((position,), (forced,), (is_forced,), length, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT)
+    _copy_slots(slot_ptr, (position,), out_ptr, (forced,), (is_forced,))
+    if DRAFT_SHIFT:
+        position = tl.where(position == 0, length, position)  # no key is about the first: the bonus token's
+        _copy_slots(slot_ptr - DRAFT_SHIFT, (position,), draft_ptr, (forced,), (is_forced,))
     if wanted <= 0:
         return
 
-    written = SINK + RECENT
-    at = tl.arange(0, WORDS)[:, None] * 32
-    if last <= 32 * WORDS:
-        planes, inside = _planes(row_ptr, at, last, ALIGN), _inside(at, first, last)
-        threshold, reach = _search_tile(planes, inside, wanted)
-        above, equal = _split(planes, inside, threshold)
-        # Of equal scores the later position wins: the first ones are too many.
-        skip = reach - wanted
-        _write_tile(above, equal, at, written, skip, length, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT)
+    out_ptr += SINK + RECENT
+    draft_ptr += SINK + RECENT
+    if last <= 8 * WORDS:  # every tile costs the same: a short row takes a small one
+        _list_tile(row_ptr, first, last, wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT, ALIGN, WORDS // 4)
+    elif last <= 32 * WORDS:
+        _list_tile(row_ptr, first, last, wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT, ALIGN, WORDS)
     else:
-        threshold, reach = _search_row(row_ptr, first, last, wanted, ALIGN, WORDS)
-        skip = reach - wanted
-        for tile in range(0, last, 32 * WORDS):
-            planes = _planes(row_ptr, tile + at, last, ALIGN)
-            above, equal = _split(planes, _inside(tile + at, first, last), threshold)
-            written, skip = _write_tile(
-                above, equal, tile + at, written, skip, length, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT
-            )
+        _list_row(row_ptr, first, last, wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT, ALIGN, WORDS)

@@ -83,7 +83,7 @@ def sparse_verify_attention(
         sm_scale * LOG2E,
         kv_count.shape[1],
         bs * kv_heads,
-        q.stride(1),
+        q.stride(1 if tokens > 1 else 0),  # that of a dimension of one says nothing
         k_buffer.stride(0),
         k_buffer.stride(1),
         req_to_token.stride(0),
