@@ -66,14 +66,14 @@ SERVERS = {
 
 
 class Servers:
-    """All configurations at once on one GPU: their kernels are compared, not timed."""
+    """All of these configurations at once on one GPU: their kernels are compared, not timed."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.stack, self.running = folder, ExitStack(), {}
+    def __init__(self, folder: Path, names: list[str]):
+        self.folder, self.names, self.stack, self.running = folder, names, ExitStack(), {}
 
     def __enter__(self):
-        with ThreadPoolExecutor(len(SERVERS)) as pool:
-            self.running = dict(zip(SERVERS, pool.map(self._start, SERVERS), strict=True))
+        with ThreadPoolExecutor(len(self.names)) as pool:
+            self.running = dict(zip(self.names, pool.map(self._start, self.names), strict=True))
         return self
 
     def _start(self, name: str) -> LocalServer | RuntimeError:
@@ -104,8 +104,11 @@ class Servers:
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory):
-    with Servers(tmp_path_factory.mktemp("gpu")) as running:
+def servers(request, tmp_path_factory):
+    """Those that the chosen tests name, and what they are compared with."""
+    chosen = " ".join(item.nodeid for item in request.session.items)
+    names = [n for n in SERVERS if f"[{n}]" in chosen or n not in UNDER_TEST or n == "torch-bfloat16"]
+    with Servers(tmp_path_factory.mktemp("gpu"), names) as running:
         yield running
 
 
@@ -234,8 +237,9 @@ def test_the_host_waits_no_more_than_in_stock(servers, prompts, stock_profile, n
     assert own["host_calls"]["cudaGraphLaunch"] >= 2.8  # draft, verify and draft-extend
 
 
-def test_flashinfer_is_planned_for_batches_not_for_rounds(servers, prompts):
-    server = servers["flashinfer-verify-bfloat16"]
+@pytest.mark.parametrize("name", ["flashinfer-verify-bfloat16"])
+def test_flashinfer_is_planned_for_batches_not_for_rounds(servers, prompts, name):
+    server = servers[name]
     before = server.counters()
     ask(server, prompts[3])
     after = server.counters()
