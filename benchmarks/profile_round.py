@@ -34,11 +34,14 @@ WAITS = (
 )
 
 
-def record(server: LocalServer, prompts: list[list[int]], rounds: int) -> list[dict]:
-    """Events of a trace over about `rounds` decode rounds of a batch that is prefilled already."""
+def record(server: LocalServer, prompts: list[list[int]], rounds: int, tokens: int = 1500) -> list[dict]:
+    """Events of a trace over about `rounds` decode rounds of a batch that is prefilled already.
+
+    `tokens`, which each request may decode, must last for two seconds; the requests are aborted then.
+    """
     for ids in prompts:
         bench_serving.ask(server, ids, 1)
-    running = [threading.Thread(target=bench_serving.ask, args=(server, ids, 1500)) for ids in prompts]
+    running = [threading.Thread(target=bench_serving.ask, args=(server, ids, tokens)) for ids in prompts]
     for thread in running:
         thread.start()
     time.sleep(1.5)  # all of them decode by now

@@ -354,6 +354,14 @@ def test_selection_in_tiles_of_any_size(monkeypatch, words: int) -> None:
             assert found[b][0] == top_by_definition(row, count, 4, 64)
 
 
+def test_selection_over_several_full_tiles() -> None:
+    """As tuned, with ties in every tile: where compiling has gone wrong, and the interpreter was right."""
+    batch = Batch(lengths=[80_000])
+    importance = scores_like("tied", batch)[:1]
+    found = run_select("triton", batch, importance, [30_000], 4, 64)
+    assert found[0][0] == top_by_definition(importance[0, :80_000], 30_000, 4, 64)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_selection_of_columns_that_are_not_aligned(kernel: str) -> None:
     """Request 1 starts at column 70, after request 0's last: no 16-byte accesses then."""

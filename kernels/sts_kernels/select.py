@@ -317,9 +317,9 @@ def _write_tile(above, equal, at, written, skip, slot_ptr, out_ptr, draft_ptr, D
         _copy_slots(slot_ptr, positions, out_ptr, places, takes)
         if DRAFT_SHIFT:
             _copy_slots(slot_ptr - DRAFT_SHIFT, positions, draft_ptr, places, takes)
-    total = tl.sum(numbers)
-    ties = (total >> 32).to(tl.int32)
-    taken = (total & ALL).to(tl.int32) + tl.maximum(ties - skip, 0)
+    # Not of `numbers`: compiled for an H100, Triton 3.6 counts some of them twice or not at all.
+    ties = tl.sum(_popcount(equal))
+    taken = tl.sum(_popcount(above)) + tl.maximum(ties - skip, 0)
     return written + taken, tl.maximum(skip - ties, 0)
 
 
