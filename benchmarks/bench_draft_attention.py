@@ -34,9 +34,9 @@ SHAPES = [
 SPLIT_GRID = settings({"programs": [264, 396, 528, 792], "num_warps": [4, 8], "num_stages": [3, 5, 7]})
 POOL_GRID = settings(
     {
-        "pool_blocks": [1, 4, 16],
-        "pool_programs": [16, 64, 128],
-        "pool_warps": [2, 4, 8],
+        "pool_blocks": [8, 16, 32],
+        "pool_programs": [32, 64, 128],
+        "pool_warps": [4, 8],
         "stored_policy": ["evict_last", ""],
     }
 )

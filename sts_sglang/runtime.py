@@ -40,6 +40,7 @@ class DraftShape(NamedTuple):
     slots: int  # KV slots, page 0 included
     sizes: Sizes  # of the buffers that follow the KV pool
     pool: Any  # KV pool of the draft
+    req_to_token: torch.Tensor
     dtype: torch.dtype
 
 
@@ -71,9 +72,10 @@ class StsRuntime:
         self.ops = ops("torch" if self.kernel == "torch" else "triton")
         self.num_steps = shape.num_steps
         # Of them the carried row; the last step of a round does not run.
-        self.scoring_steps = shape.num_steps - 1 if config.draft_steps == "dense" else 1
+        self.sparse_draft = config.draft_steps == "sparse"
+        self.scoring_steps = 1 if self.sparse_draft else shape.num_steps - 1
         self.rows_per_round = 1 + self.scoring_steps * shape.topk
-        self.draft_pool = shape.pool
+        self.draft_pool, self.req_to_token = shape.pool, shape.req_to_token
         self.draft_scaling = shape.head_dim**-0.5
         self.state = RoundState(
             config,
@@ -99,34 +101,33 @@ class StsRuntime:
             for layer in range(target.layers)
         ]
         self._target_heads = torch.stack(self._head_channels)
-        own = self.head_map.of_draft() if config.draft_steps == "sparse" else []
+        own = self.head_map.of_draft() if self.sparse_draft else []
         self.draft_heads = torch.tensor(own, dtype=torch.int32, device=device)  # [layers, H_kv] or nothing
 
-    def plan_verify(self, selection: Selection, seq_lens: torch.Tensor, max_context: int) -> Plan | None:
+    def plan_verify(self, selection: Selection, seq_lens: torch.Tensor) -> Plan | None:
         """How Triton's verify parts its work in every layer; the other kernels, and selectors that make their
         lists layer by layer, have no such plan."""
         if self.kernel != "triton" or self.selector is not None:
             return None
-        return self._plan(selection, self._target_heads, seq_lens, max_context)
+        return self._plan(selection, self._target_heads, seq_lens)
 
-    def plan_contexts(self, seq_lens: torch.Tensor, max_context: int) -> Plan | None:
+    def plan_contexts(self, seq_lens: torch.Tensor) -> Plan | None:
         """The same for dense draft steps."""
         if self.kernel == "torch":
             return None
-        from sts_kernels.draft_attention import plan_contexts
+        from sts_kernels.draft_attention import plan_contexts  # imports Triton, as below
 
-        return plan_contexts(seq_lens, self.draft_pool.get_key_buffer(0).shape[1], max_context)
+        kv_heads = self.draft_pool.get_key_buffer(0).shape[1]
+        return plan_contexts(seq_lens, kv_heads, self.req_to_token.shape[1])
 
-    def plan_draft(self, selection: Selection, seq_lens: torch.Tensor, max_context: int) -> Plan | None:
+    def plan_draft(self, selection: Selection, seq_lens: torch.Tensor) -> Plan | None:
         """The same for sparse draft steps."""
-        if self.kernel == "torch":
-            return None
-        return self._plan(selection, self.draft_heads, seq_lens, max_context)
+        return None if self.kernel == "torch" else self._plan(selection, self.draft_heads, seq_lens)
 
-    def _plan(self, selection, heads, seq_lens, max_context) -> Plan:
+    def _plan(self, selection: Selection, heads: torch.Tensor, seq_lens: torch.Tensor) -> Plan:
         from sts_kernels.verify import splits  # imports Triton, which the torch ops do without
 
-        programs = splits(seq_lens.numel() * heads.shape[1], max_context)
+        programs = splits(seq_lens.numel() * heads.shape[1], self.req_to_token.shape[1])
         return self.ops.plan_verify(*selection, heads, seq_lens, *programs)
 
     def _comparison(self, target: HeadCounts, requests: int) -> LayerSelector:
@@ -347,5 +348,6 @@ def _draft_shape(config: StsConfig, worker: Any, parts: compat.SpecParts) -> Dra
         slots=pool.get_key_buffer(0).shape[0],
         sizes=memory.sizes(config, pool.size, requests, runner.model_config.context_len),
         pool=pool,
+        req_to_token=table,
         dtype=runner.dtype,
     )

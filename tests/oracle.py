@@ -46,7 +46,9 @@ class Rule:
     history_weight: float = 0.05
     history_decay: float = 0.9
     spread: float = 0.5  # part of a token's score that the next one has at least
-    draft_sparse: bool = False  # draft steps after the first attend to the selection made after it
+    # Draft steps after the first, and the draft-extend of what was accepted, attend to the selection.
+    draft_sparse: bool = False
+    dense_extend: bool = False  # but for the draft-extend
 
     def budget(self, context: int) -> int:
         return min(context, max(self.floor, self.sink + self.recent, math.ceil(self.keep * context - 1e-9)))
@@ -71,11 +73,13 @@ class Trace:
 
 @dataclass
 class Tree:
-    """A round's draft: node 0 is the bonus token; attention[layer] is [heads, rows, draft keys]."""
+    """A round's draft: node 0 is the bonus token; attention[layer] is [heads, rows, draft keys]; allowed is
+    bool [layers, heads, length], the draft keys that sparse rows attend to, or True."""
 
     tokens: list[int]
     parents: list[int]
     attention: list[torch.Tensor]
+    allowed: torch.Tensor | bool
 
     def path(self, node: int) -> list[int]:
         """The node and its ancestors, root first."""
@@ -91,6 +95,7 @@ class HFDraft:
         self.heads = self.model.config.num_attention_heads
         self.kv_heads = self.model.config.num_key_value_heads
         self._masks: list[torch.Tensor] = []
+        self._inputs: dict[int, tuple] = {}  # of each layer's attention
         for i, layer in enumerate(self.model.model.layers):
             layer.self_attn.register_forward_pre_hook(_mask_hook(self, i), with_kwargs=True)
 
@@ -101,6 +106,19 @@ class HFDraft:
             torch.tensor([tokens]), position_ids=torch.tensor([positions]), output_attentions=True
         )
         return out.logits[0], None, [a[0] for a in out.attentions]
+
+    def dense_row(self, row: int) -> list[torch.Tensor]:
+        """[heads, n] a layer: what the row of the last call would attend to without its mask."""
+        found = []
+        for i, layer in enumerate(self.model.model.layers):
+            hidden, rotary = self._inputs[i]
+            attn = layer.self_attn
+            q, k = (p(hidden).view(*hidden.shape[:2], -1, attn.head_dim).transpose(1, 2) for p in
+                    (attn.q_proj, attn.k_proj))  # fmt: skip
+            q, k = apply_rotary_pos_emb(q, k, *rotary)
+            k = k[0].repeat_interleave(self.heads // self.kv_heads, 0)
+            found.append(_causal_row(q[0] @ k.transpose(1, 2) * attn.head_dim**-0.5, row))
+        return found
 
 
 class Eagle3Draft:
@@ -128,14 +146,17 @@ class Eagle3Draft:
         q, k = apply_rotary_pos_emb(q[None], k[None], cos, sin)
         group = heads // k.shape[1]
         mask = mask.expand(1, heads, -1, -1)[0]
-        logits = q[0] @ k[0].repeat_interleave(group, 0).transpose(1, 2) * dim**-0.5 + _additive(mask)
-        attention = logits.softmax(-1)
+        self._logits = q[0] @ k[0].repeat_interleave(group, 0).transpose(1, 2) * dim**-0.5
+        attention = (self._logits + _additive(mask)).softmax(-1)
         mixed = (attention @ v.repeat_interleave(group, 0)).transpose(0, 1).flatten(1)
         residual = hidden + linear(mixed, w["midlayer.self_attn.o_proj.weight"])
         x = self._norm(residual, "midlayer.post_attention_layernorm")
         gate, up = (linear(x, w[f"midlayer.mlp.{n}_proj.weight"]) for n in ("gate", "up"))
         out = residual + linear(silu(gate) * up, w["midlayer.mlp.down_proj.weight"])
         return linear(self._norm(out, "norm"), w["lm_head.weight"]), out, [attention]
+
+    def dense_row(self, row: int) -> list[torch.Tensor]:
+        return [_causal_row(self._logits, row)]
 
     def project(self, aux: list[torch.Tensor]) -> torch.Tensor:
         """The target's hidden states after the aux layers to the head's input."""
@@ -155,6 +176,7 @@ class Oracle:
         ]
         self.draft = Eagle3Draft(draft, self.target) if eagle3 else HFDraft(draft)
         self._masks: list[torch.Tensor] = []
+        self._inputs: dict[int, tuple] = {}
         for i, layer in enumerate(self.target.model.layers):
             layer.self_attn.register_forward_pre_hook(_mask_hook(self, i), with_kwargs=True)
 
@@ -187,12 +209,15 @@ class Oracle:
         size = len(prompt) + new_tokens + rule.num_tokens + 1
         causal = torch.ones(size, size, dtype=torch.bool).tril()
         seen = causal.repeat(config.num_hidden_layers, config.num_attention_heads, 1, 1)
+        draft_seen = causal.expand(self.draft.layers, self.draft.heads, -1, -1)
+        if rule.draft_sparse and not rule.dense_extend:
+            draft_seen = draft_seen.clone()
         tokens = list(prompt)
         logits, hidden = self._run_target(tokens, list(range(len(tokens))), seen)  # prefill is dense
         tokens.append(self._emit(trace, logits[-1]))
         while len(tokens) - len(prompt) < new_tokens:
             length = len(tokens) - 1  # committed; the last token is the bonus, verify row 0
-            tree = self._draft_round(tokens, hidden, rule, trace)
+            tree = self._draft_round(tokens, hidden, rule, trace, draft_seen[..., :length, :length])
             rows = self._mask_rows(tree, length, seen, rule, trace)
             logits, hidden = self._verify(tokens, tree, rows, seen)
             path = self._walk(tree, logits)
@@ -202,24 +227,27 @@ class Oracle:
                 seen[:, :, length + depth, :length] = rows[:, :, node, :length]
                 if rule.drop_tail:
                     seen[:, :, length + depth, length : length + depth] = False
+                if draft_seen.is_contiguous():
+                    draft_seen[:, :, length + depth, :length] = tree.allowed
             hidden = [torch.cat([h[:length], h[length:][path]]) for h in hidden]
             trace.rounds += 1
         trace.tokens = tokens[len(prompt) :][:new_tokens]
         trace.logprobs = trace.logprobs[:new_tokens]
         return trace
 
-    def _draft_round(self, tokens: list[int], hidden: list[torch.Tensor], rule: Rule, trace: Trace) -> Tree:
+    def _draft_round(
+        self, tokens: list[int], hidden: list[torch.Tensor], rule: Rule, trace: Trace, mask: torch.Tensor
+    ) -> Tree:
         """Expand `topk` branches for `num_steps` steps and keep the best num_tokens - 1 candidates.
 
         A draft does not see token 0. Branch b of step i attends to the committed tokens and to what ran
         in branch b before it (its scratch slots), whichever parent it continues; the last step's tokens
-        do not run.
+        do not run. `mask` is [layers, heads, length, length], of the committed tokens.
         """
         k, length = rule.topk, len(tokens) - 1
         ids, positions = tokens[1:], list(range(length))
         if rule.donor:
             ids[rule.donor[0]] = rule.donor[1]
-        mask = torch.ones(length, length, dtype=torch.bool).tril()
         states = self.draft.project(hidden) if isinstance(self.draft, Eagle3Draft) else None
         logits, out, attention = self.draft(ids, states, positions, mask)
         scores, chosen = logits[-1:].softmax(-1).topk(k)
@@ -241,9 +269,11 @@ class Oracle:
                 states = torch.cat([states, out[parent_rows]])
             logits, out, attention = self.draft(ids, states, positions, mask)
             if rule.draft_sparse and step == 0:
+                # The carried row scores the whole context, whatever it attended to itself.
+                for found, row in zip(attention, self.draft.dense_row(length - 1), strict=True):
+                    found[:, length - 1] = row
                 scored = [a[:, kept:] for a in attention]
                 allowed = self._allowed(scored, length, rule, trace)
-                mask = mask.expand(*allowed.shape[:2], -1, -1)
             probs, nexts = logits[first:].softmax(-1).topk(k)
             expanded = scores[:, None] * probs
             base = len(candidates)
@@ -260,6 +290,7 @@ class Oracle:
             tokens=[tokens[-1], *(candidates[c][1] for c in best)],
             parents=[0, *(node[candidates[c][2]] for c in best)],
             attention=[a[:, kept:] for a in attention] if scored is None else scored,
+            allowed=allowed,
         )
 
     def _allowed(self, scored: list[torch.Tensor], length: int, rule: Rule, trace: Trace) -> torch.Tensor:
@@ -375,9 +406,17 @@ def _mask_hook(owner: Oracle | HFDraft, layer: int):
     """Gives a layer the mask that its owner holds for it."""
 
     def hook(module, args, kwargs):
+        owner._inputs[layer] = (kwargs["hidden_states"], kwargs["position_embeddings"])
         return args, {**kwargs, "attention_mask": owner._masks[layer]}
 
     return hook
+
+
+def _causal_row(logits: torch.Tensor, row: int) -> torch.Tensor:
+    """[heads, n] of logits [heads, n, n]: softmax of a row over the keys up to it."""
+    found = torch.zeros_like(logits[:, row])
+    found[:, : row + 1] = logits[:, row, : row + 1].softmax(-1)
+    return found
 
 
 def _additive(mask: torch.Tensor) -> torch.Tensor:

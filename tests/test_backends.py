@@ -60,7 +60,8 @@ class Rig:
         self.extend = DraftExtendBackend(draft)
         self.steps = DraftMultiStepBackend(draft, topk, num_steps)
         self.target = StsTargetBackend(target, TorchBackend(target))
-        shape = DraftShape(num_steps, topk, DIM, 8, slots, Sizes(256, 256), self.draft_pool, torch.float32)
+        pools = (self.draft_pool, table)
+        shape = DraftShape(num_steps, topk, DIM, 8, slots, Sizes(256, 256), *pools, torch.float32)
         self.runtime = StsRuntime(StsConfig(**config), COUNTS, COUNTS, shape, "cpu")
         self.target.runtime = self.extend.runtime = self.runtime
         self.steps.bind(self.runtime)

@@ -221,7 +221,7 @@ def _check_small_budget(server: Server, oracle: Oracle, rule: Rule) -> None:
         {"drop_tail": True},
         {"drop_carried": True},
         {"keep": 1.0},
-        *([{"draft_sparse": False}] if rule.draft_sparse else []),
+        *([{"draft_sparse": False}, {"dense_extend": True}] if rule.draft_sparse else []),
     ):
         tokens = [oracle.generate(ids, 32, replace(rule, **wrong)).tokens for ids in prompts]
         assert tokens != [a["output_ids"] for a in answers], f"the test does not notice {wrong}"

@@ -29,7 +29,7 @@ KNOBS = {
     "num_stages": 5,
     "early": True,
     "uneven": 4,
-    "pool_blocks": 4,
+    "pool_blocks": 16,
     "pool_programs": 64,
     "pool_warps": 4,
     # What is stored is read once more, soon, and would else be driven out by keys and values.
@@ -159,8 +159,6 @@ def draft_attention(
         importance.stride(0),
         IMPORTANCE_SCALE / (total_rows if pool_rows == "mean" else 1),
         QUERIES=queries,
-        QUERIES_P2=triton.next_power_of_2(queries),
-        HEADS_P2=triton.next_power_of_2(members.heads.shape[1]),
         HEADS=members.heads.shape[1],
         MEAN_HEADS=pool_heads == "mean",
         MEAN_ROWS=pool_rows == "mean",
@@ -361,8 +359,6 @@ def _pool_kernel(
     stride_channel,
     factor,
     QUERIES: tl.constexpr,
-    QUERIES_P2: tl.constexpr,
-    HEADS_P2: tl.constexpr,
     HEADS: tl.constexpr,
     MEAN_HEADS: tl.constexpr,
     MEAN_ROWS: tl.constexpr,
@@ -385,18 +381,8 @@ def _pool_kernel(
     column = tl.load(ctx_start_ptr + b)
     if column < 0:
         return
-    place = tl.arange(0, HEADS_P2)
-    head = tl.load(heads_ptr + member * HEADS + place, mask=place < HEADS, other=-1)
-    speaks = head >= 0
-    head = tl.maximum(head, 0)
-    query = tl.arange(0, QUERIES_P2)
-    row = query[:, None] * GROUP + (head % GROUP)[None, :]  # [QUERIES, HEADS]
-    kv = (head // GROUP)[None, :]
-    live = (query < QUERIES)[:, None] & speaks[None, :]
-    lse = tl.load(lse_ptr + (b * H_KV + kv) * ROWS + row, mask=live, other=0.0)
     head_scale = tl.load(scale_ptr + member)
     first_block = column // BLOCK
-    line = (kv.to(tl.int64) * blocks + first_block) * USED + row
     write_ptr = (
         importance_ptr + tl.load(channels_ptr + member).to(tl.int64) * stride_channel + first_block * BLOCK
     )
@@ -407,25 +393,33 @@ def _pool_kernel(
     for start in range(program * BLOCKS, total, PROGRAMS * BLOCKS):
         block = start + tl.arange(0, BLOCKS)
         here = block < total
-        lines = line[:, :, None] + block[None, None, :] * USED  # [QUERIES, HEADS, BLOCKS]
-        known = live[:, :, None] & here[None, None, :]
-        peak = tl.load(peaks_ptr + lines, mask=known, other=0.0)
-        values = tl.load(
-            stored_ptr + lines[:, :, :, None] * BLOCK + lanes[None, None, None, :],
-            mask=known[:, :, :, None],
-            other=0.0,
-            eviction_policy="evict_first",
-        ).to(tl.float32)
-        p = values * (tl.exp2(peak - lse[:, :, None]) / STORED_SCALE)[:, :, :, None]
-        if MEAN_HEADS:
-            p = tl.sum(p, 1) * head_scale
-        else:
-            p = tl.max(p, 1)
-        if MEAN_ROWS:
-            p = tl.sum(p, 0)
-        else:
-            p = tl.max(p, 0)
-        p = p * factor  # [BLOCKS, BLOCK]
+        p = tl.zeros([BLOCKS, BLOCK], tl.float32)
+        # Unrolled, so that all loads are on their way together, and nothing is reduced across threads.
+        for query in tl.static_range(QUERIES):
+            row_p = tl.zeros([BLOCKS, BLOCK], tl.float32)
+            for i in tl.static_range(HEADS):
+                head = tl.load(heads_ptr + member * HEADS + i)
+                speaks = here & (head >= 0)
+                kv, row = tl.maximum(head, 0) // GROUP, query * GROUP + tl.maximum(head, 0) % GROUP
+                lse = tl.load(lse_ptr + (b * H_KV + kv) * ROWS + row)
+                line = (kv.to(tl.int64) * blocks + first_block + block) * USED + row
+                peak = tl.load(peaks_ptr + line, mask=speaks, other=float("-inf"))
+                values = tl.load(
+                    stored_ptr + line[:, None] * BLOCK + lanes[None, :],
+                    mask=speaks[:, None],
+                    other=0.0,
+                    eviction_policy="evict_first",
+                ).to(tl.float32)
+                values *= (tl.exp2(peak - lse) / STORED_SCALE)[:, None]
+                if MEAN_HEADS:
+                    row_p += values * head_scale
+                else:
+                    row_p = tl.maximum(row_p, values)
+            if MEAN_ROWS:
+                p += row_p
+            else:
+                p = tl.maximum(p, row_p)
+        p = p * factor
         # Whole blocks are written: positions before SHIFT and past the context with what they held. A mask
         # by position would split every access into single scores.
         offs = block[:, None] * BLOCK + lanes[None, :]

@@ -24,14 +24,19 @@ class CarryLastRow:
     """Mixin of a dense backend for the draft's prefill and draft-extend (see dense.of_draft_extend).
 
     Keeps the query of each request's last accepted token: that row is the bonus token's, verify row 0
-    of the next round.
+    of the next round. With sparse draft steps, draft-extend attends to the round's selection as they do.
     """
 
     runtime: StsRuntime | None = None  # set by the draft-target binding
     _rows: torch.Tensor | None = None  # of the running forward
+    _round: DraftRound | None = None  # of the running draft-extend
+    _seen: torch.Tensor | None = None  # of the same, which row sees which
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
-        out = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        if self.runtime is not None and self.runtime.sparse_draft and extends(forward_batch):
+            out = self._extend_sparsely(q, k, v, layer, forward_batch, save_kv_cache)
+        else:
+            out = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if self.runtime is not None:
             state, reqs = self.runtime.state, forward_batch.req_pool_indices.long()
             if layer.layer_id == 0:  # once a forward: a launch costs as much as what it does here
@@ -41,13 +46,30 @@ class CarryLastRow:
             state.carry(layer.layer_id, reqs, queries, self._rows)
         return out
 
+    def _extend_sparsely(self, q, k, v, layer, fb: ForwardBatch, save_kv_cache: bool) -> torch.Tensor:
+        """All T rows of a request: to what the round selected, and to each other."""
+        runtime, tokens = self.runtime, fb.spec_info.num_tokens_per_req
+        if save_kv_cache and k is not None:
+            write_kv(runtime.draft_pool, k, v, layer, fb)
+        committed = fb.seq_lens - tokens
+        if layer.layer_id == 0:
+            selection = runtime.state.selected(committed.numel())
+            self._round = DraftRound(selection=selection, plan=runtime.plan_draft(selection, committed))
+            self._seen = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+        return attend_sparsely(runtime, self._round, q, layer, fb.req_pool_indices, committed, self._seen)
+
+
+def extends(fb: ForwardBatch) -> bool:
+    """Whether this is a draft-extend, and not a prefill."""
+    return getattr(fb.spec_info, "num_accept_tokens", None) is not None
+
 
 def last_rows(fb: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """int64 [bs] each: the row of each request's last accepted token, and its length up to that one; and
     whether this is a prefill."""
-    accepted = getattr(fb.spec_info, "num_accept_tokens", None)
-    if accepted is None:
+    if not extends(fb):
         return fb.extend_seq_lens.cumsum(0) - 1, fb.seq_lens, True
+    accepted = fb.spec_info.num_accept_tokens
     # Draft-extend runs all T rows of a request and says how many of them count.
     width = fb.spec_info.num_tokens_per_req
     first = torch.arange(accepted.numel(), device=accepted.device) * width
@@ -109,37 +131,44 @@ class DraftStepBackend(AttentionBackend):
 
     def _attend_sparsely(self, q, layer, fb: ForwardBatch) -> torch.Tensor:
         """To what the step before selected, and to the round's scratch."""
-        runtime, state, table = self.runtime, self.runtime.state, self.req_to_token_pool.req_to_token
+        runtime, round_ = self.runtime, self.round
         if self.step == runtime.scoring_steps and layer.layer_id == 0:
-            self.round.selection = state.select_early(runtime.ops, fb.req_pool_indices, fb.seq_lens, table)
-            self.round.plan = runtime.plan_draft(self.round.selection, fb.seq_lens, table.shape[1])
-        bs, plan = fb.seq_lens.numel(), self.round.plan
-        out = runtime.ops.sparse_verify_attention(
-            q.view(bs, -1, layer.tp_q_head_num, layer.qk_head_dim),
-            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
-            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
-            state.draft_indices,
-            *self.round.selection,
-            runtime.draft_heads[layer.layer_id],
-            table,
-            fb.req_pool_indices,
-            fb.seq_lens,
-            self._scratch.expand(bs, -1, -1),
-            layer.scaling,
-            state.draft_attended,
-            None if plan is None else plan.of(layer.layer_id),
-        )
-        return out.view(q.shape[0], -1)
+            args = (fb.req_pool_indices, fb.seq_lens, self.req_to_token_pool.req_to_token)
+            round_.selection = runtime.state.select_early(runtime.ops, *args)
+            round_.plan = runtime.plan_draft(round_.selection, fb.seq_lens)
+        return attend_sparsely(runtime, round_, q, layer, fb.req_pool_indices, fb.seq_lens, self._scratch)
+
+
+def attend_sparsely(runtime: StsRuntime, round_: DraftRound, q, layer, reqs, seq_lens, seen) -> torch.Tensor:
+    """Draft rows [bs * W, H_q * D] over the round's selection of contexts `seq_lens` and the N tokens after
+    them, of which row w sees `seen` [W, N]."""
+    bs, pool, plan = seq_lens.numel(), runtime.draft_pool, round_.plan
+    out = runtime.ops.sparse_verify_attention(
+        q.view(bs, -1, layer.tp_q_head_num, layer.qk_head_dim),
+        pool.get_key_buffer(layer.layer_id),
+        pool.get_value_buffer(layer.layer_id),
+        runtime.state.draft_indices,
+        *round_.selection,
+        runtime.draft_heads[layer.layer_id],
+        runtime.req_to_token,
+        reqs,
+        seq_lens,
+        seen.expand(bs, -1, -1),
+        layer.scaling,
+        runtime.state.draft_attended,
+        None if plan is None else plan.of(layer.layer_id),
+    )
+    return out.view(q.shape[0], -1)
 
 
 @dataclass
 class DraftRound:
     """What the steps of a round share."""
 
-    columns: torch.Tensor  # int64 [bs]
-    contexts: Plan | None  # of dense steps
-    selection: Selection | None = None  # with sparse draft steps, from the second on
-    plan: Plan | None = None
+    columns: torch.Tensor | None = None  # int64 [bs], of the steps that score
+    contexts: Plan | None = None  # of the same
+    selection: Selection | None = None  # of sparse passes
+    plan: Plan | None = None  # of the same
 
 
 class DraftMultiStepBackend:
@@ -149,7 +178,6 @@ class DraftMultiStepBackend:
 
     def __init__(self, model_runner: ModelRunner, topk: int, num_steps: int):
         self.topk, self.num_steps = topk, num_steps
-        self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self.attn_backends = [
             DraftStepBackend(model_runner, step, topk, num_steps) for step in range(num_steps - 1)
         ]
@@ -174,8 +202,7 @@ class DraftMultiStepBackend:
         if forward_batch.forward_mode.is_idle():
             return
         runtime, seq_lens = self.runtime, forward_batch.seq_lens
-        plan = runtime.plan_contexts(seq_lens, self.req_to_token.shape[1])
-        round_ = DraftRound(runtime.state.columns(seq_lens), plan)
+        round_ = DraftRound(runtime.state.columns(seq_lens), runtime.plan_contexts(seq_lens))
         for backend in self.attn_backends:
             backend.round = round_
 

@@ -115,11 +115,11 @@ class StsTargetBackend(AttentionBackend):
         runtime, table = self.runtime, self.req_to_token_pool.req_to_token
         if runtime.num_steps == 1:
             score_carried_rows(runtime, runtime.draft_pool, table, fb.req_pool_indices, fb.seq_lens)
-        if runtime.config.draft_steps == "sparse":
+        if runtime.sparse_draft:
             self._selection = runtime.state.selected(fb.batch_size)
         else:
             self._selection = runtime.state.select(runtime.ops, fb.req_pool_indices, fb.seq_lens, table)
-        self._plan = runtime.plan_verify(self._selection, fb.seq_lens, table.shape[1])
+        self._plan = runtime.plan_verify(self._selection, fb.seq_lens)
         whole = runtime.config.some_dense_verify and not self._dense_plans(fb)
         self._whole = self._selection.whole() if whole else None
         self._tail_mask = self._tail_masks(fb).contiguous()
