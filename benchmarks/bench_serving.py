@@ -6,7 +6,7 @@ Arms (each its own server, `--repeats` times in alternating order):
   stock-spec-captured  the same with its draft-extend in a CUDA graph: what that graph alone brings
   sts-dense            sts with every target layer dense: what capture and selection cost
   sts                  sts with the given --sts-config
-  sts-draft            the same with sparse draft steps
+  sts-draft            the same with "draft": "all"
 
 For every shape CONTEXTxREQUESTS the prompts are prefilled once, so that the measured requests find them
 in the prefix cache; then all requests decode `--new-tokens` at the same time, `--passes` times. Prompts of
@@ -51,7 +51,7 @@ def arm_args(arm: str, options: argparse.Namespace) -> list[str]:
         layers = json.loads((options.target / "config.json").read_text())["num_hidden_layers"]
         config["dense_layers"] = list(range(layers))
     if arm == "sts-draft":
-        config["draft_steps"] = "sparse"
+        config["draft"] = "all"
     return [*args, "--attention-backend", "sts", "--sts-config", json.dumps(config)]
 
 

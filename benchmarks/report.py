@@ -21,7 +21,7 @@ ARMS = {
     "stock-spec-captured": "the same, draft-extend captured",
     "sts-dense": "sts, verify dense",
     "sts": "sts, keep 10 %",
-    "sts-draft": "sts, draft steps sparse too",
+    "sts-draft": "sts, draft sparse too",
 }
 
 

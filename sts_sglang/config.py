@@ -29,7 +29,7 @@ Dense = Literal["auto", "fa3", "flashinfer", "torch"]
 History = Literal["off", "warm", "blend"]
 Selector = Literal["draft", "quest", "recent", "random", "oracle"]
 Verify = Literal["sparse", "dense"]
-DraftSteps = Literal["dense", "sparse"]
+Draft = Literal["dense", "steps", "all"]
 
 # A share of a token below this is float error (0.1 * 30 = 3.0000000000000004), not a token.
 # It exceeds the error of keep * context for every context up to 2**33 tokens.
@@ -137,7 +137,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "history_decay": _share,
     "selector": _choice(get_args(Selector)),
     "verify": _choice(get_args(Verify)),
-    "draft_steps": _choice(get_args(DraftSteps)),
+    "draft": _choice(get_args(Draft)),
     "full_verify_every": _integer(0, MAX_TOKENS),
     "inspect_dir": _path("the path of a folder for dumps, at most 512 characters, or null for none", 512),
 }
@@ -190,9 +190,10 @@ class StsConfig:
     `recent` nothing but sink and the last tokens, `random` chance."""
     verify: Verify = "sparse"
     """`dense`: draft and score as ever but attend to everything, which is stock's output."""
-    draft_steps: DraftSteps = "dense"
-    """`sparse`: the context is scored and selected in the first draft step of a round; the steps after it
-    attend to the selection, as verify does, and score nothing."""
+    draft: Draft = "dense"
+    """What the draft itself attends to sparsely. `steps`: a round scores and selects the context in its first
+    draft step; the steps after it attend to the selection, as verify does, and score nothing. `all`: so does
+    draft-extend."""
     full_verify_every: int = 0
     """Every N-th verify of a request attends to everything; 0: none does."""
     inspect_dir: str | None = None
@@ -218,8 +219,8 @@ class StsConfig:
 
     def _check_comparison(self) -> None:
         """What only the draft's scores can do: be a mass, be remembered, and be there before verify."""
-        kinds = (("policy", "top_p"), ("history", "warm"), ("history", "blend"), ("draft_steps", "sparse"))
-        for field, value in kinds:
+        kinds = [("policy", "top_p"), ("history", "warm"), ("history", "blend")]
+        for field, value in [*kinds, ("draft", "steps"), ("draft", "all")]:
             if getattr(self, field) == value:
                 raise _error(
                     "sts_config.selector",
@@ -238,6 +239,11 @@ class StsConfig:
     def some_dense_verify(self) -> bool:
         """Whether any layer does."""
         return self.verify == "dense" or bool(self.dense_layers)
+
+    @property
+    def sparse_draft(self) -> bool:
+        """Whether a pass of the draft attends to a selection."""
+        return self.draft != "dense"
 
     @classmethod
     def parse(cls, source: str | os.PathLike[str] | Mapping[str, object] | StsConfig | None) -> StsConfig:

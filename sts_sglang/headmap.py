@@ -209,7 +209,7 @@ def of_config(
         head_map = packaged(config, target, draft, models) or proportional(target, draft)
     if conflict := _conflict(head_map, config):
         raise conflict
-    return replace(head_map, draft=draft) if config.draft_steps == "sparse" else head_map
+    return replace(head_map, draft=draft) if config.sparse_draft else head_map
 
 
 def served(config: StsConfig, head_map: HeadMap) -> StsConfig:

@@ -75,10 +75,10 @@ class RoundState:
         self.importance = torch.zeros(channels, columns, dtype=importance_dtype, device=device)
         entries = int(channels * sizes.indices * head_map.list_growth(config.keep))
         self.kv_indices = torch.zeros(entries, dtype=torch.int32, device=device)
-        # With sparse draft steps: the draft's slots of the same tokens, and the lists of the round's batch,
+        # With a sparse draft: the draft's slots of the same tokens, and the lists of the round's batch,
         # which one graph makes and another one reads.
-        self.draft_indices = torch.zeros_like(self.kv_indices) if config.draft_steps == "sparse" else None
-        shared = (requests, channels) if config.draft_steps == "sparse" else (0, channels)
+        self.draft_indices = torch.zeros_like(self.kv_indices) if config.sparse_draft else None
+        shared = (requests, channels) if config.sparse_draft else (0, channels)
         self.made = Selection(
             torch.zeros(shared, dtype=torch.int64, device=device),
             torch.full(shared, -1, dtype=torch.int32, device=device),

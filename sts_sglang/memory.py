@@ -47,7 +47,7 @@ def bytes_per_token(
         list_growth: of the head map.
     """
     share = min(1.0, config.keep * LIST_SLACK) if config.policy == "ratio" else 1.0
-    lists = 4 if config.draft_steps == "dense" else 8
+    lists = 8 if config.sparse_draft else 4
     scored = 2 * channels + lists * channels * share * list_growth + 2 * draft_kv_heads * draft_rows
     return OVERSUBSCRIBED * scored + (history_bytes_per_token(channels) if config.history != "off" else 0)
 

@@ -72,8 +72,7 @@ class StsRuntime:
         self.ops = ops("torch" if self.kernel == "torch" else "triton")
         self.num_steps = shape.num_steps
         # Of them the carried row; the last step of a round does not run.
-        self.sparse_draft = config.draft_steps == "sparse"
-        self.scoring_steps = 1 if self.sparse_draft else shape.num_steps - 1
+        self.scoring_steps = 1 if config.sparse_draft else shape.num_steps - 1
         self.rows_per_round = 1 + self.scoring_steps * shape.topk
         self.draft_pool, self.req_to_token = shape.pool, shape.req_to_token
         self.draft_scaling = shape.head_dim**-0.5
@@ -101,7 +100,7 @@ class StsRuntime:
             for layer in range(target.layers)
         ]
         self._target_heads = torch.stack(self._head_channels)
-        own = self.head_map.of_draft() if self.sparse_draft else []
+        own = self.head_map.of_draft() if config.sparse_draft else []
         self.draft_heads = torch.tensor(own, dtype=torch.int32, device=device)  # [layers, H_kv] or nothing
 
     def plan_verify(self, selection: Selection, seq_lens: torch.Tensor) -> Plan | None:

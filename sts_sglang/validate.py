@@ -168,9 +168,9 @@ def check_device(server_args: ServerArgs, config: StsConfig) -> None:
     _check_kernel(server_args, config)
     _check_graphs(server_args, config)
     steps = server_args.speculative_num_steps
-    if config.draft_steps == "sparse" and (steps or 0) < 3:
+    if config.sparse_draft and (steps or 0) < 3:
         raise Refusal(
-            f"sts_config.draft_steps: 'sparse' with --speculative-num-steps {steps}: the draft runs "
+            f"sts_config.draft: {config.draft!r} with --speculative-num-steps {steps}: the draft runs "
             f"{max(0, (steps or 0) - 1)} steps, and the first is dense; use {CHAIN_FLAGS} or more steps"
         )
 

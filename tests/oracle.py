@@ -46,9 +46,9 @@ class Rule:
     history_weight: float = 0.05
     history_decay: float = 0.9
     spread: float = 0.5  # part of a token's score that the next one has at least
-    # Draft steps after the first, and the draft-extend of what was accepted, attend to the selection.
-    draft_sparse: bool = False
-    dense_extend: bool = False  # but for the draft-extend
+    # "steps": draft steps after the first attend to the selection; "all": so does the draft-extend of what
+    # was accepted.
+    draft: str = "dense"
 
     def budget(self, context: int) -> int:
         return min(context, max(self.floor, self.sink + self.recent, math.ceil(self.keep * context - 1e-9)))
@@ -210,7 +210,7 @@ class Oracle:
         causal = torch.ones(size, size, dtype=torch.bool).tril()
         seen = causal.repeat(config.num_hidden_layers, config.num_attention_heads, 1, 1)
         draft_seen = causal.expand(self.draft.layers, self.draft.heads, -1, -1)
-        if rule.draft_sparse and not rule.dense_extend:
+        if rule.draft == "all":
             draft_seen = draft_seen.clone()
         tokens = list(prompt)
         logits, hidden = self._run_target(tokens, list(range(len(tokens))), seen)  # prefill is dense
@@ -268,7 +268,7 @@ class Oracle:
             if states is not None:
                 states = torch.cat([states, out[parent_rows]])
             logits, out, attention = self.draft(ids, states, positions, mask)
-            if rule.draft_sparse and step == 0:
+            if rule.draft != "dense" and step == 0:
                 # The carried row scores the whole context, whatever it attended to itself.
                 for found, row in zip(attention, self.draft.dense_row(length - 1), strict=True):
                     found[:, length - 1] = row

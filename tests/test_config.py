@@ -43,7 +43,7 @@ EVERY_KEY = {
     "history_decay": 0.5,
     "selector": "draft",
     "verify": "dense",
-    "draft_steps": "sparse",
+    "draft": "all",
     "full_verify_every": 16,
     "inspect_dir": "dumps",
 }
@@ -140,7 +140,7 @@ BAD_VALUES = {
     "history_decay": ([0, 2, True, "0.9", None, math.inf], "a number above 0 and at most 1"),
     "selector": (["sts", "", None, True, ["quest"]], "draft | quest | recent | random | oracle"),
     "verify": (["full", "", None, True], "sparse | dense"),
-    "draft_steps": (["all", "", None, False], "dense | sparse"),
+    "draft": (["sparse", "", None, False], "dense | steps | all"),
     "full_verify_every": ([-1, 1.0, True, "8", None, MAX_TOKENS + 1], INTEGER),
     "inspect_dir": (["", " ", 1, True, ["d"], "a\0b", "\ud800", "x" * 513], "path of a folder for dumps"),
 }
@@ -177,7 +177,7 @@ def test_sink_says_why_zero_is_not_allowed():
         ({"policy": "fixed", "budget": 67}, ("sts_config.budget", "sink + recent = 68")),
         ({"selector": "quest", "policy": "top_p"}, ("sts_config.selector", "'quest' with policy 'top_p'")),
         ({"selector": "oracle", "history": "warm"}, ("sts_config.selector", "with history 'warm'")),
-        ({"selector": "quest", "draft_steps": "sparse"}, ("sts_config.selector", "draft_steps 'sparse'")),
+        ({"selector": "quest", "draft": "steps"}, ("sts_config.selector", "with draft 'steps'")),
         ({"selector": "recent", "inspect_dir": "d"}, ("sts_config.selector", "with an inspect_dir")),
     ],
 )

@@ -52,7 +52,7 @@ SERVERS = {
     "stock-float16": ["--attention-backend", "triton", "--dtype", "float16"],
     "chain-bfloat16": sts("STANDALONE", CHAIN),
     "history-bfloat16": sts("STANDALONE", CHAIN, history="blend"),
-    "draft-steps-bfloat16": sts("STANDALONE", LONG, draft_steps="sparse"),
+    "sparse-draft-bfloat16": sts("STANDALONE", LONG, draft="all"),
     "flashinfer-bfloat16": sts("STANDALONE", CHAIN, dense="flashinfer"),
     "flashinfer-verify-bfloat16": sts("STANDALONE", CHAIN, kernel="flashinfer"),
     "chain-float16": [*sts("STANDALONE", CHAIN, dense="torch"), "--dtype", "float16"],
@@ -215,7 +215,7 @@ def test_sparse_output_equals_the_torch_kernels_but_for_near_ties(servers, promp
         forced_through(servers[name], ids, twin, NEAR_TIES[torch.bfloat16], **params)
 
 
-@pytest.mark.parametrize("name", ["chain-bfloat16", "history-bfloat16", "draft-steps-bfloat16"])
+@pytest.mark.parametrize("name", ["chain-bfloat16", "history-bfloat16", "sparse-draft-bfloat16"])
 def test_sampling_accepts_drafts_and_stays_sparse(servers, prompts, name):
     """Temperature 0.7: the rejection sampling of SGLang's CUDA branch, which no CPU test reaches."""
     server = servers[name]
@@ -230,7 +230,7 @@ def test_sampling_accepts_drafts_and_stays_sparse(servers, prompts, name):
 @pytest.mark.parametrize(
     "name",
     [
-        *("history-bfloat16", "draft-steps-bfloat16", "tree-bfloat16", "eagle3-bfloat16"),
+        *("history-bfloat16", "sparse-draft-bfloat16", "tree-bfloat16", "eagle3-bfloat16"),
         "flashinfer-verify-bfloat16",
     ],
 )

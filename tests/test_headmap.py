@@ -96,16 +96,16 @@ def test_proportional_layers_share_channels():
     assert head_map.head_channels(0) == head_map.head_channels(1) != head_map.head_channels(2)
 
 
-def test_sparse_draft_steps_have_a_channel_for_every_head_of_the_draft(tmp_path):
+def test_a_sparse_draft_has_a_channel_for_every_head_of_the_draft(tmp_path):
     """The proportional map has them all; another one gets those it lacks, which serve no target head."""
-    head_map = of_config(StsConfig(draft_steps="sparse"), TARGET, DRAFT)
+    head_map = of_config(StsConfig(draft="steps"), TARGET, DRAFT)
     assert len(head_map.channels) == 4 and head_map.of_draft() == [[0, 1], [2, 3]]
     data = valid()
     data["sources"] = [[[[0, 0]], [[0, 2], [0, 3]]], *[[[[1, 1], [0, 3]], "latest"]] * 3]
     data["shares"] = [[3, 1], *[[1, 1]] * 3]
     path = write(tmp_path, data)
     own, longer = (
-        of_config(StsConfig(head_map=path, draft_steps=steps), TARGET, DRAFT) for steps in ("dense", "sparse")
+        of_config(StsConfig(head_map=path, draft=which), TARGET, DRAFT) for which in ("dense", "all")
     )
     assert own.channels == longer.channels[:4]
     assert longer.channels[4:] == (((1, 0), (1, 1)), ((1, 2), (1, 3)))

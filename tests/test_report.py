@@ -20,7 +20,7 @@ def test_a_table_holds_medians_spread_and_gain(tmp_path, monkeypatch):
     rows = [{"arm": arm, "tokens_per_s": s, **origin} for arm, found in speeds.items() for s in found]
     (tmp_path / "serving.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert "| 1,000 x 2 | – | 100 ± 7 | – | – | 150 ± 3 | 1.50x |" in report.serving()
+    assert "| 1,000 x 2 | – | 100 ± 7 | – | – | 150 ± 3 | – | 1.50x | – |" in report.serving()
     assert report.verify() == "Not measured yet."
 
 

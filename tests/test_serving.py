@@ -155,27 +155,27 @@ def features(server: Server, **extra) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "draft", "shape", "draft_steps"),
+    ("algorithm", "model", "shape", "draft"),
     [
         ("STANDALONE", "draft", CHAIN, "dense"),
         ("STANDALONE", "draft", TREE, "dense"),
         ("EAGLE3", "eagle3", CHAIN, "dense"),
         ("EAGLE3", "eagle3", TREE, "dense"),
-        ("STANDALONE", "draft", LONG_CHAIN, "sparse"),
-        ("STANDALONE", "draft", TREE, "sparse"),
-        ("EAGLE3", "eagle3", LONG_CHAIN, "sparse"),
+        ("STANDALONE", "draft", LONG_CHAIN, "all"),
+        ("STANDALONE", "draft", TREE, "steps"),
+        ("EAGLE3", "eagle3", LONG_CHAIN, "all"),
     ],
     ids=[
         *("standalone-chain", "standalone-tree", "eagle3-chain", "eagle3-tree"),
-        *("standalone-sparse-chain", "standalone-sparse-tree", "eagle3-sparse-chain"),
+        *("standalone-chain-all", "standalone-tree-steps", "eagle3-chain-all"),
     ],
 )
-def test_full_budget_then_small(pair, logs, reference, algorithm, draft, shape, draft_steps, request):
+def test_full_budget_then_small(pair, logs, reference, algorithm, model, shape, draft, request):
     """One server: by default a tenth of the context, per request all of it."""
-    config = {**SPARSE, "draft_steps": draft_steps}
-    with sts_server(pair, logs, request.node.callspec.id, algorithm, draft, config, *shape) as server:
-        rule = replace(RULE, draft_sparse=draft_steps == "sparse", **SHAPES[shape])
-        _check_small_budget(server, Oracle(pair["target"], pair[draft]), rule)
+    config = {**SPARSE, "draft": draft}
+    with sts_server(pair, logs, request.node.callspec.id, algorithm, model, config, *shape) as server:
+        rule = replace(RULE, draft=draft, **SHAPES[shape])
+        _check_small_budget(server, Oracle(pair["target"], pair[model]), rule)
         before = server.counters()
         whole = Whole(server)
         assert scenario(whole) == reference["outputs"]
@@ -214,14 +214,17 @@ def _check_small_budget(server: Server, oracle: Oracle, rule: Rule) -> None:
     assert counters["selected_tokens"] == sum(t.selected for t in traces)
     assert counters["available_tokens"] == sum(t.available for t in traces)
     draft_tokens = [counters[f"draft_{name}_tokens"] for name in ("selected", "available")]
-    assert 0.05 < draft_tokens[0] / draft_tokens[1] < 0.3 if rule.draft_sparse else draft_tokens == [0, 0]
+    if rule.draft == "dense":
+        assert draft_tokens == [0, 0]
+    else:
+        assert 0.05 < draft_tokens[0] / draft_tokens[1] < 0.3
     for wrong in (
         {"shift": 0},
         {"swap_heads": True},
         {"drop_tail": True},
         {"drop_carried": True},
         {"keep": 1.0},
-        *([{"draft_sparse": False}, {"dense_extend": True}] if rule.draft_sparse else []),
+        *({"draft": other} for other in ("dense", "steps", "all") if other != rule.draft),
     ):
         tokens = [oracle.generate(ids, 32, replace(rule, **wrong)).tokens for ids in prompts]
         assert tokens != [a["output_ids"] for a in answers], f"the test does not notice {wrong}"
@@ -363,18 +366,18 @@ def test_dense_verify_equals_stock(pair, logs, reference):
     assert counters["selected_tokens"] == counters["available_tokens"]
 
 
-@pytest.mark.parametrize("draft_steps", ["dense", "sparse"])
-def test_the_triton_kernels_serve_in_the_interpreter(pair, logs, draft_steps):
+@pytest.mark.parametrize("draft", ["dense", "all"])
+def test_the_triton_kernels_serve_in_the_interpreter(pair, logs, draft):
     """The whole path with the kernels in place of their twins: slow, so few and short requests."""
     args = (*TREE, "--max-running-requests", "2")
-    config = {**SPARSE, "kernel": "triton", "draft_steps": draft_steps}
-    env, name = {"TRITON_INTERPRET": "1"}, f"triton-{draft_steps}"
+    config = {**SPARSE, "kernel": "triton", "draft": draft}
+    env, name = {"TRITON_INTERPRET": "1"}, f"triton-{draft}"
     with sts_server(pair, logs, name, "STANDALONE", "draft", config, *args, env=env) as server:
         prompts = [random_ids(n, 900 + n) for n in (70, 101)]
         answers = server.generate_all(prompts, 8)
         assert server.sts()["kernel"] == "triton"
         counters = server.counters()
-    rule = replace(RULE, draft_sparse=draft_steps == "sparse", **SHAPES[TREE])
+    rule = replace(RULE, draft=draft, **SHAPES[TREE])
     oracle = Oracle(pair["target"], pair["draft"])
     traces = [oracle.generate(ids, 8, rule) for ids in prompts]
     assert [a["output_ids"] for a in answers] == [t.tokens for t in traces]

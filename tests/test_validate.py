@@ -562,17 +562,17 @@ def test_selectors_for_comparison_are_not_captured(launch, flags, selector):
     validate.check_device(args, StsConfig(selector=selector))
 
 
-def test_sparse_draft_steps_need_a_step_after_the_first(launch, flags):
+def test_a_sparse_draft_needs_a_step_after_the_first(launch, flags):
     args = launch()
     args.speculative_num_steps = 2
     validate.check_device(args, StsConfig())
     with pytest.raises(Refusal) as caught:
-        validate.check_device(args, StsConfig(draft_steps="sparse"))
+        validate.check_device(args, StsConfig(draft="steps"))
     check_message(
-        caught, flags, "sts_config.draft_steps: 'sparse' with --speculative-num-steps 2", validate.CHAIN_FLAGS
+        caught, flags, "sts_config.draft: 'steps' with --speculative-num-steps 2", validate.CHAIN_FLAGS
     )
     args.speculative_num_steps = 3
-    validate.check_device(args, StsConfig(draft_steps="sparse"))
+    validate.check_device(args, StsConfig(draft="steps"))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

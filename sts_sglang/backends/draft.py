@@ -24,7 +24,7 @@ class CarryLastRow:
     """Mixin of a dense backend for the draft's prefill and draft-extend (see dense.of_draft_extend).
 
     Keeps the query of each request's last accepted token: that row is the bonus token's, verify row 0
-    of the next round. With sparse draft steps, draft-extend attends to the round's selection as they do.
+    of the next round. With `draft` "all", draft-extend attends to the round's selection.
     """
 
     runtime: StsRuntime | None = None  # set by the draft-target binding
@@ -33,7 +33,7 @@ class CarryLastRow:
     _seen: torch.Tensor | None = None  # of the same, which row sees which
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
-        if self.runtime is not None and self.runtime.sparse_draft and extends(forward_batch):
+        if self.runtime is not None and self.runtime.config.draft == "all" and extends(forward_batch):
             out = self._extend_sparsely(q, k, v, layer, forward_batch, save_kv_cache)
         else:
             out = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)

@@ -115,7 +115,7 @@ class StsTargetBackend(AttentionBackend):
         runtime, table = self.runtime, self.req_to_token_pool.req_to_token
         if runtime.num_steps == 1:
             score_carried_rows(runtime, runtime.draft_pool, table, fb.req_pool_indices, fb.seq_lens)
-        if runtime.sparse_draft:
+        if runtime.config.sparse_draft:
             self._selection = runtime.state.selected(fb.batch_size)
         else:
             self._selection = runtime.state.select(runtime.ops, fb.req_pool_indices, fb.seq_lens, table)
