@@ -328,14 +328,14 @@ def _draft_merge_kernel(
     SPLITS_P2: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     b, h, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H_Q // H_KV
     branch = row // GROUP - CARRIED
     first = tl.load(ends_ptr + b)
     number = tl.load(ends_ptr + b + 1) - first
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     peak, norm, out = _merge(partial_ptr, stats_ptr, h * work + first, row, number, D, ROWS, SPLITS_P2)
     tl.store(lse_ptr + (b * H_KV + h) * ROWS + row, peak + tl.log2(norm))
     if (W > 0) & (branch >= 0):
@@ -373,12 +373,12 @@ def _pool_kernel(
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    if EARLY:
-        gdc_wait()
     b, member, program = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H_Q // H_KV
     length = tl.load(lens_ptr + b).to(tl.int32)
     column = tl.load(ctx_start_ptr + b)
+    if EARLY:
+        gdc_wait()
     if column < 0:
         return
     head_scale = tl.load(scale_ptr + member)

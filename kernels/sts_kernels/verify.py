@@ -131,7 +131,7 @@ def plan_verify(
             most,
             H_KV=heads,
             PAIRS_P2=triton.next_power_of_2(pairs),
-            num_warps=4 if pairs <= 1024 else 16,
+            num_warps=1 if pairs <= 256 else 16,  # a warp sums without barriers
         )
     return plan
 
@@ -276,10 +276,6 @@ def _verify_kernel(
     list_ptr = indices_ptr + begin
     if (kind & 1) != 0:
         list_ptr = row_ptr + begin
-    if ((kind & 2) != 0) & (req > 0):  # slot 0 is the padding of CUDA graphs
-        count = tl.load(count_ptr + b * channels + tl.load(head_channels_ptr + h))
-        tl.atomic_add(attended_ptr, tl.where(count < 0, length, count).to(tl.int64))
-        tl.atomic_add(attended_ptr + 1, length.to(tl.int64))
 
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, D)
@@ -326,6 +322,10 @@ def _verify_kernel(
         )
     if EARLY:
         gdc_launch_dependents()
+    if ((kind & 2) != 0) & (req > 0):  # slot 0 is the padding of CUDA graphs
+        count = tl.load(count_ptr + b * channels + tl.load(head_channels_ptr + h))
+        tl.atomic_add(attended_ptr, tl.where(count < 0, length, count).to(tl.int64))
+        tl.atomic_add(attended_ptr + 1, length.to(tl.int64))
     base = program.to(tl.int64) * ROWS
     tl.store(partial_ptr + (base + rows[:, None]) * D + dims[None, :], acc, mask=row_ok[:, None])
     tl.store(stats_ptr + (base + rows) * 2, peak)
@@ -346,15 +346,16 @@ def _verify_merge_kernel(
     SPLITS_P2: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    if EARLY:
-        gdc_wait()
     b, token, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H_Q // H_KV
     row = token * GROUP + head % GROUP
+    # The plan was there before the splits began: only their results are waited for.
     end_ptr = ends_ptr + b * H_KV + head // GROUP
-    first = tl.load(end_ptr)
+    first, end = tl.load(end_ptr), tl.load(end_ptr + 1)
+    if EARLY:
+        gdc_wait()
     # Every row sees itself in the tail, so one split at least has a finite maximum.
-    _, _, out = _merge(partial_ptr, stats_ptr, first, row, tl.load(end_ptr + 1) - first, D, ROWS, SPLITS_P2)
+    _, _, out = _merge(partial_ptr, stats_ptr, first, row, end - first, D, ROWS, SPLITS_P2)
     dims = tl.arange(0, D)
     tl.store(out_ptr + ((b * T + token) * H_Q + head) * D + dims, out.to(out_ptr.dtype.element_ty))
 
