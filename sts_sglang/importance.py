@@ -2,8 +2,9 @@
 
 A round has these draft rows per request: the *carried* row (the last accepted token's, from the
 previous draft-extend or the prefill; it stands for verify row 0) and one row per draft decode step and
-branch. The last draft token never runs through the draft, so it has no row; rows are pooled per request
-because tree nodes cannot be matched to the branches that ran.
+branch, or per branch of the first step alone if the draft is sparse. The last draft token never runs
+through the draft, so it has no row; rows are pooled per request because tree nodes cannot be matched to the
+branches that ran, and `spread` stands in for rows that are not there.
 
 What is carried is the row's *query*, not its scores: the next round scores it in the read of the keys
 that its first draft step makes anyway, and no per-token state outlives a round. Everything is static,

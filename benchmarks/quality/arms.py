@@ -145,7 +145,7 @@ def header(name: str, plan: Plan, checksum: str, server: LocalServer) -> dict:
     arm = ARMS[name]
     state = {} if arm.config is None else server.sts()
     kept = ("config", "head_map", "kernel", "graphs", "channels")
-    return {
+    found = {
         "arm": name,
         "about": arm.about,
         "sts": {key: state[key] for key in kept if key in state},
@@ -156,3 +156,5 @@ def header(name: str, plan: Plan, checksum: str, server: LocalServer) -> dict:
         "python": platform.python_version(),
         "server": server.shown_command(),
     }
+    # Maps made for this run are named by their files, not by this machine's folders.
+    return json.loads(json.dumps(found).replace(f"{server.log.parent}/", ""))
