@@ -87,15 +87,18 @@ class Rig:
             **extra,
         )
 
-    def draft_extend(self, length: int, accepted: int, q: torch.Tensor) -> None:
-        """A draft-extend over [length, length + T) of which `accepted` tokens count."""
-        fb = self.batch(
+    def extend_batch(self, length: int, accepted: int) -> SimpleNamespace:
+        return self.batch(
             ForwardMode.DRAFT_EXTEND_V2,
             length + TOKENS,
             extend_prefix_lens=torch.tensor([length]),
             extend_seq_lens=torch.tensor([TOKENS]),
             spec_info=SimpleNamespace(num_accept_tokens=torch.tensor([accepted]), num_tokens_per_req=TOKENS),
         )
+
+    def draft_extend(self, length: int, accepted: int, q: torch.Tensor) -> None:
+        """A draft-extend over [length, length + T) of which `accepted` tokens count."""
+        fb = self.extend_batch(length, accepted)
         self.extend.init_forward_metadata(fb)
         for i in range(LAYERS):
             self.extend.forward_extend(q, None, None, self.layer(i), fb)
@@ -343,6 +346,33 @@ def test_draft_steps_attend_to_their_own_branch():
             weights = (keys @ q.view(topk, Q_HEADS, DIM)[branch, head].double() * DIM**-0.5).softmax(0)
             found = out.view(topk, Q_HEADS, DIM)[branch, head].double()
             torch.testing.assert_close(found, weights @ values, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sparse_draft_extend_attends_to_the_selection_and_to_itself():
+    """Rows of a request, and those that pad a CUDA graph, whose length is below the rows they have."""
+    rig = Rig({"keep": 0.3, "budget": 0, "sink": 2, "recent": 4, "draft": "all"})
+    rig.draft_extend(CONTEXT - TOKENS, TOKENS, torch.randn(TOKENS, Q_HEADS * DIM))
+    rig.draft_steps(CONTEXT, {0: torch.randn(1, Q_HEADS * DIM)})
+    state, layer = rig.runtime.state, rig.layer(0)
+    for length in (CONTEXT, 1 - TOKENS):
+        if length < 0:
+            state.made.kv_count.fill_(-1)
+        q = torch.randn(TOKENS, Q_HEADS * DIM)
+        out = rig.extend.forward_extend(q, None, None, layer, rig.extend_batch(length, 2))
+        for head in range(Q_HEADS):
+            channel = int(rig.runtime.draft_heads[0, head // (Q_HEADS // KV_HEADS)])
+            start, count = int(state.made.kv_start[0, channel]), int(state.made.kv_count[0, channel])
+            chosen = state.draft_indices[start : start + max(count, 0)].long()
+            assert count == (12 if length > 0 else -1)
+            for row in range(TOKENS):
+                tail = rig.slots[max(length, 0) : max(length, 0) + row + 1]
+                slots = torch.cat([chosen, tail])
+                keys = rig.draft_pool.k[0, slots, head // (Q_HEADS // KV_HEADS)].double()
+                values = rig.draft_pool.v[0, slots, head // (Q_HEADS // KV_HEADS)].double()
+                query = q.view(TOKENS, Q_HEADS, DIM)[row, head].double()
+                expected = (keys @ query * DIM**-0.5).softmax(0) @ values
+                found = out.view(TOKENS, Q_HEADS, DIM)[row, head].double()
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_both_tree_mask_layouts_give_the_same_tail():

@@ -51,7 +51,7 @@ class CarryLastRow:
         runtime, tokens = self.runtime, fb.spec_info.num_tokens_per_req
         if save_kv_cache and k is not None:
             write_kv(runtime.draft_pool, k, v, layer, fb)
-        committed = fb.seq_lens - tokens
+        committed = (fb.seq_lens - tokens).clamp(min=0)  # rows that pad a graph have a length of 1
         if layer.layer_id == 0:
             selection = runtime.state.selected(committed.numel())
             self._round = DraftRound(selection=selection, plan=runtime.plan_draft(selection, committed))
