@@ -50,12 +50,11 @@ def serving() -> str:
         return "Not measured yet."
     lines = []
     for shape in shapes_of(found):
-        speeds = {arm: speed(found, arm, shape) for arm in ARMS}
-        cells = [
-            f"{statistics.median(s):,.0f} ± {(max(s) - min(s)) / 2:,.0f}" if s else "–"
-            for s in speeds.values()
-        ]
-        lines.append([f"{shape[0]:,} x {shape[1]}", *cells, gain(speeds, "sts"), gain(speeds, "sts-draft")])
+        speeds = [speed(found, arm, shape) for arm in ARMS]
+        cells = [f"{statistics.median(s):,.0f} ± {(max(s) - min(s)) / 2:,.0f}" if s else "–" for s in speeds]
+        gains = [gain(found, arm, shape) for arm in ("sts", "sts-draft")]
+        cells += [f"{g:.2f}x" if g else "–" for g in gains]
+        lines.append([f"{shape[0]:,} x {shape[1]}", *cells])
     first = found[0]
     note = (
         f"Tokens per second, median ± half the spread. {first['gpu']}, SGLang {first['sglang']}, commit "
@@ -65,11 +64,10 @@ def serving() -> str:
     return table(["context x requests", *ARMS.values(), "gain", "gain, draft too"], lines) + "\n\n" + note
 
 
-def gain(speeds: dict[str, list[float]], arm: str) -> str:
-    """Over stock with the same draft."""
-    if not (speeds[arm] and speeds["stock-spec"]):
-        return "–"
-    return f"{statistics.median(speeds[arm]) / statistics.median(speeds['stock-spec']):.2f}x"
+def gain(found: list[dict], arm: str, shape: tuple[int, int]) -> float | None:
+    """Over stock with the same draft; None where one of them was not measured."""
+    own, stock = (speed(found, name, shape) for name in (arm, "stock-spec"))
+    return statistics.median(own) / statistics.median(stock) if own and stock else None
 
 
 def verify() -> str:
@@ -110,10 +108,8 @@ def plot_break_even() -> None:
     found = rows("serving.jsonl")
     points: dict[int, list[tuple[int, float]]] = {}
     for shape in shapes_of(found):
-        own, stock = (speed(found, arm, shape) for arm in ("sts", "stock-spec"))
-        if own and stock:
-            gain = statistics.median(own) / statistics.median(stock)
-            points.setdefault(shape[1], []).append((shape[0], gain))
+        if own := gain(found, "sts", shape):
+            points.setdefault(shape[1], []).append((shape[0], own))
     if not points:
         return
     import matplotlib

@@ -78,11 +78,7 @@ class Servers:
     def _start(self, name: str) -> LocalServer | RuntimeError:
         args = ["--context-length", "33792", "--max-running-requests", "8", "--max-total-tokens", "120000"]
         args += ["--cuda-graph-max-bs", "8", "--mem-fraction-static", "0.6", "--skip-server-warmup"]
-        args += [
-            "--random-seed",
-            "0",
-            "--sleep-on-idle",
-        ]  # so many schedulers would else spin for a core each
+        args += ["--random-seed", "0", "--sleep-on-idle"]  # else each of them spins on a core
         if not name.startswith("prefill-graphs"):
             args += ["--cuda-graph-backend-prefill", "disabled"]  # it captures for a minute
         log = self.folder / f"{name}.log"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from sts_sglang.backends.reference import TorchBackend, write_kv
+from sts_sglang.backends.reference import TorchBackend, chain_mask, write_kv
 from sts_sglang.importance import NO_MEMBERS
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class CarryLastRow:
         if layer.layer_id == 0:
             selection = runtime.state.selected(committed.numel())
             self._round = DraftRound(selection=selection, plan=runtime.plan_draft(selection, committed))
-            self._seen = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+            self._seen = chain_mask(tokens, q.device)
         return attend_sparsely(runtime, self._round, q, layer, fb.req_pool_indices, committed, self._seen)
 
 
@@ -133,8 +133,8 @@ class DraftStepBackend(AttentionBackend):
         """To what the step before selected, and to the round's scratch."""
         runtime, round_ = self.runtime, self.round
         if self.step == runtime.scoring_steps and layer.layer_id == 0:
-            args = (fb.req_pool_indices, fb.seq_lens, self.req_to_token_pool.req_to_token)
-            round_.selection = runtime.state.select_early(runtime.ops, *args)
+            args = (runtime.ops, fb.req_pool_indices, fb.seq_lens, runtime.req_to_token)
+            round_.selection = runtime.state.select_early(*args)
             round_.plan = runtime.plan_draft(round_.selection, fb.seq_lens)
         return attend_sparsely(runtime, round_, q, layer, fb.req_pool_indices, fb.seq_lens, self._scratch)
 
@@ -207,18 +207,18 @@ class DraftMultiStepBackend:
             backend.round = round_
 
 
-def score_carried_rows(runtime: StsRuntime, draft_pool, table, reqs, seq_lens) -> None:
+def score_carried_rows(runtime: StsRuntime, reqs: torch.Tensor, seq_lens: torch.Tensor) -> None:
     """Rounds without a draft decode step (S = 1) have only the carried row: score it by itself."""
-    state = runtime.state
-    columns = state.columns(seq_lens)
+    state, pool = runtime.state, runtime.draft_pool
+    columns, contexts = state.columns(seq_lens), runtime.plan_contexts(seq_lens)
     for layer, members in state.members.items():
         runtime.ops.draft_attention(
             None,
             state.carried_q[layer],
             state.carried_len,
-            draft_pool.get_key_buffer(layer),
-            draft_pool.get_value_buffer(layer),
-            table,
+            pool.get_key_buffer(layer),
+            pool.get_value_buffer(layer),
+            runtime.req_to_token,
             reqs,
             seq_lens,
             columns,
@@ -230,4 +230,5 @@ def score_carried_rows(runtime: StsRuntime, draft_pool, table, reqs, seq_lens) -
             runtime.rows_per_round,
             runtime.config.pool_heads,
             runtime.config.pool_rows,
+            contexts,
         )

@@ -121,6 +121,11 @@ def write_kv(pool, k, v, layer: RadixAttention, forward_batch: ForwardBatch) -> 
     pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
 
 
+def chain_mask(tokens: int, device: torch.device) -> torch.Tensor:
+    """bool [T, T]: tokens that follow each other see the ones before them and themselves."""
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+
+
 def tail_masks(fb: ForwardBatch) -> torch.Tensor:
     """bool [bs, T, T]: which draft tokens each draft token of a verify batch sees.
 
@@ -129,8 +134,7 @@ def tail_masks(fb: ForwardBatch) -> torch.Tensor:
     """
     tokens, mask, bs = fb.spec_info.draft_token_num, fb.spec_info.custom_mask, fb.batch_size
     if mask is None or fb.spec_info.topk == 1:
-        chain = torch.ones(tokens, tokens, dtype=torch.bool, device=fb.seq_lens.device).tril()
-        return chain.expand(bs, -1, -1)
+        return chain_mask(tokens, fb.seq_lens.device).expand(bs, -1, -1)
     if mask.numel() == bs * tokens * tokens:
         return mask.view(bs, tokens, tokens).bool()
     tails, offset = [], 0

@@ -114,7 +114,7 @@ class StsTargetBackend(AttentionBackend):
         """Select per (request, channel); runs once a round, before the first layer."""
         runtime, table = self.runtime, self.req_to_token_pool.req_to_token
         if runtime.num_steps == 1:
-            score_carried_rows(runtime, runtime.draft_pool, table, fb.req_pool_indices, fb.seq_lens)
+            score_carried_rows(runtime, fb.req_pool_indices, fb.seq_lens)
         if runtime.config.sparse_draft:
             self._selection = runtime.state.selected(fb.batch_size)
         else:
