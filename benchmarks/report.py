@@ -52,22 +52,28 @@ def serving() -> str:
     for shape in shapes_of(found):
         speeds = [speed(found, arm, shape) for arm in ARMS]
         cells = [f"{statistics.median(s):,.0f} ± {(max(s) - min(s)) / 2:,.0f}" if s else "–" for s in speeds]
-        gains = [gain(found, arm, shape) for arm in ("sts", "sts-draft")]
-        cells += [f"{g:.2f}x" if g else "–" for g in gains]
+        cells += [gains(found, arm, shape) for arm in ("sts", "sts-draft")]
         lines.append([f"{shape[0]:,} x {shape[1]}", *cells])
     first = found[0]
     note = (
         f"Tokens per second, median ± half the spread. {first['gpu']}, SGLang {first['sglang']}, commit "
         f"{found[-1]['commit']}; shapes of Llama-3.1-8B and 3.2-1B, dummy weights, simulated accept length "
-        f"{first['simulated']:g} (the output is meaningless, the work is not), prefix cached."
+        f"{first['simulated']:g} (the output is meaningless, the work is not), prefix cached. Gains are over stock "
+        f"FA3 + STANDALONE, in brackets over the same with its draft-extend captured."
     )
     return table(["context x requests", *ARMS.values(), "gain", "gain, draft too"], lines) + "\n\n" + note
 
 
-def gain(found: list[dict], arm: str, shape: tuple[int, int]) -> float | None:
+def gain(found: list[dict], arm: str, shape: tuple[int, int], over: str) -> float | None:
     """Over stock with the same draft; None where one of them was not measured."""
-    own, stock = (speed(found, name, shape) for name in (arm, "stock-spec"))
+    own, stock = (speed(found, name, shape) for name in (arm, over))
     return statistics.median(own) / statistics.median(stock) if own and stock else None
+
+
+def gains(found: list[dict], arm: str, shape: tuple[int, int]) -> str:
+    """Over stock as it is, and over stock with its draft-extend captured."""
+    stock, captured = (gain(found, arm, shape, over) for over in ("stock-spec", "stock-spec-captured"))
+    return (f"{stock:.2f}x" if stock else "–") + (f" ({captured:.2f}x)" if captured else "")
 
 
 def verify() -> str:
@@ -106,11 +112,13 @@ SECTIONS: dict[str, Callable[[], str]] = {"serving": serving, "verify": verify}
 def plot_break_even() -> None:
     """Gain of sts over stock with the same draft, by context: below 1 stock is faster."""
     found = rows("serving.jsonl")
-    points: dict[int, list[tuple[int, float]]] = {}
-    for shape in shapes_of(found):
-        if own := gain(found, "sts", shape):
-            points.setdefault(shape[1], []).append((shape[0], own))
-    if not points:
+    lines: dict[tuple[str, int, str], list[tuple[int, float]]] = {}
+    for arm in ("sts", "sts-draft"):
+        for shape in shapes_of(found):
+            for over in ("stock-spec", "stock-spec-captured"):
+                if own := gain(found, arm, shape, over):
+                    lines.setdefault((arm, shape[1], over), []).append((shape[0], own))
+    if not lines:
         return
     import matplotlib
 
@@ -118,11 +126,16 @@ def plot_break_even() -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4))
-    for requests, line in sorted(points.items()):
-        axis.plot(*zip(*sorted(line), strict=True), marker="o", label=f"{requests} requests")
+    colours = {key: f"C{i}" for i, key in enumerate(dict.fromkeys(key[:2] for key in lines))}
+    for (arm, requests, over), points in lines.items():
+        captured = over == "stock-spec-captured"
+        label = None if captured else f"{ARMS[arm]}, {requests} request" + "s" * (requests > 1)
+        line = zip(*sorted(points), strict=True)
+        axis.plot(*line, marker="o", ls="--" if captured else "-", color=colours[arm, requests], label=label)
     axis.axhline(1, color="k", lw=0.8)
-    axis.set(xscale="log", xlabel="context (tokens)", ylabel="tokens/s, sts over stock FA3 + STANDALONE")
-    axis.legend()
+    axis.set(xscale="log", xlabel="context (tokens)", ylabel="tokens/s over stock FA3 + STANDALONE")
+    axis.set_title("dashed: over the same with its draft-extend captured", fontsize=9)
+    axis.legend(fontsize=8, loc="upper right")
     figure.tight_layout()
     figure.savefig(RESULTS / "break_even.png", dpi=80)
     plt.close(figure)
