@@ -58,8 +58,8 @@ def serving() -> str:
     note = (
         f"Tokens per second, median ± half the spread. {first['gpu']}, SGLang {first['sglang']}, commit "
         f"{found[-1]['commit']}; shapes of Llama-3.1-8B and 3.2-1B, dummy weights, simulated accept length "
-        f"{first['simulated']:g} (the output is meaningless, the work is not), prefix cached. Gains are over stock "
-        f"FA3 + STANDALONE, in brackets over the same with its draft-extend captured."
+        f"{first['simulated']:g} (the output is meaningless, the work is not), prefix cached. Gains are over "
+        f"stock FA3 + STANDALONE, in brackets over the same with its draft-extend captured."
     )
     return table(["context x requests", *ARMS.values(), "gain", "gain, draft too"], lines) + "\n\n" + note
 
