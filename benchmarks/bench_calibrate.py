@@ -1,7 +1,7 @@
 """Ways to predict the target's attention from the draft's: what each recalls, and what none can exceed.
 
-    python benchmarks/bench_calibrate.py --draft draft --out benchmarks/results/calibrate/standalone.jsonl
-    python benchmarks/bench_calibrate.py --draft eagle3 --out benchmarks/results/calibrate/eagle3.jsonl
+    python -m benchmarks.bench_calibrate --draft draft --out benchmarks/results/calibrate/standalone.jsonl
+    python -m benchmarks.bench_calibrate --draft eagle3 --out benchmarks/results/calibrate/eagle3.jsonl
 
 One JSON line a way: recall of the target's attention mass outside sink and recent at keep 10 %, mean over
 windows, layers and KV heads, on the built-in held-out texts (`texts`) and on windows in the answers of recall
@@ -22,10 +22,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from harness import commit
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from benchmarks.harness import commit
 from sts_sglang import fingerprint
 from sts_sglang.calibrate import search
 from sts_sglang.calibrate.command import DOMAINS, TEXTS

@@ -1,6 +1,6 @@
 """What memory adds to a selection, what a smaller one keeps of it, and the first verify after a prefix hit.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_history.py --out benchmarks/results/history_summary.jsonl
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_history --out benchmarks/results/history_summary.jsonl
 
 The conversations of bench_multi_turn.py run through the trained pair in plain torch, teacher-forced with the
 right answers: no server, no approximation of the draft. Every third token of an answer is a round, and its
@@ -29,10 +29,10 @@ import sys
 from pathlib import Path
 
 import torch
-from bench_multi_turn import Agent, library_source
-from harness import commit
 from transformers import AutoTokenizer
 
+from benchmarks.bench_multi_turn import Agent, library_source
+from benchmarks.harness import commit
 from sts_sglang import headmap
 from sts_sglang.calibrate.record import Pair, Record
 from sts_sglang.calibrate.search import Free

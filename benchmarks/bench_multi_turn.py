@@ -12,8 +12,8 @@ All servers start at the same time; then one after the other is measured, after 
 cache, with one set of agents a seed. A line of the output is a turn of an arm, medians over its requests.
 
 Examples, with the package's trained pair on one GPU, and without any:
-  python benchmarks/bench_multi_turn.py --agents 64 --seeds 3 --out benchmarks/results/multi_turn.jsonl
-  SGLANG_PLATFORM=sts_cpu python benchmarks/bench_multi_turn.py --agents 4 --turns 4 --arms stock,sts-warm \\
+  python -m benchmarks.bench_multi_turn --agents 64 --seeds 3 --out benchmarks/results/multi_turn.jsonl
+  SGLANG_PLATFORM=sts_cpu python -m benchmarks.bench_multi_turn --agents 4 --turns 4 --arms stock,sts-warm \\
       --one-by-one --max-total-tokens 200000 --out multi_turn.jsonl
 First verifies after a prefix hit, and what they recall of the attention mass: bench_history.py.
 """
@@ -34,9 +34,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from harness import commit
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from benchmarks.harness import commit
 from sts_sglang.demo import shipped_pair
 from sts_sglang.local_server import LocalServer, sparse_between
 from sts_sglang.validate import CHAIN_FLAGS

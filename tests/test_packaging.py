@@ -149,3 +149,10 @@ def test_versions_are_pinned_where_the_plugin_checks_them() -> None:
     assert compat.installed_version("sglang") == compat.SGLANG_VERSION
     assert PROJECT["requires-python"] == ">=3.11,<3.13"
     assert PROJECT["version"] == sts_sglang.__version__ == compat.installed_version("sts-sglang")
+
+
+def test_every_benchmark_starts_as_its_readme_says() -> None:
+    """`python -m benchmarks.NAME` from the repository root."""
+    commands = re.findall(r"python -m (benchmarks[\w.]*)", (ROOT / "benchmarks" / "README.md").read_text())
+    assert {f"benchmarks.{file.stem}" for file in (ROOT / "benchmarks").glob("bench_*.py")} <= set(commands)
+    python(f"import importlib; [importlib.import_module(name) for name in {sorted(set(commands))}]")

@@ -40,6 +40,7 @@ ARMS = {
     "sts-no-spread": Arm({"spread": 0}, "no token passes importance on to the next"),
     "sts-steps": Arm({"draft": "steps"}, "draft steps after the first attend to the selection"),
     "sts-draft": Arm({"draft": "all"}, "so does draft-extend"),
+    "sts-draft-blend": Arm({"draft": "all", "history": "blend"}, "the same with history in every verify"),
     "sts-full4": Arm({"full_verify_every": 4}, "every 4th verify attends to everything"),
     "oracle": Arm({"selector": "oracle"}, "the target's own attention"),
     "quest": Arm({"selector": "quest"}, "Quest's bounds over pages of 16"),
