@@ -7,6 +7,7 @@ Arms (each its own server, `--repeats` times in alternating order):
   sts-dense            sts with every target layer dense: what capture and selection cost
   sts                  sts with the given --sts-config
   sts-draft            the same with "draft": "all"
+  sts-blend            the same as sts with "history": "blend": what remembering costs
 
 For every shape CONTEXTxREQUESTS the prompts are prefilled once, so that the measured requests find them
 in the prefix cache; then all requests decode `--new-tokens` at the same time, `--passes` times. Prompts of
@@ -33,7 +34,7 @@ from benchmarks import dummy_models
 from benchmarks.harness import commit
 from sts_sglang.local_server import LocalServer, sparse_between
 
-ARMS = ("stock", "stock-spec", "stock-spec-captured", "sts-dense", "sts", "sts-draft")
+ARMS = ("stock", "stock-spec", "stock-spec-captured", "sts-dense", "sts", "sts-draft", "sts-blend")
 
 
 def arm_args(arm: str, options: argparse.Namespace) -> list[str]:
@@ -52,6 +53,8 @@ def arm_args(arm: str, options: argparse.Namespace) -> list[str]:
         config["dense_layers"] = list(range(layers))
     if arm == "sts-draft":
         config["draft"] = "all"
+    if arm == "sts-blend":
+        config["history"] = "blend"
     return [*args, "--attention-backend", "sts", "--sts-config", json.dumps(config)]
 
 

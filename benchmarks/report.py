@@ -61,6 +61,9 @@ def serving() -> str:
         f"{first['simulated']:g} (the output is meaningless, the work is not), prefix cached. Gains are over "
         f"stock FA3 + STANDALONE, in brackets over the same with its draft-extend captured."
     )
+    if blend := {s: g for s in shapes_of(found) if (g := gain(found, "sts-blend", s, "sts"))}:
+        costs = ", ".join(f"{100 * (1 - g):.1f} % at {n:,} x {r}" for (n, r), g in blend.items())
+        note += f" History in every verify (`blend`) costs {costs} of sts's tokens."
     return table(["context x requests", *ARMS.values(), "gain", "gain, draft too"], lines) + "\n\n" + note
 
 

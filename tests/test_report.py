@@ -16,11 +16,17 @@ def test_the_readme_shows_the_results():
 
 def test_a_table_holds_medians_spread_and_gain(tmp_path, monkeypatch):
     origin = {"gpu": "G", "sglang": "0", "commit": "c", "simulated": 3.0, "context": 1000, "requests": 2}
-    speeds = {"stock-spec": (100, 104, 90), "stock-spec-captured": (120,), "sts": (150, 156, 150)}
+    speeds = {
+        "stock-spec": (100, 104, 90),
+        "stock-spec-captured": (120,),
+        "sts": (150, 156, 150),
+        "sts-blend": (147,),
+    }
     rows = [{"arm": arm, "tokens_per_s": s, **origin} for arm, found in speeds.items() for s in found]
     (tmp_path / "serving.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert "| 1,000 x 2 | – | 100 ± 7 | 120 ± 0 | – | 150 ± 3 | – | 1.50x (1.25x) | – |" in report.serving()
+    assert "costs 2.0 % at 1,000 x 2" in report.serving()
     assert report.verify() == "Not measured yet."
 
 
