@@ -64,7 +64,9 @@ class Plan:
     server_args: tuple[str, ...] = ()
 
     def cells(self) -> list[tuple[str, int]]:
-        return [(t, n) for t in self.tasks for n in (self.text_lengths if t == "text" else self.lengths)]
+        """(task, length), all tasks of the shortest first: a run that is cut off leaves whole lengths."""
+        found = [(t, n) for t in self.tasks for n in (self.text_lengths if t == "text" else self.lengths)]
+        return sorted(found, key=lambda cell: cell[1])
 
 
 def sts_config(arm: Arm, models: Path, folder: Path) -> str:
