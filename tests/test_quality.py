@@ -257,4 +257,4 @@ def test_oracle_serves_a_tenth_and_scores_forced_text(tmp_path):
 
 def test_plans_cover_text_at_its_own_lengths():
     plan = Plan(("qa", "text"), (4096,), (2048, 8192), (0.1,), 3, 2, "cpu", MODELS)
-    assert plan.cells() == [("qa", 4096), ("text", 2048), ("text", 8192)]
+    assert plan.cells() == [("text", 2048), ("qa", 4096), ("text", 8192)]
