@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.harness import commit
+from benchmarks.harness import commit, end_orderly_when_terminated
 from sts_sglang.demo import shipped_pair
 from sts_sglang.local_server import LocalServer, sparse_between
 from sts_sglang.validate import CHAIN_FLAGS
@@ -240,6 +240,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    end_orderly_when_terminated()
     options = parse(argv)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     arms = options.arms.split(",")

@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks import dummy_models
-from benchmarks.harness import commit
+from benchmarks.harness import commit, end_orderly_when_terminated
 from sts_sglang.local_server import LocalServer, sparse_between
 
 ARMS = ("stock", "stock-spec", "stock-spec-captured", "sts-dense", "sts", "sts-draft", "sts-blend")
@@ -178,6 +178,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    end_orderly_when_terminated()
     options = parse(argv)
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     prepare(options)

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -41,6 +42,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="the shapes of the README table only")
     p.add_argument("--tune", action="store_true", help="time every setting of the knobs on those shapes")
     return p
+
+
+def end_orderly_when_terminated() -> None:
+    """On SIGTERM as on Ctrl-C: servers that were started are stopped, and hold no device memory."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def microseconds(calls: list[Callable[[], Any]], replays: int = REPLAYS) -> float:

@@ -21,6 +21,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from benchmarks import bench_serving
+from benchmarks.harness import end_orderly_when_terminated
 from sts_sglang.local_server import LocalServer
 
 WAITS = (
@@ -98,6 +99,7 @@ def summary(events: list[dict], top: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
+    end_orderly_when_terminated()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shape", default="32000x8", help="CONTEXTxREQUESTS (%(default)s)")
     p.add_argument("--rounds", type=int, default=12, help="scheduler steps to record (%(default)s)")

@@ -24,10 +24,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks.harness import end_orderly_when_terminated
 from benchmarks.quality import items, report
 from benchmarks.quality.arms import ARMS, ROOT, Plan
 from benchmarks.quality.measure import run_arm
 from sts_sglang.demo import MODELS
+from sts_sglang.local_server import LocalServer
 
 TASKS = (*items.TASKS, "shared", "text")
 OUT = ROOT / "benchmarks" / "results" / "quality"
@@ -86,6 +88,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
 
 
 def main(argv: list[str] | None = None) -> None:
+    end_orderly_when_terminated()
     options = parse(argv)
     plan = plan_of(options)
     options.out = options.out or (OUT.with_name("quality_quick") if options.quick else OUT)
@@ -94,12 +97,20 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     tqdm.write(f"{len(options.arms)} arms, device {plan.device}, server logs in {logs}")
     writer, checksum = items.unseen_writer(plan.models / "target")
+    servers: list[LocalServer] = []
     with ThreadPoolExecutor(options.parallel) as pool:
         running = [
-            pool.submit(run_arm, name, plan, writer, checksum, options.out, logs) for name in options.arms
+            pool.submit(run_arm, name, plan, writer, checksum, options.out, logs, servers)
+            for name in options.arms
         ]
-        for arm in running:
-            arm.result()
+        try:
+            for arm in running:
+                arm.result()
+        except KeyboardInterrupt:  # threads end when their servers do
+            pool.shutdown(wait=False, cancel_futures=True)
+            for server in servers:
+                server.stop()
+            raise
     report.write(options.out)
 
 

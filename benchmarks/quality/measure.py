@@ -204,9 +204,13 @@ def run_arm(
     checksum: str,
     out: Path,
     logs: Path,
+    servers: list[LocalServer],
     say: Callable = tqdm.write,
 ) -> None:
-    """Ask everything of one arm; out/NAME.jsonl gets a header line, then a line a cell as they are done."""
+    """Ask everything of one arm; out/NAME.jsonl gets a header line, then a line a cell as they are done.
+
+    The arm's server joins `servers`, so that another thread can stop it.
+    """
     path = out / f"{name}.jsonl"
     done = finished(path, common(plan, checksum))
     todo = [cell for cell in plan.cells() if cell not in done]
@@ -216,12 +220,14 @@ def run_arm(
     keeps = len(plan.keeps) + 1 if ARMS[name].keeps else 1
     total = keeps * sum(documents(task, plan) for task, _ in todo)
     started = time.monotonic()
+    server = start(name, plan, logs)
+    servers.append(server)
     with (
-        start(name, plan, logs) as server,
+        server,
         tqdm(total=total, desc=name, mininterval=5) as bar,
         path.open("a") as file,
     ):
-        if not done:
+        if file.tell() == 0:
             file.write(json.dumps(header(name, plan, checksum, server)) + "\n")
         client = Client(server, ARMS[name])
         for task, length in todo:
