@@ -7,7 +7,8 @@ Arms (each its own server, `--repeats` times in alternating order):
   sts-dense            sts with every target layer dense: what capture and selection cost
   sts                  sts with the given --sts-config
   sts-draft            the same with "draft": "all"
-  sts-blend            the same as sts with "history": "blend": what remembering costs
+  sts-blend            sts with "history": "blend"
+  sts-draft-blend      sts with both
 
 For every shape CONTEXTxREQUESTS the prompts are prefilled once, so that the measured requests find them
 in the prefix cache; then all requests decode `--new-tokens` at the same time, `--passes` times. Prompts of
@@ -34,7 +35,15 @@ from benchmarks import dummy_models
 from benchmarks.harness import commit, end_orderly_when_terminated
 from sts_sglang.local_server import LocalServer, sparse_between
 
-ARMS = ("stock", "stock-spec", "stock-spec-captured", "sts-dense", "sts", "sts-draft", "sts-blend")
+# On top of the given --sts-config.
+CONFIGS: dict[str, dict] = {
+    "sts-dense": {"dense_layers": "all"},
+    "sts": {},
+    "sts-draft": {"draft": "all"},
+    "sts-blend": {"history": "blend"},
+    "sts-draft-blend": {"draft": "all", "history": "blend"},
+}
+ARMS = ("stock", "stock-spec", "stock-spec-captured", *CONFIGS)
 
 
 def arm_args(arm: str, options: argparse.Namespace) -> list[str]:
@@ -47,14 +56,10 @@ def arm_args(arm: str, options: argparse.Namespace) -> list[str]:
     args += ["--speculative-num-draft-tokens", str(steps + 1)]
     if arm.startswith("stock-spec"):
         return args
-    config = json.loads(options.sts_config)
-    if arm == "sts-dense":
+    config = {**json.loads(options.sts_config), **CONFIGS[arm]}
+    if config.get("dense_layers") == "all":
         layers = json.loads((options.target / "config.json").read_text())["num_hidden_layers"]
         config["dense_layers"] = list(range(layers))
-    if arm == "sts-draft":
-        config["draft"] = "all"
-    if arm == "sts-blend":
-        config["history"] = "blend"
     return [*args, "--attention-backend", "sts", "--sts-config", json.dumps(config)]
 
 
@@ -163,6 +168,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options = p.parse_args(argv)
     if not options.dummy and not (options.target and options.draft):
         p.error("give --target and --draft, or --dummy")
+    if unknown := set(options.arms.split(",")) - set(ARMS):
+        p.error(f"--arms: no {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
     return options
 
 

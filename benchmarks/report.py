@@ -61,9 +61,11 @@ def serving() -> str:
         f"{first['simulated']:g} (the output is meaningless, the work is not), prefix cached. Gains are over "
         f"stock FA3 + STANDALONE, in brackets over the same with its draft-extend captured."
     )
-    if blend := {s: g for s in shapes_of(found) if (g := gain(found, "sts-blend", s, "sts"))}:
-        costs = ", ".join(f"{100 * (1 - g):.1f} % at {n:,} x {r}" for (n, r), g in blend.items())
-        note += f" History in every verify (`blend`) costs {costs} of sts's tokens."
+    for arm, name in (("sts", "sts"), ("sts-draft", "the sparse draft")):
+        kept = {s: g for s in shapes_of(found) if (g := gain(found, f"{arm}-blend", s, arm))}
+        if kept:
+            shown = ", ".join(f"{g:.3f}x at {n:,} x {r}" for (n, r), g in kept.items())
+            note += f" History in every verify (`blend`) makes {name} {shown}."
     return table(["context x requests", *ARMS.values(), "gain", "gain, draft too"], lines) + "\n\n" + note
 
 

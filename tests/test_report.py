@@ -26,7 +26,7 @@ def test_a_table_holds_medians_spread_and_gain(tmp_path, monkeypatch):
     (tmp_path / "serving.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert "| 1,000 x 2 | – | 100 ± 7 | 120 ± 0 | – | 150 ± 3 | – | 1.50x (1.25x) | – |" in report.serving()
-    assert "costs 2.0 % at 1,000 x 2" in report.serving()
+    assert "makes sts 0.980x at 1,000 x 2" in report.serving()
     assert report.verify() == "Not measured yet."
 
 
