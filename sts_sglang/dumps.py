@@ -57,7 +57,7 @@ def finished(runtime: StsRuntime, req: Any, table: torch.Tensor) -> None:
             return
         path = write(Path(folder), of_request(runtime, req, table))
         logger.info("STS: request %s dumped to %s", req.rid, path.name)
-    except (ConfigError, OSError, ValueError) as error:
+    except (ConfigError, OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
         logger.warning("STS: request %s was not dumped: %s", req.rid, error)
 
 
@@ -73,7 +73,7 @@ def of_request(runtime: StsRuntime, req: Any, table: torch.Tensor) -> Dump:
         importance = torch.stack([row[slots].cpu() for row in state.history.remembered])
     else:
         importance = state.last_scores(req.req_pool_idx, len(tokens))
-    importance = importance.float().cpu()
+    importance = importance.cpu().float()
     importance = torch.where(importance == UNKNOWN, importance, importance / IMPORTANCE_SCALE)
     return Dump(
         importance.numpy(),

@@ -123,18 +123,21 @@ class RoundState:
     def select(self, ops, reqs, seq_lens: torch.Tensor, table: torch.Tensor) -> Selection:
         """Write the lists of a verify batch; requests whose importance is not known attend whole.
 
-        With another selector than the draft only their sizes are set: lists are made layer by layer.
+        A request with a keep of its own takes what room the others leave. With another selector than the
+        draft only sizes are set: lists are made layer by layer.
         """
         config, columns, full = self.config, self.columns(seq_lens), self._full_verifies(reqs)
         known = (self.carried_len[reqs] == seq_lens) & (columns >= 0)
         keeps = self.keeps[reqs]
         budgets = config.budget_tokens(seq_lens, keeps)
         lengths = self._list_lengths(budgets, seq_lens)
-        sparse = known & ~full & (budgets < seq_lens)
+        # What target layers attend to under `verify: dense` no list says; a sparse draft goes by its own.
+        whole = torch.zeros_like(full) if config.verify == "dense" and config.sparse_draft else full
+        sparse = known & ~whole & (budgets < seq_lens)
         listed = sparse[:, None] & (lengths < seq_lens[:, None])
         room = torch.where(listed, lengths, 0)
         totals = room.sum(1)
-        ends = totals.cumsum(0)
+        ends = _ends(totals, ~keeps.isnan())
         known &= ends <= self.kv_indices.numel()
         kv_start = (ends - totals)[:, None] + room.cumsum(1) - room
         kv_count = torch.where(listed & known[:, None], lengths, -1).to(torch.int32)
@@ -204,12 +207,15 @@ class RoundState:
         return self.rounds[reqs] % every == 0
 
     def last_scores(self, req: int, context: int) -> torch.Tensor:
-        """[channels, context] of a request's latest round, UNKNOWN where none; waits for the device."""
-        found = self.importance.new_full((self.importance.shape[0], context), UNKNOWN)
+        """[channels, context] of a request's latest round, UNKNOWN where none, on the CPU; waits for the
+        device, which needs no room for it."""
+        shape = (self.importance.shape[0], context)
+        found = torch.full(shape, UNKNOWN, dtype=self.importance.dtype)
         column, scored, round_ = self.scored[:, req].tolist()
         if column >= 0 and round_ == int(self.scored_round):  # else others' scores are there by now
             end = min(scored, context)
-            found[:, SHIFT:end] = self.importance[:, column + SHIFT : column + end]
+            for row, scores in zip(found, self.importance, strict=True):
+                row[SHIFT:end] = scores[column + SHIFT : column + end]
         return found
 
     def nbytes(self) -> dict[str, int]:
@@ -284,6 +290,12 @@ class SlotHistory:
 
     def nbytes(self) -> int:
         return self.remembered.nbytes + self.stamp.nbytes
+
+
+def _ends(sizes: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
+    """int64 [bs] where parts of these sizes end, those that are `later` [bs] behind all others."""
+    first = torch.where(later, 0, sizes)
+    return torch.where(later, first.sum() + (sizes - first).cumsum(0), first.cumsum(0))
 
 
 def members_by_layer(head_map: HeadMap, device: str) -> dict[int, Members]:

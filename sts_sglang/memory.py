@@ -17,6 +17,10 @@ PLAN_BLOCK = 256
 PLAN_GRID = 320
 
 
+# So many requests at once may have lists of the least length, whatever their share is.
+FLOORS = 64
+
+
 class Sizes(NamedTuple):
     """Elements of the buffers of one round."""
 
@@ -28,11 +32,14 @@ def sizes(config: StsConfig, pool_tokens: int, requests: int, context_len: int) 
     """Buffers for a KV pool of so many tokens, so many running requests and contexts up to so many tokens."""
     columns = min(OVERSUBSCRIBED * pool_tokens, requests * context_len)
     if config.policy == "ratio":
-        least = max(config.budget, config.sink + config.recent)
-        wanted = int(columns * config.keep * LIST_SLACK) + min(requests, 64) * least
+        wanted = int(columns * config.keep * LIST_SLACK) + min(requests, FLOORS) * _floor(config)
     else:
         wanted = requests * config.budget
     return Sizes(columns, min(columns, wanted))
+
+
+def _floor(config: StsConfig) -> int:
+    return max(config.budget, config.sink + config.recent)
 
 
 def bytes_per_token(
@@ -48,8 +55,18 @@ def bytes_per_token(
     """
     share = min(1.0, config.keep * LIST_SLACK) if config.policy == "ratio" else 1.0
     lists = 8 if config.sparse_draft else 4
-    scored = 2 * channels + lists * channels * share * list_growth + 2 * draft_kv_heads * draft_rows
-    return OVERSUBSCRIBED * scored + (history_bytes_per_token(channels) if config.history != "off" else 0)
+    remembers = config.history != "off"
+    scores = 4 * channels if remembers else 2 * channels  # mixing sets the fresh ones aside
+    scored = scores + lists * channels * share * list_growth + 2 * draft_kv_heads * draft_rows
+    return OVERSUBSCRIBED * scored + (history_bytes_per_token(channels) if remembers else 0)
+
+
+def floor_bytes(config: StsConfig, requests: int, channels: int, list_growth: float = 1.0) -> int:
+    """Bytes of the lists of contexts so short that `budget` is more than their share (sizes)."""
+    if config.policy != "ratio":
+        return 0
+    entry = 8 if config.sparse_draft else 4
+    return int(min(requests, FLOORS) * _floor(config) * channels * list_growth * entry)
 
 
 def history_bytes_per_token(channels: int) -> int:

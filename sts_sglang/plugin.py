@@ -68,4 +68,5 @@ def _create_backend(model_runner):
         return dense.of_draft_extend(config, model_runner)
     from sts_sglang.backends.target import StsTargetBackend
 
-    return StsTargetBackend(model_runner, dense.of_target(config, model_runner))
+    name = dense.name_of(config, model_runner)
+    return StsTargetBackend(model_runner, dense.of_target(name, model_runner), name)

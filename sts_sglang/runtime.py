@@ -262,7 +262,7 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
     if config.selector != "draft":  # scores and lists of a LayerSelector
         state += memory.OVERSUBSCRIBED * 6 * counts[0].kv_heads
     requests = server_args.max_running_requests or MAX_REQUESTS
-    own = 0
+    own = memory.floor_bytes(config, requests, len(head_map.channels), growth)
     if config.kernel == "flashinfer":
         shape = _headwise_shape(server_args, target, requests)
         own = shape.float_workspace() + shape.list_bytes(shape.entries(config, 0, target.context_len))

@@ -29,6 +29,9 @@ BACKEND_FIELDS = (
 ALGORITHMS = ("STANDALONE", "EAGLE", "EAGLE3")
 CHAIN_FLAGS = "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
 OTHERWISE = "or use another --attention-backend"
+# Bytes of shared memory for each dimension of a head, besides 2 for each query row, that Triton 3.6 gives a
+# thread block of verify and draft attention: with 16 rows, and with more (read off compiled kernels).
+VERIFY_TILE, DRAFT_TILE = (264, 388), (536, 536)
 
 # Every layer is one RadixAttention over all cached tokens, with neither window, sink, soft cap nor
 # bias (read in sglang/srt/models). Being a list, it keeps out what is not on it: latent attention,
@@ -285,10 +288,49 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> None:
     check_draft(draft, target)
     _check_kv_dtype(server_args, target, draft)
     config.check_layers(target.num_hidden_layers)
+    if server_args.device == "cuda" and config.kernel != "torch":
+        check_tiles(server_args, config, target, draft)
     models = headmap.ModelPaths.of_server(server_args)
     # Weights of a hub name may not be here yet: the map's fingerprints are compared when they are loaded.
     models = models if models.are_folders() else None
     headmap.of_config(config, headmap.counts(target), headmap.counts(draft), models)
+
+
+def check_tiles(server_args: ServerArgs, config: StsConfig, target: ModelConfig, draft: ModelConfig) -> None:
+    """Whether a thread block of the kernels can hold its heads and rows. Raises `Refusal`."""
+    flags = {"--model-path": target, "--speculative-draft-model-path": draft}
+    for flag, model in flags.items():
+        if model.head_dim & (model.head_dim - 1):
+            raise Refusal(
+                f"{flag} {model.model_path}: has head_dim = {model.head_dim}, where the kernels of sts take "
+                'powers of two; give another model, or set kernel to "torch" with --disable-cuda-graph'
+            )
+    room = _shared_memory()
+    tokens, branches = server_args.speculative_num_draft_tokens, server_args.speculative_eagle_topk
+    readers = [("--speculative-num-draft-tokens", tokens, target, VERIFY_TILE)]
+    readers += [("--speculative-eagle-topk", branches, draft, DRAFT_TILE)]
+    if config.draft == "all":
+        readers += [("--speculative-num-draft-tokens", tokens, draft, VERIFY_TILE)]
+    for flag, number, model, tile in readers:
+        queries = number + (tile is DRAFT_TILE)  # a carried row beside the branches'
+        rows = queries * (model.num_attention_heads // model.num_key_value_heads)
+        padded = max(16, 1 << (rows - 1).bit_length())
+        needed = model.head_dim * (tile[padded > 16] + 2 * padded)
+        if room is not None and needed > room:
+            raise Refusal(
+                f"{flag} {number}: a thread block of sts's kernels would hold {rows} query rows of "
+                f"{model.head_dim} and need about {needed} bytes of shared memory, and this GPU has {room}; "
+                'use fewer, or set kernel to "torch" with --disable-cuda-graph'
+            )
+
+
+def _shared_memory() -> int | None:
+    """Bytes that a thread block can have; None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(0).shared_memory_per_block_optin
 
 
 def _flag(field: str) -> str:

@@ -11,7 +11,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sts_kernels import UNKNOWN
 from sts_sglang.backends.draft import DraftExtendBackend, DraftMultiStepBackend
-from sts_sglang.backends.reference import TorchBackend, tail_masks
+from sts_sglang.backends.reference import Segment, TorchBackend, tail_masks
 from sts_sglang.backends.target import StsTargetBackend
 from sts_sglang.config import StsConfig
 from sts_sglang.headmap import HeadCounts
@@ -59,7 +59,7 @@ class Rig:
         target = SimpleNamespace(**{**vars(runner), "token_to_kv_pool": self.target_pool})
         self.extend = DraftExtendBackend(draft)
         self.steps = DraftMultiStepBackend(draft, topk, num_steps)
-        self.target = StsTargetBackend(target, TorchBackend(target))
+        self.target = StsTargetBackend(target, TorchBackend(target), "torch")
         pools = (self.draft_pool, table)
         shape = DraftShape(num_steps, topk, DIM, 8, slots, Sizes(256, 256), *pools, torch.float32)
         self.runtime = StsRuntime(StsConfig(**config), COUNTS, COUNTS, shape, "cpu")
@@ -231,6 +231,27 @@ def test_what_does_not_fit_the_buffers_attends_whole():
         assert rig.dense_verifies() == 1
 
 
+def test_a_keep_of_its_own_costs_no_other_request_its_room():
+    rig = Rig({"keep": 0.25, "budget": 0, "sink": 1, "recent": 2})
+    state, reqs = rig.runtime.state, torch.arange(1, 5)
+    lens = torch.full((4,), CONTEXT)
+    state.carried_len[reqs] = lens
+    state.keeps[reqs] = torch.tensor([0.9, torch.nan, 0.9, torch.nan], dtype=torch.float64)
+    table = torch.arange(8 * 100, dtype=torch.int32).view(8, 100)
+    for room, expected in ((1000, [36, 10, 36, 10]), (4 * 56, [36, 10, -1, 10]), (4 * 19, [-1, 10, -1, -1])):
+        state.kv_indices = torch.zeros(room, dtype=torch.int32)
+        made = state.select(rig.runtime.ops, reqs, lens, table)
+        assert made.kv_count.tolist() == [[count] * 4 for count in expected]
+        taken = [
+            range(start, start + count)
+            for starts, counts in zip(made.kv_start.tolist(), made.kv_count.tolist(), strict=True)
+            for start, count in zip(starts, counts, strict=True)
+            if count > 0
+        ]
+        places = [place for part in taken for place in part]
+        assert len(set(places)) == len(places) and max(places) < room
+
+
 def test_request_keep_overrides_the_policy_and_ends_with_its_request():
     rig = Rig(CONFIG)
     rig.draft_extend(CONTEXT, 1, torch.randn(TOKENS, Q_HEADS * DIM))
@@ -327,6 +348,60 @@ def test_verify_attends_to_the_selection_and_counts_it(layer):
             weights = (keys @ q.view(TOKENS, Q_HEADS, DIM)[row, head].double() * DIM**-0.5).softmax(0)
             torch.testing.assert_close(out[row, head].double(), weights @ values, rtol=1e-5, atol=1e-5)
     assert rig.runtime.state.counts.tolist() == [1, 0, 7 * KV_HEADS, (CONTEXT + 1) * KV_HEADS, 0, 0, 0, 0]
+
+
+class NoVerify:
+    """A dense backend or kernel that must not be asked."""
+
+    def __getattr__(self, name: str):
+        raise AssertionError(f"{name} was asked for")
+
+
+@pytest.mark.parametrize(
+    "dense, graphs, topk, by_dense",
+    [
+        ("torch", False, 1, True),
+        ("torch", False, 4, True),
+        ("torch", True, 1, False),
+        ("fa3", True, 1, True),
+        ("fa3", True, 4, False),
+        ("flashinfer", False, 1, False),
+        ("flashinfer", True, 1, False),
+    ],
+)
+def test_dense_layers_attend_whole_where_their_backend_cannot_verify(dense, graphs, topk, by_dense):
+    """FlashInfer takes the verify mask for another one, and the torch backend is no part of a graph."""
+    rig = Rig({**CONFIG, "dense_layers": [0]}, topk=topk)
+    rig.target.dense_name = dense
+    rig.target.headwise = NoVerify()
+    if graphs:
+        rig.target._mask_buffer = torch.ones(8 * TOKENS * TOKENS, dtype=torch.bool)
+    fb = rig.verify_batch(CONTEXT)
+    fb.spec_info.topk = topk
+    assert rig.target._dense_plans(fb) == by_dense
+    if by_dense:
+        return
+    oracle, rig.target.dense = rig.target.dense, NoVerify()
+    rig.draft_extend(CONTEXT - 1, 1, torch.randn(TOKENS, Q_HEADS * DIM))
+    rig.target._plan_verify(fb)
+    q = torch.randn(TOKENS, Q_HEADS * DIM)
+    out = rig.target.forward_extend(q, None, None, rig.layer(0), fb)
+    full = torch.ones(TOKENS, CONTEXT + TOKENS, dtype=torch.bool)
+    full[:, CONTEXT:] = rig.target._tail_mask[0]
+    oracle.segments = [Segment(Rig.REQ, 0, TOKENS, rig.slots[: CONTEXT + TOKENS], full)]
+    torch.testing.assert_close(out, oracle.attend(q, rig.layer(0)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_sparse_draft_stays_sparse_under_dense_verify():
+    rig = Rig({**CONFIG, "keep": 0.3, "draft": "steps", "verify": "dense"})
+    rig.draft_extend(CONTEXT, 1, torch.randn(TOKENS, Q_HEADS * DIM))
+    rig.draft_steps(CONTEXT + 1, {})
+    state = rig.runtime.state
+    assert 0 < state.made.kv_count[0].max() < CONTEXT + 1
+    selected, available = state.draft_attended.tolist()
+    assert 0 < selected < available
+    rig.target.init_forward_metadata(rig.verify_batch(CONTEXT + 1))
+    assert state.counts[[0, 1, 4]].tolist() == [0, 0, 1]
 
 
 def test_draft_steps_attend_to_their_own_branch():

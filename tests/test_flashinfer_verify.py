@@ -248,6 +248,13 @@ def test_contexts_are_planned_by_the_budget_rule_at_the_bound(config, request_, 
         assert planned_contexts(config, [HostRequest(*request_, True)], NO_LIMIT, budget - 1) == [whole]
 
 
+def test_a_keep_of_its_own_is_planned_behind_all_others():
+    batch = [HostRequest(2560, keep, True) for keep in (0.5, None, 0.5, None)]
+    whole = 2560
+    for room, expected in ((1791, [whole, 256, whole, 256]), (2000, [1280, 256, whole, 256])):
+        assert planned_contexts(RATIO, batch, NO_LIMIT, room) == expected
+
+
 def test_what_is_planned_holds_every_length_up_to_the_bound():
     for config in (RATIO, FIXED, StsConfig(keep=0.3, budget=100)):
         for _ in range(300):

@@ -363,6 +363,16 @@ def test_selection_over_several_full_tiles() -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_selection_with_more_recent_tokens_than_a_block(kernel: str) -> None:
+    batch, sink, recent = Batch(lengths=[5000, 2700]), 4, 2600
+    importance = scores_like("distinct", batch)[:1]
+    found = run_select(kernel, batch, importance, [2900, 2604], sink, recent)
+    for b, (length, count) in enumerate(((5000, 2900), (2700, 2604))):
+        row = importance[0, int(batch.ctx_start[b]) :][:length]
+        assert found[b][0] == top_by_definition(row, count, sink, recent)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_selection_of_columns_that_are_not_aligned(kernel: str) -> None:
     """Request 1 starts at column 70, after request 0's last: no 16-byte accesses then."""
     batch = Batch(lengths=[70, 130])

@@ -33,6 +33,35 @@ def test_pool_and_buffers_fit_what_was_there():
     assert 0.98 * available < taken <= available
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"budget": 8192},
+        {"budget": 16384, "draft": "all"},
+        {"history": "blend"},
+        {"policy": "fixed", "budget": 4096},
+    ],
+)
+def test_what_is_allocated_is_reserved(config):
+    """Also the least lists of many short contexts, and the scores that mixing memory sets aside."""
+    config, pool, requests = StsConfig(**config), 400_000, 4096
+    head_map = proportional(TARGET, DRAFT)
+    channels = len(head_map.channels)
+    per_token = memory.bytes_per_token(config, channels, DRAFT.kv_heads, 2 * 4)
+    reserved = pool * per_token + memory.floor_bytes(config, requests, channels)
+    sizes = memory.sizes(config, pool, requests, context_len=131072)
+    state = RoundState(
+        config, head_map, requests, pool + 1, sizes, 32, 64, torch.bfloat16, "meta", torch.float16
+    )
+    taken = state.nbytes()
+    carried = taken.pop("carried_rows")
+    fresh = taken["importance"] if config.history != "off" else 0
+    stored = 2 * DRAFT.kv_heads * 2 * 4 * sizes.columns  # what draft attention keeps of a layer's step
+    assert 0 < carried < 0.02 * pool * KV_BYTES
+    assert 0.95 * reserved < sum(taken.values()) + fresh + stored <= 1.001 * reserved
+
+
 def test_the_state_allocates_what_was_counted():
     config = StsConfig(budget=0)
     head_map = proportional(HeadCounts(4, 4, 2), HeadCounts(2, 4, 2))

@@ -551,6 +551,37 @@ def test_graphs(launch, flags, phase, backend):
         check_message(caught, flags, "CUDA graphs", "add --disable-cuda-graph")
 
 
+@pytest.mark.parametrize(
+    "target, draft, room, arguments, subject",
+    [
+        ((128, 32, 8), (64, 32, 8), 232448, {}, None),
+        ((96, 32, 8), (64, 32, 8), None, {}, "--model-path"),
+        ((128, 32, 8), (80, 32, 8), None, {}, "--speculative-draft-model-path"),
+        # As compiled: 327,680 bytes for 1,024 rows of 128, and 141,824 for a draft of 256.
+        ((128, 28, 4), (64, 32, 8), 232448, {"speculative_num_draft_tokens": 128}, "--speculative-num-draft"),
+        ((128, 28, 4), (64, 32, 8), None, {"speculative_num_draft_tokens": 128}, None),
+        ((128, 32, 8), (256, 16, 8), 101376, {}, "--speculative-eagle-topk 1"),
+        ((128, 32, 8), (256, 16, 8), 166912, {}, None),
+        ((256, 32, 8), (64, 32, 8), 101376, {}, None),  # 75,008 bytes
+    ],
+)
+def test_what_no_thread_block_can_hold_is_refused(
+    launch, flags, monkeypatch, target, draft, room, arguments, subject
+):
+    monkeypatch.setattr(validate, "_shared_memory", lambda: room)
+    args = launch()
+    for field, value in arguments.items():
+        setattr(args, field, value)
+    names = ("head_dim", "num_attention_heads", "num_key_value_heads")
+    models = [SimpleNamespace(model_path="m", **dict(zip(names, m, strict=True))) for m in (target, draft)]
+    if subject is None:
+        validate.check_tiles(args, StsConfig(), *models)
+        return
+    with pytest.raises(Refusal) as caught:
+        validate.check_tiles(args, StsConfig(), *models)
+    check_message(caught, flags, subject, 'set kernel to "torch" with --disable-cuda-graph')
+
+
 @pytest.mark.parametrize("selector", ["oracle", "quest", "recent", "random"])
 def test_selectors_for_comparison_are_not_captured(launch, flags, selector):
     args = launch()

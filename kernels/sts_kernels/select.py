@@ -70,7 +70,7 @@ def select_tokens(
         DRAFT_SHIFT=SHIFT if draft_indices is not None else 0,
         SINK=sink,
         RECENT=recent,
-        FORCED=triton.next_power_of_2(sink + recent),
+        FORCED=min(1024, triton.next_power_of_2(sink + recent)),
         ALIGN=ALIGN if importance.stride(0) % ALIGN == 0 else 1,
         **KNOBS,
     )
@@ -411,13 +411,15 @@ def _select_kernel(
             wanted = tl.minimum(wanted, most)
             tl.store(count_ptr + b * channels + c, SINK + RECENT + wanted)
 
-    forced = tl.arange(0, FORCED)
-    position = tl.where(forced < SINK, forced, last + forced - SINK)
-    is_forced = forced < SINK + RECENT
-    _copy_slots(slot_ptr, (position,), out_ptr, (forced,), (is_forced,))
-    if DRAFT_SHIFT:
-        position = tl.where(position == 0, length, position)  # no key is about the first: the bonus token's
-        _copy_slots(slot_ptr - DRAFT_SHIFT, (position,), draft_ptr, (forced,), (is_forced,))
+    for begin in range(0, SINK + RECENT, FORCED):
+        forced = begin + tl.arange(0, FORCED)
+        position = tl.where(forced < SINK, forced, last + forced - SINK)
+        is_forced = forced < SINK + RECENT
+        _copy_slots(slot_ptr, (position,), out_ptr, (forced,), (is_forced,))
+        if DRAFT_SHIFT:
+            # No key is about the first: the bonus token's.
+            position = tl.where(position == 0, length, position)
+            _copy_slots(slot_ptr - DRAFT_SHIFT, (position,), draft_ptr, (forced,), (is_forced,))
     if wanted <= 0:
         return
 

@@ -30,17 +30,16 @@ def name_for(config: StsConfig, device: str, dtype: str, capability: tuple[int, 
     return "fa3" if capability[0] in (8, 9) else "flashinfer"
 
 
-def of_target(config: StsConfig, runner: ModelRunner) -> AttentionBackend:
-    """What the target prefills, and verifies its dense layers, with."""
+def of_target(name: str, runner: ModelRunner) -> AttentionBackend:
+    """What the target prefills, and verifies its dense layers if it can, with; `name` as of name_for."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-    name = _name(config, runner)
     return TorchBackend(runner) if name == "torch" else ATTENTION_BACKENDS[name](runner)
 
 
 def of_draft_extend(config: StsConfig, runner: ModelRunner) -> AttentionBackend:
     """What the draft prefills and draft-extends with; it also carries the last row."""
-    name = _name(config, runner)
+    name = name_of(config, runner)
     if name == "torch":
         from sts_sglang.backends.draft import DraftExtendBackend
 
@@ -50,7 +49,8 @@ def of_draft_extend(config: StsConfig, runner: ModelRunner) -> AttentionBackend:
     return {"fa3": draft_extend.FlashAttention, "flashinfer": draft_extend.FlashInfer}[name](runner)
 
 
-def _name(config: StsConfig, runner: ModelRunner) -> str:
+def name_of(config: StsConfig, runner: ModelRunner) -> str:
+    """name_for a model runner."""
     import torch
 
     capability = torch.cuda.get_device_capability() if runner.device == "cuda" else None

@@ -68,12 +68,16 @@ def planned_contexts(config: StsConfig, batch: list[HostRequest], columns: int, 
     The rules of RoundState.select at the bounds: a request that may find no room among `columns` scored
     tokens or `lists` listed ones, or was never scored, attends whole. All of them grow with the length.
     """
-    planned, column, listed = [], 0, 0
-    for bound, keep, scored in batch:
-        budget = config.budget_for(bound, keep)
+    budgets = [config.budget_for(bound, keep) for bound, keep, _ in batch]
+    taken = [budget if budget < request.bound else 0 for budget, request in zip(budgets, batch, strict=True)]
+    # Those with a keep of their own come behind all others.
+    listed = {False: 0, True: sum(n for n, request in zip(taken, batch, strict=True) if request.keep is None)}
+    planned, column = [], 0
+    for budget, room, (bound, keep, scored) in zip(budgets, taken, batch, strict=True):
         column += _round_up(bound, ALIGN)
-        listed += budget if budget < bound else 0
-        whole = not scored or column > columns or listed > lists
+        own = keep is not None
+        listed[own] += room
+        whole = not scored or column > columns or listed[own] > lists
         constant = config.policy == "fixed" and keep is None and not whole
         planned.append(config.budget if constant else _round_up(bound if whole else budget, PLAN_BLOCK))
     return planned

@@ -40,7 +40,7 @@ class TorchBackend(AttentionBackend):
         return False
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Nothing to allocate; as the dense part of an `sts` target it never runs in a graph."""
+        """Nothing to allocate: it does not run in a graph (StsTargetBackend._dense_plans)."""
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         mode = forward_batch.forward_mode

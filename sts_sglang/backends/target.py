@@ -9,7 +9,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from sts_sglang.backends.draft import score_carried_rows
-from sts_sglang.backends.reference import TorchBackend, tail_masks, write_kv
+from sts_sglang.backends.reference import tail_masks, write_kv
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -28,11 +28,12 @@ class StsTargetBackend(AttentionBackend):
     Args:
         model_runner: the target's.
         dense: attention backend for everything but sparse verify layers.
+        dense_name: its name, see dense.name_for.
     """
 
-    def __init__(self, model_runner: ModelRunner, dense: AttentionBackend):
+    def __init__(self, model_runner: ModelRunner, dense: AttentionBackend, dense_name: str):
         super().__init__()
-        self.dense = dense
+        self.dense, self.dense_name = dense, dense_name
         self.device = model_runner.device
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = model_runner.token_to_kv_pool
@@ -42,7 +43,7 @@ class StsTargetBackend(AttentionBackend):
         self.headwise: FlashInferVerify | None = None  # under kernel flashinfer, set there too
         self._selection: Selection | None = None
         self._plan: Plan | None = None  # of the selection, see StsRuntime.plan_verify
-        self._whole: Selection | None = None  # of a tree's dense layers, see _dense_plans
+        self._whole: Selection | None = None  # of dense layers that `dense` cannot verify
         self._tail_mask: torch.Tensor | None = None
         self._mask_buffer: torch.Tensor | None = None  # trees under CUDA graphs
 
@@ -103,12 +104,13 @@ class StsTargetBackend(AttentionBackend):
     def _dense_plans(self, fb: ForwardBatch) -> bool:
         """Whether the dense backend plans this forward: every one but verify, and that if it has layers.
 
-        FA3 and FlashInfer read the mask of a tree as FULL_MASK, which nobody fills here: trees attend
-        whole by the sparse kernel."""
+        Verify's mask is QLEN_ONLY (compat.use_qlen_tree_mask). FA3 and FlashInfer read FULL_MASK, FlashInfer
+        for chains too; torch reads either, but not in a graph. What they cannot verify attends whole by the
+        sparse kernel."""
         if not fb.forward_mode.is_target_verify():
             return True
-        chain = fb.spec_info.topk == 1 or isinstance(self.dense, TorchBackend)
-        return chain and self.runtime.config.some_dense_verify
+        able = {"fa3": fb.spec_info.topk == 1, "flashinfer": False, "torch": self._mask_buffer is None}
+        return able[self.dense_name] and self.runtime.config.some_dense_verify
 
     def _plan_verify(self, fb: ForwardBatch) -> None:
         """Select per (request, channel); runs once a round, before the first layer."""
@@ -146,15 +148,15 @@ class StsTargetBackend(AttentionBackend):
         runtime = self.runtime
         rows = q.view(fb.batch_size, -1, layer.tp_q_head_num, layer.qk_head_dim)
         kv_indices, channels = runtime.state.kv_indices, runtime.head_channels(layer.layer_id)
+        attend = runtime.ops.sparse_verify_attention
+        if plan is not None:
+            attend = partial(attend, plan=plan.of(layer.layer_id))
+        if self.headwise is not None and selection is not self._whole:  # which nobody planned
+            attend = partial(self.headwise.attend, layer.layer_id)
         if runtime.selector is not None:
             counts = selection.kv_count[:, channels.long()]
             kv_indices, *selection = self._select_by_layer(counts, rows, layer, fb)
             channels = runtime.selector.heads
-        attend = runtime.ops.sparse_verify_attention
-        if plan is not None:
-            attend = partial(attend, plan=plan.of(layer.layer_id))
-        if self.headwise is not None:
-            attend = partial(self.headwise.attend, layer.layer_id)
         out = attend(
             rows,
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
