@@ -53,9 +53,9 @@ SERVERS = {
     "chain-bfloat16": sts("STANDALONE", CHAIN),
     "history-bfloat16": sts("STANDALONE", CHAIN, history="blend"),
     "sparse-draft-bfloat16": sts("STANDALONE", LONG, draft="all"),
-    "flashinfer-bfloat16": sts("STANDALONE", CHAIN, dense="flashinfer"),
-    "flashinfer-verify-bfloat16": sts("STANDALONE", CHAIN, kernel="flashinfer"),
-    "chain-float16": [*sts("STANDALONE", CHAIN, dense="torch"), "--dtype", "float16"],
+    "flashinfer-bfloat16": sts("STANDALONE", CHAIN, dense="flashinfer", dense_layers=[1]),
+    "flashinfer-verify-bfloat16": sts("STANDALONE", CHAIN, kernel="flashinfer", dense_layers=[1]),
+    "chain-float16": [*sts("STANDALONE", CHAIN, dense="torch", dense_layers=[1]), "--dtype", "float16"],
     "tree-bfloat16": sts("STANDALONE", TREE, dense_layers=[1]),
     "eagle3-bfloat16": sts("EAGLE3", CHAIN, dense_layers=[1]),
     "prefill-graphs-bfloat16": sts("STANDALONE", CHAIN),  # breakable, SGLang's default
@@ -200,7 +200,7 @@ def test_questions_are_answered_from_a_tenth_of_the_context(servers, prompts, na
 
 
 # Those that select by the same map, rows and memory.
-SAME = ["chain-bfloat16", "eager-bfloat16", "prefill-graphs-bfloat16", "flashinfer-bfloat16"]
+SAME = ["chain-bfloat16", "eager-bfloat16", "prefill-graphs-bfloat16"]
 
 
 @pytest.mark.parametrize("name", SAME)

@@ -47,6 +47,18 @@ def test_a_dump_is_read_as_it_was_written(tmp_path):
         assert found.dtype == expected.dtype and (found == expected).all()
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, OSError, ValueError])
+def test_a_dump_that_fails_ends_neither_request_nor_server(monkeypatch, caplog, tmp_path, error):
+    def fails(*args):
+        raise error("no room")
+
+    monkeypatch.setattr(dumps, "of_request", fails)
+    request = SimpleNamespace(rid="r", sampling_params=SimpleNamespace(**WANTED))
+    runtime = SimpleNamespace(config=StsConfig(inspect_dir=str(tmp_path)))
+    dumps.finished(runtime, request, torch.empty(0))
+    assert "r was not dumped: no room" in caplog.text
+
+
 def test_the_folder_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(dumps, "MAX_FILES", 2)
     first = [dumps.write(tmp_path, make_dump()) for _ in range(2)]
