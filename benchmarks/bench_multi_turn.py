@@ -236,7 +236,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--seeds", type=int, default=1, help="sets of conversations (%(default)s)")
     p.add_argument("--logs", type=Path, default=Path("."), help="folder of the server logs (%(default)s)")
     p.add_argument("--out", type=Path, help="append raw results to this JSONL file")
-    return p.parse_args(argv)
+    options = p.parse_args(argv)
+    if unknown := set(options.arms.split(",")) - set(ARMS):
+        p.error(f"--arms: no {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
+    return options
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -100,7 +100,11 @@ def summary(events: list[dict], top: int) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     end_orderly_when_terminated()
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="further options, --dummy, --arms, --out and others, are those of benchmarks.bench_serving",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("--shape", default="32000x8", help="CONTEXTxREQUESTS (%(default)s)")
     p.add_argument("--rounds", type=int, default=12, help="scheduler steps to record (%(default)s)")
     p.add_argument("--top", type=int, default=24, help="kernels to show (%(default)s)")

@@ -10,6 +10,7 @@ import json
 import os
 import platform as host
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -89,7 +90,8 @@ def _keys() -> str:
     lines = []
     for name, default in json.loads(StsConfig().to_json()).items():
         lines += [f"  {name} (default {json.dumps(default)}): {_allowed(name)}"]
-        lines += [f"      {meanings[name]}"] if name in meanings else []
+        words = " ".join(meanings.get(name, "").split())
+        lines += textwrap.wrap(words, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 

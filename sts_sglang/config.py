@@ -79,7 +79,9 @@ def _share(field: str, value: object) -> float:
 
 
 def _part(field: str, value: object) -> float:
-    return 0.0 if value == 0 and not isinstance(value, bool) else _share(field, value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise _error(field, f"got {_show(value)}", "a number from 0 to 1")
+    return float(value)
 
 
 def _sink(field: str, value: object) -> int:
@@ -152,6 +154,8 @@ class StsConfig:
     """
 
     policy: Policy = "ratio"
+    """`ratio`: keep a share of the context; `fixed`: `budget` tokens; `top_p`: the smallest set that holds
+    `top_p` of the importance, at most `budget`."""
     keep: float = 0.1
     """Share of the context to keep under `ratio`, 0 < keep <= 1; a request may set its own."""
     budget: int = 1024
@@ -163,7 +167,7 @@ class StsConfig:
     recent: int = 64
     """Last context tokens, always kept."""
     dense_layers: tuple[int, ...] = ()
-    """Target layers that attend to everything, kept sorted; `check_layers` knows how many there are."""
+    """Target layers that attend to everything; a launch knows how many there are."""
     spread: float = 0.5
     """Part of a token's score that the next token has at least: who reads a token reads on in the next row,
     and the last rows of a verify have no row of the draft. 0: none."""
@@ -172,9 +176,11 @@ class StsConfig:
     pool_heads: Pooling = "max"
     """How the draft heads mapped to one target KV head become one score."""
     head_map: str | None = None
-    """Path of a head map file, relative to the working directory; None: the proportional map."""
+    """Path of a head map file, relative to the working directory, read at launch; None: the packaged map
+    of the shipped pair, else the proportional one."""
     kernel: Kernel = "auto"
-    """Kernels to run; validate.py says which exist on a device."""
+    """Kernels to run: `triton` on CUDA and `torch` on a CPU, unless said otherwise; `flashinfer` verifies by
+    FlashInfer, on CUDA, for chains and the policies ratio and fixed."""
     dense: Dense = "auto"
     """Backend of everything dense (prefill, draft-extend, dense layers); auto: fa3 where SGLang has it."""
     history: History = "off"

@@ -13,7 +13,6 @@ import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -111,15 +110,35 @@ def write(folder: Path, dump: Dump) -> Path:
 def read(path: Path) -> Dump:
     """Read a dump. Raises ConfigError, one line, for what is not one."""
     try:
+        if not (path.suffix == ".npz" and path.is_file()):
+            raise ValueError("no .npz file")
         with np.load(path, allow_pickle=False) as file:
             dump = Dump(*(file[name] for name in ARRAYS), json.loads(str(file["meta"])))
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, BadZipFile) as error:
-        raise ConfigError(f"{path}: not a dump ({' '.join(str(error).split())[:120]})") from None
-    importance, channels, tokens, meta = dump
-    shaped = importance.ndim == channels.ndim == 2 and tokens.shape == importance.shape[1:]
-    kinds = [array.dtype.kind for array in dump[:3]] == [*ARRAYS.values()]
-    if not (shaped and kinds and channels.size and isinstance(meta, dict) and meta.get("version") == VERSION):
+    except Exception as error:  # numpy, zipfile and json raise of everything for what others wrote
+        reason = "".join(c if c.isprintable() else " " for c in str(error) or type(error).__name__)
+        raise ConfigError(f"{path}: not a dump ({reason[:120]})") from None
+    if not _is_dump(dump):
         raise ConfigError(f"{path}: not a dump of this version; allowed: files written under inspect_dir")
-    if channels.min() < 0 or channels.max() >= len(importance):
-        raise ConfigError(f"{path}: names channel {channels.max()} of {len(importance)}")
+    if dump.channels.min() < 0 or dump.channels.max() >= len(dump.importance):
+        raise ConfigError(f"{path}: names channel {dump.channels.max()} of {len(dump.importance)}")
     return dump
+
+
+def _is_dump(dump: Dump) -> bool:
+    importance, channels, tokens, meta = dump
+    kinds = {name: getattr(array, "dtype", np.dtype("O")) for name, array in zip(ARRAYS, dump, strict=False)}
+    if {name: dtype.kind for name, dtype in kinds.items()} != ARRAYS:
+        return False
+    shaped = importance.ndim == channels.ndim == 2 and tokens.shape == importance.shape[1:]
+    if not (shaped and channels.size and np.isfinite(importance).all()):
+        return False
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < 2**31:
+        return False
+    expected = {"version": int, "prompt_tokens": int, "cached_tokens": int, "config": dict}
+    expected |= {"head_map": str, "signal": str}
+    if not isinstance(meta, dict) or any(type(meta.get(key)) is not kind for key, kind in expected.items()):
+        return False
+    history, decay = (meta["config"].get(key) for key in ("history", "history_decay"))
+    words = (history, meta["signal"], meta["head_map"])
+    plain = all(isinstance(word, str) and word.isprintable() for word in words)
+    return meta["version"] == VERSION and plain and isinstance(decay, (int, float))

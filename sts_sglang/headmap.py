@@ -439,21 +439,22 @@ def _is_digest(value: Any) -> bool:
 
 
 def _read(path: str) -> dict[str, Any]:
+    shown = repr(path if len(path) <= 200 else f"...{path[-200:]}")
     try:
         if not os.path.isfile(path):
-            raise _error("file", f"{path!r} is not a file", "a head map JSON")
+            raise _error("file", f"{shown} is not a file", "a head map JSON")
         if os.path.getsize(path) > MAX_FILE_BYTES:
-            raise _error("file", f"{path!r} is too large", f"at most {MAX_FILE_BYTES} bytes")
+            raise _error("file", f"{shown} is too large", f"at most {MAX_FILE_BYTES} bytes")
         with open(path, encoding="utf-8") as f:
             data = json.load(f, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, ConfigError):
             raise
         raise _error(
-            "file", f"cannot read {path!r} ({type(error).__name__}: {_short(str(error))})", "JSON"
+            "file", f"cannot read {shown} ({type(error).__name__}: {_short(str(error))})", "JSON"
         ) from None
     if not isinstance(data, dict):
-        raise _error("file", f"{path!r} holds a {type(data).__name__}", "a JSON object")
+        raise _error("file", f"{shown} holds a {type(data).__name__}", "a JSON object")
     return data
 
 
@@ -493,6 +494,7 @@ def _sources(value: Any, field: str, draft: HeadCounts) -> tuple[Source, ...]:
 
 def _short(value: Any) -> str:
     text = " ".join(str(value).split()).encode("ascii", "backslashreplace").decode()
+    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -31,9 +31,15 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a dump")
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="show tokens as this tokenizer does")
-    parser.add_argument("--top", type=int, default=10, help="positions to list (default 10)")
+    parser.add_argument("--top", type=_count, default=10, help="positions to list (default 10)")
     parser.add_argument("--no-plot", action="store_true", help="print only; matplotlib is not needed")
     parser.set_defaults(run=run)
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of positions")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -148,6 +154,6 @@ def _tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+    except Exception as error:  # transformers raises of everything for a file that is no tokenizer
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise ConfigError(f"--tokenizer {folder}: {reason}; allowed: a folder with a tokenizer") from None

@@ -129,7 +129,7 @@ BAD_VALUES = {
         ["0", 0, None, {"0": 1}, [-1], [1, 1], [0.0], [True], ["1"], [1024], [[1]]],
         "from 0 to 1023",
     ),
-    "spread": ([-0.1, 1.5, True, "0.5", None, math.nan], "a number above 0 and at most 1"),
+    "spread": ([-0.1, 1.5, True, "0.5", None, math.nan], "a number from 0 to 1"),
     "pool_rows": (["sum", "", None, 0], "max | mean"),
     "pool_heads": (["min", "MAX", None, True], "max | mean"),
     "head_map": (["", "  ", 1, ["m.json"], "a\0b", "\ud800", "x" * 4097], "path of a head map"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import urllib.error
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,6 +58,68 @@ def test_a_dump_that_fails_ends_neither_request_nor_server(monkeypatch, caplog, 
     runtime = SimpleNamespace(config=StsConfig(inspect_dir=str(tmp_path)))
     dumps.finished(runtime, request, torch.empty(0))
     assert "r was not dumped: no room" in caplog.text
+
+
+def broken(folder: Path, **members) -> Path:
+    """A dump with some members changed; None leaves one out."""
+    dump = make_dump()
+    arrays = dict(zip(dumps.ARRAYS, dump[:3], strict=True)) | {"meta": np.array(json.dumps(dump.meta))}
+    path = folder / "broken.npz"
+    np.savez(path, **{k: v for k, v in (arrays | members).items() if v is not None})
+    return path
+
+
+def meta(**changes) -> np.ndarray:
+    return np.array(json.dumps(make_dump().meta | changes))
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"tokens": None},
+        {"tokens": np.full(100, -1, dtype=np.int32)},
+        {"tokens": np.full(100, 2**33)},
+        {"tokens": np.arange(99, dtype=np.int32)},
+        {"importance": np.full((2, 100), np.inf, dtype=np.float32)},
+        {"importance": np.array("x")},
+        {"channels": np.array([[0, 9]], dtype=np.int32)},
+        {"meta": np.array("[" * 100_000)},
+        {"meta": np.array('{"version": 1}')},
+        {"meta": meta(config=3)},
+        {"meta": meta(prompt_tokens="x")},
+        {"meta": meta(signal="\x1b[31m")},
+        {"meta": meta(version=2)},
+    ],
+    ids=lambda members: str(members)[:40],
+)
+def test_a_broken_dump_is_refused_in_one_line(tmp_path, capsys, members):
+    path = broken(tmp_path, **members)
+    assert cli.main(["inspect", str(path), "--no-plot"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and str(path) in error and error.replace("\n", "").isprintable()
+
+
+def test_what_is_no_dump_file_is_refused_in_one_line(tmp_path, capsys):
+    array, text = tmp_path / "array.npz", tmp_path / "text.npz"
+    with array.open("wb") as file:
+        np.save(file, np.zeros(3))
+    text.write_text("PK no archive")
+    pipe = tmp_path / "pipe.npz"
+    os.mkfifo(pipe)
+    picture = tmp_path / "x.png"  # its plot would be written over it
+    picture.write_bytes(dumps.write(tmp_path, make_dump()).read_bytes())
+    for path in (array, text, pipe, picture, tmp_path, tmp_path / "none.npz"):
+        assert cli.main(["inspect", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and str(path) in error
+
+
+def test_a_broken_tokenizer_is_refused_in_one_line(tmp_path, capsys):
+    path = dumps.write(tmp_path, make_dump())
+    (tmp_path / "tokenizer.json").write_text('{"a": 1}')
+    assert cli.main(["inspect", str(path), "--no-plot", "--tokenizer", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "--tokenizer" in error
 
 
 def test_the_folder_is_bounded(tmp_path, monkeypatch):

@@ -15,7 +15,15 @@ def test_the_readme_shows_the_results():
 
 
 def test_a_table_holds_medians_spread_and_gain(tmp_path, monkeypatch):
-    origin = {"gpu": "G", "sglang": "0", "commit": "c", "simulated": 3.0, "context": 1000, "requests": 2}
+    origin = {
+        "gpu": "G",
+        "sglang": "0",
+        "commit": "c",
+        "simulated": 3.0,
+        "context": 1000,
+        "requests": 2,
+        "keep_ratio": 0.125,
+    }
     speeds = {
         "stock-spec": (100, 104, 90),
         "stock-spec-captured": (120,),
@@ -25,7 +33,10 @@ def test_a_table_holds_medians_spread_and_gain(tmp_path, monkeypatch):
     rows = [{"arm": arm, "tokens_per_s": s, **origin} for arm, found in speeds.items() for s in found]
     (tmp_path / "serving.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert "| 1,000 x 2 | – | 100 ± 7 | 120 ± 0 | – | 150 ± 3 | – | 1.50x (1.25x) | – |" in report.serving()
+    assert (
+        "| 1,000 x 2 | – | 100 ± 7 | 120 ± 0 | – | 150 ± 3 | – | 12 % | 1.50x (1.25x) | – |"
+        in report.serving()
+    )
     assert "makes sts 0.980x at 1,000 x 2" in report.serving()
     assert report.verify() == "Not measured yet."
 

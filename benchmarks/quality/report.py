@@ -7,8 +7,8 @@ reads FOLDER/*.jsonl and writes FOLDER/report.md and FOLDER/pareto.png.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -376,6 +376,8 @@ def write(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        raise SystemExit(__doc__)
-    write(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="of result files")
+    write(parser.parse_args().folder)

@@ -93,8 +93,10 @@ def run(args: argparse.Namespace) -> int:
     except ConfigError as error:
         raise ConfigError(str(error).replace("sts_config.", "--")) from None
     for flag, path in (("--out", args.out), ("--report", args.report), ("--plot", args.plot)):
-        if path and not Path(path).absolute().parent.is_dir():
-            raise ConfigError(f"{flag} {path}: no such folder; allowed: a file in a folder that exists")
+        if path:
+            _check_writable(flag, Path(path))
+    if args.plot:
+        _check_plot(args.plot)
     texts, holdout = _texts(args.text, "calibration", "--text"), _texts(args.holdout, "heldout", "--holdout")
     if same := {t.content for t in texts} & {t.content for t in holdout}:
         raise ConfigError(f"--holdout: {len(same)} text(s) also given to --text; allowed: other texts")
@@ -116,14 +118,37 @@ def run(args: argparse.Namespace) -> int:
     records = _record(pair, args, config, texts, "--text")
     held = _record(pair, args, config, holdout, "--holdout")
     found, report = measure(pair, args, config, records, held)
-    _write("--out", args.out, _map(pair, args, found, report, prints, texts, records))
     print(reports.table(report))
+    _write("--out", args.out, _map(pair, args, found, report, prints, texts, records))
     if args.report:
         _write("--report", args.report, report)
     if args.plot:
         reports.plot(args.plot, report, f"held-out recall at keep {args.keep:g}")
     print(f"""wrote {args.out}; use it with --sts-config '{{"head_map": "{args.out}"}}'""")
     return 0
+
+
+def _check_writable(flag: str, path: Path) -> None:
+    """Now, not after minutes of work."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"{flag} {path}: no such folder; allowed: a file in a folder that exists")
+    if path.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{flag} {path}: cannot be written; allowed: a file in a folder that is yours")
+
+
+def _check_plot(path: str) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            "--plot: matplotlib is not installed; allowed: pip install sts-sglang[plots]"
+        ) from None
+    kinds = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in kinds:
+        raise ConfigError(
+            f"--plot {path}: no picture; allowed: a name that ends in .{', .'.join(sorted(kinds))}"
+        )
 
 
 def measure(pair, args, config, records, held):
