@@ -39,8 +39,14 @@ def shapes_of(found: list[dict]) -> list[tuple[int, int]]:
     return list(dict.fromkeys((r["context"], r["requests"]) for r in found))
 
 
-def speed(found: list[dict], arm: str, shape: tuple[int, int]) -> list[float]:
-    return [r["tokens_per_s"] for r in found if (r["arm"], r["context"], r["requests"]) == (arm, *shape)]
+def speeds(found: list[dict], shape: tuple[int, int], *arms: str) -> list[list[float]]:
+    """Tokens per second of each arm, of the newest run (commit) that has all of them; else empty lists."""
+    for run in reversed(dict.fromkeys(r["commit"] for r in found)):
+        mine = [r for r in found if (r["commit"], r["context"], r["requests"]) == (run, *shape)]
+        own = [[r["tokens_per_s"] for r in mine if r["arm"] == arm] for arm in arms]
+        if all(own):
+            return own
+    return [[] for _ in arms]
 
 
 def serving() -> str:
@@ -50,16 +56,16 @@ def serving() -> str:
         return "Not measured yet."
     lines = []
     for shape in shapes_of(found):
-        speeds = [speed(found, arm, shape) for arm in ARMS]
-        cells = [f"{statistics.median(s):,.0f} ± {(max(s) - min(s)) / 2:,.0f}" if s else "–" for s in speeds]
+        own = [speeds(found, shape, arm)[0] for arm in ARMS]
+        cells = [f"{statistics.median(s):,.0f} ± {(max(s) - min(s)) / 2:,.0f}" if s else "–" for s in own]
         kept = {r["keep_ratio"] for r in found if (r["arm"], r["context"], r["requests"]) == ("sts", *shape)}
         cells += [f"{100 * max(kept):.0f} %" if kept else "–"]
         cells += [gains(found, arm, shape) for arm in ("sts", "sts-draft")]
         lines.append([f"{shape[0]:,} x {shape[1]}", *cells])
-    first = found[0]
+    first, runs = found[0], dict.fromkeys(r["commit"] for r in found)
     note = (
         f"Tokens per second, median ± half the spread. {first['gpu']}, SGLang {first['sglang']}, commit "
-        f"{found[-1]['commit']}; shapes of Llama-3.1-8B and 3.2-1B, dummy weights, simulated accept length "
+        f"{', '.join(runs)}; shapes of Llama-3.1-8B and 3.2-1B, dummy weights, simulated accept length "
         f"{first['simulated']:g} (the output is meaningless, the work is not), prefix cached. Kept is what "
         f"verify attends to, never less than `budget`, 1,024 tokens. Gains are over stock FA3 + STANDALONE, "
         f"in brackets over the same with its draft-extend captured."
@@ -77,8 +83,8 @@ def serving() -> str:
 
 
 def gain(found: list[dict], arm: str, shape: tuple[int, int], over: str) -> float | None:
-    """Over stock with the same draft; None where one of them was not measured."""
-    own, stock = (speed(found, name, shape) for name in (arm, over))
+    """Over another arm of the same run; None where no run has both."""
+    own, stock = speeds(found, shape, arm, over)
     return statistics.median(own) / statistics.median(stock) if own and stock else None
 
 

@@ -31,10 +31,13 @@ def test_a_table_holds_medians_spread_and_gain(tmp_path, monkeypatch):
         "sts-blend": (147,),
     }
     rows = [{"arm": arm, "tokens_per_s": s, **origin} for arm, found in speeds.items() for s in found]
-    (tmp_path / "serving.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    # An older run is shown where the newer one has nothing, and compared with nothing of the newer one.
+    arms = ("stock", "sts-draft", "sts")
+    older = [{"arm": arm, "tokens_per_s": 50, **origin, "commit": "b"} for arm in arms]
+    (tmp_path / "serving.jsonl").write_text("\n".join(map(json.dumps, older + rows)))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert (
-        "| 1,000 x 2 | – | 100 ± 7 | 120 ± 0 | – | 150 ± 3 | – | 12 % | 1.50x (1.25x) | – |"
+        "| 1,000 x 2 | 50 ± 0 | 100 ± 7 | 120 ± 0 | – | 150 ± 3 | 50 ± 0 | 12 % | 1.50x (1.25x) | – |"
         in report.serving()
     )
     assert "makes sts 0.980x at 1,000 x 2" in report.serving()
