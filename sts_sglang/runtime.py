@@ -265,7 +265,7 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
     own = memory.floor_bytes(config, requests, len(head_map.channels), growth)
     if config.kernel == "flashinfer":
         shape = _headwise_shape(server_args, target, requests)
-        own = shape.float_workspace() + shape.list_bytes(shape.entries(config, 0, target.context_len))
+        own += shape.float_workspace() + shape.list_bytes(shape.entries(config, 0, target.context_len))
         state += memory.OVERSUBSCRIBED * shape.list_bytes(8) / 8
     carried = counts[1].layers * draft.num_attention_heads * draft.head_dim * draft.dtype.itemsize
     own += requests * carried

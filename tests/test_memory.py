@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from sts_sglang import memory
+from sts_sglang import memory, runtime
 from sts_sglang.backends import dense
 from sts_sglang.config import StsConfig
 from sts_sglang.headmap import HeadCounts, proportional
@@ -60,6 +62,32 @@ def test_what_is_allocated_is_reserved(config):
     stored = 2 * DRAFT.kv_heads * 2 * 4 * sizes.columns  # what draft attention keeps of a layer's step
     assert 0 < carried < 0.02 * pool * KV_BYTES
     assert 0.95 * reserved < sum(taken.values()) + fresh + stored <= 1.001 * reserved
+
+
+@pytest.mark.parametrize("kernel", ["triton", "flashinfer"])
+def test_the_least_lists_are_reserved_beside_what_a_kernel_needs(monkeypatch, kernel):
+    """FlashInfer's workspaces come on top of them."""
+
+    def model(counts: HeadCounts, dim: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            num_hidden_layers=counts.layers,
+            num_attention_heads=counts.q_heads,
+            head_dim=dim,
+            dtype=torch.bfloat16,
+            context_len=8192,
+            get_total_num_kv_heads=lambda: counts.kv_heads,
+        )
+
+    monkeypatch.setattr(runtime, "draft_config", lambda *_: model(DRAFT, 64))
+    monkeypatch.setattr(runtime, "_headwise_shape", lambda *_: memory.Headwise(4, 32, 8, 128, 64, 8))
+    args = SimpleNamespace(speculative_eagle_topk=1, max_running_requests=64)
+
+    def reserved(budget: int) -> int:
+        config = StsConfig(kernel=kernel, budget=budget)
+        return runtime.reserved_bytes(config, args, model(TARGET, 128), 60 << 30)
+
+    channels = len(proportional(TARGET, DRAFT).channels)
+    assert reserved(16384) - reserved(1024) > 0.95 * 64 * (16384 - 1024) * channels * 4
 
 
 def test_the_state_allocates_what_was_counted():
