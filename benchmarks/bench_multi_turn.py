@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.harness import commit, end_orderly_when_terminated
+from benchmarks.harness import check_arms, commit, end_orderly_when_terminated
 from sts_sglang.demo import shipped_pair
 from sts_sglang.local_server import LocalServer, sparse_between
 from sts_sglang.validate import CHAIN_FLAGS
@@ -237,8 +237,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--logs", type=Path, default=Path("."), help="folder of the server logs (%(default)s)")
     p.add_argument("--out", type=Path, help="append raw results to this JSONL file")
     options = p.parse_args(argv)
-    if unknown := set(options.arms.split(",")) - set(ARMS):
-        p.error(f"--arms: no {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
+    check_arms(p, options.arms, ARMS)
     return options
 
 

@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks import dummy_models
-from benchmarks.harness import commit, end_orderly_when_terminated
+from benchmarks.harness import check_arms, commit, end_orderly_when_terminated
 from sts_sglang.local_server import LocalServer, sparse_between
 
 # On top of the given --sts-config.
@@ -168,8 +168,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options = p.parse_args(argv)
     if not options.dummy and not (options.target and options.draft):
         p.error("give --target and --draft, or --dummy")
-    if unknown := set(options.arms.split(",")) - set(ARMS):
-        p.error(f"--arms: no {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
+    check_arms(p, options.arms, ARMS)
     return options
 
 

@@ -71,9 +71,9 @@ def serving() -> str:
         f"in brackets over the same with its draft-extend captured."
     )
     for arm, name in (("sts", "sts"), ("sts-draft", "the sparse draft")):
-        kept = {s: g for s in shapes_of(found) if (g := gain(found, f"{arm}-blend", s, arm))}
-        if kept:
-            shown = ", ".join(f"{g:.3f}x at {n:,} x {r}" for (n, r), g in kept.items())
+        costs = {s: g for s in shapes_of(found) if (g := gain(found, f"{arm}-blend", s, arm))}
+        if costs:
+            shown = ", ".join(f"{g:.3f}x at {n:,} x {r}" for (n, r), g in costs.items())
             note += f" History in every verify (`blend`) makes {name} {shown}."
     return (
         table(["context x requests", *ARMS.values(), "kept", "gain", "gain, draft too"], lines)

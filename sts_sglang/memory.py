@@ -15,8 +15,6 @@ LIST_SLACK = 1.25
 PLAN_BLOCK = 256
 # FlashInfer splits lists over two thread blocks a multiprocessor; no device has more than 160 of them.
 PLAN_GRID = 320
-
-
 # So many requests at once may have lists of the least length, whatever their share is.
 FLOORS = 64
 
@@ -54,10 +52,9 @@ def bytes_per_token(
         list_growth: of the head map.
     """
     share = min(1.0, config.keep * LIST_SLACK) if config.policy == "ratio" else 1.0
-    lists = 8 if config.sparse_draft else 4
     remembers = config.history != "off"
     scores = 4 * channels if remembers else 2 * channels  # mixing sets the fresh ones aside
-    scored = scores + lists * channels * share * list_growth + 2 * draft_kv_heads * draft_rows
+    scored = scores + _entry_bytes(config) * channels * share * list_growth + 2 * draft_kv_heads * draft_rows
     return OVERSUBSCRIBED * scored + (history_bytes_per_token(channels) if remembers else 0)
 
 
@@ -65,8 +62,12 @@ def floor_bytes(config: StsConfig, requests: int, channels: int, list_growth: fl
     """Bytes of the lists of contexts so short that `budget` is more than their share (sizes)."""
     if config.policy != "ratio":
         return 0
-    entry = 8 if config.sparse_draft else 4
-    return int(min(requests, FLOORS) * _floor(config) * channels * list_growth * entry)
+    return int(min(requests, FLOORS) * _floor(config) * channels * list_growth * _entry_bytes(config))
+
+
+def _entry_bytes(config: StsConfig) -> int:
+    """Of a list: int32, and one more where the draft reads a list of its own."""
+    return 8 if config.sparse_draft else 4
 
 
 def history_bytes_per_token(channels: int) -> int:

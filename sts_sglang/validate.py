@@ -306,17 +306,19 @@ def check_tiles(server_args: ServerArgs, config: StsConfig, target: ModelConfig,
                 'powers of two; give another model, or set kernel to "torch" with --disable-cuda-graph'
             )
     room = _shared_memory()
+    if room is None:
+        return
     tokens, branches = server_args.speculative_num_draft_tokens, server_args.speculative_eagle_topk
-    readers = [("--speculative-num-draft-tokens", tokens, target, VERIFY_TILE)]
-    readers += [("--speculative-eagle-topk", branches, draft, DRAFT_TILE)]
+    readers = [("--speculative-num-draft-tokens", tokens, tokens, target, VERIFY_TILE)]
+    # A carried row beside the branches'.
+    readers += [("--speculative-eagle-topk", branches, 1 + branches, draft, DRAFT_TILE)]
     if config.draft == "all":
-        readers += [("--speculative-num-draft-tokens", tokens, draft, VERIFY_TILE)]
-    for flag, number, model, tile in readers:
-        queries = number + (tile is DRAFT_TILE)  # a carried row beside the branches'
+        readers += [("--speculative-num-draft-tokens", tokens, tokens, draft, VERIFY_TILE)]
+    for flag, number, queries, model, tile in readers:
         rows = queries * (model.num_attention_heads // model.num_key_value_heads)
         padded = max(16, 1 << (rows - 1).bit_length())
         needed = model.head_dim * (tile[padded > 16] + 2 * padded)
-        if room is not None and needed > room:
+        if needed > room:
             raise Refusal(
                 f"{flag} {number}: a thread block of sts's kernels would hold {rows} query rows of "
                 f"{model.head_dim} and need about {needed} bytes of shared memory, and this GPU has {room}; "

@@ -95,8 +95,6 @@ def run(args: argparse.Namespace) -> int:
     for flag, path in (("--out", args.out), ("--report", args.report), ("--plot", args.plot)):
         if path:
             _check_writable(flag, Path(path))
-    if args.plot:
-        _check_plot(args.plot)
     texts, holdout = _texts(args.text, "calibration", "--text"), _texts(args.holdout, "heldout", "--holdout")
     if same := {t.content for t in texts} & {t.content for t in holdout}:
         raise ConfigError(f"--holdout: {len(same)} text(s) also given to --text; allowed: other texts")
@@ -105,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
     from sts_sglang.calibrate import report as reports
     from sts_sglang.calibrate.record import Pair
 
+    if args.plot:
+        reports.check_plot(args.plot)
     _check_device(args.device)
     prints = {"target": fingerprint.of_model(args.model), "draft": fingerprint.of_model(args.draft)}
     pair = Pair(args.model, args.draft, args.device, args.dtype)
@@ -135,20 +135,6 @@ def _check_writable(flag: str, path: Path) -> None:
         raise ConfigError(f"{flag} {path}: no such folder; allowed: a file in a folder that exists")
     if path.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"{flag} {path}: cannot be written; allowed: a file in a folder that is yours")
-
-
-def _check_plot(path: str) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(
-            "--plot: matplotlib is not installed; allowed: pip install sts-sglang[plots]"
-        ) from None
-    kinds = Figure().canvas.get_supported_filetypes()
-    if Path(path).suffix[1:].lower() not in kinds:
-        raise ConfigError(
-            f"--plot {path}: no picture; allowed: a name that ends in .{', .'.join(sorted(kinds))}"
-        )
 
 
 def measure(pair, args, config, records, held):

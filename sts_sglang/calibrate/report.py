@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,22 +67,37 @@ def weak_heads(recall: torch.Tensor, oracle: torch.Tensor) -> list[dict[str, Any
     return sorted(found, key=lambda weak: weak["recall"])
 
 
+def check_plot(path: str) -> None:
+    """Before the work is done. Raises ConfigError: matplotlib is missing or draws no such file."""
+    kinds = _figure()().canvas.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in kinds:
+        raise ConfigError(
+            f"--plot {path}: no picture; allowed: a name that ends in .{', .'.join(sorted(kinds))}"
+        )
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            "--plot: matplotlib is not installed; allowed: pip install sts-sglang[plots]"
+        ) from None
+    return Figure
+
+
 def plot(path: str, report: dict[str, Any], title: str) -> None:
     """Draw held-out recall by target layer and KV head into `path`, weak heads outlined and listed.
 
     Raises:
         ConfigError: matplotlib is missing or cannot write there.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
-    except ImportError:
-        raise ConfigError(
-            "--plot: matplotlib is not installed; allowed: pip install sts-sglang[plots]"
-        ) from None
+    figure_class = _figure()
+    from matplotlib.patches import Rectangle
+
     recall, weak = torch.tensor(report["heldout_recall"]), report["weak_heads"]
     layers, heads = recall.shape
-    figure = Figure(figsize=(3 + 0.6 * layers, 2.4 + 0.4 * heads), layout="constrained")
+    figure = figure_class(figsize=(3 + 0.6 * layers, 2.4 + 0.4 * heads), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(recall.T.numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis")
     axes.set(xlabel="target layer", ylabel="KV head", title=title, xticks=range(layers), yticks=range(heads))
