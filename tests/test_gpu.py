@@ -77,7 +77,7 @@ class Servers:
 
     def _start(self, name: str) -> LocalServer | RuntimeError:
         args = ["--context-length", "33792", "--max-running-requests", "8", "--max-total-tokens", "120000"]
-        args += ["--cuda-graph-max-bs", "8", "--mem-fraction-static", "0.6", "--skip-server-warmup"]
+        args += ["--cuda-graph-max-bs", "8", "--mem-fraction-static", "0.85", "--skip-server-warmup"]
         args += ["--random-seed", "0", "--sleep-on-idle"]  # else each of them spins on a core
         if not name.startswith("prefill-graphs"):
             args += ["--cuda-graph-backend-prefill", "disabled"]  # it captures for a minute

@@ -160,7 +160,7 @@ def test_no_freed_slot_is_remembered_on_a_gpu(tmp_path):
     ]
     # Room for a third of a storm: the rest waits, evicts, and retracts.
     args = ["--max-total-tokens", str(6 * max(map(len, prefixes))), "--max-running-requests", "12"]
-    args += ["--context-length", "16384", "--mem-fraction-static", "0.6", "--skip-server-warmup"]
+    args += ["--context-length", "16384", "--mem-fraction-static", "0.85", "--skip-server-warmup"]
     args += ["--cuda-graph-max-bs", "12", "--cuda-graph-backend-prefill", "disabled", "--random-seed", "0"]
     args += ["--chunked-prefill-size", "2048", "--sleep-on-idle"]
 
