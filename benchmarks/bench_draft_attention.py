@@ -1,7 +1,8 @@
 """Draft attention that leaves importance behind: against its twin (gate), then time with and without.
 
-Shapes of a 1B draft: 32 query and 8 KV heads of 64, every query head mapped. Two steps of a round: the
-first scores the carried row too, a later one its own row only. Dense FA3 beside it where it is installed.
+8 KV heads, every query head mapped; `--quick` has the shapes of a 1B draft, 32 query heads of 64. Two steps
+of a round: the first scores the carried row too, a later one its own row only. Dense FA3 beside it where it
+is installed.
 """
 
 from __future__ import annotations
@@ -25,10 +26,19 @@ from benchmarks.harness import (
 from sts_kernels import Members, ops
 from sts_kernels.draft_attention import KNOBS, plan_contexts
 
-Q_HEADS, KV_HEADS, DIM, STEPS = 32, 8, 64, 3
-SHAPES = [
-    {"context": c, "batch": b, "step": s}
-    for c, b in ((8192, 16), (32768, 1), (32768, 4), (32768, 8), (131072, 1))
+KV_HEADS, STEPS = 8, 3
+FULL = settings(
+    {
+        "context": [8192, 32768, 131072],
+        "batch": [1, 4, 16],
+        "dim": [64, 128],
+        "group": [4, 8],
+        "step": [0, 1],
+    }
+)
+QUICK = [
+    {"context": c, "batch": b, "dim": 64, "group": 4, "step": s}
+    for c, b in ((32768, 1), (32768, 8), (131072, 1))
     for s in (0, 1)
 ]
 SPLIT_GRID = settings({"programs": [264, 396, 528, 792], "num_warps": [4, 8], "num_stages": [3, 5, 7]})
@@ -43,11 +53,11 @@ POOL_GRID = settings(
 IMPORTANCE = 13  # its place among the arguments
 
 
-def members(speak: bool, device: str = DEVICE) -> Members:
-    """Each KV head's four query heads are a channel; or nobody speaks."""
-    heads = torch.arange(Q_HEADS, dtype=torch.int32, device=device).view(KV_HEADS, -1)
+def members(speak: bool, group: int, device: str = DEVICE) -> Members:
+    """The query heads of each KV head are a channel; or nobody speaks."""
+    heads = torch.arange(KV_HEADS * group, dtype=torch.int32, device=device).view(KV_HEADS, group)
     channels = torch.arange(KV_HEADS, dtype=torch.int32, device=device)
-    scale = torch.full((KV_HEADS,), KV_HEADS / Q_HEADS, device=device)
+    scale = torch.full((KV_HEADS,), 1 / group, device=device)
     fresh = torch.ones(KV_HEADS, dtype=torch.bool, device=device)
     everyone = Members(channels, heads, scale, fresh)
     return everyone if speak else Members(*(t[:0] for t in everyone))
@@ -56,28 +66,36 @@ def members(speak: bool, device: str = DEVICE) -> Members:
 def draw(shape: Shape, seed: int = 0, device: str = DEVICE, dtype: torch.dtype = DTYPE) -> list:
     """Arguments of draft_attention, with importance."""
     torch.manual_seed(seed)
-    context, batch, step = shape["context"], shape["batch"], shape["step"]
+    context, batch, step, dim = shape["context"], shape["batch"], shape["step"], shape["dim"]
+    q_heads = KV_HEADS * shape["group"]
     width = context + STEPS + 1
     table = torch.randperm(batch * width, device=device).view(batch, width).int() + 1
     table = torch.cat([torch.zeros(1, width, dtype=torch.int32, device=device), table])
-    size = (batch * width + 1, KV_HEADS, DIM)
+    size = (batch * width + 1, KV_HEADS, dim)
     k, v = (torch.randn(size, dtype=dtype, device=device) for _ in range(2))
     # Logits of deviation 3: attention is peaked, and a gate sees what one token does.
-    q = 3 * torch.randn(batch, Q_HEADS, DIM, dtype=dtype, device=device)
-    carried = 3 * torch.randn(batch + 1, Q_HEADS, DIM, dtype=dtype, device=device) if step == 0 else None
+    q = 3 * torch.randn(batch, q_heads, dim, dtype=dtype, device=device)
+    carried = 3 * torch.randn(batch + 1, q_heads, dim, dtype=dtype, device=device) if step == 0 else None
     lens = torch.full((batch,), context, device=device)
     carried_len = torch.full((batch + 1,), context, device=device)
     reqs = torch.arange(1, batch + 1, device=device)
     columns = -(-context // 64) * 64
     start = torch.arange(batch, device=device) * columns
     importance = torch.zeros(KV_HEADS, batch * columns, dtype=torch.float16, device=device)
-    places = [table, reqs, lens, start, step, STEPS, DIM**-0.5, members(True, device), importance, STEPS]
-    return [q, carried, carried_len, k, v, *places]
+    places = [table, reqs, lens, start, step, STEPS, dim**-0.5]
+    speak = members(True, shape["group"], device)
+    return [q, carried, carried_len, k, v, *places, speak, importance, STEPS]
 
 
 def silent(args: list) -> list:
     """The same attention without importance: no member speaks, no carried row."""
-    return [args[0], None, *args[2:12], members(False, args[3].device), *args[IMPORTANCE:]]
+    return [
+        args[0],
+        None,
+        *args[2:12],
+        members(False, args[0].shape[1] // KV_HEADS, args[3].device),
+        *args[IMPORTANCE:],
+    ]
 
 
 def planned(args: list) -> list:
@@ -97,7 +115,7 @@ def close(found: tuple, expected: tuple) -> None:
 
 
 def nbytes(shape: Shape) -> int:
-    return shape["batch"] * shape["context"] * KV_HEADS * DIM * 2 * 2
+    return shape["batch"] * shape["context"] * KV_HEADS * shape["dim"] * 2 * 2
 
 
 def prepare(shape: Shape):
@@ -121,7 +139,7 @@ def fa3_dense(shape: Shape, args: list):
         "cache_seqlens": torch.full((batch,), seen, dtype=torch.int32, device="cuda"),
         "cu_seqlens_q": torch.arange(batch + 1, dtype=torch.int32, device="cuda"),
         "max_seqlen_q": 1,
-        "softmax_scale": DIM**-0.5,
+        "softmax_scale": shape["dim"] ** -0.5,
         "causal": True,
     }
     return lambda: flash_attn_with_kvcache(**options)
@@ -157,8 +175,7 @@ def compile_one(shape: Shape, knobs: dict) -> None:
 
 def main() -> None:
     args = parser(__doc__).parse_args()
-    quick = [s for s in SHAPES if s["context"] > 8192 and s["batch"] != 4]
-    shapes = quick if args.quick or args.tune else SHAPES
+    shapes = QUICK if args.quick or args.tune else FULL
     grid = [*SPLIT_GRID, *POOL_GRID, {"early": False}] if args.tune else [{}]
     compile_ahead(compile_one, shapes, grid)
     results = Results("draft_attention", args.out)

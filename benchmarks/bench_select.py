@@ -23,10 +23,10 @@ from sts_kernels import ops
 from sts_kernels.select import KNOBS
 
 CHANNELS, SINK, RECENT = 128, 4, 64
-SHAPES = [
-    {"context": c, "batch": b, "keep": k}
+FULL = settings({"context": [8192, 32768, 131072], "batch": [1, 4, 16], "keep": [0.05, 0.1, 0.25]})
+QUICK = [
+    {"context": c, "batch": b, "keep": 0.1}
     for c, b in ((8192, 16), (32768, 1), (32768, 4), (32768, 8), (32768, 16), (131072, 1), (131072, 4))
-    for k in (0.05, 0.1, 0.25)
 ]
 GRID = settings({"WORDS": [512, 1024, 2048], "num_warps": [8, 16], "maxnreg": [80, 96, 128]})
 LISTS, COUNTS = 8, 10  # places of kv_indices and kv_count among the arguments
@@ -81,7 +81,7 @@ def compile_one(shape: Shape, knobs: dict) -> None:
 
 def main() -> None:
     args = parser(__doc__).parse_args()
-    shapes = [s for s in SHAPES if s["keep"] == 0.1] if args.quick or args.tune else SHAPES
+    shapes = QUICK if args.quick or args.tune else FULL
     grid = GRID if args.tune else [{}]
     compile_ahead(compile_one, shapes[:1], grid)
     results = Results("select", args.out)

@@ -7,8 +7,9 @@ Arms (each its own server, `--repeats` times in alternating order):
   sts-dense            sts with every target layer dense: what capture and selection cost
   sts                  sts with the given --sts-config
   sts-draft            the same with "draft": "all"
+  sts-warm             sts with "history": "warm"
   sts-blend            sts with "history": "blend"
-  sts-draft-blend      sts with both
+  sts-draft-blend      sts with "draft": "all" and "history": "blend"
 
 For every shape CONTEXTxREQUESTS the prompts are prefilled once, so that the measured requests find them
 in the prefix cache; then all requests decode `--new-tokens` at the same time, `--passes` times. Prompts of
@@ -40,6 +41,7 @@ CONFIGS: dict[str, dict] = {
     "sts-dense": {"dense_layers": "all"},
     "sts": {},
     "sts-draft": {"draft": "all"},
+    "sts-warm": {"history": "warm"},
     "sts-blend": {"history": "blend"},
     "sts-draft-blend": {"draft": "all", "history": "blend"},
 }

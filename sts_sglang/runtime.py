@@ -13,7 +13,7 @@ from sts_sglang import compat, headmap, memory
 from sts_sglang.config import ConfigError, StsConfig, request_keep
 from sts_sglang.importance import RoundState
 from sts_sglang.metrics import read_counters
-from sts_sglang.selectors import LayerSelector
+from sts_sglang.selectors import SCRATCH, LayerSelector
 from sts_sglang.validate import draft_config
 
 if TYPE_CHECKING:
@@ -130,10 +130,10 @@ class StsRuntime:
         return self.ops.plan_verify(*selection, heads, seq_lens, *programs)
 
     def _comparison(self, target: HeadCounts, requests: int) -> LayerSelector:
-        """Selects in the draft's stead, over the same columns."""
-        scores = self.state.importance
+        """Selects in the draft's stead, over the same columns; on a GPU without a look at the lengths."""
+        scores, width = self.state.importance, None if self.device == "cpu" else self.req_to_token.shape[1]
         return LayerSelector(
-            self.config, target.kv_heads, scores.shape[1], requests, scores.dtype, self.device
+            self.config, target.kv_heads, scores.shape[1], requests, scores.dtype, self.device, width
         )
 
     def head_channels(self, target_layer: int) -> torch.Tensor:
@@ -263,6 +263,7 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
         state += memory.OVERSUBSCRIBED * 6 * counts[0].kv_heads
     requests = server_args.max_running_requests or MAX_REQUESTS
     own = memory.floor_bytes(config, requests, len(head_map.channels), growth)
+    own += SCRATCH if config.selector != "draft" else 0
     if config.kernel == "flashinfer":
         shape = _headwise_shape(server_args, target, requests)
         own += shape.float_workspace() + shape.list_bytes(shape.entries(config, 0, target.context_len))

@@ -14,7 +14,8 @@ One rule scores the context of one target layer, from that layer's own queries a
 * `random`: a hash of (prompt, layer, KV head, position), so the same in every round and every run.
 
 Scores become non-negative float16 values for the select kernel; ranks are stored as the n-th float16.
-Plain torch, eager, some host syncs: nothing here is fast, and CUDA graphs cannot record it.
+Plain torch over every position that a context may have: slower than STS, but nothing waits for the device,
+so that CUDA graphs record it and all selectors are served alike.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ import torch
 from torch import Tensor
 
 from sts_kernels.checks import IMPORTANCE_SCALE
+from sts_sglang.importance import ALIGN
 
 if TYPE_CHECKING:
     from sts_sglang.config import StsConfig
 
 PAGE = 16
+SCRATCH = 1 << 30  # bytes that scoring a layer may take: so many requests at a time
 RANKS = 0x7C00  # finite non-negative float16 values
 
 
@@ -82,7 +85,10 @@ def quest(layer: Layer) -> Tensor:
     score = bound.masked_fill(empty, -torch.inf).log_softmax(-1)
     score = score.amax(2) if layer.pool_heads == "max" else score.logsumexp(2)
     score = score.amax(2) if layer.pool_rows == "max" else score.logsumexp(2)
-    ranks = score.argsort(dim=-1, stable=True).argsort(dim=-1)
+    order = score.argsort(dim=-1, stable=True)
+    ranks = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
     return _nth_float(ranks).repeat_interleave(PAGE, -1)[..., :length]
 
 
@@ -144,6 +150,8 @@ class LayerSelector:
         config: `selector` names the rule.
         kv_heads: of the target; one list each. columns: context tokens of a batch that can be scored.
         requests: request slots. dtype: of the scores, float16 for the kernels. device: where all of it lives.
+        width: positions of every request that are looked at, so that no length is read from the device;
+            None: as many as the longest context of a batch has.
     """
 
     def __init__(
@@ -154,9 +162,12 @@ class LayerSelector:
         requests: int,
         dtype: torch.dtype,
         device: str,
+        width: int | None = None,
     ):
-        self.config, self.rule = config, RULES[config.selector]
-        self.scores = torch.zeros(kv_heads, columns, dtype=dtype, device=device)
+        self.config, self.rule, self.width = config, RULES[config.selector], width
+        self.columns = columns
+        # Behind them, in whole blocks as before, one that takes the scores of what is no context.
+        self.scores = torch.zeros(kv_heads, columns + ALIGN, dtype=dtype, device=device)
         # A request's list of a head is shorter than its context: it lies where its columns do.
         self.kv_indices = torch.zeros(kv_heads * columns, dtype=torch.int32, device=device)
         self.heads = torch.arange(kv_heads, dtype=torch.int32, device=device)
@@ -185,27 +196,30 @@ class LayerSelector:
         """Lists of one layer: kv_indices, kv_start and kv_count [bs, H_kv] for sparse_verify_attention.
 
         q is [bs, T, H_q, D]; `columns` are the requests' first columns, `counts` [bs, H_kv] the lengths of
-        the lists, -1 to attend to the whole context. Waits for the device.
+        the lists, -1 to attend to the whole context. Waits for the device where there is no `width`.
         """
-        tokens = q.shape[1]
-        positions = torch.arange(int(seq_lens.max()), device=q.device)
-        tail = seq_lens[:, None] + torch.arange(tokens, device=q.device)
-        layer = Layer(
-            number,
-            q,
-            k_buffer[table[reqs[:, None], positions].long()],
-            k_buffer[table[reqs[:, None], tail].long()],
-            seq_lens.long(),
-            tail_mask,
-            scale,
-            self.seeds[reqs],
-            self.config.pool_rows,
-            self.config.pool_heads,
-        )
-        scored = layer.there & (counts >= 0).any(1, keepdim=True)
-        place = (columns[:, None] + positions)[scored]
-        self.scores[:, place] = self.rule(layer).transpose(0, 1)[:, scored].to(self.scores.dtype)
-        kv_start = columns[:, None] + self.heads * self.scores.shape[1]
+        tail = seq_lens[:, None] + torch.arange(q.shape[1], device=q.device)
+        width = int(seq_lens.max()) if self.width is None else self.width
+        positions = torch.arange(width, device=q.device)
+        step = at_once(width, q, k_buffer)
+        for few in (slice(first, first + step) for first in range(0, q.shape[0], step)):
+            slots = table[reqs[few]]
+            layer = Layer(
+                number,
+                q[few],
+                k_buffer[slots[:, :width].long()],
+                k_buffer[slots.gather(1, tail[few]).long()],
+                seq_lens[few].long(),
+                tail_mask[few],
+                scale,
+                self.seeds[reqs[few]],
+                self.config.pool_rows,
+                self.config.pool_heads,
+            )
+            scored = layer.there & (counts[few] >= 0).any(1, keepdim=True)
+            place = torch.where(scored, columns[few, None] + positions, self.columns)
+            self.scores[:, place] = self.rule(layer).transpose(0, 1).to(self.scores.dtype)
+        kv_start = columns[:, None] + self.heads * self.columns
         kv_count = counts.to(torch.int32).contiguous()
         ops.select_tokens(
             self.scores,
@@ -221,3 +235,13 @@ class LayerSelector:
             kv_count,
         )
         return self.kv_indices, kv_start, kv_count
+
+
+def at_once(width: int, q: Tensor, k_buffer: Tensor) -> int:
+    """Requests whose layer is scored within SCRATCH bytes, and at least one.
+
+    A token of a KV head has its key, a float32 copy of it or the bounds' two, and four values a query row.
+    """
+    rows = q.shape[1] * q.shape[2] // k_buffer.shape[1]
+    a_request = width * k_buffer.shape[1] * (k_buffer.shape[2] * (k_buffer.itemsize + 4) + 16 * rows)
+    return max(1, SCRATCH // a_request)

@@ -212,11 +212,6 @@ def _check_graphs(server_args: ServerArgs, config: StsConfig) -> None:
 
     graphs = server_args.cuda_graph_config
     captured = any(phase.backend != Backend.DISABLED for phase in (graphs.decode, graphs.prefill))
-    if graphs.decode.backend != Backend.DISABLED and config.selector != "draft":
-        raise Refusal(
-            f"sts_config.selector: {config.selector!r} selects by torch ops that cannot be captured; "
-            "add --disable-cuda-graph"
-        )
     if server_args.device == "cpu" or config.kernel == "torch":
         if captured:
             raise Refusal(

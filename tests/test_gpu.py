@@ -58,6 +58,8 @@ SERVERS = {
     "chain-float16": [*sts("STANDALONE", CHAIN, dense="torch", dense_layers=[1]), "--dtype", "float16"],
     "tree-bfloat16": sts("STANDALONE", TREE, dense_layers=[1]),
     "eagle3-bfloat16": sts("EAGLE3", CHAIN, dense_layers=[1]),
+    "oracle-bfloat16": sts("STANDALONE", CHAIN, selector="oracle"),
+    "quest-bfloat16": sts("STANDALONE", CHAIN, selector="quest"),
     "prefill-graphs-bfloat16": sts("STANDALONE", CHAIN),  # breakable, SGLang's default
     "eager-bfloat16": [*sts("STANDALONE", CHAIN), *EAGER],
     "torch-bfloat16": [*sts("STANDALONE", CHAIN, kernel="torch", dense="fa3"), *EAGER],
@@ -227,7 +229,7 @@ def test_sampling_accepts_drafts_and_stays_sparse(servers, prompts, name):
     "name",
     [
         *("history-bfloat16", "sparse-draft-bfloat16", "tree-bfloat16", "eagle3-bfloat16"),
-        "flashinfer-verify-bfloat16",
+        *("flashinfer-verify-bfloat16", "oracle-bfloat16", "quest-bfloat16"),
     ],
 )
 def test_the_host_waits_no_more_than_in_stock(servers, prompts, stock_profile, name):

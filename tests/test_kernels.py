@@ -677,7 +677,7 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
     for prepare, more in (
         (bench_verify.prepare, {"dim": 16, "rows": 4, "group": 4}),
         (bench_select.prepare, {}),
-        (bench_draft_attention.prepare, {"step": 0}),
+        (bench_draft_attention.prepare, {"step": 0, "dim": 16, "group": 4}),
     ):
         _, check, nbytes = prepare(shape | more)
         check()
@@ -704,8 +704,9 @@ with compile_only() as compiled:
     bench_verify.compile_one(shape, {})
     bench_verify.compile_one(shape | {"rows": 8, "group": 8}, {})
     bench_verify.compile_one(shape | {"rows": 1, "dtype": f32}, {})
-    bench_draft_attention.compile_one(shape | {"step": 0}, {})
-    bench_draft_attention.compile_one(shape | {"step": 1}, {})
+    bench_draft_attention.compile_one(shape | {"step": 0, "dim": 64}, {})
+    bench_draft_attention.compile_one(shape | {"step": 1, "dim": 64}, {})
+    bench_draft_attention.compile_one(shape | {"step": 0, "group": 8}, {})
     bench_select.compile_one(shape, {})
     ops("triton").spread_importance(like(8, 4096, dtype=f16), like(2, dtype=i64), like(2, dtype=i64), 0.5)
     ops("triton").blend_history(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from sts_kernels import ops
 from sts_sglang import selectors
@@ -55,17 +57,16 @@ class Batch:
         number: int = 3,
         kernel: str = "torch",
         dtype: torch.dtype = torch.float32,
+        width: int | None = None,
         **config,
     ):
         """Sets of positions by request and KV head."""
         device = "cuda" if kernel == "triton" and torch.cuda.is_available() else "cpu"
         config = StsConfig(selector=selector, sink=SINK, recent=RECENT, budget=0, **config)
         requests = len(self.lengths) + 1
-        made = selectors.LayerSelector(config, KV_HEADS, self.total, requests, dtype, device)
+        made = selectors.LayerSelector(config, KV_HEADS, self.total, requests, dtype, device, width)
         made.admit(self.reqs.to(device), prompts or [[b] for b in self.reqs.tolist()])
-        tensors = (self.q, self.keys, self.table, self.reqs, self.seq_lens, self.columns)
-        tensors = (*tensors, torch.tensor(counts)[:, None].expand(-1, KV_HEADS), self.tail)
-        found = made.select(ops(kernel), number, *(t.to(device) for t in tensors), DIM**-0.5)
+        found = made.select(ops(kernel), number, *(t.to(device) for t in self.arguments(counts)), DIM**-0.5)
         indices, start, count = (t.cpu() for t in found)
         return [
             [self._positions(b, indices[start[b, h] : start[b, h] + count[b, h]]) for h in range(KV_HEADS)]
@@ -73,6 +74,11 @@ class Batch:
             else None
             for b in range(len(counts))
         ]
+
+    def arguments(self, counts: list[int]) -> list[torch.Tensor]:
+        """Of LayerSelector.select, from the queries to the mask."""
+        lists = torch.tensor(counts)[:, None].expand(-1, KV_HEADS)
+        return [self.q, self.keys, self.table, self.reqs, self.seq_lens, self.columns, lists, self.tail]
 
     def _positions(self, b: int, slots: torch.Tensor) -> set[int]:
         of_slot = {int(s): p for p, s in enumerate(self.table[b + 1, : self.lengths[b]])}
@@ -232,6 +238,42 @@ def test_the_kernel_takes_the_same_tokens(selector):
     assert batch.select(selector, counts, kernel="triton", dtype=torch.float16) == twin
     if selector != "oracle":
         assert batch.select(selector, counts) == twin
+
+
+@pytest.mark.parametrize("selector", selectors.RULES)
+def test_lengths_that_are_not_read_change_nothing(selector, monkeypatch):
+    """Every position of the table instead of as many as there are, and one request at a time."""
+    batch, counts = Batch([170, 330, 60]), [40, 75, -1]
+    twin = batch.select(selector, counts)
+    width = batch.table.shape[1]
+    assert batch.select(selector, counts, width=width) == twin
+    monkeypatch.setattr(selectors, "SCRATCH", 1)
+    assert batch.select(selector, counts, width=width) == twin
+    assert batch.select(selector, counts) == twin
+
+
+@pytest.mark.parametrize("selector", selectors.RULES)
+def test_nothing_waits_for_the_device_where_the_width_is_given(selector):
+    """A tensor without values stands for one that the device has not made yet."""
+    batch = Batch([170, 330])
+    config = StsConfig(selector=selector, budget=0)
+    nothing = SimpleNamespace(select_tokens=lambda *_: None)
+
+    def select(width: int | None) -> None:
+        with FakeTensorMode() as mode:
+            made = selectors.LayerSelector(config, KV_HEADS, batch.total, 3, torch.float16, "cpu", width)
+            arguments = [mode.from_tensor(t) for t in batch.arguments([40, 75])]
+            made.select(nothing, 0, *arguments, DIM**-0.5)
+
+    select(batch.table.shape[1])
+    with pytest.raises(DataDependentOutputException):
+        select(None)
+
+
+def test_as_many_requests_at_a_time_as_the_scratch_holds():
+    q, keys = torch.empty(48, 4, 32, 128, device="meta"), torch.empty(9, 8, 128, dtype=torch.bfloat16)
+    assert selectors.at_once(131072, q, keys) == 1
+    assert selectors.at_once(8192, q, keys) == selectors.SCRATCH // (8192 * 8 * (128 * 6 + 16 * 16))
 
 
 def test_whole_contexts_are_left_alone():

@@ -582,17 +582,6 @@ def test_what_no_thread_block_can_hold_is_refused(
     check_message(caught, flags, subject, 'set kernel to "torch" with --disable-cuda-graph')
 
 
-@pytest.mark.parametrize("selector", ["oracle", "quest", "recent", "random"])
-def test_selectors_for_comparison_are_not_captured(launch, flags, selector):
-    args = launch()
-    args.device, args.cuda_graph_config.decode.backend = "cuda", "full"
-    with pytest.raises(Refusal) as caught:
-        validate.check_device(args, StsConfig(selector=selector))
-    check_message(caught, flags, f"sts_config.selector: {selector!r}", "add --disable-cuda-graph")
-    args.cuda_graph_config.decode.backend = "disabled"
-    validate.check_device(args, StsConfig(selector=selector))
-
-
 def test_a_sparse_draft_needs_a_step_after_the_first(launch, flags):
     args = launch()
     args.speculative_num_steps = 2

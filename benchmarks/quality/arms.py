@@ -113,8 +113,6 @@ def start(name: str, plan: Plan, folder: Path) -> LocalServer:
         env |= {"SGLANG_PLATFORM": "sts_cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     if arm.config is not None:
         args += ["--attention-backend", "sts", "--sts-config", sts_config(arm, plan.models, folder)]
-        if "selector" in arm.config and not cpu:
-            args += ["--disable-cuda-graph"]
     # SGLang's own CPU attention does not speculate: stock is the target alone there.
     if arm.config is not None or not cpu:
         draft = str(plan.models / "draft")
