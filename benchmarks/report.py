@@ -14,6 +14,8 @@ import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from benchmarks.quality import report as quality_report
+
 RESULTS, README = Path(__file__).with_name("results"), Path(__file__).parents[1] / "README.md"
 ARMS = {
     "stock": "stock FA3, no speculation",
@@ -22,6 +24,19 @@ ARMS = {
     "sts-dense": "sts, verify dense",
     "sts": "sts, `keep` 0.1",
     "sts-draft": "sts, draft sparse too",
+}
+QUALITY = {
+    "sts": "sts",
+    "sts-proportional": "sts without a calibrated map",
+    "sts-warm": "sts, history `warm`",
+    "sts-blend": "sts, history `blend`",
+    "sts-draft": "sts, draft sparse too",
+    "sts-draft-blend": "sts, draft sparse too, history `blend`",
+    "sts-full4": "sts, every 4th verify full",
+    "oracle": "oracle",
+    "quest": "Quest",
+    "recent": "sink + recent",
+    "random": "chance",
 }
 
 
@@ -95,36 +110,133 @@ def gains(found: list[dict], arm: str, shape: tuple[int, int]) -> str:
 
 
 def verify() -> str:
-    """Microseconds of one layer's verify attention by provider, the README's shapes."""
-    found = [
-        r
-        for r in rows("verify.jsonl")
-        if (r.get("keep", 0.1), r["rows"], r["group"], r["dim"]) == (0.1, 4, 4, 128) and "knobs" not in r
-    ]
-    if not found:
+    """Microseconds of one layer's verify attention by provider, the README's shapes, and the whole grid."""
+    found = [r for r in rows("verify.jsonl") if "knobs" not in r]
+    newest = {
+        (r["provider"], *(r[k] for k in ("dim", "rows", "group", "context", "batch")), r.get("keep")): r
+        for r in found
+    }
+    shapes = sorted({key[1:6] for key in newest if key[0] == "triton"}, reverse=True)
+    lines = [verify_line(newest, shape) for shape in shapes if shape[:3] == (128, 4, 4)]
+    if not lines:
         return "Not measured yet."
-    providers = ["triton", "fi-headwise", "fa3-dense", "fi-dense"]
-    newest = {(r["provider"], r["context"], r["batch"]): r for r in found}
-    lines = []
-    for context, batch in sorted({(r["context"], r["batch"]) for r in found}, reverse=True):
-        cells = [newest.get((p, context, batch)) for p in providers]
-        own, fa3 = cells[0], cells[2]
-        gain = f"{fa3['us'] / own['us']:.1f}x" if own and fa3 else "–"
-        share = f"{100 * own['of_copy_rate']:.0f} %" if own else "–"
-        lines.append(
-            [f"{context:,} x {batch}", *(f"{c['us']:.0f}" if c else "–" for c in cells), gain, share]
-        )
-    last = found[-1]
     head = ["context x requests", "sts (Triton)", "FlashInfer head-wise", "FA3 dense", "FlashInfer dense"]
+    head += ["over FA3 dense", "at 5 %", "at 25 %", "of copy rate"]
+    last = found[-1]
     note = (
         f"Microseconds of one layer (4 query tokens, 32 query and 8 KV heads of 128, keep 10 %, bf16). "
-        f"{last['gpu']}, commit {last['commit']}; the last column is the selected KV over the measured copy "
-        f"rate ({last['copy_gbps']:,} GB/s)."
+        f"{last['gpu']}, commit {', '.join(dict.fromkeys(r['commit'] for r in newest.values()))}; the last "
+        f"column is the selected KV over the measured copy rate ({last['copy_gbps']:,} GB/s)."
     )
-    return table([*head, "over FA3 dense", "of copy rate"], lines) + "\n\n" + note
+    return table(head, lines) + "\n\n" + note + verify_grid(newest)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"serving": serving, "verify": verify}
+def verify_line(newest: dict[tuple, dict], shape: tuple) -> list[str]:
+    def us(provider: str, keep: float | None) -> float | None:
+        return newest.get((provider, *shape, keep), {}).get("us")
+
+    own = {keep: us("triton", keep) for keep in (0.05, 0.1, 0.25)}
+    dense = us("fa3-dense", None)
+    shown = [own[0.1], us("fi-headwise", 0.1), dense, us("fi-dense", None)]
+    gains = [f"{dense / own[k]:.1f}x" if dense and own[k] else "–" for k in (0.1, 0.05, 0.25)]
+    rate = newest.get(("triton", *shape, 0.1), {}).get("of_copy_rate")
+    cells = [f"{x:.0f}" if x else "–" for x in shown]
+    return [f"{shape[3]:,} x {shape[4]}", *cells, *gains, f"{100 * rate:.0f} %" if rate else "–"]
+
+
+def verify_grid(newest: dict[tuple, dict]) -> str:
+    """How sts compares over all shapes that were measured."""
+    over: dict[str, list[tuple[float, tuple]]] = {"fa3-dense": [], "fi-headwise": []}
+    for (provider, *shape, keep), row in newest.items():
+        for rival in over if provider == "triton" else ():
+            if other := newest.get((rival, *shape, None if "dense" in rival else keep)):
+                over[rival].append((other["us"] / row["us"], tuple(shape)))
+    dense, headwise = (sorted(found) for found in over.values())
+    if not dense or not headwise:
+        return ""
+    slower = [shape for gain, shape in headwise if gain < 1]
+    where = ", ".join(f"{c:,} x {b}" for c, b in sorted({shape[3:] for shape in slower}))
+    return (
+        f" Over the whole grid of {len(dense)} shapes (8K to 128K x 1 to 16, 1 to 8 query tokens, GQA 4 and "
+        f"8, heads of 64 and 128, keep 5 to 25 %) sts is {dense[0][0]:.1f}x to {dense[-1][0]:.1f}x FA3 dense "
+        f"and {headwise[0][0]:.2f}x to {headwise[-1][0]:.2f}x FlashInfer head-wise, slower than it in "
+        f"{len(slower)} shapes ({where})."
+    )
+
+
+def multi_turn() -> str:
+    """Answers, speculation and speed of agents by turn."""
+    found = rows("multi_turn.jsonl")
+    if not found:
+        return "Not measured yet."
+    turns = sorted({r["turn"] for r in found})
+    lines = []
+    for arm in dict.fromkeys(r["arm"] for r in found):
+        mine = [r for r in found if r["arm"] == arm]
+        right = [sum(r["right"] for r in mine if r["turn"] == turn) for turn in turns]
+        asked = [sum(r["agents"] for r in mine if r["turn"] == turn) for turn in turns]
+        rate = [f"{100 * n / of:.1f}" for n, of in zip(right, asked, strict=True)]
+        later = [r for r in mine if r["turn"] > 1]
+        speculated = [r["accept_length"] for r in later if "accept_length" in r]
+        speed = [statistics.median(r[key] for r in later) for key in ("ttft_s", "tpot_s", "tokens_per_s")]
+        accept = f"{statistics.mean(speculated):.3f}" if speculated else "–"
+        ttft, tpot, rate_s = speed
+        lines.append(
+            [f"`{arm}`", *rate, accept, f"{1000 * ttft:.0f}", f"{1000 * tpot:.1f}", f"{rate_s:,.0f}"]
+        )
+    first = found[0]
+    tokens = [round(statistics.median(r["prompt_tokens"] for r in found if r["turn"] == t)) for t in turns]
+    head = ["server", *(f"turn {t}, {n:,} tokens" for t, n in zip(turns, tokens, strict=True))]
+    note = (
+        f"Right answers of {first['agents']} agents by turn, percent; accept length, time to the first token "
+        f"and per token (ms) and tokens/s of turns 2 to {turns[-1]}, medians over turns. {first['device']}, "
+        f"commit {first['commit']}, the shipped pair, keep 10 %."
+    )
+    return table([*head, "accept length", "TTFT", "TPOT", "tokens/s"], lines) + "\n\n" + note
+
+
+def quality() -> str:
+    """What each selector and budget changes against dense, by context: answers, and the loss of text."""
+    folder = RESULTS / "quality"
+    if not folder.exists():
+        return "Not measured yet."
+    found = quality_report.Results(folder)
+    shown = [arm for arm in QUALITY if arm in found.arms]
+    keeps = [keep for keep in found.keeps if keep <= 0.25]
+    parts = []
+    for length in found.lengths():
+        lines = []
+        for arm in shown:
+            over = [found.difference((arm, k), (arm, 1.0), length) for k in keeps]
+            if any(over):
+                lines.append([QUALITY[arm] + found.part(arm, length), *map(quality_report.signed, over)])
+        dense = found.mean("sts", 1.0, length)
+        head = [f"{length:,} tokens (dense: {100 * dense:.1f})", *(f"{100 * k:g} %" for k in keeps)]
+        parts.append(table(head, lines))
+    lines = []
+    for length in found.lengths(loss=True):
+        for arm in shown:
+            over = [found.loss_change((arm, k), (arm, 1.0), length) for k in keeps]
+            if any(over):
+                name = f"{QUALITY[arm]}, {length:,}"
+                lines.append([name, *(quality_report.signed(o, digits=2) for o in over)])
+    parts.append(table(["loss of text, tokens", *(f"{100 * k:g} %" for k in keeps)], lines))
+    head = next(iter(found.headers.values()))
+    commits = ", ".join(sorted({h["commit"] for h in found.headers.values()}))
+    parts.append(
+        f"Points of accuracy, mean over tasks, and percent of the loss, against the same server's dense "
+        f"verify, 95 % intervals; bold excludes 0. {head['device']}, {head['items']} items a task, commit "
+        f"{commits}, the shipped pair."
+    )
+    return "\n\n".join(parts)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "serving": serving,
+    "verify": verify,
+    "quality": quality,
+    "multi-turn": multi_turn,
+}
 
 
 def plot_break_even() -> None:

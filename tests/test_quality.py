@@ -163,6 +163,31 @@ def test_report_of_a_small_file(small_results):
     }
     assert aims["keep 10 %: ahead of quest"] and not aims["keep 10 %: mean within 1 point of dense"]
     assert not aims["keep 10 %: loss of text within 1 %"]
+    assert not aims["keep 10 %: loss of text ahead of quest"]
+    assert "| 4096 | quest | +0.00 [+0.00, +0.00] |" in text, "loss, sts minus quest"
+
+
+def test_report_of_a_run_that_was_cut_off(small_results):
+    """What both were asked is compared, and the table says that it is a part."""
+    path = small_results / "quest.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(json.dumps(row) for row in rows if row.get("task") not in ("qa", "text")))
+    report.write(small_results)
+    text = (small_results / "report.md").read_text()
+    assert "| quest (1 of 2 tasks) | **+50.0 [" in text
+    assert "| quest (1 of 2 tasks) | 10 % | 50.0 | **-50.0 [" in text
+    assert "loss of text ahead of quest" not in text
+    assert "| 0 to 20 % | 16 | 100.0 | 50.0 |" in text, "sts alone by depth"
+
+
+def test_report_of_servers_that_attend_to_everything(small_results):
+    """`--arms stock dense`: nothing but parity."""
+    for path in small_results.glob("*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("\n".join(json.dumps(row) for row in rows if row.get("keep", 1.0) == 1.0))
+    report.write(small_results)
+    text = (small_results / "report.md").read_text()
+    assert "equal outputs" in text and "against dense |" not in text
 
 
 def test_a_file_of_another_run_is_not_gone_on_with(small_results):

@@ -73,13 +73,24 @@ class Results:
         return np.subtract(first["score"], second["score"]), first["group"]
 
     def difference(self, a: tuple[str, float], b: tuple[str, float], length: int) -> Interval | None:
-        """Mean over tasks of the paired difference."""
-        found = [self.pairs(a, b, task, length) for task in self.tasks]
-        return None if not found or None in [f and 1 for f in found] else macro_interval(found)
+        """Mean of the paired difference over the tasks that both were asked."""
+        found = [pair for task in self.tasks if (pair := self.pairs(a, b, task, length))]
+        return macro_interval(found) if found else None
+
+    def loss_change(self, a: tuple[str, float], b: tuple[str, float], length: int) -> Interval | None:
+        """Loss of text under a minus that under b, as a share of the dense loss."""
+        pair, dense = self.pairs(a, b, LOSS, length), self.cells.get((a[0], LOSS, length, DENSE))
+        return interval(pair[0] / np.mean(dense["score"]), pair[1]) if pair and dense else None
 
     def mean(self, arm: str, keep: float, length: int) -> float | None:
-        cells = [self.cells.get((arm, task, length, keep)) for task in self.tasks]
-        return None if None in cells else float(np.mean([np.mean(cell["score"]) for cell in cells]))
+        """Over the tasks that it was asked."""
+        found = [np.mean(c["score"]) for t in self.tasks if (c := self.cells.get((arm, t, length, keep)))]
+        return float(np.mean(found)) if found else None
+
+    def part(self, arm: str, length: int) -> str:
+        """Says how many tasks an arm was asked where these are not all."""
+        asked = [task for task in self.tasks if (arm, task, length, DENSE) in self.cells]
+        return f" ({len(asked)} of {len(self.tasks)} tasks)" if 0 < len(asked) < len(self.tasks) else ""
 
     def accept_length(self, arm: str, keep: float, length: int, tasks: Iterable[str]) -> float | None:
         """Tokens a verify round, the first token (the prefill's) not counted."""
@@ -122,8 +133,16 @@ def overview(r: Results, length: int) -> str:
             task, worst = worst_task(r, arm, keep, length)
             now, dense = (r.accept_length(arm, k, length, r.tasks) for k in (keep, DENSE))
             speculation = f"{now:.2f} ({now - dense:+.2f})" if now and dense else "-"
+            name = arm + r.part(arm, length)
             rows.append(
-                [arm, percent(keep), points(accuracy), signed(change), f"{task} {signed(worst)}", speculation]
+                [
+                    name,
+                    percent(keep),
+                    points(accuracy),
+                    signed(change),
+                    f"{task} {signed(worst)}",
+                    speculation,
+                ]
             )
     return table(
         ["arm", "keep", "accuracy", "against dense", "worst task", "accept length (against dense)"], rows
@@ -131,7 +150,8 @@ def overview(r: Results, length: int) -> str:
 
 
 def worst_task(r: Results, arm: str, keep: float, length: int) -> tuple[str, Interval]:
-    found = {task: interval(*r.pairs((arm, keep), (arm, DENSE), task, length)) for task in r.tasks}
+    pairs = {task: r.pairs((arm, keep), (arm, DENSE), task, length) for task in r.tasks}
+    found = {task: interval(*pair) for task, pair in pairs.items() if pair}
     task = min(found, key=lambda t: found[t].mean)
     return task, found[task]
 
@@ -141,8 +161,19 @@ def rivals(r: Results, length: int) -> str:
     rows = []
     for arm in (a for a in RIVALS if a in r.arms):
         found = [r.difference(("sts", keep), (arm, keep), length) for keep in r.keeps]
-        rows.append([arm, *map(signed, found)])
+        rows.append([arm + r.part(arm, length), *map(signed, found)])
     return table(["sts minus", *map(percent, r.keeps)], rows)
+
+
+def text_rivals(r: Results) -> str:
+    """The same of the loss of text, in percent of the dense loss: below zero sts loses less."""
+    rows = []
+    for length in r.lengths(loss=True):
+        for arm in (a for a in RIVALS if a in r.arms):
+            found = [r.loss_change(("sts", keep), (arm, keep), length) for keep in r.keeps]
+            if any(found):
+                rows.append([length, arm, *(signed(f, digits=2) for f in found)])
+    return table(["context", "loss, sts minus", *map(percent, r.keeps)], rows)
 
 
 def by_task(r: Results, length: int, keep: float) -> str:
@@ -158,8 +189,8 @@ def by_task(r: Results, length: int, keep: float) -> str:
 
 
 def by_depth(r: Results, length: int, keep: float) -> str:
-    """Accuracy on all tasks whose facts have a depth, by fifth of the prompt."""
-    arms = [a for a in r.arms if (a, "single", length, keep) in r.cells]
+    """Accuracy on all tasks whose facts have a depth, by fifth of the prompt; arms that were asked all."""
+    arms = [a for a in r.arms if (a, "single", length, keep) in r.cells and not r.part(a, length)]
     tasks = [t for t in r.tasks if t != "shared"]
     columns = [("dense", "sts", DENSE), *((arm, arm, keep) for arm in arms)]
     cells = {
@@ -191,7 +222,7 @@ def losses(r: Results) -> str:
                 if found is None:
                     continue
                 dense = -np.mean(r.cells[arm, LOSS, length, DENSE]["score"])
-                rise = interval(-found[0] / dense, found[1])
+                rise = r.loss_change((arm, keep), (arm, DENSE), length)
                 now, before = (r.accept_length(arm, k, length, [LOSS]) for k in (keep, DENSE))
                 rows.append(
                     [
@@ -227,18 +258,23 @@ def reach(r: Results, length: int) -> str:
         found.append(("mean within 1 point of dense", signed(mean), mean, mean.mean >= -0.01))
         task, worst = worst_task(r, *ten, length)
         found.append(("every task within 5", f"{task} {signed(worst)}", worst, worst.mean >= -0.05))
-    if (pair := r.pairs(ten, dense, LOSS, length)) is not None:
-        rise = interval(pair[0] / np.mean(r.cells["sts", LOSS, length, DENSE]["score"]), pair[1])
+    if (rise := r.loss_change(ten, dense, length)) is not None:
         found.append(("loss of text within 1 %", signed(rise, digits=2), rise, rise.mean <= 0.01))
     if (gap := r.difference(ten, ("oracle", 0.1), length)) is not None:
-        found.append(("within 1 point of the oracle", signed(gap), gap, gap.mean >= -0.01))
+        aim = "within 1 point of the oracle" + r.part("oracle", length)
+        found.append((aim, signed(gap), gap, gap.mean >= -0.01))
     rows = [[f"keep 10 %: {aim}", said, verdict(over, met)] for aim, said, over, met in found]
     for rival in ("quest", "recent"):
         for keep in r.keeps:
             lead = r.difference(("sts", keep), (rival, keep), length)
             if lead is not None:
                 aim, met = ("ahead of", lead.low > 0) if keep <= 0.1 else ("not behind", lead.high >= 0)
-                rows.append([f"keep {percent(keep)}: {aim} {rival}", signed(lead), verdict(lead, met)])
+                aim = f"keep {percent(keep)}: {aim} {rival}{r.part(rival, length)}"
+                rows.append([aim, signed(lead), verdict(lead, met)])
+            if (less := r.loss_change(("sts", keep), (rival, keep), length)) is not None:
+                aim, met = ("ahead of", less.high < 0) if keep <= 0.1 else ("not behind", less.low <= 0)
+                aim = f"keep {percent(keep)}: loss of text {aim} {rival}"
+                rows.append([aim, signed(less, digits=2), verdict(less, met)])
     return table(["aim", "found", "met"], rows)
 
 
@@ -247,6 +283,8 @@ def verdict(found: Interval, met: bool) -> str:
 
 
 def noise(r: Results) -> str:
+    if "sts-again" not in r.arms:
+        return ""
     rows = []
     for length in r.lengths():
         for keep in [*r.keeps, DENSE]:
@@ -305,7 +343,7 @@ def few(r: Results) -> str:
 
 
 def markdown(r: Results) -> str:
-    shown = 0.1 if 0.1 in r.keeps else r.keeps[0]
+    shown = 0.1 if 0.1 in r.keeps else min(r.keeps, default=DENSE)
     about = (
         "Made by `python -m benchmarks.quality.report` from the result files beside it. Accuracy in points "
         "(0 to 100); a difference is paired with the same server's dense answer to the same item unless it "
@@ -313,7 +351,7 @@ def markdown(r: Results) -> str:
         f"has {ENOUGH} documents. Prefill is dense everywhere; only verify is sparse."
     )
     parts = ["# Quality of sparse verify, by selector and budget", about, few(r), origin(r)]
-    for length in r.lengths():
+    for length in r.lengths() if r.keeps else ():
         parts += [
             f"## {length} tokens",
             overview(r, length),
@@ -326,8 +364,8 @@ def markdown(r: Results) -> str:
             f"### By depth, keep {percent(shown)}, accuracy",
             by_depth(r, length, shown),
         ]
-    if r.lengths(loss=True):
-        parts += ["## Held-out text, forced through the server", losses(r)]
+    if r.keeps and r.lengths(loss=True):
+        parts += ["## Held-out text, forced through the server", losses(r), text_rivals(r)]
     parts += [
         "## Noise and parity",
         noise(r),
@@ -348,7 +386,7 @@ def plot(r: Results, path: Path) -> None:
     for axis, length in zip(axes, lengths, strict=True):
         for arm in (a for a in r.arms if a in COLORS):
             means = [r.mean(arm, keep, length) for keep in r.keeps]
-            if None in means:
+            if None in means or r.part(arm, length):
                 continue
             axis.plot(r.keeps, [100 * m for m in means], "o-", color=COLORS[arm], label=arm)
             spread = [r.difference((arm, keep), (arm, DENSE), length) for keep in r.keeps]
