@@ -111,6 +111,11 @@ def start(name: str, plan: Plan, folder: Path) -> LocalServer:
     if cpu:
         args += ["--device", "cpu", "--dtype", "float32"]
         env |= {"SGLANG_PLATFORM": "sts_cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    else:
+        # Whole prompts at a time: a chunk of these tiny models waits for the host, whatever its size is.
+        args += ["--chunked-prefill-size", "32768", "--max-prefill-tokens", "32768"]
+        args += ["--cuda-graph-max-bs", str(plan.concurrency), "--cuda-graph-backend-prefill", "disabled"]
+        args += ["--mem-fraction-static", "0.8", "--sleep-on-idle"]
     if arm.config is not None:
         args += ["--attention-backend", "sts", "--sts-config", sts_config(arm, plan.models, folder)]
     # SGLang's own CPU attention does not speculate: stock is the target alone there.
