@@ -4,8 +4,8 @@
 
 Writes models with the shapes of Llama-3.1-8B and 3.2-1B and random weights to DIR (18 GB in bfloat16; kept,
 and used again), with the shipped pair's tokenizer, and calibrates them with its defaults. The map says
-nothing; the work is that of a real pair. Further options are those of calibrate. `host_mb` is memory of its own, mapped weights not counted; `device_mb`
-whatever the device gave meanwhile.
+nothing; the work is that of a real pair. Further options are those of calibrate. `host_mb` is memory of its
+own, mapped weights not counted; `device_mb` whatever the device gave meanwhile.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sts_sglang import cli, fingerprint, headmap, tiny_pair
+from sts_sglang.calibrate import report as reports
 from sts_sglang.calibrate import search
 from sts_sglang.calibrate.record import Pair, Record, Table, choose_windows, disk_bytes
 from sts_sglang.config import ConfigError, StsConfig
@@ -375,6 +376,22 @@ def test_command_writes_map_table_report_and_plot(pair, tmp_path, capsys, draft)
     assert json.loads(report.read_text())["dense_layers"] == [0, 1, 2, 3]
     again, other = run(pair, tmp_path / "again", draft, "--dense-below", "1")
     assert again == 0 and json.loads(other.read_text()) == json.loads(out.read_text())
+
+
+def test_the_table_says_what_it_leaves_out(pair, tmp_path, capsys):
+    """More weak heads than it shows, and a gap that is too small for a share of it."""
+    report = tmp_path / "report.json"
+    run(pair, tmp_path, "draft", "--report", str(report))
+    found = json.loads(report.read_text())
+    found["weak_heads"] = [{"layer": n, "head": 0, "recall": 0.1} for n in range(reports.SHOWN + 3)]
+    for by_mean, by_mass, said in (
+        (0.4, None, "closes 40%\n"),
+        (None, 0.3, "closes 30% by mass"),
+        (None, None, ""),
+    ):
+        text = reports.table(found | {"gap_closed": by_mean, "gap_closed_by_mass": by_mass})
+        assert said in text and ("the map closes" in text) == bool(said)
+        assert "and 3 more, all of them in --report" in text and text.count("  layer ") == reports.SHOWN
 
 
 @pytest.mark.parametrize(

@@ -205,9 +205,9 @@ def measure(pair, args, config, records, held):
 
 
 def _closed(recall: dict[str, float], way: str) -> float | None:
-    """Part of the gap between the proportional default and the oracle, None where there is none."""
+    """Part of the gap between the proportional default and the oracle, None where there is hardly one."""
     gap = recall["oracle"] - recall["proportional default"]
-    return (recall[way] - recall["proportional default"]) / gap if gap > 1e-6 else None
+    return (recall[way] - recall["proportional default"]) / gap if gap > 0.005 else None
 
 
 def _map(pair, args, found, report: dict[str, Any], prints, texts: list[Text], records) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 
 from sts_sglang.config import ConfigError
 
+SHOWN = 20  # weak heads in the table
 WEAK = 0.5  # of the oracle's recall
 
 
@@ -32,11 +33,10 @@ def table(report: dict[str, Any]) -> str:
         for name, share in report["lost"].items()
     ]
     lines += [f"  of all its attention, the map leaves out {' and '.join(lost)}"]
-    if (closed := report["gap_closed"]) is not None:
-        lines += [
-            f"  of the gap between the proportional default and the oracle, the map closes {closed:.0%}; "
-            f"by mass, with its budgets, {report['gap_closed_by_mass']:.0%}"
-        ]
+    gaps = ((report["gap_closed"], ""), (report["gap_closed_by_mass"], " by mass, with its budgets"))
+    if closed := [f"{part:.0%}{how}" for part, how in gaps if part is not None]:
+        gap = "of the gap between the proportional default and the oracle"
+        lines += [f"  {gap}, the map closes {' and '.join(closed)}"]
     lines += [
         f"pool {report['pool']}, {report['heads_mean']:.1f} draft heads a target head; "
         f"{report['latest_heads']} target heads take the latest tokens instead"
@@ -50,7 +50,8 @@ def table(report: dict[str, Any]) -> str:
     ]
     weak = report["weak_heads"]
     lines += [f"weak heads (recall below {WEAK:.0%} of the oracle's): {len(weak)}"]
-    lines += [f"  layer {w['layer']} KV head {w['head']}: {w['recall']:.3f}" for w in weak[:20]]
+    lines += [f"  layer {w['layer']} KV head {w['head']}: {w['recall']:.3f}" for w in weak[:SHOWN]]
+    lines += [f"  and {len(weak) - SHOWN} more, all of them in --report"] if len(weak) > SHOWN else []
     if layers := report["dense_layers"]:
         lines += [f"layers that the map keeps dense: {json.dumps(layers)}"]
     return "\n".join(lines)
