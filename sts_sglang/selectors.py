@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sts_sglang.config import StsConfig
 
 PAGE = 16
-SCRATCH = 1 << 30  # bytes that scoring a layer may take: so many requests at a time
+SCRATCH = 512 << 20  # bytes that scoring a layer may take: so many requests at a time
 RANKS = 0x7C00  # finite non-negative float16 values
 
 
