@@ -13,7 +13,7 @@ from sts_sglang import compat, headmap, memory
 from sts_sglang.config import ConfigError, StsConfig, request_keep
 from sts_sglang.importance import RoundState
 from sts_sglang.metrics import read_counters
-from sts_sglang.selectors import SCRATCH, LayerSelector
+from sts_sglang.selectors import SCRATCH, LayerSelector, request_bytes
 from sts_sglang.validate import draft_config
 
 if TYPE_CHECKING:
@@ -259,11 +259,13 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
     )
     growth = head_map.list_growth(config.keep)
     state = memory.bytes_per_token(config, len(head_map.channels), counts[1].kv_heads, rows, growth)
-    if config.selector != "draft":  # scores and lists of a LayerSelector
-        state += memory.OVERSUBSCRIBED * 6 * counts[0].kv_heads
     requests = server_args.max_running_requests or MAX_REQUESTS
     own = memory.floor_bytes(config, requests, len(head_map.channels), growth)
-    own += SCRATCH if config.selector != "draft" else 0
+    if config.selector != "draft":  # scores and lists of a LayerSelector, and what scoring takes
+        state += memory.OVERSUBSCRIBED * 6 * counts[0].kv_heads
+        rows = server_args.speculative_num_draft_tokens * (target.num_attention_heads // counts[0].kv_heads)
+        shape = (target.context_len, counts[0].kv_heads, target.head_dim, target.dtype.itemsize, rows)
+        own += max(SCRATCH, request_bytes(*shape))
     if config.kernel == "flashinfer":
         shape = _headwise_shape(server_args, target, requests)
         own += shape.float_workspace() + shape.list_bytes(shape.entries(config, 0, target.context_len))

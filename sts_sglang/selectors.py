@@ -238,10 +238,15 @@ class LayerSelector:
 
 
 def at_once(width: int, q: Tensor, k_buffer: Tensor) -> int:
-    """Requests whose layer is scored within SCRATCH bytes, and at least one.
+    """Requests whose layer is scored within SCRATCH bytes, and at least one."""
+    _, kv_heads, dim = k_buffer.shape
+    rows = q.shape[1] * q.shape[2] // kv_heads
+    return max(1, SCRATCH // request_bytes(width, kv_heads, dim, k_buffer.itemsize, rows))
+
+
+def request_bytes(width: int, kv_heads: int, dim: int, itemsize: int, rows: int) -> int:
+    """That scoring a layer of one request takes, `rows` being the queries of a KV head.
 
     A token of a KV head has its key, a float32 copy of it or the bounds' two, and four values a query row.
     """
-    rows = q.shape[1] * q.shape[2] // k_buffer.shape[1]
-    a_request = width * k_buffer.shape[1] * (k_buffer.shape[2] * (k_buffer.itemsize + 4) + 16 * rows)
-    return max(1, SCRATCH // a_request)
+    return width * kv_heads * (dim * (itemsize + 4) + 16 * rows)

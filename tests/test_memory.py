@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sts_sglang import memory, runtime
+from sts_sglang import memory, runtime, selectors
 from sts_sglang.backends import dense
 from sts_sglang.config import StsConfig
 from sts_sglang.headmap import HeadCounts, proportional
@@ -64,19 +64,26 @@ def test_what_is_allocated_is_reserved(config):
     assert 0.95 * reserved < sum(taken.values()) + fresh + stored <= 1.001 * reserved
 
 
-@pytest.mark.parametrize("kernel", ["triton", "flashinfer"])
-def test_the_least_lists_are_reserved_beside_what_a_kernel_needs(monkeypatch, kernel):
-    """FlashInfer's workspaces come on top of them."""
+@pytest.fixture
+def model():
+    """Makes what SGLang's ModelConfig says of a model."""
 
-    def model(counts: HeadCounts, dim: int) -> SimpleNamespace:
+    def make(counts: HeadCounts, dim: int, context_len: int = 8192) -> SimpleNamespace:
         return SimpleNamespace(
             num_hidden_layers=counts.layers,
             num_attention_heads=counts.q_heads,
             head_dim=dim,
             dtype=torch.bfloat16,
-            context_len=8192,
+            context_len=context_len,
             get_total_num_kv_heads=lambda: counts.kv_heads,
         )
+
+    return make
+
+
+@pytest.mark.parametrize("kernel", ["triton", "flashinfer"])
+def test_the_least_lists_are_reserved_beside_what_a_kernel_needs(monkeypatch, model, kernel):
+    """FlashInfer's workspaces come on top of them."""
 
     monkeypatch.setattr(runtime, "draft_config", lambda *_: model(DRAFT, 64))
     monkeypatch.setattr(runtime, "_headwise_shape", lambda *_: memory.Headwise(4, 32, 8, 128, 64, 8))
@@ -88,6 +95,21 @@ def test_the_least_lists_are_reserved_beside_what_a_kernel_needs(monkeypatch, ke
 
     channels = len(proportional(TARGET, DRAFT).channels)
     assert reserved(16384) - reserved(1024) > 0.95 * 64 * (16384 - 1024) * channels * 4
+
+
+def test_what_another_selector_takes_is_reserved(monkeypatch, model):
+    """Its scores and lists by the pool's tokens, and the layer it scores: of one long context at least."""
+    monkeypatch.setattr(runtime, "draft_config", lambda *_: model(DRAFT, 64))
+    args = SimpleNamespace(speculative_eagle_topk=1, speculative_num_draft_tokens=4, max_running_requests=64)
+
+    def reserved(selector: str, context: int) -> int:
+        target = model(TARGET, 128, context)
+        return runtime.reserved_bytes(StsConfig(selector=selector), args, target, 60 << 30)
+
+    growth = [reserved("quest", context) - reserved("draft", context) for context in (8192, 131072)]
+    scoring = selectors.request_bytes(131072, 8, 128, 2, 16)
+    assert growth[0] > selectors.SCRATCH
+    assert growth[1] - growth[0] == pytest.approx(scoring - selectors.SCRATCH, rel=0.01)
 
 
 def test_the_state_allocates_what_was_counted():
