@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
-    import torch
+    from sts_kernels import Rule
 
 ENV = "STS_CONFIG"
 MAX_SOURCE = 64 * 1024  # bytes of a file, characters of a string
@@ -320,25 +320,13 @@ class StsConfig:
             wanted = math.ceil((self.keep if keep is None else keep) * context - CEIL_GUARD)
         return min(context, max(floor, self.sink + self.recent, wanted))
 
-    def budget_tokens(self, seq_lens: torch.Tensor, keeps: torch.Tensor | None = None) -> torch.Tensor:
-        """`budget_for` of many requests at once: int64, the shape and device of `seq_lens`, no sync.
+    def rule(self) -> Rule:
+        """`budget_for` as the ops take it, for many requests at once on the device."""
+        from sts_kernels import Rule  # imports torch and Triton
 
-        `keeps` is float64 (0.1 is too coarse in float32 to be rounded up reliably), NaN for a request
-        without its own keep. Raises ValueError for another dtype.
-        """
-        import torch
-
-        context = seq_lens.to(torch.float64)
-        if self.policy == "ratio":
-            wanted = torch.ceil(self.keep * context - CEIL_GUARD)
-        else:
-            wanted = torch.full_like(context, self.budget)
-        if keeps is not None:
-            if keeps.dtype != torch.float64:
-                raise ValueError(f"keeps: got {keeps.dtype}, expected torch.float64")
-            wanted = torch.where(keeps.isnan(), wanted, torch.ceil(keeps * context - CEIL_GUARD))
-        least = max(self.budget if self.policy == "ratio" else 0, self.sink + self.recent)
-        return torch.minimum(wanted.clamp(min=least), context).to(torch.int64)
+        ratio, forced = self.policy == "ratio", self.sink + self.recent
+        least = max(self.budget if ratio else 0, forced)
+        return Rule(self.keep if ratio else None, self.budget, least, forced, CEIL_GUARD)
 
 
 def request_keep(custom_params: Mapping[str, object] | None) -> float | None:

@@ -18,13 +18,11 @@ from typing import NamedTuple
 
 import torch
 
-from sts_kernels import UNKNOWN, Members
-from sts_kernels.reference import SHIFT
-from sts_sglang.config import CEIL_GUARD, StsConfig
-from sts_sglang.headmap import SPLIT_STEPS, HeadMap
+from sts_kernels import ALIGN, UNKNOWN, Members
+from sts_kernels.reference import SHIFT, context_columns
+from sts_sglang.config import StsConfig
+from sts_sglang.headmap import HeadMap
 from sts_sglang.memory import Sizes
-
-ALIGN = 64  # columns of a request start at multiples of the kernels' block of keys
 
 
 class Selection(NamedTuple):
@@ -63,13 +61,14 @@ class RoundState:
         device: str,
         importance_dtype: torch.dtype,
     ):
-        self.config = config
+        self.config, self.rule = config, config.rule()
         channels = len(head_map.channels)
         self.members = members_by_layer(head_map, device)
-        self.carried_q = {
-            layer: torch.zeros(requests, draft_heads, draft_dim, dtype=dtype, device=device)
-            for layer in self.members
-        }
+        shape = (len(self.members), requests, draft_heads, draft_dim)
+        self.carried = torch.zeros(
+            shape, dtype=dtype, device=device
+        )  # of the draft layers that speak, in order
+        self.carried_q = dict(zip(self.members, self.carried, strict=True))
         self.carried_len = torch.zeros(requests, dtype=torch.int64, device=device)
         self.keeps = torch.full((requests,), torch.nan, dtype=torch.float64, device=device)
         columns = -(-sizes.columns // ALIGN) * ALIGN
@@ -99,10 +98,11 @@ class RoundState:
         self.scored = torch.full((3, requests), -1, device=device) if dumped else None
         self.scored_round = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def carry(self, layer: int, reqs: torch.Tensor, q: torch.Tensor, rows: torch.Tensor) -> None:
-        """Keep of a draft layer's queries [N, H_q, D] each request's row (`rows` [bs], `reqs` [bs])."""
-        if layer in self.carried_q:
-            self.carried_q[layer].index_copy_(0, reqs, q.index_select(0, rows))
+    def carry(self, reqs: torch.Tensor, queries: list[torch.Tensor], rows: torch.Tensor | None) -> None:
+        """Keep each request's row (`rows` [bs], None: they are in order) of the queries [N, H_q, D] that the
+        layers which speak had, all of them at once: a launch costs as much as what it does here."""
+        found = torch.stack(queries)
+        self.carried.index_copy_(1, reqs, found if rows is None else found.index_select(1, rows))
 
     def carry_lengths(self, reqs: torch.Tensor, committed: torch.Tensor, prefill: bool) -> None:
         """Note which committed lengths [bs] the carried rows are of."""
@@ -116,66 +116,54 @@ class RoundState:
 
     def columns(self, seq_lens: torch.Tensor) -> torch.Tensor:
         """int64 [bs] first column of each request, -1 where its context does not fit."""
-        wide = (seq_lens + ALIGN - 1) // ALIGN * ALIGN
-        ends = wide.cumsum(0)
-        return torch.where(ends <= self.importance.shape[1], ends - wide, -1)
+        return context_columns(seq_lens, self.importance.shape[1])
 
     def select(self, ops, reqs, seq_lens: torch.Tensor, table: torch.Tensor) -> Selection:
         """Write the lists of a verify batch; requests whose importance is not known attend whole.
 
-        A request with a keep of its own takes what room the others leave. With another selector than the
-        draft only sizes are set: lists are made layer by layer.
+        With another selector than the draft only sizes are set: lists are made layer by layer.
         """
-        config, columns, full = self.config, self.columns(seq_lens), self._full_verifies(reqs)
-        known = (self.carried_len[reqs] == seq_lens) & (columns >= 0)
-        keeps = self.keeps[reqs]
-        budgets = config.budget_tokens(seq_lens, keeps)
-        lengths = self._list_lengths(budgets, seq_lens)
-        # What target layers attend to under `verify: dense` no list says; a sparse draft goes by its own.
-        whole = torch.zeros_like(full) if config.verify == "dense" and config.sparse_draft else full
-        sparse = known & ~whole & (budgets < seq_lens)
-        listed = sparse[:, None] & (lengths < seq_lens[:, None])
-        room = torch.where(listed, lengths, 0)
-        totals = room.sum(1)
-        ends = _ends(totals, ~keeps.isnan())
-        known &= ends <= self.kv_indices.numel()
-        kv_start = (ends - totals)[:, None] + room.cumsum(1) - room
-        kv_count = torch.where(listed & known[:, None], lengths, -1).to(torch.int32)
-        top_p = None
-        if config.policy == "top_p":
-            top_p = torch.where(keeps.isnan(), config.top_p, torch.inf).float()
+        config = self.config
+        sizes = ops.size_lists(
+            seq_lens,
+            reqs,
+            self.carried_len,
+            self.keeps,
+            self.rule,
+            self.split,
+            self.importance.shape[0],
+            self.importance.shape[1],
+            self.kv_indices.numel(),
+            self.counts,
+            self._full_verifies(reqs),
+            # What target layers attend to under `verify: dense` no list says; a sparse draft goes by its own.
+            config.verify == "dense" and config.sparse_draft,
+        )
         if self.history is not None:
-            starts = torch.where(known, columns, -1)
-            self.history.blend(ops, self.importance, starts, seq_lens, reqs, table)
+            self.history.blend(ops, self.importance, sizes.known, seq_lens, reqs, table)
         if config.spread and config.selector == "draft":
-            starts = torch.where(known & sparse, columns, -1)
-            ops.spread_importance(self.importance, starts, seq_lens, config.spread)
+            ops.spread_importance(self.importance, sizes.sparse, seq_lens, config.spread)
         if self.scored is not None:
             self.scored_round += 1
-            starts = torch.where(known, columns, -1)
             rounds = self.scored_round.expand_as(seq_lens)
-            self.scored.index_copy_(1, reqs, torch.stack([starts, seq_lens, rounds]))
+            self.scored.index_copy_(1, reqs, torch.stack([sizes.known, seq_lens, rounds]))
         if config.selector == "draft":
             ops.select_tokens(
                 self.importance,
-                columns,
+                sizes.known,
                 seq_lens,
-                budgets,
+                sizes.budgets,
                 config.sink,
                 config.recent,
                 table,
                 reqs,
                 self.kv_indices,
-                kv_start,
-                kv_count,
-                top_p,
+                sizes.kv_start,
+                sizes.kv_count,
+                self._top_p(reqs),
                 self.draft_indices,
             )
-        chosen = (reqs > 0) & ~full
-        self.counts[0] += (known & chosen).sum()
-        self.counts[1] += (~known & chosen).sum()
-        self.counts[4] += (full & (reqs > 0)).sum()
-        return Selection(kv_start, kv_count)
+        return Selection(sizes.kv_start, sizes.kv_count)
 
     def select_early(self, ops, reqs, seq_lens: torch.Tensor, table: torch.Tensor) -> Selection:
         """`select` after the first draft step, for the steps after it and for verify."""
@@ -187,22 +175,19 @@ class RoundState:
         """What `select_early` made for this round's batch."""
         return Selection(*(made[:bs] for made in self.made))
 
-    def _list_lengths(self, budgets: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
-        """int64 [bs, channels]: tokens that each list may have, their mean over heads being the budget."""
-        if self.split is None:
-            return budgets[:, None].expand(-1, self.importance.shape[0])
-        context = seq_lens.to(torch.float64)
-        steps = budgets / context.clamp(min=1) * SPLIT_STEPS
-        low = steps.long().clamp(max=SPLIT_STEPS - 1)
-        parts = torch.lerp(self.split[low], self.split[low + 1], (steps - low)[:, None])
-        lengths = torch.ceil(parts * context[:, None] - CEIL_GUARD).long()
-        return lengths.clamp(min=self.config.sink + self.config.recent).minimum(seq_lens[:, None])
+    def _top_p(self, reqs: torch.Tensor) -> torch.Tensor | None:
+        """float32 [bs], infinite for a request with a keep of its own; None under other policies."""
+        if self.config.policy != "top_p":
+            return None
+        return torch.where(self.keeps[reqs].isnan(), self.config.top_p, torch.inf).float()
 
-    def _full_verifies(self, reqs: torch.Tensor) -> torch.Tensor:
-        """bool [bs]: who attends to everything this round because the configuration says so."""
+    def _full_verifies(self, reqs: torch.Tensor) -> torch.Tensor | None:
+        """bool [bs]: who attends to everything this round because the configuration says so; None: nobody."""
         every = self.config.full_verify_every
-        if self.config.verify == "dense" or not every:
-            return torch.full_like(reqs, self.config.verify == "dense", dtype=torch.bool)
+        if self.config.verify == "dense":
+            return torch.ones_like(reqs, dtype=torch.bool)
+        if not every:
+            return None
         self.rounds[reqs] += 1
         return self.rounds[reqs] % every == 0
 
@@ -220,7 +205,7 @@ class RoundState:
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by purpose."""
-        carried = [*self.carried_q.values(), self.carried_len, self.keeps, self.rounds]
+        carried = [self.carried, self.carried_len, self.keeps, self.rounds]
         history = {} if self.history is None else {"history": self.history.nbytes()}
         return {
             **history,
@@ -290,12 +275,6 @@ class SlotHistory:
 
     def nbytes(self) -> int:
         return self.remembered.nbytes + self.stamp.nbytes
-
-
-def _ends(sizes: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
-    """int64 [bs] where parts of these sizes end, those that are `later` [bs] behind all others."""
-    first = torch.where(later, 0, sizes)
-    return torch.where(later, first.sum() + (sizes - first).cumsum(0), first.cumsum(0))
 
 
 def members_by_layer(head_map: HeadMap, device: str) -> dict[int, Members]:

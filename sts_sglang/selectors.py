@@ -28,8 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from sts_kernels.checks import IMPORTANCE_SCALE
-from sts_sglang.importance import ALIGN
+from sts_kernels import ALIGN, IMPORTANCE_SCALE
 
 if TYPE_CHECKING:
     from sts_sglang.config import StsConfig

@@ -184,6 +184,31 @@ def test_step_rows_last_one_round():
     assert all(20 not in chosen for chosen in rig.plan(CONTEXT))
 
 
+@pytest.mark.parametrize("accepted", [None, 2])
+def test_every_layer_carries_its_own_row(accepted):
+    """Of a prefill also where the next layer's queries lie in the same memory, as graphs have it."""
+    rig = Rig(CONFIG)
+    prefill = rig.batch(
+        ForwardMode.EXTEND,
+        TOKENS,
+        extend_prefix_lens=torch.tensor([0]),
+        extend_seq_lens=torch.tensor([TOKENS]),
+        spec_info=None,
+    )
+    fb = prefill if accepted is None else rig.extend_batch(CONTEXT, accepted)
+    rig.extend.init_forward_metadata(fb)
+    memory, expected = torch.empty(TOKENS, Q_HEADS * DIM), []
+    for i in range(LAYERS):
+        q = memory if accepted is None else torch.empty_like(memory)
+        expected.append(q.normal_()[(accepted or TOKENS) - 1].clone())
+        rig.extend.forward_extend(q, None, None, rig.layer(i), fb)
+    carried = rig.runtime.state.carried_q
+    assert list(carried) == list(range(LAYERS))
+    for i, row in enumerate(expected):
+        assert torch.equal(carried[i][Rig.REQ].flatten(), row)
+        assert not carried[i][: Rig.REQ].any()
+
+
 def test_a_row_of_another_length_is_not_used():
     """A request slot's leftover: the whole context is attended to, and counted as dense."""
     rig = Rig(CONFIG)

@@ -693,7 +693,7 @@ COMPILE = """
 import torch
 from benchmarks import bench_draft_attention, bench_select, bench_verify
 from benchmarks.harness import compile_only
-from sts_kernels import ops
+from sts_kernels import Rule, ops
 
 def like(*size, dtype=torch.int32):
     return torch.empty(size, dtype=dtype, device="meta")
@@ -708,6 +708,11 @@ with compile_only() as compiled:
     bench_draft_attention.compile_one(shape | {"step": 1, "dim": 64}, {})
     bench_draft_attention.compile_one(shape | {"step": 0, "group": 8}, {})
     bench_select.compile_one(shape, {})
+    for split in (None, like(65, 128, dtype=torch.float64)):
+        ops("triton").size_lists(
+            like(8, dtype=i64), like(8, dtype=i64), like(9, dtype=i64), like(9, dtype=torch.float64),
+            Rule(0.1, 1024, 1024, 68, 1e-6), split, 128, 4096, 9000, like(8, dtype=i64),
+        )
     ops("triton").spread_importance(like(8, 4096, dtype=f16), like(2, dtype=i64), like(2, dtype=i64), 0.5)
     ops("triton").blend_history(
         like(128, 4096, dtype=f16), like(2, dtype=i64), like(2, dtype=i64), like(3, 4096), like(2, dtype=i64),
@@ -739,7 +744,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
         *("_draft_kernel", "_draft_merge_kernel", "_pool_kernel", "_select_kernel"),
         *("_verify_kernel", "_verify_merge_kernel"),
         *("_mix_kernel", "_decay_kernel", "_remember_kernel", "_lists_kernel", "_plan_kernel"),
-        "_spread_kernel",
+        *("_spread_kernel", "_sizes_kernel"),
     }
     for name, shared, asynchronous, single in kernels:
         assert int(shared) <= 232448

@@ -120,7 +120,7 @@ def test_rounds_are_counted_by_request():
 def test_dense_verify_attends_to_everything_and_is_counted_as_such(layer):
     rig = rig_after_a_draft({"verify": "dense"})
     # Stock's output needs stock's kernel, not the sparse one over everything.
-    kept = ("spread_importance", "select_tokens")
+    kept = ("size_lists", "spread_importance", "select_tokens")
     rig.runtime.ops = SimpleNamespace(**{name: getattr(rig.runtime.ops, name) for name in kept})
     q = torch.randn(TOKENS, Q_HEADS * DIM)
     out = verify(rig, layer, q)

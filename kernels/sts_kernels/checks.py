@@ -72,6 +72,21 @@ def check_plan(kv_start, kv_count, head_channels) -> None:
     expect(op, ok, f"head_channels must be int32 [layers, H_kv], got {tuple(head_channels.shape)}")
 
 
+def check_sizes(seq_lens, carried_len, keeps, split, channels) -> None:
+    """Arguments of size_lists."""
+    op = "size_lists"
+    expect(op, seq_lens.dim() == 1, f"seq_lens must be [bs], got {tuple(seq_lens.shape)}")
+    expect(op, keeps.dtype == torch.float64, f"keeps must be float64, got {keeps.dtype}")
+    ok = carried_len.dtype == torch.int64 and carried_len.shape == keeps.shape
+    expect(op, ok, f"carried_len must be int64 {tuple(keeps.shape)}, got {carried_len.dtype}")
+    if split is not None:
+        ok = split.dtype == torch.float64 and split.dim() == 2 and split.shape[1] == channels
+        expect(op, ok, f"split must be float64 [steps + 1, {channels}], got {tuple(split.shape)}")
+        expect(
+            op, split.shape[0] > 1 and split.is_contiguous(), "split must be contiguous, of 2 rows or more"
+        )
+
+
 def check_select(importance, budgets, kv_start, kv_count) -> None:
     """Shapes of select_tokens."""
     op = "select_tokens"

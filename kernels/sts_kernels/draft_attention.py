@@ -182,8 +182,9 @@ def plan_contexts(seq_lens: torch.Tensor, kv_heads: int, max_context: int) -> Pl
     """How the contexts of a batch are parted among programs, for every KV head alike; see plan_verify."""
     programs, most = splits(seq_lens.numel() * kv_heads, max_context, KNOBS)
     start = torch.zeros(seq_lens.numel(), 1, dtype=torch.int64, device=seq_lens.device)
+    whole = torch.full_like(start, -1, dtype=torch.int32)
     head = torch.zeros(1, 1, dtype=torch.int32, device=seq_lens.device)
-    return plan_verify(start, start.int() - 1, head, seq_lens, programs // kv_heads, most).of(0)
+    return plan_verify(start, whole, head, seq_lens, programs // kv_heads, most).of(0)
 
 
 @triton.jit

@@ -25,10 +25,14 @@ from sts_kernels.checks import (
     check_history,
     check_plan,
     check_select,
+    check_sizes,
     check_spread,
     check_verify,
 )
 
+# Columns of a request start at multiples of this: the kernels' blocks of keys have one request's alone, and
+# scores are read 16 bytes at a time.
+ALIGN = 64
 SHIFT = 1  # the draft key at index p is the target's token p + 1
 
 
@@ -44,6 +48,36 @@ class Members(NamedTuple):
     heads: torch.Tensor
     scale: torch.Tensor
     fresh: torch.Tensor
+
+
+class Rule(NamedTuple):
+    """How many tokens are selected of a context.
+
+    keep: share of the context, None for `budget` tokens. least: tokens that a budget has at least; forced:
+    the sink and recent among them, which every list has. guard: what a product may exceed a whole number by
+    before it is rounded up.
+    """
+
+    keep: float | None
+    budget: int
+    least: int
+    forced: int
+    guard: float
+
+
+class Sizes(NamedTuple):
+    """What `size_lists` finds of a batch.
+
+    known: int64 [bs], first column of the requests whose importance is known, else -1; sparse: the same of
+    those among them that attend to less than everything. budgets: int64 [bs]. kv_start: int64 and kv_count:
+    int32 [bs, channels], see the module; kv_count is -1 where the whole context is attended to.
+    """
+
+    known: torch.Tensor
+    sparse: torch.Tensor
+    budgets: torch.Tensor
+    kv_start: torch.Tensor
+    kv_count: torch.Tensor
 
 
 class Plan(NamedTuple):
@@ -133,6 +167,102 @@ def draft_attention(
             pooled = _pool(torch.stack(probs), members, total_rows, pool_heads, pool_rows)
             _combine(importance, pooled, members, column, length, carried_q is not None, pool_rows)
     return out
+
+
+def context_columns(seq_lens: torch.Tensor, columns: int) -> torch.Tensor:
+    """int64 [bs] first column of each request, -1 where its context does not fit; no sync."""
+    wide = (seq_lens + ALIGN - 1) // ALIGN * ALIGN
+    ends = wide.cumsum(0)
+    return torch.where(ends <= columns, ends - wide, -1)
+
+
+def budget_tokens(seq_lens: torch.Tensor, keeps: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """int64 [bs] tokens to select from contexts of these lengths; keeps: float64 [bs], NaN for the rule's own
+    (0.1 is too coarse in float32 to be rounded up reliably). No sync."""
+    context = seq_lens.to(torch.float64)
+    if rule.keep is None:
+        wanted = torch.full_like(context, rule.budget)
+    else:
+        wanted = torch.ceil(rule.keep * context - rule.guard)
+    wanted = torch.where(keeps.isnan(), wanted, torch.ceil(keeps * context - rule.guard))
+    return torch.minimum(wanted.clamp(min=rule.least), context).to(torch.int64)
+
+
+def size_lists(
+    seq_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    carried_len: torch.Tensor,
+    keeps: torch.Tensor,
+    rule: Rule,
+    split: torch.Tensor | None,
+    channels: int,
+    columns: int,
+    entries: int,
+    counts: torch.Tensor,
+    full: torch.Tensor | None = None,
+    list_full: bool = False,
+) -> Sizes:
+    """Where the lists of a verify batch lie and how long they are; no sync.
+
+    Requests without room for their columns or for their lists attend to everything, and so do those whose
+    carried row is of another length: their importance is not known. A request with a keep of its own takes
+    what room the others leave.
+
+    Args:
+        seq_lens, req_pool_indices: int [bs], committed lengths and requests; request 0 pads graphs.
+        carried_len: int64 [requests], the committed length that a request's carried row was made for.
+        keeps: float64 [requests], NaN where the request has none of its own.
+        rule: how many tokens. split: float64 [steps + 1, channels] or None: parts of the context that the
+            channels keep when their mean is i / steps; in between they are interpolated.
+        channels: of the head map. columns: of importance. entries: of kv_indices.
+        counts: int64 [5 or more], added to: [0] requests verified sparsely, [1] densely because their
+            importance is not known, [4] to attend to everything.
+        full: bool [bs] or None, who is to attend to everything. list_full: they have lists all the same (a
+            sparse draft goes by them).
+    """
+    check_sizes(seq_lens, carried_len, keeps, split, channels)
+    ctx_start, keeps = context_columns(seq_lens, columns), keeps[req_pool_indices]
+    full = torch.zeros_like(seq_lens, dtype=torch.bool) if full is None else full
+    budgets = budget_tokens(seq_lens, keeps, rule)
+    lengths = budgets[:, None].expand(-1, channels)
+    if split is not None:
+        lengths = _split_lengths(budgets, seq_lens, split, rule)
+    known = (carried_len[req_pool_indices] == seq_lens) & (ctx_start >= 0)
+    sparse = known & (budgets < seq_lens)
+    if not list_full:
+        sparse &= ~full
+    listed = sparse[:, None] & (lengths < seq_lens[:, None])
+    room = torch.where(listed, lengths, 0)
+    totals = room.sum(1)
+    ends = _ends(totals, ~keeps.isnan())
+    known &= ends <= entries
+    chosen = (req_pool_indices > 0) & ~full
+    counts[0] += (known & chosen).sum()
+    counts[1] += (~known & chosen).sum()
+    counts[4] += (full & (req_pool_indices > 0)).sum()
+    return Sizes(
+        torch.where(known, ctx_start, -1),
+        torch.where(known & sparse, ctx_start, -1),
+        budgets,
+        (ends - totals)[:, None] + room.cumsum(1) - room,
+        torch.where(listed & known[:, None], lengths, -1).to(torch.int32),
+    )
+
+
+def _split_lengths(budgets, seq_lens, split: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """int64 [bs, channels]: tokens that each list may have, their mean over heads being the budget."""
+    context, last = seq_lens.to(torch.float64), split.shape[0] - 1
+    steps = budgets / context.clamp(min=1) * last
+    low = steps.long().clamp(max=last - 1)
+    parts = torch.lerp(split[low], split[low + 1], (steps - low)[:, None])
+    lengths = torch.ceil(parts * context[:, None] - rule.guard).long()
+    return lengths.clamp(min=rule.forced).minimum(seq_lens[:, None])
+
+
+def _ends(sizes: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
+    """int64 [bs] where parts of these sizes end, those that are `later` [bs] behind all others."""
+    first = torch.where(later, 0, sizes)
+    return torch.where(later, first.sum() + (sizes - first).cumsum(0), first.cumsum(0))
 
 
 def spread_importance(

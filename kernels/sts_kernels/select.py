@@ -12,11 +12,10 @@ import triton
 import triton.language as tl
 
 from sts_kernels.checks import check_select, expect
-from sts_kernels.reference import SHIFT
+from sts_kernels.reference import ALIGN, SHIFT
 
 # What the benches tune.
 KNOBS = {"WORDS": 1024, "num_warps": 8, "maxnreg": 128}  # 128 registers: two programs on a multiprocessor
-ALIGN = 64  # of columns: scores are read 16 bytes at a time where requests start at multiples of it
 KEY_BITS = tl.constexpr(15)  # of float16 without its sign: the bits of non-negative scores are in their order
 UNKNOWN = tl.constexpr(0x7C01)  # float16 bits above those of infinity are NaN
 EACH_HALF = tl.constexpr(0x00010001)  # a word is two scores

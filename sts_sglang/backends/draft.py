@@ -28,7 +28,10 @@ class CarryLastRow:
     """
 
     runtime: StsRuntime | None = None  # set by the draft-target binding
-    _rows: torch.Tensor | None = None  # of the running forward
+    # Of the running forward: each request's row, the queries so far, and whether it is a prefill.
+    _rows: torch.Tensor | None = None
+    _queries: list[torch.Tensor] | None = None
+    _prefill = False
     _round: DraftRound | None = None  # of the running draft-extend
     _seen: torch.Tensor | None = None  # of the same, which row sees which
 
@@ -38,13 +41,23 @@ class CarryLastRow:
         else:
             out = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if self.runtime is not None:
-            state, reqs = self.runtime.state, forward_batch.req_pool_indices.long()
-            if layer.layer_id == 0:  # once a forward: a launch costs as much as what it does here
-                self._rows, committed, prefill = last_rows(forward_batch)
-                state.carry_lengths(reqs, committed, prefill)
-            queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-            state.carry(layer.layer_id, reqs, queries, self._rows)
+            self._carry(q.view(-1, layer.tp_q_head_num, layer.qk_head_dim), layer.layer_id, forward_batch)
         return out
+
+    def _carry(self, queries: torch.Tensor, layer: int, fb: ForwardBatch) -> None:
+        """Note the layer's queries; with the last one that speaks, keep the rows."""
+        state, reqs = self.runtime.state, fb.req_pool_indices.long()
+        if layer == 0:
+            self._rows, committed, self._prefill = last_rows(fb)
+            self._queries = []
+            state.carry_lengths(reqs, committed, self._prefill)
+        if layer not in state.carried_q:
+            return
+        # A prompt has many rows, and another layer's may take their place.
+        self._queries.append(queries.index_select(0, self._rows) if self._prefill else queries)
+        if layer == max(state.carried_q):
+            state.carry(reqs, self._queries, None if self._prefill else self._rows)
+            self._queries = []
 
     def _extend_sparsely(self, q, k, v, layer, fb: ForwardBatch, save_kv_cache: bool) -> torch.Tensor:
         """All T rows of a request: to what the round selected, and to each other."""

@@ -1,0 +1,165 @@
+"""Sizes of the lists in Triton: one launch for what is a hundred of small ones in torch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sts_kernels.checks import check_sizes
+from sts_kernels.reference import ALIGN, Rule, Sizes
+
+TILE = 2048  # (request, channel) pairs at a time
+
+
+def size_lists(
+    seq_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    carried_len: torch.Tensor,
+    keeps: torch.Tensor,
+    rule: Rule,
+    split: torch.Tensor | None,
+    channels: int,
+    columns: int,
+    entries: int,
+    counts: torch.Tensor,
+    full: torch.Tensor | None = None,
+    list_full: bool = False,
+) -> Sizes:
+    """Kernel of `sts_kernels.reference.size_lists` (see there); graph-safe, no host sync."""
+    check_sizes(seq_lens, carried_len, keeps, split, channels)
+    bs, device = seq_lens.numel(), seq_lens.device
+    known, sparse, budgets = torch.empty(3, bs, dtype=torch.int64, device=device)
+    kv_start = torch.empty(bs, channels, dtype=torch.int64, device=device)
+    kv_count = torch.empty(bs, channels, dtype=torch.int32, device=device)
+    sizes = Sizes(known, sparse, budgets, kv_start, kv_count)
+    if bs == 0:
+        return sizes
+    heads = triton.next_power_of_2(channels)
+    _sizes_kernel[(1,)](
+        seq_lens,
+        req_pool_indices,
+        carried_len,
+        keeps,
+        seq_lens if full is None else full,
+        keeps if split is None else split,
+        *sizes,
+        counts,
+        bs,
+        channels,
+        columns,
+        entries,
+        KEEP=rule.keep,
+        BUDGET=rule.budget,
+        LEAST=rule.least,
+        FORCED=rule.forced,
+        GUARD=rule.guard,
+        STEPS=0 if split is None else split.shape[0] - 1,
+        FULL=full is not None,
+        LIST_FULL=list_full,
+        ALIGN=ALIGN,
+        B=max(1, min(triton.next_power_of_2(bs), TILE // heads)),
+        C=heads,
+        num_warps=8,
+    )
+    return sizes
+
+
+@triton.jit
+def _sizes_kernel(
+    lens_ptr,
+    reqs_ptr,
+    carried_ptr,
+    keeps_ptr,
+    full_ptr,
+    split_ptr,  # float64 [STEPS + 1, channels]
+    known_ptr,
+    sparse_ptr,
+    budgets_ptr,
+    start_ptr,
+    count_ptr,
+    counts_ptr,
+    bs,
+    channels,
+    columns,
+    entries,
+    KEEP: tl.constexpr,
+    BUDGET: tl.constexpr,
+    LEAST: tl.constexpr,
+    FORCED: tl.constexpr,
+    GUARD: tl.constexpr,
+    STEPS: tl.constexpr,
+    FULL: tl.constexpr,
+    LIST_FULL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    B: tl.constexpr,
+    C: tl.constexpr,
+):
+    c = tl.arange(0, C)[None, :]
+    guard = tl.full((B,), GUARD, tl.float64)  # a float that is no tensor would be a float32
+    used = tl.cast(0, tl.int64)
+    sparsely, densely, fully = tl.cast(0, tl.int64), tl.cast(0, tl.int64), tl.cast(0, tl.int64)
+    for later in tl.static_range(2):  # requests with a keep of their own come last
+        column = tl.cast(0, tl.int64)
+        for first in range(0, bs, B):
+            b = first + tl.arange(0, B)
+            there = b < bs
+            length = tl.load(lens_ptr + b, mask=there, other=0).to(tl.int64)
+            req = tl.load(reqs_ptr + b, mask=there, other=0).to(tl.int64)
+            wide = (length + ALIGN - 1) // ALIGN * ALIGN
+            ends = column + tl.cumsum(wide, 0)
+            column += tl.sum(wide, 0)
+            ctx_start = tl.where(ends <= columns, ends - wide, -1)
+            # Budgets.
+            context = length.to(tl.float64)
+            keep = tl.load(keeps_ptr + req)
+            own = keep == keep
+            if KEEP is None:
+                wanted = tl.full((B,), BUDGET, tl.float64)
+            else:
+                wanted = tl.ceil(tl.full((B,), KEEP, tl.float64) * context - guard)
+            wanted = tl.where(own, tl.ceil(keep * context - guard), wanted)
+            budget = tl.minimum(tl.maximum(wanted, LEAST), context).to(tl.int64)
+            sizes = tl.broadcast_to(budget[:, None], (B, C))
+            if STEPS > 0:
+                at = budget.to(tl.float64) / tl.maximum(context, 1) * STEPS
+                low = tl.minimum(at.to(tl.int64), STEPS - 1)
+                part_ptr = split_ptr + low[:, None] * channels + c
+                a = tl.load(part_ptr, mask=c < channels, other=0)
+                z = tl.load(part_ptr + channels, mask=c < channels, other=0)
+                weight = (at - low.to(tl.float64))[:, None]
+                part = tl.where(weight < 0.5, a + weight * (z - a), z - (z - a) * (1 - weight))
+                sizes = tl.ceil(part * context[:, None] - guard[:, None]).to(tl.int64)
+                sizes = tl.minimum(tl.maximum(sizes, FORCED), length[:, None])
+            # Lists.
+            known = (tl.load(carried_ptr + req) == length) & (ctx_start >= 0)
+            sparse = known & (budget < length)
+            full = tl.zeros((B,), tl.int1)
+            if FULL:
+                full = tl.load(full_ptr + b, mask=there, other=0) != 0
+                if not LIST_FULL:
+                    sparse = sparse & (full == 0)
+            listed = sparse[:, None] & (sizes < length[:, None]) & (c < channels)
+            room = tl.where(listed, sizes, 0)
+            total = tl.sum(room, 1)
+            mine = there & (own == (later == 1))
+            taken = tl.where(mine, total, 0)
+            last = used + tl.cumsum(taken, 0)
+            used += tl.sum(taken, 0)
+            known = known & (last <= entries)
+            start = (last - total)[:, None] + tl.cumsum(room, 1) - room
+            count = tl.where(listed & known[:, None], sizes, -1).to(tl.int32)
+            tl.store(known_ptr + b, tl.where(known, ctx_start, -1), mask=mine)
+            tl.store(sparse_ptr + b, tl.where(known & sparse, ctx_start, -1), mask=mine)
+            tl.store(budgets_ptr + b, budget, mask=mine)
+            place = b[:, None].to(tl.int64) * channels + c
+            tl.store(start_ptr + place, start, mask=mine[:, None] & (c < channels))
+            tl.store(count_ptr + place, count, mask=mine[:, None] & (c < channels))
+            real = mine & (req > 0)
+            chosen = real & (full == 0)
+            sparsely += tl.sum((known & chosen).to(tl.int64), 0)
+            densely += tl.sum(((known == 0) & chosen).to(tl.int64), 0)
+            fully += tl.sum((full & real).to(tl.int64), 0)
+    tl.store(counts_ptr, tl.load(counts_ptr) + sparsely)
+    tl.store(counts_ptr + 1, tl.load(counts_ptr + 1) + densely)
+    tl.store(counts_ptr + 4, tl.load(counts_ptr + 4) + fully)

@@ -1,0 +1,186 @@
+"""Sizes of the lists of a batch, both implementations, against loops over requests and heads."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from sts_kernels import ALIGN, ops
+from sts_kernels.reference import Sizes
+from sts_sglang.config import CEIL_GUARD, StsConfig
+
+KERNELS = ["torch", "triton"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+REQUESTS, STEPS = 80, 64
+
+
+class Batch:
+    """Requests in any order, a fifth of them with a keep of their own, and one whose row is a leftover."""
+
+    def __init__(self, bs: int, channels: int, split: bool, seed: int = 0, longest: int = 40_000):
+        rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.reqs = rng.sample(range(1, REQUESTS), bs)
+        self.lengths = [rng.choice((1, 63, 64, 65, rng.randrange(1, longest))) for _ in range(bs)]
+        own = [
+            rng.choice((0.05, 0.1, 0.29, 1.0)) if rng.random() < 0.2 else math.nan for _ in range(REQUESTS)
+        ]
+        self.keeps = torch.tensor(own, dtype=torch.float64)
+        self.carried = torch.full((REQUESTS,), -7)
+        self.carried[self.reqs] = torch.tensor(self.lengths, dtype=torch.int64)
+        if bs > 2:
+            self.carried[self.reqs[1]] += 1
+        self.channels, self.split = channels, None
+        if split:  # rising from nothing to everything, each channel by another curve
+            bends = 0.3 + 2 * torch.rand(channels, generator=generator, dtype=torch.float64)
+            self.split = (torch.arange(STEPS + 1) / STEPS)[:, None].double() ** bends
+        self.counts = torch.arange(8)
+
+    def run(self, kernel: str, config: StsConfig, columns: int, entries: int, full=None, list_full=False):
+        """Sizes and counts, on the CPU."""
+        where = {"device": DEVICE if kernel == "triton" else "cpu"}
+        counts = self.counts.clone().to(**where)
+        sizes = ops(kernel).size_lists(
+            torch.tensor(self.lengths, dtype=torch.int64, **where),
+            torch.tensor(self.reqs, dtype=torch.int64, **where),
+            self.carried.to(**where),
+            self.keeps.to(**where),
+            config.rule(),
+            None if self.split is None else self.split.to(**where),
+            self.channels,
+            columns,
+            entries,
+            counts,
+            None if full is None else torch.tensor(full, dtype=torch.bool, **where),
+            list_full,
+        )
+        return Sizes(*(t.cpu() for t in sizes)), counts.cpu()
+
+    def list_length(self, config: StsConfig, length: int, budget: int, channel: int) -> int:
+        if self.split is None:
+            return budget
+        at = budget / length * STEPS
+        low = min(int(at), STEPS - 1)
+        a, z = (float(self.split[step, channel]) for step in (low, low + 1))
+        wanted = math.ceil((a + (at - low) * (z - a)) * length - CEIL_GUARD)
+        return min(max(wanted, config.sink + config.recent), length)
+
+    def by_definition(self, config: StsConfig, columns: int, entries: int, full=None, list_full=False):
+        """The same by loops."""
+        bs, column, taken = len(self.reqs), 0, 0
+        full = full or [False] * bs
+        known, sparse = [-1] * bs, [-1] * bs
+        budgets = [0] * bs
+        starts, lists = [[0] * self.channels for _ in range(bs)], [[-1] * self.channels for _ in range(bs)]
+        counts, places = self.counts.tolist(), []
+        for length in self.lengths:
+            column += -(-length // ALIGN) * ALIGN
+            places.append(column - -(-length // ALIGN) * ALIGN if column <= columns else -1)
+        own = [not math.isnan(self.keeps[req]) for req in self.reqs]
+        for b in sorted(range(bs), key=lambda b: own[b]):
+            req, length = self.reqs[b], self.lengths[b]
+            budgets[b] = config.budget_for(length, float(self.keeps[req]) if own[b] else None)
+            scored = places[b] >= 0 and int(self.carried[req]) == length
+            few = scored and budgets[b] < length and (list_full or not full[b])
+            sizes = [self.list_length(config, length, budgets[b], c) for c in range(self.channels)]
+            room = [size if few and size < length else 0 for size in sizes]
+            starts[b] = [taken + sum(room[:c]) for c in range(self.channels)]
+            taken += sum(room)
+            scored = scored and taken <= entries
+            if scored:
+                known[b], lists[b] = places[b], [size or -1 for size in room]
+                sparse[b] = places[b] if few else -1
+            counts[4 if full[b] else 0 if scored else 1] += req > 0
+        made = (known, sparse, budgets, starts, lists)
+        return Sizes(*map(torch.tensor, made)), torch.tensor(counts)
+
+
+def check(batch: Batch, config: StsConfig, kernel: str, *args) -> Sizes:
+    (sizes, counts), (expected, counted) = (
+        batch.run(kernel, config, *args),
+        batch.by_definition(config, *args),
+    )
+    for name, found, right in zip(Sizes._fields, sizes, expected, strict=True):
+        assert found.tolist() == right.tolist(), name
+    assert counts.tolist() == counted.tolist()
+    return sizes
+
+
+CONFIGS = [
+    StsConfig(budget=0),
+    StsConfig(keep=0.29),
+    StsConfig(policy="fixed", budget=700),
+    StsConfig(policy="top_p", budget=700, sink=1, recent=1),
+]
+ROOM = (10**9, 10**9)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("split", [False, True], ids=["uniform", "split"])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.policy}-{c.budget}-{c.keep}")
+def test_sizes_follow_the_definition(kernel: str, split: bool, config: StsConfig) -> None:
+    for bs, channels in ((1, 1), (5, 3), (8, 128), (64, 16)):
+        sizes = check(Batch(bs, channels, split, seed=bs), config, kernel, *ROOM)
+        assert bs < 64 or (sizes.kv_count > 0).any() and (sizes.kv_count == -1).any()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_finds_no_room_attends_to_everything(kernel: str) -> None:
+    """First columns run out, then lists; those with a keep of their own are the first to go without."""
+    batch = Batch(20, 6, True, seed=3)
+    needed, config = sum(-(-n // ALIGN) * ALIGN for n in batch.lengths), StsConfig(budget=0)
+    everything = check(batch, config, kernel, *ROOM)
+    taken = int(everything.kv_count.clamp(min=0).sum())
+    for columns, entries in (
+        (needed, taken),
+        (needed // 2, taken),
+        (needed, taken // 2),
+        (needed, 0),
+        (0, 0),
+    ):
+        sizes = check(batch, config, kernel, columns, entries)
+        assert ((sizes.known < 0).sum() > (everything.known < 0).sum()) == (
+            (columns, entries) != (needed, taken)
+        )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("list_full", [False, True])
+def test_who_is_to_attend_to_everything_is_counted_apart(kernel: str, list_full: bool) -> None:
+    batch = Batch(9, 4, False, seed=4)
+    full = [b % 3 == 0 for b in range(9)]
+    sizes = check(batch, StsConfig(budget=0), kernel, *ROOM, full, list_full)
+    assert (sizes.kv_count[::3] > 0).any() == list_full
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_padding_of_a_graph_is_not_counted(kernel: str) -> None:
+    batch = Batch(4, 4, False, seed=5)
+    batch.reqs[2:], batch.lengths[2:] = [0, 0], [1, 1]
+    check(batch, StsConfig(budget=0), kernel, *ROOM)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_sizes_of_an_empty_batch(kernel: str) -> None:
+    sizes, counts = Batch(0, 5, True).run(kernel, StsConfig(), 100, 100)
+    assert [tuple(t.shape) for t in sizes] == [(0,), (0,), (0,), (0, 5), (0, 5)]
+    assert counts.tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keeps": torch.zeros(REQUESTS)}, "keeps must be float64"),
+        ({"carried": torch.zeros(3, dtype=torch.int64)}, "carried_len must be int64"),
+        ({"split": torch.zeros(65, 3, dtype=torch.float64)}, r"split must be float64 \[steps \+ 1, 4\]"),
+        ({"split": torch.zeros(1, 4, dtype=torch.float64)}, "2 rows or more"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(kernel: str, change: dict, message: str) -> None:
+    batch = Batch(3, 4, True)
+    vars(batch).update(change)
+    with pytest.raises(ValueError, match=message):
+        batch.run(kernel, StsConfig(), 100, 100)
