@@ -29,7 +29,8 @@ def size_lists(
     """Kernel of `sts_kernels.reference.size_lists` (see there); graph-safe, no host sync."""
     check_sizes(seq_lens, carried_len, keeps, split, channels)
     bs, device = seq_lens.numel(), seq_lens.device
-    known, sparse, budgets = torch.empty(3, bs, dtype=torch.int64, device=device)
+    # Each by itself: Triton compiles anew for a pointer of another alignment.
+    known, sparse, budgets = (torch.empty(bs, dtype=torch.int64, device=device) for _ in range(3))
     kv_start = torch.empty(bs, channels, dtype=torch.int64, device=device)
     kv_count = torch.empty(bs, channels, dtype=torch.int32, device=device)
     sizes = Sizes(known, sparse, budgets, kv_start, kv_count)
