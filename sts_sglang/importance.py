@@ -64,10 +64,8 @@ class RoundState:
         self.config, self.rule = config, config.rule()
         channels = len(head_map.channels)
         self.members = members_by_layer(head_map, device)
-        shape = (len(self.members), requests, draft_heads, draft_dim)
-        self.carried = torch.zeros(
-            shape, dtype=dtype, device=device
-        )  # of the draft layers that speak, in order
+        shape = (len(self.members), requests, draft_heads, draft_dim)  # of the draft layers that speak
+        self.carried = torch.zeros(shape, dtype=dtype, device=device)
         self.carried_q = dict(zip(self.members, self.carried, strict=True))
         self.carried_len = torch.zeros(requests, dtype=torch.int64, device=device)
         self.keeps = torch.full((requests,), torch.nan, dtype=torch.float64, device=device)
