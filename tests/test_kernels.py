@@ -708,10 +708,11 @@ with compile_only() as compiled:
     bench_draft_attention.compile_one(shape | {"step": 1, "dim": 64}, {})
     bench_draft_attention.compile_one(shape | {"step": 0, "group": 8}, {})
     bench_select.compile_one(shape, {})
-    for split in (None, like(65, 128, dtype=torch.float64)):
+    split, full = like(65, 128, dtype=torch.float64), like(8, dtype=torch.bool)
+    for keep, *more in ((0.1, split, None), (0.1, None, full), (None, split, full)):
         ops("triton").size_lists(
             like(8, dtype=i64), like(8, dtype=i64), like(9, dtype=i64), like(9, dtype=torch.float64),
-            Rule(0.1, 1024, 1024, 68, 1e-6), split, 128, 4096, 9000, like(8, dtype=i64),
+            Rule(keep, 1024, 1024, 68, 1e-6), more[0], 128, 4096, 9000, like(8, dtype=i64), more[1],
         )
     ops("triton").spread_importance(like(8, 4096, dtype=f16), like(2, dtype=i64), like(2, dtype=i64), 0.5)
     ops("triton").blend_history(
