@@ -1,6 +1,7 @@
-"""Selection: Triton against its twin (gate, exact sets), then time.
+"""Selection, and the sizes of its lists: Triton against its twins (gate, exact), then time.
 
-Shapes of a 1B draft and an 8B target: 128 channels (16 draft layers x 8 KV heads).
+Shapes of a 1B draft and an 8B target: 128 channels (16 draft layers x 8 KV heads). `sizes` is the one launch
+that says how long every list is, of a budget that is split between heads; `sizes-torch` is its twin.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from benchmarks.harness import (
     tune,
     using,
 )
-from sts_kernels import ops
+from sts_kernels import Rule, ops
 from sts_kernels.select import KNOBS
 
 CHANNELS, SINK, RECENT = 128, 4, 64
@@ -73,6 +74,36 @@ def prepare(shape: Shape):
     return [call], check, nbytes
 
 
+def draw_sizes(shape: Shape, device: str = DEVICE) -> list:
+    """Arguments of size_lists: no request has a keep of its own."""
+    context, batch, keep = shape["context"], shape["batch"], shape["keep"]
+    reqs = torch.arange(1, batch + 1, device=device)
+    lens = torch.full((batch,), context, device=device)
+    carried = torch.full((batch + 1,), context, device=device)
+    keeps = torch.full((batch + 1,), torch.nan, dtype=torch.float64, device=device)
+    bends = torch.linspace(0.5, 2, CHANNELS, dtype=torch.float64, device=device)
+    split = torch.linspace(0, 1, 65, dtype=torch.float64, device=device)[:, None] ** bends
+    counts = torch.zeros(8, dtype=torch.int64, device=device)
+    rule = Rule(keep, 0, SINK + RECENT, SINK + RECENT, 1e-6)
+    columns = batch * context
+    return [lens, reqs, carried, keeps, rule, split, CHANNELS, columns, CHANNELS * columns, counts]
+
+
+def same_sizes(args: list) -> None:
+    found, expected = (ops(kernel).size_lists(*args) for kernel in ("triton", "torch"))
+    for name, a, b in zip(found._fields, found, expected, strict=True):
+        assert torch.equal(a, b), f"{name} differ"
+
+
+def bench_sizes(results: Results, shape: Shape) -> None:
+    args = draw_sizes(shape)
+    nbytes = 12 * shape["batch"] * CHANNELS  # kv_start and kv_count
+    if results.gate("sizes", shape, lambda: same_sizes(args)):
+        for name, kernel in (("sizes", "triton"), ("sizes-torch", "torch")):
+            call = ops(kernel).size_lists
+            results.add(name, shape, microseconds([lambda call=call: call(*args)]), nbytes)
+
+
 def compile_one(shape: Shape, knobs: dict) -> None:
     """The op on tensors that are only shapes."""
     with compile_only(), using(KNOBS, knobs):
@@ -92,6 +123,7 @@ def main() -> None:
         calls, check, nbytes = prepare(shape)
         if results.gate("triton", shape, check):
             results.add("triton", shape, microseconds(calls), nbytes)
+        bench_sizes(results, shape)
     results.finish()
 
 

@@ -682,6 +682,7 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
         _, check, nbytes = prepare(shape | more)
         check()
         assert nbytes > 0
+    bench_select.same_sizes(bench_select.draw_sizes(shape))
     split = bench_verify.cases_of(
         shape | {"dim": 16, "rows": 4, "group": 4}, [bench_verify.Pool.draw(shape | {"dim": 16}, 0)]
     )[0].split()
