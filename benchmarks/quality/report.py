@@ -21,7 +21,7 @@ DENSE = 1.0
 LOSS = "text"
 RIVALS = ("quest", "recent", "random", "oracle", "sts-uniform", "sts-proportional")
 RIVALS += ("sts-warm", "sts-blend", "sts-full4")
-COLORS = {"sts": "C3", "oracle": "k", "quest": "C0", "recent": "C2", "random": "C7"}
+COLORS = {"sts": "C3", "sts-draft-blend": "C1", "oracle": "k", "quest": "C0", "recent": "C2", "random": "C7"}
 
 
 class Results:
@@ -377,33 +377,44 @@ def markdown(r: Results) -> str:
 
 
 def plot(r: Results, path: Path) -> None:
-    """One curve an arm: accuracy against keep, a panel a length."""
+    """One curve an arm: what a keep changes against dense; answers above, loss of text below."""
     from matplotlib.figure import Figure
 
-    lengths = r.lengths()
-    figure = Figure(figsize=(5 * len(lengths), 4), layout="constrained")
-    axes = figure.subplots(1, len(lengths), squeeze=False)[0]
-    for axis, length in zip(axes, lengths, strict=True):
-        for arm in (a for a in r.arms if a in COLORS):
-            means = [r.mean(arm, keep, length) for keep in r.keeps]
-            if None in means or r.part(arm, length):
-                continue
-            axis.plot(r.keeps, [100 * m for m in means], "o-", color=COLORS[arm], label=arm)
-            spread = [r.difference((arm, keep), (arm, DENSE), length) for keep in r.keeps]
-            dense = r.mean(arm, DENSE, length)
-            bounds = [[100 * (dense + getattr(s, side)) for s in spread] for side in ("low", "high")]
-            axis.fill_between(r.keeps, *bounds, color=COLORS[arm], alpha=0.12, linewidth=0)
-        levels = [mean for arm in r.arms if (mean := r.mean(arm, DENSE, length)) is not None]
-        if levels:
-            axis.axhline(100 * levels[0], color="k", linestyle=":", label="dense")
-        axis.set(xscale="log", xlabel="keep (share of the context)", title=f"{length} tokens", ylim=(0, 102))
-        axis.set_xticks(r.keeps, [percent(k) for k in r.keeps])
-        axis.minorticks_off()
-    axes[0].set_ylabel("accuracy, mean of tasks")
-    axes[0].legend()
+    kinds = (
+        (r.lengths(), r.difference, "accuracy against dense, points"),
+        (r.lengths(loss=True), r.loss_change, "loss of text against dense, %"),
+    )
+    kinds = tuple(kind for kind in kinds if kind[0])
+    columns = max(len(lengths) for lengths, *_ in kinds)
+    figure = Figure(figsize=(1 + 4 * columns, 1 + 3.2 * len(kinds)), layout="constrained")
+    axes = figure.subplots(len(kinds), columns, squeeze=False, sharey="row")
+    for row, (lengths, change, label) in zip(axes, kinds, strict=True):
+        for axis in row[len(lengths) :]:
+            axis.set_visible(False)
+        for axis, length in zip(row, lengths, strict=False):
+            for arm in (a for a in r.arms if a in COLORS):
+                found = {keep: change((arm, keep), (arm, DENSE), length) for keep in r.keeps}
+                draw(axis, {k: f for k, f in found.items() if f}, COLORS[arm], arm + r.part(arm, length))
+            axis.axhline(0, color="k", linestyle=":", label="dense")
+            axis.set(xscale="log", title=f"{length:,} tokens")
+            axis.set_yscale("symlog", linthresh=1)
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.set_xticks(r.keeps, [percent(k) for k in r.keeps])
+            axis.minorticks_off()
+            axis.legend(fontsize=7)
+        row[0].set_ylabel(label)
+    figure.supxlabel("keep (share of the context)", fontsize=10)
     head = next(iter(r.headers.values()))
     figure.suptitle(f"{head['device']}, {head['items']} items a task and length", fontsize=9)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
+
+
+def draw(axis, found: dict[float, Interval], color: str, label: str) -> None:
+    """A curve of means with its 95 % intervals."""
+    if found:
+        axis.plot(list(found), [100 * f.mean for f in found.values()], "o-", color=color, label=label)
+        bounds = [[100 * getattr(f, side) for f in found.values()] for side in ("low", "high")]
+        axis.fill_between(list(found), *bounds, color=color, alpha=0.15, linewidth=0)
 
 
 def write(folder: Path) -> None:
