@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from sts_kernels import IMPORTANCE_SCALE, UNKNOWN, Members, draft_attention, ops, select, verify
+from sts_kernels import history as history_kernels
 from tests.tolerances import assert_close
 
 KERNELS = ["torch", "triton"]
@@ -411,16 +412,20 @@ def test_selection_of_an_empty_batch(kernel: str) -> None:
 # ---- history
 
 
+@pytest.mark.parametrize("weights", [(0.5, 0.25), (0.0, 0.25), (0.5, 0.0), (0.0, 0.0)])
+@pytest.mark.parametrize("block", [16, 1024])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_history_is_mixed_decayed_once_and_kept_at_its_maximum(kernel: str) -> None:
+def test_history_is_mixed_decayed_once_and_kept_at_its_maximum(monkeypatch, kernel, block, weights) -> None:
     """Requests 1 and 2 share a prefix; request 3 has no columns and is left alone."""
+    monkeypatch.setattr(history_kernels, "BLOCK", block)
+    monkeypatch.setattr(history_kernels, "PROGRAMS", 3)
     batch = Batch(lengths=[70, 90, 40, 1])
     batch.table[batch.reqs[1], :50] = batch.table[batch.reqs[0], :50]
     batch.ctx_start[2] = -1
     slots = int(batch.table.max()) + 1
     history = torch.where(torch.rand(3, slots) < 0.5, UNKNOWN, torch.rand(3, slots) * 100)
     stamp = torch.zeros(slots, dtype=torch.int32)
-    weight, decay = torch.tensor([0.5, 0.25, 0.5, 1.0]), 0.8
+    weight, decay = torch.tensor([*weights, 0.5, 1.0]), 0.8
     importance = (torch.rand(3, batch.columns) * 100).half()
     mixed, kept = importance.double(), history.double()
     for c in range(3):
@@ -670,9 +675,12 @@ def test_unknown_implementations_and_pools_are_refused() -> None:
 
 def test_benches_gate_what_they_time(monkeypatch) -> None:
     """At sizes the interpreter can do."""
-    from benchmarks import bench_draft_attention, bench_select, bench_verify
+    from benchmarks import bench_draft_attention, bench_remember, bench_select, bench_verify
 
     monkeypatch.setattr(bench_select, "CHANNELS", 4)
+    monkeypatch.setattr(bench_remember, "CHANNELS", 4)
+    for weight, shared in ((0.0, False), (0.05, True)):
+        bench_remember.check({"context": 320, "batch": 2}, weight, shared)
     shape = {"context": 320, "batch": 2, "keep": 0.3}
     for prepare, more in (
         (bench_verify.prepare, {"dim": 16, "rows": 4, "group": 4}),
@@ -745,7 +753,8 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
     assert {name for name, *_ in kernels} == {
         *("_draft_kernel", "_draft_merge_kernel", "_pool_kernel", "_select_kernel"),
         *("_verify_kernel", "_verify_merge_kernel"),
-        *("_mix_kernel", "_decay_kernel", "_remember_kernel", "_lists_kernel", "_plan_kernel"),
+        *("_claim_kernel", "_mix_shared_kernel", "_remember_kernel", "_remember_shared_kernel"),
+        *("_lists_kernel", "_plan_kernel"),
         *("_spread_kernel", "_sizes_kernel"),
     }
     for name, shared, asynchronous, single in kernels:

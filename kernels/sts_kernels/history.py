@@ -27,21 +27,28 @@ def blend_history(
 ) -> None:
     """Kernel of `sts_kernels.reference.blend_history` (see there); graph-safe, no host sync.
 
-    Three launches, because all requests read before any writes, and every slot decays before it takes
-    a maximum: read-and-mix keeps the fresh values aside, then decay, then atomic maximum.
+    Four launches. One request owns a slot for the round: it reads what the slot remembers, mixes, decays and
+    writes the maximum, all in one pass. Requests that share the slot mix before that, since all read what
+    was remembered before the round, and add their maximum after it: next to nothing where nothing is shared.
     """
     check_history(importance, history, stamp, weight)
     bs, channels = seq_lens.numel(), importance.shape[0]
     if bs == 0:
         return
-    fresh = torch.empty_like(importance)
-    common = [ctx_start, seq_lens, req_to_token, req_pool_indices, req_to_token.stride(0)]
-    grid = (bs, channels, PROGRAMS)
-    shape = {"SHIFT": SHIFT, "BLOCK": BLOCK, "PROGRAMS": PROGRAMS}
     columns, slots = importance.stride(0), history.stride(0)
-    _mix_kernel[grid](importance, fresh, history, weight, *common, columns, slots, UNKNOWN=UNKNOWN, **shape)
-    _decay_kernel[(bs, PROGRAMS)](history, stamp, round_, decay, *common, slots, channels, **shape)
-    _remember_kernel[grid](fresh, history.view(torch.int32), *common, columns, slots, **shape)
+    owned = torch.empty(importance.shape[1], dtype=torch.int8, device=importance.device)
+    fresh = torch.empty_like(importance)  # of those that share, as it was before they mixed
+    requests = [ctx_start, seq_lens, req_to_token, req_pool_indices, req_to_token.stride(0)]
+    shape = {"SHIFT": SHIFT, "BLOCK": BLOCK, "PROGRAMS": PROGRAMS}
+    few, all_channels = (bs, PROGRAMS), (bs, channels, PROGRAMS)
+    _claim_kernel[few](owned, stamp, round_, *requests, **shape)
+    scores = [importance, fresh, history, owned, weight, *requests, columns, slots]
+    _mix_shared_kernel[few](*scores, channels, UNKNOWN=UNKNOWN, **shape)
+    _remember_kernel[all_channels](
+        importance, history, owned, weight, decay, *requests, columns, slots, UNKNOWN=UNKNOWN, **shape
+    )
+    scores[2] = history.view(torch.int32)
+    _remember_shared_kernel[few](*scores, channels, **shape)
 
 
 @triton.jit
@@ -60,11 +67,87 @@ def _block(block, length, slot_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _mix_kernel(
+def _mixed(fresh, remembered, w, UNKNOWN: tl.constexpr):
+    return tl.where(remembered == UNKNOWN, fresh.to(tl.float32), (1 - w) * fresh + w * remembered)
+
+
+@triton.jit
+def _claim_kernel(
+    owned_ptr,  # int8 [columns]: whether the column's request owns its slot
+    stamp_ptr,
+    round_ptr,
+    ctx_start_ptr,
+    lens_ptr,
+    table_ptr,
+    reqs_ptr,
+    stride_table,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    b, program = tl.program_id(0), tl.program_id(1)
+    column, length, slot_ptr = _request(b, ctx_start_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table)
+    if column < 0:
+        return
+    now = tl.load(round_ptr)
+    for block in range(SHIFT + program * BLOCK, length, PROGRAMS * BLOCK):
+        offs, ok, slots = _block(block, length, slot_ptr, BLOCK)
+        # Whoever changes the stamp owns the slot.
+        before = tl.atomic_xchg(stamp_ptr + slots, tl.zeros_like(slots) + now, mask=ok)
+        tl.store(owned_ptr + column + offs, (before != now).to(tl.int8), mask=ok)
+
+
+@triton.jit
+def _mix_shared_kernel(
     importance_ptr,
     fresh_ptr,
     history_ptr,
+    owned_ptr,
     weight_ptr,
+    ctx_start_ptr,
+    lens_ptr,
+    table_ptr,
+    reqs_ptr,
+    stride_table,
+    columns,
+    slots_stride,
+    channels,
+    UNKNOWN: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    b, program = tl.program_id(0), tl.program_id(1)
+    column, length, slot_ptr = _request(b, ctx_start_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table)
+    w = tl.load(weight_ptr + b)
+    if (column < 0) | (w == 0):  # it does not mix
+        return
+    for block in range(SHIFT + program * BLOCK, length, PROGRAMS * BLOCK):
+        offs, ok, slots = _block(block, length, slot_ptr, BLOCK)
+        shared = ok & (tl.load(owned_ptr + column + offs, mask=ok, other=1) == 0)
+        if tl.max(shared.to(tl.int32), 0) > 0:
+            place, aside, slot = (
+                importance_ptr + column + offs,
+                fresh_ptr + column + offs,
+                history_ptr + slots,
+            )
+            for _ in range(0, channels):
+                fresh = tl.load(place, mask=shared, other=0.0)
+                mixed = _mixed(fresh, tl.load(slot, mask=shared, other=UNKNOWN), w, UNKNOWN)
+                tl.store(aside, fresh, mask=shared)
+                tl.store(place, mixed.to(importance_ptr.dtype.element_ty), mask=shared)
+                place += columns
+                aside += columns
+                slot += slots_stride
+
+
+@triton.jit
+def _remember_kernel(
+    importance_ptr,
+    history_ptr,
+    owned_ptr,
+    weight_ptr,
+    decay,
     ctx_start_ptr,
     lens_ptr,
     table_ptr,
@@ -84,25 +167,31 @@ def _mix_kernel(
     w = tl.load(weight_ptr + b)
     for block in range(SHIFT + program * BLOCK, length, PROGRAMS * BLOCK):
         offs, ok, slots = _block(block, length, slot_ptr, BLOCK)
-        place = c * columns + column + offs
-        fresh = tl.load(importance_ptr + place, mask=ok, other=0.0)
-        remembered = tl.load(history_ptr + c * slots_stride + slots, mask=ok, other=UNKNOWN)
-        mixed = tl.where(remembered == UNKNOWN, fresh.to(tl.float32), (1 - w) * fresh + w * remembered)
-        tl.store(fresh_ptr + place, fresh, mask=ok)
-        tl.store(importance_ptr + place, mixed.to(importance_ptr.dtype.element_ty), mask=ok)
+        own = ok & (tl.load(owned_ptr + column + offs, mask=ok, other=0) != 0)
+        place = importance_ptr + c * columns + column + offs
+        slot = history_ptr + c * slots_stride + slots
+        fresh = tl.load(place, mask=own, other=0.0)
+        held = tl.load(slot, mask=own, other=UNKNOWN)
+        if w != 0:
+            mixed = _mixed(fresh, held, w, UNKNOWN)
+            tl.store(place, mixed.to(importance_ptr.dtype.element_ty), mask=own)
+        new = tl.maximum(fresh.to(tl.float32), tl.where(held == UNKNOWN, held, held * decay))
+        tl.store(slot, new, mask=own)
 
 
 @triton.jit
-def _decay_kernel(
-    history_ptr,
-    stamp_ptr,
-    round_ptr,
-    decay,
+def _remember_shared_kernel(
+    importance_ptr,
+    fresh_ptr,
+    history_bits_ptr,
+    owned_ptr,
+    weight_ptr,
     ctx_start_ptr,
     lens_ptr,
     table_ptr,
     reqs_ptr,
     stride_table,
+    columns,
     slots_stride,
     channels,
     SHIFT: tl.constexpr,
@@ -113,39 +202,18 @@ def _decay_kernel(
     column, length, slot_ptr = _request(b, ctx_start_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table)
     if column < 0:
         return
-    now = tl.load(round_ptr)
+    # What did not mix is fresh where it stands.
+    source_ptr = fresh_ptr
+    if tl.load(weight_ptr + b) == 0:
+        source_ptr = importance_ptr
     for block in range(SHIFT + program * BLOCK, length, PROGRAMS * BLOCK):
         offs, ok, slots = _block(block, length, slot_ptr, BLOCK)
-        # Whoever changes the stamp decays the slot, for all that share it.
-        first = ok & (tl.atomic_xchg(stamp_ptr + slots, tl.zeros_like(slots) + now, mask=ok) != now)
-        place = history_ptr + slots
-        for _ in range(0, channels):
-            held = tl.load(place, mask=first, other=0.0)
-            tl.store(place, tl.where(held < 0, held, held * decay), mask=first)
-            place += slots_stride
-
-
-@triton.jit
-def _remember_kernel(
-    fresh_ptr,
-    history_bits_ptr,
-    ctx_start_ptr,
-    lens_ptr,
-    table_ptr,
-    reqs_ptr,
-    stride_table,
-    columns,
-    slots_stride,
-    SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-):
-    b, c, program = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    column, length, slot_ptr = _request(b, ctx_start_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table)
-    if column < 0:
-        return
-    for block in range(SHIFT + program * BLOCK, length, PROGRAMS * BLOCK):
-        offs, ok, slots = _block(block, length, slot_ptr, BLOCK)
-        fresh = tl.load(fresh_ptr + c * columns + column + offs, mask=ok, other=0.0).to(tl.float32)
-        # Scores are not negative, so their bits order as integers; UNKNOWN's are below them.
-        tl.atomic_max(history_bits_ptr + c * slots_stride + slots, fresh.to(tl.int32, bitcast=True), mask=ok)
+        shared = ok & (tl.load(owned_ptr + column + offs, mask=ok, other=1) == 0)
+        if tl.max(shared.to(tl.int32), 0) > 0:
+            place, slot = source_ptr + column + offs, history_bits_ptr + slots
+            for _ in range(0, channels):
+                fresh = tl.load(place, mask=shared, other=0.0).to(tl.float32)
+                # Scores are not negative, so their bits order as integers; UNKNOWN's are below them.
+                tl.atomic_max(slot, fresh.to(tl.int32, bitcast=True), mask=shared)
+                place += columns
+                slot += slots_stride
