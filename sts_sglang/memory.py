@@ -53,7 +53,8 @@ def bytes_per_token(
     """
     share = min(1.0, config.keep * LIST_SLACK) if config.policy == "ratio" else 1.0
     remembers = config.history != "off"
-    scores = 4 * channels if remembers else 2 * channels  # mixing sets the fresh ones aside
+    # Remembering sets the fresh ones aside where requests share a slot, and notes whose it is.
+    scores = 4 * channels + 1 if remembers else 2 * channels
     scored = scores + _entry_bytes(config) * channels * share * list_growth + 2 * draft_kv_heads * draft_rows
     return OVERSUBSCRIBED * scored + (history_bytes_per_token(channels) if remembers else 0)
 
