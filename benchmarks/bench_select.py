@@ -1,7 +1,8 @@
 """Selection, and the sizes of its lists: Triton against its twins (gate, exact), then time.
 
 Shapes of a 1B draft and an 8B target: 128 channels (16 draft layers x 8 KV heads). `sizes` is the one launch
-that says how long every list is, of a budget that is split between heads; `sizes-torch` is its twin.
+that says how long every list is, of a budget that is split between heads; `sizes-torch` is its twin; `spread`
+passes importance on to the next tokens before selection.
 """
 
 from __future__ import annotations
@@ -104,6 +105,26 @@ def bench_sizes(results: Results, shape: Shape) -> None:
             results.add(name, shape, microseconds([lambda call=call: call(*args)]), nbytes)
 
 
+def bench_spread(results: Results, shape: Shape) -> None:
+    args = draw(shape)[:3]
+
+    def check() -> None:
+        twin = args[0].clone()
+        ops("torch").spread_importance(twin, *args[1:], 0.5)
+        ops("triton").spread_importance(*args, 0.5)
+        assert torch.equal(args[0], twin), "importance differs"
+
+    if results.gate("spread", shape, check):
+        fresh, spread = draw(shape)[0], ops("triton").spread_importance
+
+        def restored() -> None:  # once spread there is ever less to pass on
+            args[0].copy_(fresh)
+            spread(*args, 0.5)
+
+        alone = microseconds([lambda: args[0].copy_(fresh)])
+        results.add("spread", shape, microseconds([restored]) - alone, args[0].nbytes)
+
+
 def compile_one(shape: Shape, knobs: dict) -> None:
     """The op on tensors that are only shapes."""
     with compile_only(), using(KNOBS, knobs):
@@ -124,6 +145,7 @@ def main() -> None:
         if results.gate("triton", shape, check):
             results.add("triton", shape, microseconds(calls), nbytes)
         bench_sizes(results, shape)
+        bench_spread(results, shape)
     results.finish()
 
 

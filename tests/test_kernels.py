@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from sts_kernels import IMPORTANCE_SCALE, UNKNOWN, Members, draft_attention, ops, select, verify
+from sts_kernels import IMPORTANCE_SCALE, UNKNOWN, Members, draft_attention, ops, select, spread, verify
 from sts_kernels import history as history_kernels
 from tests.tolerances import assert_close
 
@@ -257,8 +257,10 @@ def test_draft_attention_of_an_empty_batch(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("factor", [0.5, 1.0])
-def test_importance_passes_on_by_one_token(kernel: str, factor: float) -> None:
-    """Over several blocks, exactly; unknown tokens and other requests' columns stay as they are."""
+@pytest.mark.parametrize("programs", [1, 30, 1000])
+def test_importance_passes_on_by_one_token(monkeypatch, kernel: str, factor: float, programs: int) -> None:
+    """Over several blocks and parts, exactly; unknown tokens and other requests' columns stay as they are."""
+    monkeypatch.setattr(spread, "PROGRAMS", programs)
     batch = Batch(lengths=[9, 1, 2, 9000, 70])
     batch.ctx_start[4] = -1
     before = scores_like("unknown", batch)
@@ -723,6 +725,7 @@ with compile_only() as compiled:
             like(8, dtype=i64), like(8, dtype=i64), like(9, dtype=i64), like(9, dtype=torch.float64),
             Rule(keep, 1024, 1024, 68, 1e-6), more[0], 128, 4096, 9000, like(8, dtype=i64), more[1],
         )
+    ops("triton").spread_importance(like(128, 65536, dtype=f16), like(8, dtype=i64), like(8, dtype=i64), 0.5)
     ops("triton").spread_importance(like(8, 4096, dtype=f16), like(2, dtype=i64), like(2, dtype=i64), 0.5)
     ops("triton").blend_history(
         like(128, 4096, dtype=f16), like(2, dtype=i64), like(2, dtype=i64), like(3, 4096), like(2, dtype=i64),
@@ -755,7 +758,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
         *("_verify_kernel", "_verify_merge_kernel"),
         *("_claim_kernel", "_mix_shared_kernel", "_remember_kernel", "_remember_shared_kernel"),
         *("_lists_kernel", "_plan_kernel"),
-        *("_spread_kernel", "_sizes_kernel"),
+        *("_edges_kernel", "_spread_kernel", "_sizes_kernel"),
     }
     for name, shared, asynchronous, single in kernels:
         assert int(shared) <= 232448
