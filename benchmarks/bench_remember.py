@@ -13,6 +13,7 @@ from benchmarks.harness import DEVICE, Results, Shape, microseconds, parser, set
 from sts_kernels import UNKNOWN, ops
 
 CHANNELS, DECAY, WEIGHT = 128, 0.9, 0.05
+ARMS = {"warm": (0.0, False), "blend": (WEIGHT, False), "blend-shared": (WEIGHT, True)}  # weight, shared
 FULL = settings({"context": [8192, 32768, 131072], "batch": [1, 4, 16]})
 QUICK = [{"context": c, "batch": b} for c, b in ((8192, 16), (32768, 8), (131072, 1))]
 
@@ -46,11 +47,7 @@ def check(shape: Shape, weight: float, shared: bool) -> None:
 
 
 def bench(results: Results, shape: Shape) -> None:
-    for name, weight, shared in (
-        ("warm", 0, False),
-        ("blend", WEIGHT, False),
-        ("blend-shared", WEIGHT, True),
-    ):
+    for name, (weight, shared) in ARMS.items():
         if not results.gate(name, shape, lambda w=weight, s=shared: check(shape, w, s)):
             continue
         args = draw(shape, weight, shared)

@@ -681,7 +681,7 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
 
     monkeypatch.setattr(bench_select, "CHANNELS", 4)
     monkeypatch.setattr(bench_remember, "CHANNELS", 4)
-    for weight, shared in ((0.0, False), (0.05, True)):
+    for weight, shared in bench_remember.ARMS.values():
         bench_remember.check({"context": 320, "batch": 2}, weight, shared)
     shape = {"context": 320, "batch": 2, "keep": 0.3}
     for prepare, more in (
