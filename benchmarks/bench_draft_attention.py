@@ -50,17 +50,16 @@ POOL_GRID = settings(
         "stored_policy": ["evict_last", ""],
     }
 )
-IMPORTANCE = 13  # its place among the arguments
+MEMBERS, IMPORTANCE = 12, 13  # their places among the arguments
 
 
-def members(speak: bool, group: int, device: str = DEVICE) -> Members:
-    """The query heads of each KV head are a channel; or nobody speaks."""
+def members(group: int, device: str = DEVICE) -> Members:
+    """The query heads of each KV head are a channel."""
     heads = torch.arange(KV_HEADS * group, dtype=torch.int32, device=device).view(KV_HEADS, group)
     channels = torch.arange(KV_HEADS, dtype=torch.int32, device=device)
     scale = torch.full((KV_HEADS,), 1 / group, device=device)
     fresh = torch.ones(KV_HEADS, dtype=torch.bool, device=device)
-    everyone = Members(channels, heads, scale, fresh)
-    return everyone if speak else Members(*(t[:0] for t in everyone))
+    return Members(channels, heads, scale, fresh)
 
 
 def draw(shape: Shape, seed: int = 0, device: str = DEVICE, dtype: torch.dtype = DTYPE) -> list:
@@ -82,20 +81,14 @@ def draw(shape: Shape, seed: int = 0, device: str = DEVICE, dtype: torch.dtype =
     columns = -(-context // 64) * 64
     start = torch.arange(batch, device=device) * columns
     importance = torch.zeros(KV_HEADS, batch * columns, dtype=torch.float16, device=device)
-    places = [table, reqs, lens, start, step, STEPS, dim**-0.5]
-    speak = members(True, shape["group"], device)
-    return [q, carried, carried_len, k, v, *places, speak, importance, STEPS]
+    places = [table, reqs, lens, start, step, STEPS, dim**-0.5, members(shape["group"], device)]
+    return [q, carried, carried_len, k, v, *places, importance, STEPS]
 
 
 def silent(args: list) -> list:
     """The same attention without importance: no member speaks, no carried row."""
-    return [
-        args[0],
-        None,
-        *args[2:12],
-        members(False, args[0].shape[1] // KV_HEADS, args[3].device),
-        *args[IMPORTANCE:],
-    ]
+    nobody = Members(*(t[:0] for t in args[MEMBERS]))
+    return [args[0], None, *args[2:MEMBERS], nobody, *args[IMPORTANCE:]]
 
 
 def planned(args: list) -> list:

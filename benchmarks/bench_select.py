@@ -75,9 +75,9 @@ def prepare(shape: Shape):
     return [call], check, nbytes
 
 
-def draw_sizes(shape: Shape, device: str = DEVICE) -> list:
+def draw_sizes(shape: Shape) -> list:
     """Arguments of size_lists: no request has a keep of its own."""
-    context, batch, keep = shape["context"], shape["batch"], shape["keep"]
+    context, batch, keep, device = shape["context"], shape["batch"], shape["keep"], DEVICE
     reqs = torch.arange(1, batch + 1, device=device)
     lens = torch.full((batch,), context, device=device)
     carried = torch.full((batch + 1,), context, device=device)

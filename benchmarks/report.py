@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.quality import report as quality_report
+from benchmarks.quality.report import DENSE, Results, percent, points, signed, table
 
 RESULTS, README = Path(__file__).with_name("results"), Path(__file__).parents[1] / "README.md"
 ARMS = {
@@ -43,11 +43,6 @@ QUALITY = {
 def rows(name: str) -> list[dict]:
     path = RESULTS / name
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
 
 
 def shapes_of(found: list[dict]) -> list[tuple[int, int]]:
@@ -200,27 +195,20 @@ def quality() -> str:
     folder = RESULTS / "quality"
     if not folder.exists():
         return "Not measured yet."
-    found = quality_report.Results(folder)
-    shown = [arm for arm in QUALITY if arm in found.arms]
+    found = Results(folder)
     keeps = [keep for keep in found.keeps if keep <= 0.25]
     parts = []
     for length in found.lengths():
-        lines = []
-        for arm in shown:
-            over = [found.difference((arm, k), (arm, 1.0), length) for k in keeps]
-            if any(over):
-                lines.append([QUALITY[arm] + found.part(arm, length), *map(quality_report.signed, over)])
-        dense = found.mean("sts", 1.0, length)
-        head = [f"{length:,} tokens (dense: {100 * dense:.1f})", *(f"{100 * k:g} %" for k in keeps)]
-        parts.append(table(head, lines))
-    lines = []
-    for length in found.lengths(loss=True):
-        for arm in shown:
-            over = [found.loss_change((arm, k), (arm, 1.0), length) for k in keeps]
-            if any(over):
-                name = f"{QUALITY[arm]}, {length:,}"
-                lines.append([name, *(quality_report.signed(o, digits=2) for o in over)])
-    parts.append(table(["loss of text, tokens", *(f"{100 * k:g} %" for k in keeps)], lines))
+        dense = points(found.mean("sts", DENSE, length))
+        head = [f"{length:,} tokens (dense: {dense})", *map(percent, keeps)]
+        lines = changes(found, found.difference, length, keeps, digits=1)
+        parts.append(table(head, [[QUALITY[arm] + found.part(arm, length), *cells] for arm, *cells in lines]))
+    losses = [
+        [f"{QUALITY[arm]}, {length:,}", *cells]
+        for length in found.lengths(loss=True)
+        for arm, *cells in changes(found, found.loss_change, length, keeps, digits=2)
+    ]
+    parts.append(table(["loss of text, tokens", *map(percent, keeps)], losses))
     head = next(iter(found.headers.values()))
     commits = ", ".join(sorted({h["commit"] for h in found.headers.values()}))
     parts.append(
@@ -229,6 +217,14 @@ def quality() -> str:
         f"{commits}, the shipped pair."
     )
     return "\n\n".join(parts)
+
+
+def changes(
+    found: Results, change: Callable, length: int, keeps: list[float], digits: int
+) -> list[list[str]]:
+    """[arm, a cell a keep] against dense, of the arms that are shown and were asked."""
+    over = {arm: [change((arm, k), (arm, DENSE), length) for k in keeps] for arm in QUALITY}
+    return [[arm, *(signed(f, digits=digits) for f in own)] for arm, own in over.items() if any(own)]
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
@@ -257,10 +253,10 @@ def plot_break_even() -> None:
 
     figure, axis = plt.subplots(figsize=(7, 4))
     colours = {key: f"C{i}" for i, key in enumerate(dict.fromkeys(key[:2] for key in lines))}
-    for (arm, requests, over), points in lines.items():
+    for (arm, requests, over), gained in lines.items():
         captured = over == "stock-spec-captured"
         label = None if captured else f"{ARMS[arm]}, {requests} request" + "s" * (requests > 1)
-        line = zip(*sorted(points), strict=True)
+        line = zip(*sorted(gained), strict=True)
         axis.plot(*line, marker="o", ls="--" if captured else "-", color=colours[arm, requests], label=label)
     axis.axhline(1, color="k", lw=0.8)
     axis.set(xscale="log", xlabel="context (tokens)", ylabel="tokens/s over stock FA3 + STANDALONE")

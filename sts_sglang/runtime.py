@@ -264,8 +264,8 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
     if config.selector != "draft":  # scores and lists of a LayerSelector, and what scoring takes
         state += memory.OVERSUBSCRIBED * 6 * counts[0].kv_heads
         rows = server_args.speculative_num_draft_tokens * (target.num_attention_heads // counts[0].kv_heads)
-        shape = (target.context_len, counts[0].kv_heads, target.head_dim, target.dtype.itemsize, rows)
-        own += max(SCRATCH, request_bytes(*shape))
+        layer = (counts[0].kv_heads, target.head_dim, target.dtype.itemsize, rows)
+        own += max(SCRATCH, request_bytes(target.context_len, *layer))
     if config.kernel == "flashinfer":
         shape = _headwise_shape(server_args, target, requests)
         own += shape.float_workspace() + shape.list_bytes(shape.entries(config, 0, target.context_len))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sts_kernels import ALIGN, ops
-from sts_kernels.reference import Sizes
+from sts_kernels.reference import Lists
 from sts_sglang.config import CEIL_GUARD, StsConfig
 
 KERNELS = ["torch", "triton"]
@@ -56,7 +56,7 @@ class Batch:
             None if full is None else torch.tensor(full, dtype=torch.bool, **where),
             list_full,
         )
-        return Sizes(*(t.cpu() for t in sizes)), counts.cpu()
+        return Lists(*(t.cpu() for t in sizes)), counts.cpu()
 
     def list_length(self, config: StsConfig, length: int, budget: int, channel: int) -> int:
         if self.split is None:
@@ -94,15 +94,15 @@ class Batch:
                 sparse[b] = places[b] if few else -1
             counts[4 if full[b] else 0 if scored else 1] += req > 0
         made = (known, sparse, budgets, starts, lists)
-        return Sizes(*map(torch.tensor, made)), torch.tensor(counts)
+        return Lists(*map(torch.tensor, made)), torch.tensor(counts)
 
 
-def check(batch: Batch, config: StsConfig, kernel: str, *args) -> Sizes:
+def check(batch: Batch, config: StsConfig, kernel: str, *args) -> Lists:
     (sizes, counts), (expected, counted) = (
         batch.run(kernel, config, *args),
         batch.by_definition(config, *args),
     )
-    for name, found, right in zip(Sizes._fields, sizes, expected, strict=True):
+    for name, found, right in zip(Lists._fields, sizes, expected, strict=True):
         assert found.tolist() == right.tolist(), name
     assert counts.tolist() == counted.tolist()
     return sizes

@@ -42,13 +42,10 @@ def blend_history(
     shape = {"SHIFT": SHIFT, "BLOCK": BLOCK, "PROGRAMS": PROGRAMS}
     few, all_channels = (bs, PROGRAMS), (bs, channels, PROGRAMS)
     _claim_kernel[few](owned, stamp, round_, *requests, **shape)
-    scores = [importance, fresh, history, owned, weight, *requests, columns, slots]
-    _mix_shared_kernel[few](*scores, channels, UNKNOWN=UNKNOWN, **shape)
-    _remember_kernel[all_channels](
-        importance, history, owned, weight, decay, *requests, columns, slots, UNKNOWN=UNKNOWN, **shape
-    )
-    scores[2] = history.view(torch.int32)
-    _remember_shared_kernel[few](*scores, channels, **shape)
+    common = [owned, weight, *requests, columns, slots]
+    _mix_shared_kernel[few](importance, fresh, history, *common, channels, UNKNOWN=UNKNOWN, **shape)
+    _remember_kernel[all_channels](importance, history, *common, decay, UNKNOWN=UNKNOWN, **shape)
+    _remember_shared_kernel[few](importance, fresh, history.view(torch.int32), *common, channels, **shape)
 
 
 @triton.jit
@@ -64,6 +61,13 @@ def _block(block, length, slot_ptr, BLOCK: tl.constexpr):
     offs = block + tl.arange(0, BLOCK)
     ok = offs < length
     return offs, ok, tl.load(slot_ptr + offs, mask=ok, other=0)
+
+
+@triton.jit
+def _shared(owned_ptr, ok):
+    """Which positions another request owns, and whether there are any."""
+    shared = ok & (tl.load(owned_ptr, mask=ok, other=1) == 0)
+    return shared, tl.max(shared.to(tl.int32), 0) > 0
 
 
 @triton.jit
@@ -124,8 +128,8 @@ def _mix_shared_kernel(
         return
     for block in range(SHIFT + program * BLOCK, length, PROGRAMS * BLOCK):
         offs, ok, slots = _block(block, length, slot_ptr, BLOCK)
-        shared = ok & (tl.load(owned_ptr + column + offs, mask=ok, other=1) == 0)
-        if tl.max(shared.to(tl.int32), 0) > 0:
+        shared, some = _shared(owned_ptr + column + offs, ok)
+        if some:
             place, aside, slot = (
                 importance_ptr + column + offs,
                 fresh_ptr + column + offs,
@@ -147,7 +151,6 @@ def _remember_kernel(
     history_ptr,
     owned_ptr,
     weight_ptr,
-    decay,
     ctx_start_ptr,
     lens_ptr,
     table_ptr,
@@ -155,6 +158,7 @@ def _remember_kernel(
     stride_table,
     columns,
     slots_stride,
+    decay,
     UNKNOWN: tl.constexpr,
     SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -208,8 +212,8 @@ def _remember_shared_kernel(
         source_ptr = importance_ptr
     for block in range(SHIFT + program * BLOCK, length, PROGRAMS * BLOCK):
         offs, ok, slots = _block(block, length, slot_ptr, BLOCK)
-        shared = ok & (tl.load(owned_ptr + column + offs, mask=ok, other=1) == 0)
-        if tl.max(shared.to(tl.int32), 0) > 0:
+        shared, some = _shared(owned_ptr + column + offs, ok)
+        if some:
             place, slot = source_ptr + column + offs, history_bits_ptr + slots
             for _ in range(0, channels):
                 fresh = tl.load(place, mask=shared, other=0.0).to(tl.float32)

@@ -65,7 +65,7 @@ class Rule(NamedTuple):
     guard: float
 
 
-class Sizes(NamedTuple):
+class Lists(NamedTuple):
     """What `size_lists` finds of a batch.
 
     known: int64 [bs], first column of the requests whose importance is known, else -1; sparse: the same of
@@ -201,7 +201,7 @@ def size_lists(
     counts: torch.Tensor,
     full: torch.Tensor | None = None,
     list_full: bool = False,
-) -> Sizes:
+) -> Lists:
     """Where the lists of a verify batch lie and how long they are; no sync.
 
     Requests without room for their columns or for their lists attend to everything, and so do those whose
@@ -240,7 +240,7 @@ def size_lists(
     counts[0] += (known & chosen).sum()
     counts[1] += (~known & chosen).sum()
     counts[4] += (full & (req_pool_indices > 0)).sum()
-    return Sizes(
+    return Lists(
         torch.where(known, ctx_start, -1),
         torch.where(known & sparse, ctx_start, -1),
         budgets,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from sts_kernels.checks import check_sizes
-from sts_kernels.reference import ALIGN, Rule, Sizes
+from sts_kernels.reference import ALIGN, Lists, Rule
 
 TILE = 2048  # (request, channel) pairs at a time
 
@@ -25,7 +25,7 @@ def size_lists(
     counts: torch.Tensor,
     full: torch.Tensor | None = None,
     list_full: bool = False,
-) -> Sizes:
+) -> Lists:
     """Kernel of `sts_kernels.reference.size_lists` (see there); graph-safe, no host sync."""
     check_sizes(seq_lens, carried_len, keeps, split, channels)
     bs, device = seq_lens.numel(), seq_lens.device
@@ -33,7 +33,7 @@ def size_lists(
     known, sparse, budgets = (torch.empty(bs, dtype=torch.int64, device=device) for _ in range(3))
     kv_start = torch.empty(bs, channels, dtype=torch.int64, device=device)
     kv_count = torch.empty(bs, channels, dtype=torch.int32, device=device)
-    sizes = Sizes(known, sparse, budgets, kv_start, kv_count)
+    sizes = Lists(known, sparse, budgets, kv_start, kv_count)
     if bs == 0:
         return sizes
     heads = triton.next_power_of_2(channels)
