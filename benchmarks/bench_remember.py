@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.harness import DEVICE, Results, Shape, microseconds, parser, settings
+from benchmarks.harness import DEVICE, Results, Shape, microseconds, parser, settings, tune
 from sts_kernels import UNKNOWN, ops
+from sts_kernels.history import KNOBS
 
 CHANNELS, DECAY, WEIGHT = 128, 0.9, 0.05
 ARMS = {"warm": (0.0, False), "blend": (WEIGHT, False), "blend-shared": (WEIGHT, True)}  # weight, shared
 FULL = settings({"context": [8192, 32768, 131072], "batch": [1, 4, 16]})
 QUICK = [{"context": c, "batch": b} for c, b in ((8192, 16), (32768, 8), (131072, 1))]
+GRID = settings(
+    {"claim_programs": [32, 128], "programs": [16, 32, 64], "channels": [2, 4, 8], "num_warps": [4, 8]}
+)
 
 
 def draw(shape: Shape, weight: float, shared: bool) -> list:
@@ -46,29 +50,36 @@ def check(shape: Shape, weight: float, shared: bool) -> None:
     torch.testing.assert_close(found[5], expected[5], rtol=1e-6, atol=1e-6)
 
 
+def prepare(shape: Shape, weight: float, shared: bool):
+    """A call in a round of its own, its check, and the bytes that it must read and write."""
+    args = draw(shape, weight, shared)
+
+    def call() -> None:
+        args[7].add_(1)  # a round whose slots were not touched yet
+        ops("triton").blend_history(*args)
+
+    scores = CHANNELS * shape["batch"] * shape["context"]
+    slots = int(scores * (0.5 + 0.5 / shape["batch"] if shared else 1))
+    return [call], lambda: check(shape, weight, shared), 8 * slots + (4 if weight else 2) * scores
+
+
 def bench(results: Results, shape: Shape) -> None:
-    for name, (weight, shared) in ARMS.items():
-        if not results.gate(name, shape, lambda w=weight, s=shared: check(shape, w, s)):
-            continue
-        args = draw(shape, weight, shared)
-
-        def call(args=args) -> None:
-            args[7].add_(1)  # a round whose slots were not touched yet
-            ops("triton").blend_history(*args)
-
-        touched = CHANNELS * shape["batch"] * shape["context"] * (0.5 + 0.5 / shape["batch"] if shared else 1)
-        scores = CHANNELS * shape["batch"] * shape["context"] * (4 if weight else 2)
-        results.add(name, shape, microseconds([call]), 8 * int(touched) + scores)
+    for name, arm in ARMS.items():
+        calls, gate, nbytes = prepare(shape, *arm)
+        if results.gate(name, shape, gate):
+            results.add(name, shape, microseconds(calls), nbytes)
 
 
 def main() -> None:
-    options = parser(__doc__)
-    args = options.parse_args()
-    if args.tune:
-        options.error("--tune: this kernel has no knobs")
+    args = parser(__doc__).parse_args()
     results = Results("remember", args.out)
-    for shape in QUICK if args.quick else FULL:
-        bench(results, shape)
+    for shape in QUICK if args.quick or args.tune else FULL:
+        if args.tune:
+            for name, arm in ARMS.items():
+                print(name)
+                tune(results, KNOBS, GRID, shape, lambda s, arm=arm: prepare(s, *arm))
+        else:
+            bench(results, shape)
     results.finish()
 
 

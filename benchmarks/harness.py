@@ -61,6 +61,7 @@ def microseconds(calls: list[Callable[[], Any]], replays: int = REPLAYS) -> floa
     All are recorded into one CUDA graph, so that launch gaps of the host do not count.
     """
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which makes the inputs
     with torch.cuda.stream(stream):
         for call in calls:
             call()

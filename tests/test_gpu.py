@@ -85,7 +85,7 @@ class Servers:
             args += ["--cuda-graph-backend-prefill", "disabled"]  # it captures for a minute
         log = self.folder / f"{name}.log"
         try:
-            server = LocalServer(MODELS / "target", log, *args, *SERVERS[name], start_seconds=300)
+            server = LocalServer(MODELS / "target", log, *args, *SERVERS[name], start_seconds=400)
             return server.__enter__()
         except RuntimeError as error:
             return error

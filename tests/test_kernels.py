@@ -420,7 +420,8 @@ def test_selection_of_an_empty_batch(kernel: str) -> None:
 def test_history_is_mixed_decayed_once_and_kept_at_its_maximum(monkeypatch, kernel, block, weights) -> None:
     """Requests 1 and 2 share a prefix; request 3 has no columns and is left alone."""
     monkeypatch.setattr(history_kernels, "BLOCK", block)
-    monkeypatch.setattr(history_kernels, "PROGRAMS", 3)
+    for knob, number in {"claim_programs": 3, "programs": 3, "channels": 2}.items():
+        monkeypatch.setitem(history_kernels.KNOBS, knob, number)
     batch = Batch(lengths=[70, 90, 40, 1])
     batch.table[batch.reqs[1], :50] = batch.table[batch.reqs[0], :50]
     batch.ctx_start[2] = -1

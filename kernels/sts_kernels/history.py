@@ -10,7 +10,8 @@ from sts_kernels.checks import UNKNOWN, check_history
 from sts_kernels.reference import SHIFT
 
 BLOCK = 1024
-PROGRAMS = 16  # per (request, channel); lengths are read on the device, so the grid cannot follow them
+# Lengths are read on the device, so the grid cannot follow them: so many programs share a context.
+KNOBS = {"claim_programs": 128, "programs": 32, "channels": 4, "num_warps": 4}
 
 
 def blend_history(
@@ -29,7 +30,8 @@ def blend_history(
 
     Four launches. One request owns a slot for the round: it reads what the slot remembers, mixes, decays and
     writes the maximum, all in one pass. Requests that share the slot mix before that, since all read what
-    was remembered before the round, and add their maximum after it: next to nothing where nothing is shared.
+    was remembered before the round, and add their maximum after it; where nothing is shared, these two
+    passes only find that out.
     """
     check_history(importance, history, stamp, weight)
     bs, channels = seq_lens.numel(), importance.shape[0]
@@ -39,13 +41,15 @@ def blend_history(
     owned = torch.empty(importance.shape[1], dtype=torch.int8, device=importance.device)
     fresh = torch.empty_like(importance)  # of those that share, as it was before they mixed
     requests = [ctx_start, seq_lens, req_to_token, req_pool_indices, req_to_token.stride(0)]
-    shape = {"SHIFT": SHIFT, "BLOCK": BLOCK, "PROGRAMS": PROGRAMS}
-    few, all_channels = (bs, PROGRAMS), (bs, channels, PROGRAMS)
-    _claim_kernel[few](owned, stamp, round_, *requests, **shape)
-    common = [owned, weight, *requests, columns, slots]
-    _mix_shared_kernel[few](importance, fresh, history, *common, channels, UNKNOWN=UNKNOWN, **shape)
-    _remember_kernel[all_channels](importance, history, *common, decay, UNKNOWN=UNKNOWN, **shape)
-    _remember_shared_kernel[few](importance, fresh, history.view(torch.int32), *common, channels, **shape)
+    shape = {"SHIFT": SHIFT, "BLOCK": BLOCK}
+    claims, programs, several = KNOBS["claim_programs"], KNOBS["programs"], KNOBS["channels"]
+    _claim_kernel[(bs, claims)](owned, stamp, round_, *requests, PROGRAMS=claims, **shape)
+    grid = (bs, triton.cdiv(channels, several), programs)
+    shape |= {"PROGRAMS": programs, "CHANNELS": several, "num_warps": KNOBS["num_warps"]}
+    common = [owned, weight, *requests, columns, slots, channels]
+    _mix_shared_kernel[grid](importance, fresh, history, *common, UNKNOWN=UNKNOWN, **shape)
+    _remember_kernel[grid](importance, history, *common, decay, UNKNOWN=UNKNOWN, **shape)
+    _remember_shared_kernel[grid](importance, fresh, history.view(torch.int32), *common, **shape)
 
 
 @triton.jit
@@ -120,8 +124,9 @@ def _mix_shared_kernel(
     SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
-    b, program = tl.program_id(0), tl.program_id(1)
+    b, first, program = tl.program_id(0), tl.program_id(1) * CHANNELS, tl.program_id(2)
     column, length, slot_ptr = _request(b, ctx_start_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table)
     w = tl.load(weight_ptr + b)
     if (column < 0) | (w == 0):  # it does not mix
@@ -130,19 +135,14 @@ def _mix_shared_kernel(
         offs, ok, slots = _block(block, length, slot_ptr, BLOCK)
         shared, some = _shared(owned_ptr + column + offs, ok)
         if some:
-            place, aside, slot = (
-                importance_ptr + column + offs,
-                fresh_ptr + column + offs,
-                history_ptr + slots,
-            )
-            for _ in range(0, channels):
-                fresh = tl.load(place, mask=shared, other=0.0)
-                mixed = _mixed(fresh, tl.load(slot, mask=shared, other=UNKNOWN), w, UNKNOWN)
-                tl.store(aside, fresh, mask=shared)
-                tl.store(place, mixed.to(importance_ptr.dtype.element_ty), mask=shared)
-                place += columns
-                aside += columns
-                slot += slots_stride
+            for i in tl.static_range(CHANNELS):
+                c, mask = (first + i).to(tl.int64), shared & (first + i < channels)
+                place = c * columns + column + offs
+                fresh = tl.load(importance_ptr + place, mask=mask, other=0.0)
+                held = tl.load(history_ptr + c * slots_stride + slots, mask=mask, other=UNKNOWN)
+                mixed = _mixed(fresh, held, w, UNKNOWN)
+                tl.store(fresh_ptr + place, fresh, mask=mask)
+                tl.store(importance_ptr + place, mixed.to(importance_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -158,13 +158,15 @@ def _remember_kernel(
     stride_table,
     columns,
     slots_stride,
+    channels,
     decay,
     UNKNOWN: tl.constexpr,
     SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
-    b, c, program = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    b, first, program = tl.program_id(0), tl.program_id(1) * CHANNELS, tl.program_id(2)
     column, length, slot_ptr = _request(b, ctx_start_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table)
     if column < 0:
         return
@@ -172,15 +174,16 @@ def _remember_kernel(
     for block in range(SHIFT + program * BLOCK, length, PROGRAMS * BLOCK):
         offs, ok, slots = _block(block, length, slot_ptr, BLOCK)
         own = ok & (tl.load(owned_ptr + column + offs, mask=ok, other=0) != 0)
-        place = importance_ptr + c * columns + column + offs
-        slot = history_ptr + c * slots_stride + slots
-        fresh = tl.load(place, mask=own, other=0.0)
-        held = tl.load(slot, mask=own, other=UNKNOWN)
-        if w != 0:
-            mixed = _mixed(fresh, held, w, UNKNOWN)
-            tl.store(place, mixed.to(importance_ptr.dtype.element_ty), mask=own)
-        new = tl.maximum(fresh.to(tl.float32), tl.where(held == UNKNOWN, held, held * decay))
-        tl.store(slot, new, mask=own)
+        for i in tl.static_range(CHANNELS):
+            c, mask = (first + i).to(tl.int64), own & (first + i < channels)
+            place, slot = importance_ptr + c * columns + column + offs, history_ptr + c * slots_stride + slots
+            fresh = tl.load(place, mask=mask, other=0.0)
+            held = tl.load(slot, mask=mask, other=UNKNOWN)
+            if w != 0:
+                mixed = _mixed(fresh, held, w, UNKNOWN)
+                tl.store(place, mixed.to(importance_ptr.dtype.element_ty), mask=mask)
+            new = tl.maximum(fresh.to(tl.float32), tl.where(held == UNKNOWN, held, held * decay))
+            tl.store(slot, new, mask=mask)
 
 
 @triton.jit
@@ -201,8 +204,9 @@ def _remember_shared_kernel(
     SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
-    b, program = tl.program_id(0), tl.program_id(1)
+    b, first, program = tl.program_id(0), tl.program_id(1) * CHANNELS, tl.program_id(2)
     column, length, slot_ptr = _request(b, ctx_start_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table)
     if column < 0:
         return
@@ -214,10 +218,9 @@ def _remember_shared_kernel(
         offs, ok, slots = _block(block, length, slot_ptr, BLOCK)
         shared, some = _shared(owned_ptr + column + offs, ok)
         if some:
-            place, slot = source_ptr + column + offs, history_bits_ptr + slots
-            for _ in range(0, channels):
-                fresh = tl.load(place, mask=shared, other=0.0).to(tl.float32)
+            for i in tl.static_range(CHANNELS):
+                c, mask = (first + i).to(tl.int64), shared & (first + i < channels)
+                fresh = tl.load(source_ptr + c * columns + column + offs, mask=mask, other=0.0).to(tl.float32)
                 # Scores are not negative, so their bits order as integers; UNKNOWN's are below them.
-                tl.atomic_max(slot, fresh.to(tl.int32, bitcast=True), mask=shared)
-                place += columns
-                slot += slots_stride
+                slot = history_bits_ptr + c * slots_stride + slots
+                tl.atomic_max(slot, fresh.to(tl.int32, bitcast=True), mask=mask)
