@@ -159,6 +159,49 @@ def verify_grid(newest: dict[tuple, dict]) -> str:
     )
 
 
+OPS = {
+    "FA3": ("draft_attention", "fa3-dense", 0),
+    "sts, no importance": ("draft_attention", "triton", 0),
+    "first step": ("draft_attention", "triton+importance", 0),
+    "later step": ("draft_attention", "triton+importance", 1),
+    "selection": ("select", "triton", None),
+    "sizes": ("select", "sizes", None),
+    "spread": ("select", "spread", None),
+    "memory": ("remember", "warm", None),
+    "memory, mixed in": ("remember", "blend", None),
+    "half shared": ("remember", "blend-shared", None),
+}
+
+
+def round_ops() -> str:
+    """Microseconds of what sts adds to a round: of a draft layer's step, and once a round."""
+    newest = {}
+    for name in dict.fromkeys(name for name, *_ in OPS.values()):
+        for r in rows(f"{name}.jsonl"):
+            drafts = name == "draft_attention"
+            if "knobs" in r or (drafts and (r.get("dim", 64), r.get("group", 4)) != (64, 4)):
+                continue
+            if r.get("keep", 0.1) == 0.1:
+                newest[(name, r["provider"], r.get("step"), r["context"], r["batch"])] = r
+    shapes = sorted({key[3:] for key in newest if key[0] == "select"})
+    shown = {title: op for title, op in OPS.items() if any(key[:3] == op for key in newest)}
+    lines = []
+    for shape in shapes:
+        found = [newest.get((*op, *shape), {}).get("us") for op in shown.values()]
+        cells = ["–" if us is None else f"{max(us, 0):.0f}" for us in found]
+        lines.append([f"{shape[0]:,} x {shape[1]}", *cells])
+    if not lines:
+        return "Not measured yet."
+    last = next(reversed(newest.values()))
+    note = (
+        f"Microseconds. The first four columns: dense attention of one step of one draft layer (32 query and "
+        f"8 KV heads of 64); the first step of a round scores the carried row too. The others: once a round, "
+        f"128 channels, keep 10 %. {last['gpu']}, commit "
+        f"{', '.join(dict.fromkeys(r['commit'] for r in newest.values()))}."
+    )
+    return table(["context x requests", *shown], lines) + "\n\n" + note
+
+
 def multi_turn() -> str:
     """Answers, speculation and speed of agents by turn."""
     found = rows("multi_turn.jsonl")
@@ -230,6 +273,7 @@ def changes(
 SECTIONS: dict[str, Callable[[], str]] = {
     "serving": serving,
     "verify": verify,
+    "ops": round_ops,
     "quality": quality,
     "multi-turn": multi_turn,
 }

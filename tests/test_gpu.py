@@ -73,7 +73,7 @@ class Servers:
         self.folder, self.names, self.running = folder, names, {}
 
     def __enter__(self):
-        with ThreadPoolExecutor(len(self.names)) as pool:
+        with ThreadPoolExecutor(6) as pool:  # more would wait for cores; later ones find compiled kernels
             self.running = dict(zip(self.names, pool.map(self._start, self.names), strict=True))
         return self
 
@@ -85,7 +85,7 @@ class Servers:
             args += ["--cuda-graph-backend-prefill", "disabled"]  # it captures for a minute
         log = self.folder / f"{name}.log"
         try:
-            server = LocalServer(MODELS / "target", log, *args, *SERVERS[name], start_seconds=400)
+            server = LocalServer(MODELS / "target", log, *args, *SERVERS[name], start_seconds=300)
             return server.__enter__()
         except RuntimeError as error:
             return error

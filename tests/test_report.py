@@ -42,6 +42,27 @@ def test_a_table_holds_medians_spread_and_gain(tmp_path, monkeypatch):
     )
     assert "makes sts 0.980x at 1,000 x 2" in report.serving()
     assert report.verify() == "Not measured yet."
+    assert report.round_ops() == "Not measured yet."
+
+
+def test_what_sts_adds_to_a_round_shows_the_newest_of_what_was_measured(tmp_path, monkeypatch):
+    row = {"context": 1000, "batch": 2, "gpu": "G", "commit": "c", "keep": 0.1}
+    found = {
+        "select": [{"provider": "triton", "us": us} for us in (9.0, 7.4)]
+        + [{"provider": "triton", "us": 99.0, "keep": 0.05}],
+        "draft_attention": [
+            {"provider": "triton", "us": 5.0, "step": 0},
+            {"provider": "triton+importance", "us": 6.0, "step": 0},
+            {"provider": "triton+importance", "us": 88.0, "step": 0, "dim": 128},
+        ],
+    }
+    for name, measured in found.items():
+        lines = "\n".join(json.dumps({**row, **one}) for one in measured)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    shown = report.round_ops().splitlines()
+    assert shown[0] == "| context x requests | sts, no importance | first step | selection |"
+    assert shown[2] == "| 1,000 x 2 | 5 | 6 | 7 |"
 
 
 def test_a_readme_without_marks_is_refused():
