@@ -69,8 +69,21 @@ def short(name: str) -> str:
     return re.split(r"[<(]", name)[0][-60:] or name[:60]
 
 
+def timeline(kernels: list[dict]) -> tuple[float, dict[str, float]]:
+    """Microseconds from the first kernel to the end of the last, and those with none, by what is around."""
+    end, last, gaps = min(e["ts"] for e in kernels), "", defaultdict(float)
+    begin = end
+    for start, length, name in sorted((e["ts"], e["dur"], short(e["name"])) for e in kernels):
+        if start > end:
+            gaps[f"{last} > {name}"] += start - end
+        if start + length > end:
+            end, last = start + length, name
+    return end - begin, gaps
+
+
 def summary(events: list[dict], top: int) -> dict:
-    """Per round: microseconds by kernel, busy and idle time of the device, and the host's calls."""
+    """Per round: microseconds by kernel, busy and idle time of the device, what it idles between, and the
+    host's calls."""
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     if not kernels:
         raise SystemExit("the trace holds no kernels")
@@ -81,20 +94,18 @@ def summary(events: list[dict], top: int) -> dict:
     spent: dict[str, float] = defaultdict(float)
     for e in kernels:
         spent[short(e["name"])] += e["dur"]
-    busy, end = 0.0, 0.0
-    for start, length in sorted((e["ts"], e["dur"]) for e in kernels):
-        busy += max(0.0, start + length - max(end, start))
-        end = max(end, start + length)
-    wall = end - min(e["ts"] for e in kernels)
+    wall, gaps = timeline(kernels)
     host = Counter(e["name"] for e in events if e.get("cat") == "cuda_runtime")
     order = sorted(spent, key=spent.get, reverse=True)
+    between = sorted(gaps, key=gaps.get, reverse=True)[: top // 2]
     return {
         "rounds": rounds,
         "round_us": round(wall / rounds, 1),
-        "idle_us": round((wall - busy) / rounds, 1),
+        "idle_us": round(sum(gaps.values()) / rounds, 1),
         "kernels": {
             n: {"us": round(spent[n] / rounds, 1), "calls": round(counts[n] / rounds, 2)} for n in order[:top]
         },
+        "gaps": {pair: round(gaps[pair] / rounds, 1) for pair in between},
         "host_calls": {name: round(host[name] / rounds, 2) for name in WAITS},
     }
 
@@ -126,6 +137,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"  host per round: {found['host_calls']}")
         for name, k in found["kernels"].items():
             print(f"  {k['us']:9.1f} us  {k['calls']:7.2f} x  {name}")
+        print("  idle between:")
+        for pair, us in found["gaps"].items():
+            print(f"  {us:9.1f} us  {pair}")
 
 
 if __name__ == "__main__":
