@@ -232,7 +232,7 @@ def run_arm(
         client = Client(server, ARMS[name])
         for task, length in todo:
             for cell in measure(client, writer, name, plan, task, length, bar):
-                file.write(json.dumps(asdict(cell)) + "\n")
+                file.write(json.dumps(asdict(cell), separators=(",", ":")) + "\n")
             file.flush()
     say(f"{name}: {time.monotonic() - started:.0f} s")
 
