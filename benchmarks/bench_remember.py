@@ -76,8 +76,8 @@ def main() -> None:
     for shape in QUICK if args.quick or args.tune else FULL:
         if args.tune:
             for name, arm in ARMS.items():
-                print(name)
-                tune(results, KNOBS, GRID, shape, lambda s, arm=arm: prepare(s, *arm))
+                named = {**shape, "arm": name}  # rows of a search are told apart by their shapes
+                tune(results, KNOBS, GRID, named, lambda s, arm=arm: prepare(s, *arm))
         else:
             bench(results, shape)
     results.finish()

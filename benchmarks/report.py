@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks.quality.report import DENSE, Results, percent, points, signed, table
@@ -45,6 +45,15 @@ def rows(name: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def timings(op: str) -> list[dict]:
+    """Of a kernel as it is shipped, without those of searching for its knobs."""
+    return [r for r in rows(f"{op}.jsonl") if "knobs" not in r]
+
+
+def commits(found: Iterable[dict]) -> str:
+    return ", ".join(dict.fromkeys(r["commit"] for r in found))
+
+
 def shapes_of(found: list[dict]) -> list[tuple[int, int]]:
     return list(dict.fromkeys((r["context"], r["requests"]) for r in found))
 
@@ -72,10 +81,10 @@ def serving() -> str:
         cells += [f"{100 * max(kept):.0f} %" if kept else "–"]
         cells += [gains(found, arm, shape) for arm in ("sts", "sts-draft")]
         lines.append([f"{shape[0]:,} x {shape[1]}", *cells])
-    first, runs = found[0], dict.fromkeys(r["commit"] for r in found)
+    first = found[0]
     note = (
         f"Tokens per second, median ± half the spread. {first['gpu']}, SGLang {first['sglang']}, commit "
-        f"{', '.join(runs)}; shapes of Llama-3.1-8B and 3.2-1B, dummy weights, simulated accept length "
+        f"{commits(found)}; shapes of Llama-3.1-8B and 3.2-1B, dummy weights, simulated accept length "
         f"{first['simulated']:g} (the output is meaningless, the work is not), prefix cached. Kept is what "
         f"verify attends to, never less than `budget`, 1,024 tokens. Gains are over stock FA3 + STANDALONE, "
         f"in brackets over the same with its draft-extend captured."
@@ -106,7 +115,7 @@ def gains(found: list[dict], arm: str, shape: tuple[int, int]) -> str:
 
 def verify() -> str:
     """Microseconds of one layer's verify attention by provider, the README's shapes, and the whole grid."""
-    found = [r for r in rows("verify.jsonl") if "knobs" not in r]
+    found = timings("verify")
     newest = {
         (r["provider"], *(r[k] for k in ("dim", "rows", "group", "context", "batch")), r.get("keep")): r
         for r in found
@@ -120,7 +129,7 @@ def verify() -> str:
     last = found[-1]
     note = (
         f"Microseconds of one layer (4 query tokens, 32 query and 8 KV heads of 128, keep 10 %, bf16). "
-        f"{last['gpu']}, commit {', '.join(dict.fromkeys(r['commit'] for r in newest.values()))}; the last "
+        f"{last['gpu']}, commit {commits(newest.values())}; the last "
         f"column is the selected KV over the measured copy rate ({last['copy_gbps']:,} GB/s)."
     )
     return table(head, lines) + "\n\n" + note + verify_grid(newest)
@@ -177,11 +186,8 @@ def round_ops() -> str:
     """Microseconds of what sts adds to a round: of a draft layer's step, and once a round."""
     newest = {}
     for name in dict.fromkeys(name for name, *_ in OPS.values()):
-        for r in rows(f"{name}.jsonl"):
-            drafts = name == "draft_attention"
-            if "knobs" in r or (drafts and (r.get("dim", 64), r.get("group", 4)) != (64, 4)):
-                continue
-            if r.get("keep", 0.1) == 0.1:
+        for r in timings(name):
+            if (r.get("dim", 64), r.get("group", 4), r.get("keep", 0.1)) == (64, 4, 0.1):
                 newest[(name, r["provider"], r.get("step"), r["context"], r["batch"])] = r
     shapes = sorted({key[3:] for key in newest if key[0] == "select"})
     shown = {title: op for title, op in OPS.items() if any(key[:3] == op for key in newest)}
@@ -196,8 +202,7 @@ def round_ops() -> str:
     note = (
         f"Microseconds. The first four columns: dense attention of one step of one draft layer (32 query and "
         f"8 KV heads of 64); the first step of a round scores the carried row too. The others: once a round, "
-        f"128 channels, keep 10 %. {last['gpu']}, commit "
-        f"{', '.join(dict.fromkeys(r['commit'] for r in newest.values()))}."
+        f"128 channels, keep 10 %. {last['gpu']}, commit {commits(newest.values())}."
     )
     return table(["context x requests", *shown], lines) + "\n\n" + note
 

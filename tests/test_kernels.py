@@ -682,8 +682,9 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
 
     monkeypatch.setattr(bench_select, "CHANNELS", 4)
     monkeypatch.setattr(bench_remember, "CHANNELS", 4)
-    for weight, shared in bench_remember.ARMS.values():
-        bench_remember.check({"context": 320, "batch": 2}, weight, shared)
+    for batch in (1, 2):
+        for weight, shared in bench_remember.ARMS.values():
+            bench_remember.check({"context": 320, "batch": batch}, weight, shared)
     shape = {"context": 320, "batch": 2, "keep": 0.3}
     for prepare, more in (
         (bench_verify.prepare, {"dim": 16, "rows": 4, "group": 4}),

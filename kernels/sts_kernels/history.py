@@ -47,9 +47,11 @@ def blend_history(
     grid = (bs, triton.cdiv(channels, several), programs)
     shape |= {"PROGRAMS": programs, "CHANNELS": several, "num_warps": KNOBS["num_warps"]}
     common = [owned, weight, *requests, columns, slots, channels]
-    _mix_shared_kernel[grid](importance, fresh, history, *common, UNKNOWN=UNKNOWN, **shape)
+    if bs > 1:  # one request alone shares with nobody
+        _mix_shared_kernel[grid](importance, fresh, history, *common, UNKNOWN=UNKNOWN, **shape)
     _remember_kernel[grid](importance, history, *common, decay, UNKNOWN=UNKNOWN, **shape)
-    _remember_shared_kernel[grid](importance, fresh, history.view(torch.int32), *common, **shape)
+    if bs > 1:
+        _remember_shared_kernel[grid](importance, fresh, history.view(torch.int32), *common, **shape)
 
 
 @triton.jit
