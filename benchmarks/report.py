@@ -177,8 +177,9 @@ OPS = {
     "sizes": ("select", "sizes", None),
     "spread": ("select", "spread", None),
     "memory": ("remember", "warm", None),
+    "half shared": ("remember", "warm-shared", None),
     "memory, mixed in": ("remember", "blend", None),
-    "half shared": ("remember", "blend-shared", None),
+    "mixed, half shared": ("remember", "blend-shared", None),
 }
 
 

@@ -78,6 +78,13 @@ def _share(field: str, value: object) -> float:
     return float(value)
 
 
+def _decay(field: str, value: object) -> float:
+    decay = _share(field, value)
+    if 0.999 < decay < 1:  # what float16 would round away, round after round
+        raise _error(field, f"got {_show(value)}", "a number above 0 and at most 0.999, or 1")
+    return decay
+
+
 def _part(field: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise _error(field, f"got {_show(value)}", "a number from 0 to 1")
@@ -136,7 +143,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "dense": _choice(get_args(Dense)),
     "history": _choice(get_args(History)),
     "history_weight": _share,
-    "history_decay": _share,
+    "history_decay": _decay,
     "selector": _choice(get_args(Selector)),
     "verify": _choice(get_args(Verify)),
     "draft": _choice(get_args(Draft)),

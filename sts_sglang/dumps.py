@@ -68,8 +68,8 @@ def of_request(runtime: StsRuntime, req: Any, table: torch.Tensor) -> Dump:
     state, head_map = runtime.state, runtime.head_map
     if state.history is not None:
         slots = table[req.req_pool_idx, : len(tokens)].long()
-        # A row at a time: the device may have no room for all.
-        importance = torch.stack([row[slots].cpu() for row in state.history.remembered])
+        # Some at a time: the device may have no room for all.
+        importance = torch.cat([state.history.remembered[some].cpu() for some in slots.split(4096)]).T
     else:
         importance = state.last_scores(req.req_pool_idx, len(tokens))
     importance = importance.cpu().float()

@@ -82,7 +82,9 @@ class RoundState:
             torch.full(shared, -1, dtype=torch.int32, device=device),
         )
         self.history = (
-            SlotHistory(config, channels, slots, requests, device) if config.history != "off" else None
+            SlotHistory(config, channels, slots, requests, device, importance_dtype)
+            if config.history != "off"
+            else None
         )
         split = head_map.split()
         self.split = None if split is None else torch.tensor(split, dtype=torch.float64, device=device)
@@ -222,18 +224,25 @@ class SlotHistory:
     common prefix share its slots, and so what was learned of it.
     """
 
-    def __init__(self, config: StsConfig, channels: int, slots: int, requests: int, device: str):
+    def __init__(
+        self,
+        config: StsConfig,
+        channels: int,
+        slots: int,
+        requests: int,
+        device: str,
+        dtype: torch.dtype,  # of importance
+    ):
         self.config = config
-        self.remembered = torch.full((channels, slots), UNKNOWN, device=device)
-        self.stamp = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.round = torch.zeros(1, dtype=torch.int32, device=device)
+        self.remembered = torch.full((slots, channels), UNKNOWN, dtype=dtype, device=device)
+        self.owner = torch.full((slots,), -1, dtype=torch.int32, device=device)
         self.fresh_request = torch.zeros(requests, dtype=torch.bool, device=device)
         self._loaded: list[torch.Tensor] = []
 
     def forget(self, slots: torch.Tensor) -> None:
         """The target writes these slots now."""
         # index_fill_, here and below: assigning a Python number copies from the host, which no graph holds.
-        self.remembered.index_fill_(1, slots, UNKNOWN)
+        self.remembered.index_fill_(0, slots, UNKNOWN)
 
     def loaded(self, slots: torch.Tensor) -> None:
         """HiCache brings KV from the host back into these slots: to be forgotten before the next forward."""
@@ -253,7 +262,6 @@ class SlotHistory:
 
     def blend(self, ops, importance, starts, seq_lens, reqs, table: torch.Tensor) -> None:
         """Mix memory into the importance of a verify batch and remember the batch; starts -1: not known."""
-        self.round += 1
         weight = torch.full_like(seq_lens, self.config.history_weight, dtype=torch.float32)
         if self.config.history == "warm":
             weight = weight * self.fresh_request[reqs]
@@ -265,14 +273,13 @@ class SlotHistory:
             table,
             reqs,
             self.remembered,
-            self.stamp,
-            self.round,
+            self.owner,
             weight,
             self.config.history_decay,
         )
 
     def nbytes(self) -> int:
-        return self.remembered.nbytes + self.stamp.nbytes
+        return self.remembered.nbytes + self.owner.nbytes
 
 
 def members_by_layer(head_map: HeadMap, device: str) -> dict[int, Members]:

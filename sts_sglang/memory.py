@@ -53,8 +53,8 @@ def bytes_per_token(
     """
     share = min(1.0, config.keep * LIST_SLACK) if config.policy == "ratio" else 1.0
     remembers = config.history != "off"
-    # Remembering sets the fresh ones aside where requests share a slot, and notes whose it is.
-    scores = 4 * channels + 1 if remembers else 2 * channels
+    # Remembering notes with whom a column's slot is shared.
+    scores = 2 * channels + (4 if remembers else 0)
     scored = scores + _entry_bytes(config) * channels * share * list_growth + 2 * draft_kv_heads * draft_rows
     return OVERSUBSCRIBED * scored + (history_bytes_per_token(channels) if remembers else 0)
 
@@ -71,9 +71,9 @@ def _entry_bytes(config: StsConfig) -> int:
     return 8 if config.sparse_draft else 4
 
 
-def history_bytes_per_token(channels: int) -> int:
-    """float32 a channel, for the kernel's integer maximum, and the round that last touched the slot."""
-    return 4 * channels + 4
+def history_bytes_per_token(channels: int, bytes_per_score: int = 2) -> int:
+    """float16 a channel, or what the reference server has, and int32: whose slot it is in an update."""
+    return bytes_per_score * channels + 4
 
 
 def reserve(available: int, kv_bytes_per_token: int, state_bytes_per_token: float) -> int:

@@ -187,7 +187,8 @@ class StsRuntime:
     def _history_bytes(self) -> dict[str, int]:
         if self.state.history is None:
             return {}
-        return {"history_bytes_per_token": memory.history_bytes_per_token(len(self.head_map.channels))}
+        width = self.state.history.remembered.element_size()
+        return {"history_bytes_per_token": memory.history_bytes_per_token(len(self.head_map.channels), width)}
 
 
 def kernel_for(config: StsConfig, device: str) -> str:

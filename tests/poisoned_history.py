@@ -20,8 +20,7 @@ from sts_sglang import runtime
 from sts_sglang.importance import SlotHistory
 from sts_sglang.runtime import StsRuntime
 
-POISON = 1e30
-FOUND = 1e15  # below any part of the poison, which is infinite in float16
+POISON = float("inf")  # any part of it is that too
 _freed: list[torch.Tensor | None] = []  # None: every slot
 _poisoned = 0
 
@@ -63,8 +62,7 @@ def add_counter(result, history, *args) -> None:
 
 @after(SlotHistory, "blend")
 def count_reads(result, history, ops, importance, *args) -> None:
-    # In float16 FOUND itself would be infinite, and nothing is above that.
-    history.poison_read += (importance.float() > FOUND).any()
+    history.poison_read += (importance == POISON).any()
 
 
 @after(StsRuntime, "describe")
@@ -80,10 +78,10 @@ def poison() -> None:
         remembered = bound.state.history.remembered
         for slots in _freed:
             if slots is None:
-                remembered[:, 1:] = POISON  # slot 0 is the padding's, and nobody's
-                _poisoned += remembered.shape[1] - 1
+                remembered[1:] = POISON  # slot 0 is the padding's, and nobody's
+                _poisoned += remembered.shape[0] - 1
             else:
-                remembered.index_fill_(1, slots, POISON)
+                remembered.index_fill_(0, slots, POISON)
                 _poisoned += slots.numel()
                 if slots.is_cuda:  # allocated on the scheduler's stream
                     slots.record_stream(torch.cuda.current_stream())

@@ -303,7 +303,7 @@ def test_memory_counts_in_the_first_verify_or_in_all(mode):
     found = []
     for _ in range(2):
         rig.draft_steps(length, {})
-        history.remembered[:, rig.slots[20]] = 1000.0
+        history.remembered[rig.slots[20]] = 1000.0
         found.append(all(20 in chosen for chosen in rig.plan(length)))
     assert found == [True, mode == "blend"]
 
@@ -325,8 +325,8 @@ def test_a_prefill_makes_its_request_fresh_and_the_target_makes_slots_forget():
     fb.out_cache_loc = rig.slots[10:CONTEXT]
     rig.target.init_forward_metadata(fb)
     rig.target.forward_extend(torch.randn(CONTEXT - 10, Q_HEADS * DIM), None, None, rig.layer(0), fb)
-    assert (history.remembered[:, rig.slots[10:CONTEXT]] == UNKNOWN).all()
-    assert (history.remembered[:, rig.slots[:10]] == 5.0).all()
+    assert (history.remembered[rig.slots[10:CONTEXT]] == UNKNOWN).all()
+    assert (history.remembered[rig.slots[:10]] == 5.0).all()
 
 
 @pytest.mark.parametrize("spread", [0, 0.5])

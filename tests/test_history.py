@@ -30,7 +30,7 @@ class Engine:
         self.allocator = TokenToKVPoolAllocator(SLOTS, torch.float32, "cpu", kv_pool, need_sort=False)
         self.cache = RadixCache.create_simulated(mock_allocator=self.allocator)
         self.table = torch.zeros(REQUESTS, WIDTH, dtype=torch.int32)
-        self.history = SlotHistory(CONFIG, 1, SLOTS + 1, REQUESTS, "cpu")
+        self.history = SlotHistory(CONFIG, 1, SLOTS + 1, REQUESTS, "cpu", torch.float32)
         self.running: dict[int, SimpleNamespace] = {}
         self.expected: dict[int, float] = {}  # slot -> what its present occupant left there
 
@@ -138,7 +138,7 @@ class Engine:
         """Every slot that someone owns remembers exactly what its occupant left."""
         free = set(self.allocator.free_pages.tolist())
         for slot in set(range(1, SLOTS + 1)) - free:
-            found = float(self.history.remembered[0, slot])
+            found = float(self.history.remembered[slot, 0])
             assert found == pytest.approx(self.expected.get(slot, UNKNOWN), rel=1e-5), slot
 
     def step(self) -> None:
@@ -168,17 +168,17 @@ def test_no_slot_remembers_an_earlier_occupant(seed: int) -> None:
 
 
 def test_it_takes_what_is_reserved_for_it() -> None:
-    history = SlotHistory(CONFIG, 5, SLOTS + 1, REQUESTS, "cpu")
+    history = SlotHistory(CONFIG, 5, SLOTS + 1, REQUESTS, "cpu", torch.float16)
     assert history.nbytes() == (SLOTS + 1) * history_bytes_per_token(5)
 
 
 def test_loaded_slots_are_forgotten_before_the_next_forward_and_not_earlier() -> None:
     """A round in flight lets a finished request's slots remember, when HiCache has them already."""
-    history = SlotHistory(CONFIG, 2, 8, REQUESTS, "cpu")
+    history = SlotHistory(CONFIG, 2, 8, REQUESTS, "cpu", torch.float16)
     history.loaded(torch.tensor([2, 3]))
     history.remembered[:] = 0.5
     history.forget_loaded()
-    assert (history.remembered == UNKNOWN).all(0).tolist() == [False, False, True, True] + 4 * [False]
+    assert (history.remembered == UNKNOWN).all(1).tolist() == [False, False, True, True] + 4 * [False]
     history.remembered[:] = 0.5
     history.forget_loaded()
     assert (history.remembered == 0.5).all()  # once
@@ -195,7 +195,7 @@ def test_the_slot_past_a_matched_prefix_is_unknown() -> None:
     engine.admit(2, [0, 1, 0, 1, 1, 1, 1])
     slots = engine.table[2, :7].long()
     assert engine.running[2].cached == 5
-    remembered = engine.history.remembered[0, slots]
+    remembered = engine.history.remembered[slots, 0]
     assert (remembered[1:5] != UNKNOWN).all()
     assert (remembered[5:] == UNKNOWN).all()
     assert remembered[0] == UNKNOWN  # position 0 has no draft score

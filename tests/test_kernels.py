@@ -415,40 +415,43 @@ def test_selection_of_an_empty_batch(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.25), (0.0, 0.25), (0.5, 0.0), (0.0, 0.0)])
-@pytest.mark.parametrize("block", [16, 1024])
+@pytest.mark.parametrize("lengths", [(70, 90, 40, 1, 60), (70,)])
+@pytest.mark.parametrize("channels", [3, 150])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_history_is_mixed_decayed_once_and_kept_at_its_maximum(monkeypatch, kernel, block, weights) -> None:
-    """Requests 1 and 2 share a prefix; request 3 has no columns and is left alone."""
-    monkeypatch.setattr(history_kernels, "BLOCK", block)
-    for knob, number in {"claim_programs": 3, "programs": 3, "channels": 2}.items():
+def test_history_is_mixed_decayed_once_and_kept_at_its_maximum(
+    monkeypatch, kernel, channels, lengths, weights
+) -> None:
+    """Requests 0, 1 and 4 share a prefix, 0 and 1 more of it; request 2 has no columns and is left alone."""
+    monkeypatch.setattr(history_kernels, "CLAIM_BLOCK", 16)
+    for knob, number in {"claim_programs": 3, "programs": 3, "tile": 2048}.items():
         monkeypatch.setitem(history_kernels.KNOBS, knob, number)
-    batch = Batch(lengths=[70, 90, 40, 1])
-    batch.table[batch.reqs[1], :50] = batch.table[batch.reqs[0], :50]
-    batch.ctx_start[2] = -1
+    batch = Batch(lengths=list(lengths))
+    if several := len(lengths) > 1:
+        batch.table[batch.reqs[1], :50] = batch.table[batch.reqs[0], :50]
+        batch.table[batch.reqs[4], :30] = batch.table[batch.reqs[0], :30]
+        batch.ctx_start[2] = -1
     slots = int(batch.table.max()) + 1
-    history = torch.where(torch.rand(3, slots) < 0.5, UNKNOWN, torch.rand(3, slots) * 100)
-    stamp = torch.zeros(slots, dtype=torch.int32)
-    weight, decay = torch.tensor([*weights, 0.5, 1.0]), 0.8
-    importance = (torch.rand(3, batch.columns) * 100).half()
-    mixed, kept = importance.double(), history.double()
-    for c in range(3):
-        found: dict[int, float] = {}
-        for b in (0, 1):
-            for position in range(1, batch.lengths[b]):
-                column = int(batch.ctx_start[b]) + position
-                slot, fresh = int(batch.slots(b, [position])), float(importance[c, column])
-                known, w = float(history[c, slot]), float(weight[b])
-                mixed[c, column] = fresh if known == UNKNOWN else (1 - w) * fresh + w * known
-                found[slot] = max(fresh, found.get(slot, 0.0))
-        for slot, fresh in found.items():
-            known = float(history[c, slot])
-            kept[c, slot] = fresh if known == UNKNOWN else max(fresh, decay * known)
-    args = [importance, batch.ctx_start, batch.seq_lens, batch.table, batch.reqs, history, stamp]
+    known = torch.rand(slots, channels) < 0.5
+    history = torch.where(known, torch.rand(slots, channels) * 100, UNKNOWN).half()
+    owner = torch.full((slots,), -1, dtype=torch.int32)
+    weight, decay = torch.tensor([*weights, 0.5, 1.0, 0.125])[: len(lengths)], 0.8
+    importance = (torch.rand(channels, batch.columns) * 100).half()
+    mixed, kept, found = importance.double(), history.double(), {}
+    for b in (0, 1, 4) if several else (0,):
+        for position in range(1, batch.lengths[b]):
+            column, slot = int(batch.ctx_start[b]) + position, int(batch.slots(b, [position]))
+            fresh, w = importance[:, column].double(), float(weight[b])
+            blend = (1 - w) * fresh + w * history[slot].double()
+            mixed[:, column] = torch.where(known[slot], blend, fresh)
+            found[slot] = torch.maximum(fresh, found.get(slot, torch.zeros(channels).double()))
+    for slot, fresh in found.items():
+        kept[slot] = torch.maximum(fresh, torch.where(known[slot], decay * kept[slot], UNKNOWN))
+    args = [importance, batch.ctx_start, batch.seq_lens, batch.table, batch.reqs, history, owner, weight]
     args = on_device([a.clone() for a in args])
-    now = torch.tensor([7], dtype=torch.int32, device=DEVICE)
-    ops(kernel).blend_history(*args, now, weight.to(DEVICE), decay)
+    ops(kernel).blend_history(*args, decay)
     torch.testing.assert_close(args[0].cpu().double(), mixed, rtol=1e-3, atol=1e-3)  # one rounding to float16
-    torch.testing.assert_close(args[5].cpu().double(), kept, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(args[5].cpu(), kept.half(), rtol=1e-3, atol=0)
+    assert (args[6] == -1).all()
 
 
 # ---- verify
@@ -731,7 +734,7 @@ with compile_only() as compiled:
     ops("triton").spread_importance(like(8, 4096, dtype=f16), like(2, dtype=i64), like(2, dtype=i64), 0.5)
     ops("triton").blend_history(
         like(128, 4096, dtype=f16), like(2, dtype=i64), like(2, dtype=i64), like(3, 4096), like(2, dtype=i64),
-        like(128, 8192, dtype=f32), like(8192), like(1), like(2, dtype=f32), 0.9,
+        like(8192, 128, dtype=f16), like(8192), like(2, dtype=f32), 0.9,
     )
     ops("triton").headwise_lists(
         like(4096), like(2, 16, dtype=i64), like(2, 16), like(8), like(3, 4096), like(2, dtype=i64),
@@ -758,7 +761,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
     assert {name for name, *_ in kernels} == {
         *("_draft_kernel", "_draft_merge_kernel", "_pool_kernel", "_select_kernel"),
         *("_verify_kernel", "_verify_merge_kernel"),
-        *("_claim_kernel", "_mix_shared_kernel", "_remember_kernel", "_remember_shared_kernel"),
+        *("_claim_kernel", "_remember_kernel"),
         *("_lists_kernel", "_plan_kernel"),
         *("_edges_kernel", "_spread_kernel", "_sizes_kernel"),
     }

@@ -132,13 +132,15 @@ def check_draft(q, carried_q, k_buffer, v_buffer, members, importance, pool_head
         expect(op, pool in ("max", "mean"), f"{name} must be 'max' or 'mean', got {pool!r}")
 
 
-def check_history(importance, history, stamp, weight) -> None:
+def check_history(importance, history, owner, weight) -> None:
     """Shapes of blend_history."""
     op = "blend_history"
     expect_importance(op, importance)
-    ok = history.dim() == 2 and history.dtype == torch.float32 and history.shape[0] == importance.shape[0]
-    expect(op, ok, f"history must be float32 [channels, slots], got {history.dtype} {tuple(history.shape)}")
-    expect(op, stamp.shape == history.shape[1:] and stamp.dtype == torch.int32, "stamp must be int32 [slots]")
+    ok = history.dim() == 2 and history.is_contiguous() and history.shape[1] == importance.shape[0]
+    got = f"{history.dtype} {tuple(history.shape)}"
+    expect(op, ok, f"history must be contiguous [slots, channels], got {got}")
+    expect(op, history.dtype == importance.dtype, f"history must be {importance.dtype}, got {got}")
+    expect(op, owner.shape == history.shape[:1] and owner.dtype == torch.int32, "owner must be int32 [slots]")
     expect(op, weight.dtype == torch.float32, f"weight must be float32 [bs], got {weight.dtype}")
 
 

@@ -563,8 +563,7 @@ def blend_history(
     req_to_token: torch.Tensor,
     req_pool_indices: torch.Tensor,
     history: torch.Tensor,
-    stamp: torch.Tensor,
-    round_: torch.Tensor,
+    owner: torch.Tensor,
     weight: torch.Tensor,
     decay: float,
 ) -> None:
@@ -577,26 +576,28 @@ def blend_history(
 
     Args:
         importance: [channels, columns], read and written at positions [1, L) of every request with columns.
-        history: float32 [channels, slots] by the slot of the target's token, UNKNOWN where nothing is
-            remembered (never zero: a token that was never scored is not an unimportant one).
-        stamp: int32 [slots], the last round that touched a slot; round_: int32 [1], this one.
+        history: [slots, channels] of importance's dtype, by the slot of the target's token, UNKNOWN where
+            nothing is remembered (never zero: a token that was never scored is not an unimportant one).
+            Requests that share a slot have it at the same position.
+        owner: int32 [slots], -1 before and after: whose slot it is while this runs.
         weight: float32 [bs]. decay: factor a round.
     """
-    check_history(importance, history, stamp, weight)
+    check_history(importance, history, owner, weight)
     rows = []
     for b, (req, length) in enumerate(zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)):
         column = int(ctx_start[b])
         if column < 0 or length <= SHIFT:
             continue
-        place = importance[:, column + SHIFT : column + length]
+        place = importance[:, column + SHIFT : column + length].T
         slots = req_to_token[req, SHIFT:length].long()
-        rows.append((slots, place.to(torch.float32, copy=True), history[:, slots], place, float(weight[b])))
-    for slots, fresh, remembered, place, w in rows:
-        mixed = torch.where(remembered == UNKNOWN, fresh, (1 - w) * fresh + w * remembered)
-        place.copy_(mixed)
-        first = slots[stamp[slots] != int(round_)]
-        held = history[:, first]
-        history[:, first] = torch.where(held == UNKNOWN, held, held * decay)
-        stamp[first] = int(round_)
-    for slots, fresh, *_ in rows:
-        history[:, slots] = torch.maximum(history[:, slots], fresh)
+        rows.append((b, slots, place.to(torch.float32, copy=True), history[slots].float(), place))
+    for b, slots, fresh, remembered, place in rows:
+        if w := float(weight[b]):
+            place.copy_(torch.where(remembered == UNKNOWN, fresh, (1 - w) * fresh + w * remembered))
+        first = owner[slots] == -1
+        held = remembered[first]
+        history[slots[first]] = torch.where(held == UNKNOWN, held, held * decay).to(history.dtype)
+        owner[slots] = b
+    for _, slots, fresh, *_ in rows:
+        history[slots] = torch.maximum(history[slots], fresh.to(history.dtype))
+        owner[slots] = -1
