@@ -235,7 +235,8 @@ class SlotHistory:
     ):
         self.config = config
         self.remembered = torch.full((slots, channels), UNKNOWN, dtype=dtype, device=device)
-        self.owner = torch.full((slots,), -1, dtype=torch.int32, device=device)
+        self.owner = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.round = torch.zeros(1, dtype=torch.int64, device=device)
         self.fresh_request = torch.zeros(requests, dtype=torch.bool, device=device)
         self._loaded: list[torch.Tensor] = []
 
@@ -262,6 +263,7 @@ class SlotHistory:
 
     def blend(self, ops, importance, starts, seq_lens, reqs, table: torch.Tensor) -> None:
         """Mix memory into the importance of a verify batch and remember the batch; starts -1: not known."""
+        self.round += 1
         weight = torch.full_like(seq_lens, self.config.history_weight, dtype=torch.float32)
         if self.config.history == "warm":
             weight = weight * self.fresh_request[reqs]
@@ -274,6 +276,7 @@ class SlotHistory:
             reqs,
             self.remembered,
             self.owner,
+            self.round,
             weight,
             self.config.history_decay,
         )

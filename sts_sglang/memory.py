@@ -72,8 +72,8 @@ def _entry_bytes(config: StsConfig) -> int:
 
 
 def history_bytes_per_token(channels: int, bytes_per_score: int = 2) -> int:
-    """float16 a channel, or what the reference server has, and int32: whose slot it is in an update."""
-    return bytes_per_score * channels + 4
+    """float16 a channel, or what the reference server has, and int64: who touched the slot, and when."""
+    return bytes_per_score * channels + 8
 
 
 def reserve(available: int, kv_bytes_per_token: int, state_bytes_per_token: float) -> int:

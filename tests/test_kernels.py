@@ -433,7 +433,8 @@ def test_history_is_mixed_decayed_once_and_kept_at_its_maximum(
     slots = int(batch.table.max()) + 1
     known = torch.rand(slots, channels) < 0.5
     history = torch.where(known, torch.rand(slots, channels) * 100, UNKNOWN).half()
-    owner = torch.full((slots,), -1, dtype=torch.int32)
+    owner, now = torch.zeros(slots, dtype=torch.int64), torch.tensor([2**30 + 7])
+    owner[::2] = (2**30 + 6) * 2**32 if kernel == "triton" else 2**30 + 6  # touched in the round before
     weight, decay = torch.tensor([*weights, 0.5, 1.0, 0.125])[: len(lengths)], 0.8
     importance = (torch.rand(channels, batch.columns) * 100).half()
     mixed, kept, found = importance.double(), history.double(), {}
@@ -446,12 +447,11 @@ def test_history_is_mixed_decayed_once_and_kept_at_its_maximum(
             found[slot] = torch.maximum(fresh, found.get(slot, torch.zeros(channels).double()))
     for slot, fresh in found.items():
         kept[slot] = torch.maximum(fresh, torch.where(known[slot], decay * kept[slot], UNKNOWN))
-    args = [importance, batch.ctx_start, batch.seq_lens, batch.table, batch.reqs, history, owner, weight]
+    args = [importance, batch.ctx_start, batch.seq_lens, batch.table, batch.reqs, history, owner, now, weight]
     args = on_device([a.clone() for a in args])
     ops(kernel).blend_history(*args, decay)
     torch.testing.assert_close(args[0].cpu().double(), mixed, rtol=1e-3, atol=1e-3)  # one rounding to float16
     torch.testing.assert_close(args[5].cpu(), kept.half(), rtol=1e-3, atol=0)
-    assert (args[6] == -1).all()
 
 
 # ---- verify
@@ -734,7 +734,7 @@ with compile_only() as compiled:
     ops("triton").spread_importance(like(8, 4096, dtype=f16), like(2, dtype=i64), like(2, dtype=i64), 0.5)
     ops("triton").blend_history(
         like(128, 4096, dtype=f16), like(2, dtype=i64), like(2, dtype=i64), like(3, 4096), like(2, dtype=i64),
-        like(8192, 128, dtype=f16), like(8192), like(2, dtype=f32), 0.9,
+        like(8192, 128, dtype=f16), like(8192, dtype=i64), like(1, dtype=i64), like(2, dtype=f32), 0.9,
     )
     ops("triton").headwise_lists(
         like(4096), like(2, 16, dtype=i64), like(2, 16), like(8), like(3, 4096), like(2, dtype=i64),

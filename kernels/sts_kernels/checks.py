@@ -132,7 +132,7 @@ def check_draft(q, carried_q, k_buffer, v_buffer, members, importance, pool_head
         expect(op, pool in ("max", "mean"), f"{name} must be 'max' or 'mean', got {pool!r}")
 
 
-def check_history(importance, history, owner, weight) -> None:
+def check_history(importance, history, owner, round_, weight) -> None:
     """Shapes of blend_history."""
     op = "blend_history"
     expect_importance(op, importance)
@@ -140,7 +140,8 @@ def check_history(importance, history, owner, weight) -> None:
     got = f"{history.dtype} {tuple(history.shape)}"
     expect(op, ok, f"history must be contiguous [slots, channels], got {got}")
     expect(op, history.dtype == importance.dtype, f"history must be {importance.dtype}, got {got}")
-    expect(op, owner.shape == history.shape[:1] and owner.dtype == torch.int32, "owner must be int32 [slots]")
+    expect(op, owner.shape == history.shape[:1] and owner.dtype == torch.int64, "owner must be int64 [slots]")
+    expect(op, round_.shape == (1,) and round_.dtype == torch.int64, "round_ must be int64 [1]")
     expect(op, weight.dtype == torch.float32, f"weight must be float32 [bs], got {weight.dtype}")
 
 

@@ -12,7 +12,7 @@ from sts_kernels.reference import ALIGN, SHIFT
 CLAIM_BLOCK = 1024
 MAX_CHANNELS = 128  # of a tile
 # Lengths are read on the device, so the grid cannot follow them: so many programs share a context.
-KNOBS = {"claim_programs": 64, "programs": 128, "tile": 4096, "num_warps": 4}
+KNOBS = {"claim_programs": 64, "programs": 256, "tile": 8192, "num_warps": 4}
 
 
 def blend_history(
@@ -23,17 +23,18 @@ def blend_history(
     req_pool_indices: torch.Tensor,
     history: torch.Tensor,
     owner: torch.Tensor,
+    round_: torch.Tensor,
     weight: torch.Tensor,
     decay: float,
 ) -> None:
     """Kernel of `sts_kernels.reference.blend_history` (see there); graph-safe, no host sync, deterministic.
 
     Requests that share a slot hold it at the same position, so they form a list: each puts itself into the
-    slot's `owner` and notes whom it found there. The last one owns the slot for the round: it alone reads
-    and writes what the slot remembers, and walks the list for the others. A slot's channels lie side by
-    side, so slots in any order are read in whole lines.
+    slot's `owner` and notes whom of this round it found there. The last one owns the slot for the round: it
+    alone reads and writes what the slot remembers, and walks the list for the others. A slot's channels lie
+    side by side, so slots in any order are read in whole lines.
     """
-    check_history(importance, history, owner, weight)
+    check_history(importance, history, owner, round_, weight)
     bs, channels = seq_lens.numel(), importance.shape[0]
     if bs == 0:
         return
@@ -43,7 +44,7 @@ def blend_history(
     if not alone:
         claims = KNOBS["claim_programs"]
         _claim_kernel[(bs, claims)](
-            before, owner, *requests, SHIFT=SHIFT, ALIGN=ALIGN, BLOCK=CLAIM_BLOCK, PROGRAMS=claims
+            before, owner, round_, *requests, SHIFT=SHIFT, ALIGN=ALIGN, BLOCK=CLAIM_BLOCK, PROGRAMS=claims
         )
     at_once = min(triton.next_power_of_2(channels), MAX_CHANNELS)
     programs = KNOBS["programs"]
@@ -51,6 +52,7 @@ def blend_history(
         importance,
         history,
         owner,
+        round_,
         before,
         weight,
         *requests,
@@ -92,9 +94,16 @@ def _mix(place, fresh, held, w, mask, UNKNOWN: tl.constexpr):
 
 
 @triton.jit
+def _name(round_ptr, b):
+    """What `owner` says of slots of request b in this round."""
+    return tl.load(round_ptr) * 4294967296 + b  # int64: the round, the request
+
+
+@triton.jit
 def _claim_kernel(
     before_ptr,  # int32 [columns]: 1 + the request that was the slot's owner before this one, 0: none
     owner_ptr,
+    round_ptr,
     ctx_start_ptr,
     lens_ptr,
     table_ptr,
@@ -109,10 +118,12 @@ def _claim_kernel(
     column, length, slot_ptr = _request(b, ctx_start_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table, ALIGN)
     if column < 0:
         return
+    mine, first = _name(round_ptr, b), _name(round_ptr, 0)
     for block in range(program * BLOCK, length, PROGRAMS * BLOCK):
         offs, ok, slots = _block(block, length, slot_ptr, SHIFT, BLOCK)
-        found = tl.atomic_xchg(owner_ptr + slots, tl.zeros_like(offs) + b, mask=ok)
-        tl.store(before_ptr + column + offs, found + 1, mask=ok)
+        found = tl.atomic_xchg(owner_ptr + slots, tl.zeros_like(slots) + mine, mask=ok)
+        before = tl.where(found < first, 0, found - first + 1)  # of an earlier round: nobody
+        tl.store(before_ptr + column + offs, before.to(tl.int32), mask=ok)
 
 
 @triton.jit
@@ -120,6 +131,7 @@ def _remember_kernel(
     importance_ptr,
     history_ptr,
     owner_ptr,
+    round_ptr,
     before_ptr,
     weight_ptr,
     ctx_start_ptr,
@@ -149,9 +161,7 @@ def _remember_kernel(
         offs, own, slots = _block(block, length, slot_ptr, SHIFT, BLOCK)
         before = tl.zeros_like(offs)
         if not ALONE:
-            own = own & (tl.load(owner_ptr + slots, mask=own, other=-1) == b)
-            # Nobody's again for the next round. Who reads that now is not the owner either way.
-            tl.store(owner_ptr + slots, tl.zeros_like(offs) - 1, mask=own)
+            own = own & (tl.load(owner_ptr + slots, mask=own, other=0) == _name(round_ptr, b))
             before = tl.load(before_ptr + column + offs, mask=own, other=0)
         # Of a block that others own nothing is read.
         end = tl.where(tl.max(own.to(tl.int32), 0) > 0, channels, 0)

@@ -564,6 +564,7 @@ def blend_history(
     req_pool_indices: torch.Tensor,
     history: torch.Tensor,
     owner: torch.Tensor,
+    round_: torch.Tensor,
     weight: torch.Tensor,
     decay: float,
 ) -> None:
@@ -579,10 +580,11 @@ def blend_history(
         history: [slots, channels] of importance's dtype, by the slot of the target's token, UNKNOWN where
             nothing is remembered (never zero: a token that was never scored is not an unimportant one).
             Requests that share a slot have it at the same position.
-        owner: int32 [slots], -1 before and after: whose slot it is while this runs.
+        owner: int64 [slots], zero at first: in which round a slot was touched and, in a kernel, by whom.
+        round_: int64 [1], this round, above all before it.
         weight: float32 [bs]. decay: factor a round.
     """
-    check_history(importance, history, owner, weight)
+    check_history(importance, history, owner, round_, weight)
     rows = []
     for b, (req, length) in enumerate(zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)):
         column = int(ctx_start[b])
@@ -590,14 +592,14 @@ def blend_history(
             continue
         place = importance[:, column + SHIFT : column + length].T
         slots = req_to_token[req, SHIFT:length].long()
-        rows.append((b, slots, place.to(torch.float32, copy=True), history[slots].float(), place))
-    for b, slots, fresh, remembered, place in rows:
-        if w := float(weight[b]):
+        fresh = place.to(torch.float32, copy=True)
+        rows.append((slots, fresh, history[slots].float(), place, float(weight[b])))
+    for slots, fresh, remembered, place, w in rows:
+        if w:
             place.copy_(torch.where(remembered == UNKNOWN, fresh, (1 - w) * fresh + w * remembered))
-        first = owner[slots] == -1
+        first = owner[slots] != int(round_)
         held = remembered[first]
         history[slots[first]] = torch.where(held == UNKNOWN, held, held * decay).to(history.dtype)
-        owner[slots] = b
-    for _, slots, fresh, *_ in rows:
+        owner[slots] = int(round_)
+    for slots, fresh, *_ in rows:
         history[slots] = torch.maximum(history[slots], fresh.to(history.dtype))
-        owner[slots] = -1
