@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality.report benchmarks/results/quality
 
-reads FOLDER/*.jsonl and writes FOLDER/report.md and FOLDER/pareto.png.
+reads FOLDER/*.jsonl and writes FOLDER/report.md and, where more than dense was asked, FOLDER/pareto.png.
 """
 
 from __future__ import annotations
@@ -371,7 +371,7 @@ def markdown(r: Results) -> str:
         noise(r),
         parity(r),
         dense_speculation(r),
-        "![quality against keep](pareto.png)",
+        "![quality against keep](pareto.png)" if r.keeps else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -420,8 +420,9 @@ def draw(axis, found: dict[float, Interval], color: str, label: str) -> None:
 def write(folder: Path) -> None:
     results = Results(folder)
     (folder / "report.md").write_text(markdown(results))
-    plot(results, folder / "pareto.png")
-    print(f"{folder / 'report.md'} and pareto.png")
+    if results.keeps:
+        plot(results, folder / "pareto.png")
+    print(folder / "report.md")
 
 
 if __name__ == "__main__":
