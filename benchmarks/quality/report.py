@@ -394,7 +394,8 @@ def plot(r: Results, path: Path) -> None:
         for axis, length in zip(row, lengths, strict=False):
             for arm in (a for a in r.arms if a in COLORS):
                 found = {keep: change((arm, keep), (arm, DENSE), length) for keep in r.keeps}
-                draw(axis, {k: f for k, f in found.items() if f}, COLORS[arm], arm + r.part(arm, length))
+                label = arm if change == r.loss_change else arm + r.part(arm, length)
+                draw(axis, {k: f for k, f in found.items() if f}, COLORS[arm], label)
             axis.axhline(0, color="k", linestyle=":", label="dense")
             axis.set(xscale="log", title=f"{length:,} tokens")
             axis.set_yscale("symlog", linthresh=1)
