@@ -7,8 +7,8 @@ import torch
 # Importance is stored as float16 probability * 2**14: relative precision 2**-11 down to 4e-9, below
 # what a token among 128K can get on average by three orders of magnitude.
 IMPORTANCE_SCALE = 2.0**14
-# What a slot remembers that was never scored since it was written. Below every score, so that an integer
-# maximum of the bits (Triton has no atomic maximum of floats) never keeps it.
+# What a slot remembers that was never scored since it was written. Below every score, so that a maximum never
+# keeps it.
 UNKNOWN = -1.0
 
 
