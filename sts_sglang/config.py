@@ -71,24 +71,20 @@ def _integer(low: int, high: int) -> Callable[[str, object], int]:
     return read
 
 
-def _share(field: str, value: object) -> float:
-    # The comparison is false for NaN, and is done before float(): a huge int does not fit one.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise _error(field, f"got {_show(value)}", "a number above 0 and at most 1")
-    return float(value)
+def _number(inside: Callable[[float], bool], allowed: str) -> Callable[[str, object], float]:
+    def read(field: str, value: object) -> float:
+        # A comparison is false for NaN, and is done before float(): a huge int does not fit one.
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not inside(value):
+            raise _error(field, f"got {_show(value)}", allowed)
+        return float(value)
+
+    return read
 
 
-def _decay(field: str, value: object) -> float:
-    decay = _share(field, value)
-    if 0.999 < decay < 1:  # what float16 would round away, round after round
-        raise _error(field, f"got {_show(value)}", "a number above 0 and at most 0.999, or 1")
-    return decay
-
-
-def _part(field: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise _error(field, f"got {_show(value)}", "a number from 0 to 1")
-    return float(value)
+_share = _number(lambda x: 0 < x <= 1, "a number above 0 and at most 1")
+_part = _number(lambda x: 0 <= x <= 1, "a number from 0 to 1")
+# Between 0.999 and 1 float16 would round the change away, round after round.
+_decay = _number(lambda x: 0 < x <= 0.999 or x == 1, "a number above 0 and at most 0.999, or 1")
 
 
 def _sink(field: str, value: object) -> int:

@@ -138,7 +138,10 @@ BAD_VALUES = {
     "dense": (["fa2", "", None, 0], "auto | fa3 | flashinfer | torch"),
     "history": (["on", "", None, True], "off | warm | blend"),
     "history_weight": ([0, -0.1, 1.01, True, "0.5", None, math.nan], "a number above 0 and at most 1"),
-    "history_decay": ([0, 2, 0.9999, True, "0.9", None, math.inf], "a number above 0 and at most"),
+    "history_decay": (
+        [0, 2, 0.9999, True, "0.9", None, math.inf],
+        "a number above 0 and at most 0.999, or 1",
+    ),
     "selector": (["sts", "", None, True, ["quest"]], "draft | quest | recent | random | oracle"),
     "verify": (["full", "", None, True], "sparse | dense"),
     "draft": (["sparse", "", None, False], "dense | steps | all"),
