@@ -23,7 +23,7 @@ ARMS = {  # weight, shared
 FULL = settings({"context": [8192, 32768, 131072], "batch": [1, 4, 16]})
 QUICK = [{"context": c, "batch": b} for c, b in ((8192, 16), (32768, 8), (131072, 1))]
 GRID = settings({"programs": [128, 256, 512], "tile": [4096, 8192, 16384], "num_warps": [4, 8]})
-GRID = [{**knobs, "claim_programs": 64, "tile_alone": knobs["tile"]} for knobs in GRID]
+GRID = [{**knobs, "tile_alone": knobs["tile"]} for knobs in GRID]
 
 
 def draw(shape: Shape, weight: float, shared: bool) -> list:

@@ -423,7 +423,7 @@ def test_history_is_mixed_decayed_once_and_kept_at_its_maximum(
 ) -> None:
     """Requests 0, 1 and 4 share a prefix, 0 and 1 more of it; request 2 has no columns and is left alone."""
     monkeypatch.setattr(history_kernels, "CLAIM_BLOCK", 16)
-    for knob, number in {"claim_programs": 3, "programs": 3, "tile": 64, "tile_alone": 64}.items():
+    for knob, number in {"claim_programs": 3, "programs": 3, "tile": 2048, "tile_alone": 2048}.items():
         monkeypatch.setitem(history_kernels.KNOBS, knob, number)
     batch = Batch(lengths=list(lengths))
     if several := len(lengths) > 1:

@@ -12,7 +12,8 @@ from sts_kernels.reference import ALIGN, SHIFT
 CLAIM_BLOCK = 1024
 MAX_CHANNELS = 128  # of a tile
 # Lengths are read on the device, so the grid cannot follow them: so many programs share a context.
-# The walk along shared slots takes registers, so that its tiles are smaller.
+# Tiles are scores, several a thread: none may hold what another one writes. The walk along shared slots takes
+# registers, so that its tiles are smaller.
 KNOBS = {"claim_programs": 64, "programs": 256, "tile": 4096, "tile_alone": 8192, "num_warps": 4}
 
 
@@ -65,7 +66,7 @@ def blend_history(
         ALIGN=ALIGN,
         ALONE=alone,
         CHANNELS=at_once,
-        BLOCK=max(KNOBS["tile_alone" if alone else "tile"] // at_once, 16),
+        BLOCK=KNOBS["tile_alone" if alone else "tile"] // at_once,
         PROGRAMS=programs,
         num_warps=KNOBS["num_warps"],
     )
