@@ -1,55 +1,129 @@
 """Ops of draft-guided sparse attention (STS, arXiv 2605.15508), from scores to attention.
 
-Eight functions in two implementations of the same signature: `ops("torch")` is the reference on any
-device, `ops("triton")` the kernels. This package imports torch and triton and never sglang.
+`Ops` is what they are; `ops("torch")` is the reference on any device, `ops("triton")` the kernels. This
+package imports torch and triton and never sglang.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import importlib
+from typing import Protocol
 
-from sts_kernels.checks import IMPORTANCE_SCALE, UNKNOWN
-from sts_kernels.reference import ALIGN, SHIFT, Members, Rule
+import torch
 
-__all__ = ["ALIGN", "IMPORTANCE_SCALE", "SHIFT", "UNKNOWN", "Members", "Ops", "Rule", "ops"]
+from sts_kernels.layout import (
+    Carried,
+    Contexts,
+    History,
+    KvPool,
+    Lists,
+    Members,
+    PagedLists,
+    Plan,
+    Pooling,
+    Room,
+    Rule,
+    Scores,
+    Sizes,
+)
+
+__all__ = ["Ops", "ops"]
 
 
-class Ops(NamedTuple):
-    """The steps of a round; see `sts_kernels.reference` for what they take and write."""
+class Ops(Protocol):
+    """The steps of a round in the order they run. `sts_kernels.torch_ops` says what each takes and writes."""
 
-    draft_attention: Callable
-    size_lists: Callable
-    blend_history: Callable
-    spread_importance: Callable
-    select_tokens: Callable
-    plan_verify: Callable
-    sparse_verify_attention: Callable
-    headwise_lists: Callable
+    def draft_attention(
+        self,
+        q: torch.Tensor | None,
+        pool: KvPool,
+        contexts: Contexts,
+        scores: Scores,
+        members: Members,
+        carried: Carried,
+        *,
+        step: int,
+        num_steps: int,
+        scale: float,
+        pooling: Pooling,
+        plan: Plan | None = None,
+    ) -> torch.Tensor | None: ...
+
+    def size_lists(
+        self,
+        contexts: Contexts,
+        carried_lens: torch.Tensor,
+        keeps: torch.Tensor,
+        rule: Rule,
+        room: Room,
+        totals: torch.Tensor,
+        *,
+        split: torch.Tensor | None = None,
+        full: torch.Tensor | None = None,
+        list_full: bool = False,
+    ) -> Sizes: ...
+
+    def blend_history(
+        self, scores: Scores, contexts: Contexts, history: History, weight: torch.Tensor, *, decay: float
+    ) -> None: ...
+
+    def spread_importance(self, scores: Scores, lens: torch.Tensor, *, factor: float) -> None: ...
+
+    def select_tokens(
+        self,
+        scores: Scores,
+        contexts: Contexts,
+        budgets: torch.Tensor,
+        lists: Lists,
+        *,
+        sink: int,
+        recent: int,
+        top_p: torch.Tensor | None = None,
+        draft_indices: torch.Tensor | None = None,
+    ) -> None: ...
+
+    def plan_lists(
+        self, lists: Lists, channels: torch.Tensor, lens: torch.Tensor, *, programs: int, most: int
+    ) -> Plan: ...
+
+    def sparse_attention(
+        self,
+        q: torch.Tensor,
+        pool: KvPool,
+        lists: Lists,
+        channels: torch.Tensor,
+        contexts: Contexts,
+        tail_mask: torch.Tensor,
+        attended: torch.Tensor,
+        *,
+        scale: float,
+        plan: Plan | None = None,
+    ) -> torch.Tensor: ...
+
+    def headwise_lists(
+        self,
+        lists: Lists,
+        channels: torch.Tensor,
+        contexts: Contexts,
+        paged: PagedLists,
+        attended: torch.Tensor,
+        clipped: torch.Tensor,
+        *,
+        tokens: int,
+        layers: int,
+    ) -> None: ...
+
+    def plan_attention(
+        self, lists: Lists, channels: torch.Tensor, lens: torch.Tensor, *, max_context: int
+    ) -> Plan | None:
+        """`plan_lists` for sparse_attention in several layers; None from an implementation that needs none."""
+
+    def plan_contexts(self, lens: torch.Tensor, *, kv_heads: int, max_context: int) -> Plan | None:
+        """The same for draft_attention, alike in all layers of a round."""
 
 
 def ops(kernel: str) -> Ops:
     """The steps by implementation, "torch" or "triton"; ValueError for another name."""
-    if kernel == "torch":
-        from sts_kernels import reference as headwise
-        from sts_kernels import reference as history
-        from sts_kernels import reference as score
-        from sts_kernels import reference as select
-        from sts_kernels import reference as sizes
-        from sts_kernels import reference as spread
-        from sts_kernels import reference as verify
-    elif kernel == "triton":
-        from sts_kernels import draft_attention as score
-        from sts_kernels import headwise, history, select, sizes, spread, verify
-    else:
+    if kernel not in ("torch", "triton"):
         raise ValueError(f"kernel must be 'torch' or 'triton', got {kernel!r}")
-    return Ops(
-        score.draft_attention,
-        sizes.size_lists,
-        history.blend_history,
-        spread.spread_importance,
-        select.select_tokens,
-        verify.plan_verify,
-        verify.sparse_verify_attention,
-        headwise.headwise_lists,
-    )
+    return importlib.import_module(f"sts_kernels.{kernel}_ops")

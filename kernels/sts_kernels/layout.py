@@ -1,0 +1,240 @@
+"""What the steps of a round pass to each other: tensors under one name, and the numbers all of them agree on.
+
+Every op takes these and nothing that is packed otherwise. Buffers are static, so that a CUDA graph can record
+the ops: a round writes into them, it never replaces them.
+
+Shapes: bs requests in a batch; a request has `lens` committed tokens, its *context*, at positions [0, L), and
+a *tail* of tokens behind them that are not committed yet. A *channel* is a row of scores that one or several
+(target layer, KV head) pairs select by. A *slot* is a row of a KV pool.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Literal, NamedTuple
+
+import torch
+
+# Scores of a request start at a multiple of this many columns: a kernel's block of positions has one request's
+# alone, and scores are read 16 bytes at a time.
+ALIGN = 64
+# Draft KV is shifted by one token in every algorithm: the draft's key at index p is about the target's token
+# p + 1, and no draft key is about token 0.
+SHIFT = 1
+# Importance is stored as float16 probability * 2**14: relative precision 2**-11 down to 4e-9, below
+# what a token among 128K can get on average by three orders of magnitude.
+IMPORTANCE_SCALE = 2.0**14
+# What is remembered of a slot whose token was never scored. Below every score, so that a maximum never keeps
+# it, and never zero: a token that was not scored is not an unimportant one.
+UNKNOWN = -1.0
+# In place of the length of a list: the whole context is attended to, and nothing is listed.
+WHOLE = -1
+
+Pool = Literal["max", "mean"]
+
+
+class Count(enum.IntEnum):
+    """Places of the running totals in the int64 tensor that the ops of a round add to.
+
+    A verify is one request in one round; tokens are counted per (layer, KV head). Request 0 is never counted:
+    SGLang pads the batches of CUDA graphs with it.
+    """
+
+    SPARSE_VERIFIES = 0
+    DENSE_VERIFIES = 1  # of the whole context because its importance is not known
+    SELECTED_TOKENS = 2
+    AVAILABLE_TOKENS = 3
+    FULL_VERIFIES = 4  # of the whole context because the configuration says so
+    CLIPPED_TOKENS = 5  # that the lists of FlashInfer had no room for
+    DRAFT_SELECTED_TOKENS = 6  # in sparse passes of the draft
+    DRAFT_AVAILABLE_TOKENS = 7
+
+
+class Part(enum.IntFlag):
+    """What a piece of work in a `Plan` is of its list."""
+
+    OF_CONTEXT = 1  # no list: positions of the request's whole context
+    FIRST = 2
+    LAST = 4  # the tail of the request is read with this one
+
+
+class Contexts(NamedTuple):
+    """The requests of a batch and where their tokens are.
+
+    table: int32 [requests, width], the slot of every position of every request (SGLang's req_to_token).
+    reqs: int [bs], rows of `table`; row 0 pads the batches of CUDA graphs. lens: int [bs], committed tokens.
+    """
+
+    table: torch.Tensor
+    reqs: torch.Tensor
+    lens: torch.Tensor
+
+
+class KvPool(NamedTuple):
+    """Keys and values of one layer, [slots, H_kv, D] each, with the same strides [.., .., 1]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class Scores(NamedTuple):
+    """Importance of every context token of a batch, by channel.
+
+    importance: float16 [channels, columns], probability * IMPORTANCE_SCALE (the torch ops take float32 too,
+    where a rounding must not decide between near-equal scores). starts: int64 [bs], the first column of each
+    request, a multiple of ALIGN; its position p is at column start + p. -1: the request has no columns, or its
+    importance is not known.
+    """
+
+    importance: torch.Tensor
+    starts: torch.Tensor
+
+
+class Lists(NamedTuple):
+    """The slots that each (request, channel) attends to, in any order.
+
+    indices: int32, lists of slots one behind the other. starts: int64 [bs, channels], the first entry of each.
+    counts: int32 [bs, channels], its length, or WHOLE.
+    """
+
+    indices: torch.Tensor
+    starts: torch.Tensor
+    counts: torch.Tensor
+
+    def whole(self) -> Lists:
+        """The same with everybody attending to everything."""
+        return self._replace(counts=torch.full_like(self.counts, WHOLE))
+
+
+class Carried(NamedTuple):
+    """The row of each request's last accepted token, kept from the pass of the draft that saw it.
+
+    q: its query, [requests, H_q, D] by row of the table, of one draft layer; None where it has been scored
+    already. lens: int64 [requests], the committed length that the row was made for: with another length it is
+    a leftover of the slot's last owner, and scores nothing.
+    """
+
+    q: torch.Tensor | None
+    lens: torch.Tensor
+
+
+class Members(NamedTuple):
+    """The channels that one draft layer feeds.
+
+    channels: int32 [n], rows of `importance`. heads: int32 [n, most], query heads of this layer, -1
+    padded. scale: float32 [n], 1 / number of heads of the channel in all layers (for the mean over heads).
+    fresh: bool [n], this is the first layer to feed the channel.
+    """
+
+    channels: torch.Tensor
+    heads: torch.Tensor
+    scale: torch.Tensor
+    fresh: torch.Tensor
+
+
+class Pooling(NamedTuple):
+    """How the draft's rows and heads become one score a token.
+
+    rows, heads: "max" or "mean". total_rows: rows that a request has in a round, the divisor of the mean.
+    """
+
+    rows: Pool
+    heads: Pool
+    total_rows: int
+
+
+class Rule(NamedTuple):
+    """How many tokens are selected of a context.
+
+    keep: share of the context, None for `budget` tokens. least: tokens that a budget has at least; forced:
+    the sink and recent among them, which every list has. guard: keep * length may exceed a whole number by this
+    much, which is float error, before it is rounded up.
+    """
+
+    keep: float | None
+    budget: int
+    least: int
+    forced: int
+    guard: float
+
+
+class Room(NamedTuple):
+    """What the buffers of a round hold: channels of the head map, columns of scores, entries of lists."""
+
+    channels: int
+    columns: int
+    entries: int
+
+
+class Sizes(NamedTuple):
+    """Where the scores and lists of a batch lie and how long the lists are, see `size_lists`.
+
+    known: int64 [bs], first column of the requests whose importance is known, else -1. sparse: the same of
+    those among them that attend to less than everything. budgets: int64 [bs], tokens of a list before a head
+    map splits them. starts: int64 and counts: int32 [bs, channels], of `Lists`.
+    """
+
+    known: torch.Tensor
+    sparse: torch.Tensor
+    budgets: torch.Tensor
+    starts: torch.Tensor
+    counts: torch.Tensor
+
+
+class History(NamedTuple):
+    """What KV slots remember of the importance of their tokens.
+
+    scores: [slots, channels] of importance's dtype, by the slot of the target's token; UNKNOWN where nothing
+    is remembered. owner: int64 [slots], zero at first: in which round a slot was touched and, in a kernel, by
+    whom. round: int64 [1], this round, above all before it.
+    """
+
+    scores: torch.Tensor
+    owner: torch.Tensor
+    round: torch.Tensor
+
+
+class Plan(NamedTuple):
+    """How attention over lists is parted among the programs of a kernel, for one layer or for several.
+
+    work: int64 [layers, work, 4], a part of a list each: the pair b * H_kv + h; its first entry in the lists,
+    or position where the pair attends to its whole context; its tokens; and its `Part` flags. ends: int32
+    [layers, bs * H_kv + 1], where each pair's parts end in `work`, after a zero; what `work` has beyond the
+    last end is undefined. most: parts that a list has at most. `of(layer)` is one layer's, without the first
+    dimension.
+    """
+
+    work: torch.Tensor
+    ends: torch.Tensor
+    most: int
+
+    @classmethod
+    def empty(cls, layers: int, pairs: int, programs: int, most: int, device: torch.device) -> Plan:
+        work = torch.empty(layers, programs, 4, dtype=torch.int64, device=device)
+        return cls(work, torch.empty(layers, pairs + 1, dtype=torch.int32, device=device), most)
+
+    def of(self, layer: int) -> Plan:
+        """One layer's."""
+        return Plan(self.work[layer], self.ends[layer], self.most)
+
+
+class PagedLists(NamedTuple):
+    """Lists for a paged attention that takes every (request, KV head) pair b * H_kv + h as a request.
+
+    indptr: int32 [pairs + 1 or more], where lists start. mask_indptr: int32 [pairs + 1 or more], at which byte
+    of `mask` a pair's bits start. indices: int32, slot * H_kv + h of every entry. mask: uint8, bit
+    row * list length + entry, from the lowest of a byte up, rounded up to bytes a pair (FlashInfer's packed
+    custom mask).
+    """
+
+    indptr: torch.Tensor
+    mask_indptr: torch.Tensor
+    indices: torch.Tensor
+    mask: torch.Tensor
+
+
+def columns_of(lens: torch.Tensor, columns: int) -> torch.Tensor:
+    """int64 [bs] first column of each request, -1 where its context does not fit; no host sync."""
+    wide = (lens + ALIGN - 1) // ALIGN * ALIGN
+    ends = wide.cumsum(0)
+    return torch.where(ends <= columns, ends - wide, -1)
