@@ -1,0 +1,1 @@
+"""A round of draft-guided sparse attention: its state and its steps, without SGLang and without backends."""
