@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 demo: env
-	$(VENV)/bin/python -m sts_sglang.demo
+	$(VENV)/bin/python -m sts_sglang.tools.demo
 
 test: lint
 	$(VENV)/bin/python -m pytest

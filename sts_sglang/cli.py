@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from sts_sglang import __version__, compat, inspection, platform
+from sts_sglang import __version__, cpu
 from sts_sglang.calibrate import command as calibrate
-from sts_sglang.config import ENV, ConfigError, StsConfig
-from sts_sglang.validate import BACKEND, CHAIN_FLAGS
+from sts_sglang.config import BACKEND, CHAIN_FLAGS, ENV, ConfigError, StsConfig
+from sts_sglang.host import compat
+from sts_sglang.tools import inspection
 
 LAUNCH = (
     "python -m sglang.launch_server --model-path TARGET --attention-backend sts "
@@ -52,7 +53,7 @@ def _add_doctor(commands) -> None:
         description="Shows what the plugin finds on this host, in the environment of a launch:\n"
         "SGLANG_PLUGINS, SGLANG_PLATFORM, STS_CONFIG. Exit code 1, with the reason, when `sts`\n"
         "could not serve here.",
-        epilog=f"example, the reference on a plain CPU:\n  SGLANG_PLATFORM={platform.NAME} sts-sglang doctor",
+        epilog=f"example, the reference on a plain CPU:\n  SGLANG_PLATFORM={cpu.NAME} sts-sglang doctor",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=_doctor)
@@ -143,12 +144,12 @@ def _entry_points() -> Iterator[str]:
     chosen = {name: os.environ.get(name, "") for name in ("SGLANG_PLUGINS", "SGLANG_PLATFORM")}
     for name, value in chosen.items():
         print(f"{name}: {value or 'not set'}")
-    if BACKEND not in plugins or platform.NAME not in platforms:
+    if BACKEND not in plugins or cpu.NAME not in platforms:
         yield "SGLang finds no entry points of sts-sglang: install it into this environment"
     allowed = [name.strip() for name in chosen["SGLANG_PLUGINS"].split(",")]
     if chosen["SGLANG_PLUGINS"] and BACKEND not in allowed:
         yield f"SGLANG_PLUGINS={chosen['SGLANG_PLUGINS']} keeps the plugin out: add {BACKEND} or unset it"
-    if chosen["SGLANG_PLATFORM"] not in ("", platform.NAME):
+    if chosen["SGLANG_PLATFORM"] not in ("", cpu.NAME):
         # SGLang skips the plugins of every distribution that has another platform.
         yield f"SGLANG_PLATFORM={chosen['SGLANG_PLATFORM']} keeps the plugin out: unset it"
 
@@ -162,7 +163,7 @@ def _show_group(group: str) -> set[str]:
 
 def _attachment() -> Iterator[str]:
     """Print every name of SGLang that the plugin stands on; attach if all are there; yield what is wrong."""
-    findings = compat.findings(cpu_platform=platform.selected())
+    findings = compat.findings(cpu_platform=cpu.selected())
     for name, problem in findings.items():
         print(f"{name}: {'ok' if problem is None else f'MISSING, {problem}'}")
     if wrong := [problem for problem in findings.values() if problem]:
@@ -201,14 +202,14 @@ def _device() -> tuple[str, list[str]]:
     """Print the device; return how to launch on it, or why not."""
     import torch
 
-    if platform.selected():
+    if cpu.selected():
         print("device: cpu (the reference platform)")
-        return f"SGLANG_PLATFORM={platform.NAME} {LAUNCH} --device cpu", []
+        return f"SGLANG_PLATFORM={cpu.NAME} {LAUNCH} --device cpu", []
     if torch.cuda.is_available():
         print(f"device: {torch.cuda.get_device_name()}")
         return LAUNCH, []
     print("device: cpu")
-    return "", [f"no CUDA device: set SGLANG_PLATFORM={platform.NAME} for the reference on a plain CPU"]
+    return "", [f"no CUDA device: set SGLANG_PLATFORM={cpu.NAME} for the reference on a plain CPU"]
 
 
 if __name__ == "__main__":

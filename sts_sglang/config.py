@@ -15,8 +15,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
-    from sts_kernels import Rule
+    from sts_kernels.layout import Rule
 
+BACKEND = "sts"  # the name that a launch asks for
+CHAIN_FLAGS = "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
 ENV = "STS_CONFIG"
 MAX_SOURCE = 64 * 1024  # bytes of a file, characters of a string
 MAX_TOKENS = 2**24
@@ -325,7 +327,7 @@ class StsConfig:
 
     def rule(self) -> Rule:
         """`budget_for` as the ops take it, for many requests at once on the device."""
-        from sts_kernels import Rule  # imports torch and Triton
+        from sts_kernels.layout import Rule  # imports torch
 
         ratio, forced = self.policy == "ratio", self.sink + self.recent
         least = max(self.budget if ratio else 0, forced)

@@ -15,9 +15,9 @@ from sts_sglang import fingerprint
 from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig
 
 MAP_VERSION = 1
-# Draft index p holds token p + 1 in every algorithm (the draft prefill runs on input_ids[1:] plus
-# the sampled token), so its score belongs to target position p + 1.
-SHIFT = 1
+# What the draft's key at an index is about, in the format of a map file: the target's token one further on,
+# as the kernels have it (sts_kernels.layout.SHIFT, which the launcher does not load torch for).
+MAP_SHIFT = 1
 MAX_FILE_BYTES = 4 << 20
 MAX_SOURCES = (
     64  # draft heads of one target head, repetitions counted; a map of every draft head may have more
@@ -73,16 +73,6 @@ class ModelPaths(NamedTuple):
 
     def are_folders(self) -> bool:
         return os.path.isdir(self.target) and os.path.isdir(self.draft)
-
-    @classmethod
-    def of_server(cls, server_args: Any) -> ModelPaths:
-        """Of a launch."""
-        return cls(
-            server_args.model_path,
-            server_args.speculative_draft_model_path,
-            server_args.revision,
-            server_args.speculative_draft_model_revision,
-        )
 
 
 @dataclass(frozen=True)
@@ -184,15 +174,6 @@ def _within(sources: tuple[Source, ...], own: tuple[Source, ...]) -> bool:
     return bool(sources) and set(sources) <= set(own)
 
 
-def counts(model_config: Any) -> HeadCounts:
-    """Attention shape of an SGLang ModelConfig."""
-    return HeadCounts(
-        layers=model_config.num_hidden_layers,
-        q_heads=model_config.num_attention_heads,
-        kv_heads=model_config.get_total_num_kv_heads(),
-    )
-
-
 def of_config(
     config: StsConfig, target: HeadCounts, draft: HeadCounts, models: ModelPaths | None = None
 ) -> HeadMap:
@@ -292,7 +273,7 @@ def load(path: str, target: HeadCounts, draft: HeadCounts, models: ModelPaths | 
     """
     data = _read(path)
     _keys(data, "", FIELDS)
-    for field, expected in (("version", MAP_VERSION), ("shift", SHIFT), ("tp", 1)):
+    for field, expected in (("version", MAP_VERSION), ("shift", MAP_SHIFT), ("tp", 1)):
         if type(data.get(field)) is not int or data[field] != expected:
             raise _error(field, f"got {_short(data.get(field))}", str(expected))
     for field, counts in (("target", target), ("draft", draft)):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 
-from sts_sglang import compat, platform
-from sts_sglang.config import StsConfig
+from sts_sglang import cpu
+from sts_sglang.config import BACKEND, StsConfig
+from sts_sglang.host import compat
 
 logger = logging.getLogger(__name__)
-
-BACKEND = "sts"
 
 
 def register() -> None:
@@ -22,17 +21,17 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     try:
-        compat.check(cpu_platform=platform.selected())
+        compat.check(cpu_platform=cpu.selected())
     except compat.Incompatible as error:
         _refuse(str(error))
         return
-    from sts_sglang import hooks
+    from sts_sglang.host import hooks
 
     _register_backend(_create_backend)
     for target, hook, kind in hooks.table():
         HookRegistry.register(target.path, hook, HookType[kind])
-    if platform.selected():
-        platform.install_cpu_branches()
+    if cpu.selected():
+        cpu.install_branches()
 
 
 def _refuse(reason: str) -> None:
@@ -61,12 +60,6 @@ def _create_backend(model_runner):
     """Factory of the attention registry, called for the target's and the draft's model runner."""
     if missing := compat.unhooked():
         raise RuntimeError(f"SGLang did not apply the STS hooks on {', '.join(missing)}; see its log")
-    config = StsConfig.of_launch()
-    from sts_sglang.backends import dense
+    from sts_sglang.host import bind
 
-    if model_runner.is_draft_worker:
-        return dense.of_draft_extend(config, model_runner)
-    from sts_sglang.backends.target import StsTargetBackend
-
-    name = dense.name_of(config, model_runner)
-    return StsTargetBackend(model_runner, dense.of_target(name, model_runner), name)
+    return bind.create_backend(StsConfig.of_launch(), model_runner)

@@ -16,9 +16,8 @@ import torch
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
-from sts_sglang import runtime
-from sts_sglang.importance import SlotHistory
-from sts_sglang.runtime import StsRuntime
+from sts_sglang.core.history import SlotHistory
+from sts_sglang.host import bind
 
 POISON = float("inf")  # any part of it is that too
 _freed: list[torch.Tensor | None] = []  # None: every slot
@@ -61,21 +60,21 @@ def add_counter(result, history, *args) -> None:
 
 
 @after(SlotHistory, "blend")
-def count_reads(result, history, ops, importance, *args) -> None:
-    history.poison_read += (importance == POISON).any()
+def count_reads(result, history, ops, scores, *args) -> None:
+    history.poison_read += (scores.importance == POISON).any()
 
 
-@after(StsRuntime, "describe")
+@after(bind.Bound, "describe")
 def show(described, bound) -> None:
-    if bound.state.history is not None:
-        described["poison"] = {"slots": _poisoned, "read": int(bound.state.history.poison_read)}
+    if (history := bound.runtime.state.history) is not None:
+        described["poison"] = {"slots": _poisoned, "read": int(history.poison_read)}
 
 
 def poison() -> None:
     global _poisoned
-    bound = runtime.current()
-    if bound is not None and bound.state.history is not None:
-        remembered = bound.state.history.remembered
+    bound = bind.current()
+    if bound is not None and bound.runtime.state.history is not None:
+        remembered = bound.runtime.state.history.remembered
         for slots in _freed:
             if slots is None:
                 remembered[1:] = POISON  # slot 0 is the padding's, and nobody's

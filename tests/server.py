@@ -6,7 +6,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sts_sglang.local_server import LocalServer
+from sts_sglang.tools.local_server import LocalServer
 
 
 def random_ids(count: int, seed: int) -> list[int]:

@@ -9,14 +9,17 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sts_kernels import UNKNOWN
-from sts_sglang.backends.draft import DraftExtendBackend, DraftMultiStepBackend
-from sts_sglang.backends.reference import Segment, TorchBackend, tail_masks
+from sts_kernels.layout import UNKNOWN, Contexts
+from sts_sglang.backends.carry import TorchCarry
+from sts_sglang.backends.draft import DraftMultiStepBackend
 from sts_sglang.backends.target import StsTargetBackend
+from sts_sglang.backends.torch_dense import Segment, TorchBackend, tail_masks
 from sts_sglang.config import StsConfig
+from sts_sglang.core.request import Request
+from sts_sglang.core.round import Draft
+from sts_sglang.core.sizes import Capacity
 from sts_sglang.headmap import HeadCounts
-from sts_sglang.memory import Sizes
-from sts_sglang.runtime import DraftShape, StsRuntime
+from sts_sglang.host import bind, views
 
 DIM, LAYERS, Q_HEADS, KV_HEADS, TOKENS = 16, 2, 4, 2, 4
 CONTEXT = 40
@@ -53,18 +56,27 @@ class Rig:
         runner = SimpleNamespace(
             device="cpu",
             req_to_token_pool=SimpleNamespace(req_to_token=table),
-            model_config=SimpleNamespace(context_len=100),
         )
         draft = SimpleNamespace(**{**vars(runner), "token_to_kv_pool": self.draft_pool})
         target = SimpleNamespace(**{**vars(runner), "token_to_kv_pool": self.target_pool})
-        self.extend = DraftExtendBackend(draft)
+        self.extend = TorchCarry(draft)
         self.steps = DraftMultiStepBackend(draft, topk, num_steps)
         self.target = StsTargetBackend(target, TorchBackend(target), "torch")
-        pools = (self.draft_pool, table)
-        shape = DraftShape(num_steps, topk, DIM, 8, slots, Sizes(256, 256), *pools, torch.float32)
-        self.runtime = StsRuntime(StsConfig(**config), COUNTS, COUNTS, shape, "cpu")
-        self.target.runtime = self.extend.runtime = self.runtime
-        self.steps.bind(self.runtime)
+        shape = Draft(
+            num_steps,
+            topk,
+            Q_HEADS,
+            KV_HEADS,
+            DIM,
+            torch.float32,
+            views.Pools(self.draft_pool),
+            slots,
+            table,
+            Capacity(256, 256),
+        )
+        self.runtime = bind.assemble(StsConfig(**config), COUNTS, COUNTS, shape, "cpu")
+        for backend in (self.target, self.extend, self.steps):
+            backend.bind(self.runtime)
         self.topk = topk
 
     def layer(self, i: int) -> SimpleNamespace:
@@ -121,13 +133,14 @@ class Rig:
         self.target.init_forward_metadata(self.verify_batch(length))
         position = {int(slot): p for p, slot in enumerate(self.slots)}
         chosen = []
-        for start, count in zip(*(t[0].tolist() for t in self.target._selection), strict=True):
-            slots = self.slots[:length] if count < 0 else self.runtime.state.kv_indices[start : start + count]
+        indices, starts, counts = self.target._lists
+        for start, count in zip(starts[0].tolist(), counts[0].tolist(), strict=True):
+            slots = self.slots[:length] if count < 0 else indices[start : start + count]
             chosen.append(sorted(position[int(s)] for s in slots))
         return chosen
 
     def dense_verifies(self) -> int:
-        return int(self.runtime.state.counts[1])
+        return int(self.runtime.state.totals[1])
 
 
 def needle_query(rig: Rig, draft_index: int, rows: int, row: int) -> torch.Tensor:
@@ -249,7 +262,7 @@ def test_what_does_not_fit_the_buffers_attends_whole():
         rig = Rig(CONFIG)
         state = rig.runtime.state
         state.importance = state.importance[:, :columns]
-        state.kv_indices = state.kv_indices[:lists]
+        state.indices = state.indices[:lists]
         rig.draft_extend(CONTEXT, 1, torch.randn(TOKENS, Q_HEADS * DIM))
         rig.draft_steps(CONTEXT + 1, {})
         assert all(chosen == list(range(CONTEXT + 1)) for chosen in rig.plan(CONTEXT + 1))
@@ -260,16 +273,16 @@ def test_a_keep_of_its_own_costs_no_other_request_its_room():
     rig = Rig({"keep": 0.25, "budget": 0, "sink": 1, "recent": 2})
     state, reqs = rig.runtime.state, torch.arange(1, 5)
     lens = torch.full((4,), CONTEXT)
-    state.carried_len[reqs] = lens
+    state.carried_lens[reqs] = lens
     state.keeps[reqs] = torch.tensor([0.9, torch.nan, 0.9, torch.nan], dtype=torch.float64)
     table = torch.arange(8 * 100, dtype=torch.int32).view(8, 100)
     for room, expected in ((1000, [36, 10, 36, 10]), (4 * 56, [36, 10, -1, 10]), (4 * 19, [-1, 10, -1, -1])):
-        state.kv_indices = torch.zeros(room, dtype=torch.int32)
-        made = state.select(rig.runtime.ops, reqs, lens, table)
-        assert made.kv_count.tolist() == [[count] * 4 for count in expected]
+        state.indices = torch.zeros(room, dtype=torch.int32)
+        made = rig.runtime.begin_verify(Contexts(table, reqs, lens))
+        assert made.counts.tolist() == [[count] * 4 for count in expected]
         taken = [
             range(start, start + count)
-            for starts, counts in zip(made.kv_start.tolist(), made.kv_count.tolist(), strict=True)
+            for starts, counts in zip(made.starts.tolist(), made.counts.tolist(), strict=True)
             for start, count in zip(starts, counts, strict=True)
             if count > 0
         ]
@@ -281,15 +294,9 @@ def test_request_keep_overrides_the_policy_and_ends_with_its_request():
     rig = Rig(CONFIG)
     rig.draft_extend(CONTEXT, 1, torch.randn(TOKENS, Q_HEADS * DIM))
     rig.draft_steps(CONTEXT + 1, {})
-    request = SimpleNamespace(
-        rid="r",
-        req_pool_idx=Rig.REQ,
-        sampling_params=SimpleNamespace(custom_params={"sts": {"keep": 0.5}}),
-    )
-    rig.runtime.admit([request])
+    rig.runtime.admit([Request("r", Rig.REQ, [], [], {"sts": {"keep": 0.5}})])
     assert {len(chosen) for chosen in rig.plan(CONTEXT + 1)} == {21}
-    request.sampling_params.custom_params = None
-    rig.runtime.admit([request])
+    rig.runtime.admit([Request("r", Rig.REQ, [], [], None)])
     assert {len(chosen) for chosen in rig.plan(CONTEXT + 1)} == {7}
 
 
@@ -372,11 +379,14 @@ def test_verify_attends_to_the_selection_and_counts_it(layer):
             values = rig.target_pool.v[layer, rig.slots[positions], kv].double()
             weights = (keys @ q.view(TOKENS, Q_HEADS, DIM)[row, head].double() * DIM**-0.5).softmax(0)
             torch.testing.assert_close(out[row, head].double(), weights @ values, rtol=1e-5, atol=1e-5)
-    assert rig.runtime.state.counts.tolist() == [1, 0, 7 * KV_HEADS, (CONTEXT + 1) * KV_HEADS, 0, 0, 0, 0]
+    assert rig.runtime.state.totals.tolist() == [1, 0, 7 * KV_HEADS, (CONTEXT + 1) * KV_HEADS, 0, 0, 0, 0]
 
 
 class NoVerify:
-    """A dense backend or kernel that must not be asked."""
+    """A dense backend or verifier that must not be asked for anything but what is given."""
+
+    def __init__(self, **given):
+        vars(self).update(given)
 
     def __getattr__(self, name: str):
         raise AssertionError(f"{name} was asked for")
@@ -398,7 +408,7 @@ def test_dense_layers_attend_whole_where_their_backend_cannot_verify(dense, grap
     """FlashInfer takes the verify mask for another one, and the torch backend is no part of a graph."""
     rig = Rig({**CONFIG, "dense_layers": [0]}, topk=topk)
     rig.target.dense_name = dense
-    rig.target.headwise = NoVerify()
+    rig.runtime.verifier = NoVerify(begin=lambda lists, lens: None)
     if graphs:
         rig.target._mask_buffer = torch.ones(8 * TOKENS * TOKENS, dtype=torch.bool)
     fb = rig.verify_batch(CONTEXT)
@@ -408,7 +418,7 @@ def test_dense_layers_attend_whole_where_their_backend_cannot_verify(dense, grap
         return
     oracle, rig.target.dense = rig.target.dense, NoVerify()
     rig.draft_extend(CONTEXT - 1, 1, torch.randn(TOKENS, Q_HEADS * DIM))
-    rig.target._plan_verify(fb)
+    rig.target._begin_verify(fb)
     q = torch.randn(TOKENS, Q_HEADS * DIM)
     out = rig.target.forward_extend(q, None, None, rig.layer(0), fb)
     full = torch.ones(TOKENS, CONTEXT + TOKENS, dtype=torch.bool)
@@ -422,11 +432,11 @@ def test_a_sparse_draft_stays_sparse_under_dense_verify():
     rig.draft_extend(CONTEXT, 1, torch.randn(TOKENS, Q_HEADS * DIM))
     rig.draft_steps(CONTEXT + 1, {})
     state = rig.runtime.state
-    assert 0 < state.made.kv_count[0].max() < CONTEXT + 1
+    assert 0 < state.counts[0].max() < CONTEXT + 1
     selected, available = state.draft_attended.tolist()
     assert 0 < selected < available
     rig.target.init_forward_metadata(rig.verify_batch(CONTEXT + 1))
-    assert state.counts[[0, 1, 4]].tolist() == [0, 0, 1]
+    assert state.totals[[0, 1, 4]].tolist() == [0, 0, 1]
 
 
 def test_draft_steps_attend_to_their_own_branch():
@@ -456,12 +466,12 @@ def test_a_sparse_draft_extend_attends_to_the_selection_and_to_itself():
     state, layer = rig.runtime.state, rig.layer(0)
     for length in (CONTEXT, 1 - TOKENS):
         if length < 0:
-            state.made.kv_count.fill_(-1)
+            state.counts.fill_(-1)
         q = torch.randn(TOKENS, Q_HEADS * DIM)
         out = rig.extend.forward_extend(q, None, None, layer, rig.extend_batch(length, 2))
         for head in range(Q_HEADS):
-            channel = int(rig.runtime.draft_heads[0, head // (Q_HEADS // KV_HEADS)])
-            start, count = int(state.made.kv_start[0, channel]), int(state.made.kv_count[0, channel])
+            channel = int(rig.runtime.channels.of_draft[0, head // (Q_HEADS // KV_HEADS)])
+            start, count = int(state.starts[0, channel]), int(state.counts[0, channel])
             chosen = state.draft_indices[start : start + max(count, 0)].long()
             assert count == (12 if length > 0 else -1)
             for row in range(TOKENS):
@@ -485,6 +495,7 @@ def test_both_tree_mask_layouts_give_the_same_tail():
         fb = SimpleNamespace(
             spec_info=SimpleNamespace(draft_token_num=tokens, custom_mask=mask, topk=2),
             batch_size=2,
+            req_pool_indices=torch.tensor([1, 2]),
             seq_lens=torch.tensor(lengths),
         )
         assert torch.equal(tail_masks(fb), tails)

@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sts_sglang import cli, fingerprint, headmap, tiny_pair
+from sts_sglang import cli, fingerprint, headmap
 from sts_sglang.calibrate import report as reports
 from sts_sglang.calibrate import search
 from sts_sglang.calibrate.record import Pair, Record, Table, choose_windows, disk_bytes
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.headmap import HeadCounts, HeadMap
+from sts_sglang.tools import tiny_pair
 from tests.oracle import Eagle3Draft
 
 ROOT = Path(__file__).parents[1]

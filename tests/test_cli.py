@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from sts_sglang import cli, compat
+from sts_sglang import cli
 from sts_sglang.config import StsConfig
+from sts_sglang.host import compat
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,7 +89,7 @@ def test_doctor_on_the_reference_platform() -> None:
     for symbol in (*compat.SYMBOLS, *compat.CPU_SYMBOLS):
         assert f"{symbol}: ok" in lines
     assert "sglang.srt.plugins: sts = sts_sglang.plugin:register" in lines
-    assert "sglang.srt.platforms: sts_cpu = sts_sglang.platform:activate" in lines
+    assert "sglang.srt.platforms: sts_cpu = sts_sglang.cpu:activate" in lines
     assert f"hooks applied: {len(compat.HOOK_TARGETS)} of {len(compat.HOOK_TARGETS)}" in lines
     assert lines[-1].startswith("launch: SGLANG_PLATFORM=sts_cpu python -m sglang.launch_server ")
 

@@ -13,8 +13,8 @@ from types import MappingProxyType
 
 import pytest
 import torch
+from sts_kernels.torch_ops import budget_tokens
 
-from sts_kernels.reference import budget_tokens
 from sts_sglang.config import (
     MAX_SOURCE,
     MAX_TOKENS,

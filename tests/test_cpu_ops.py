@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sts_sglang import cpu_ops
+from sts_sglang.cpu import ops as cpu_ops
 
 FULL_MASK, QLEN_ONLY = 0, 1
 TREES = [(1, 3, 4), (2, 3, 6), (4, 5, 8), (4, 3, 16), (8, 1, 5)]  # topk, steps, tokens to verify

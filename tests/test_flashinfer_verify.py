@@ -16,23 +16,29 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sts_kernels import ops
-from sts_sglang import hooks, runtime
-from sts_sglang.backends.flashinfer_verify import (
-    FlashInferVerify,
+from sts_kernels.layout import Contexts, KvPool, Lists
+from sts_sglang.config import StsConfig
+from sts_sglang.core.request import Request
+from sts_sglang.core.selectors.base import LayerCall
+from sts_sglang.headmap import HeadCounts, proportional
+from sts_sglang.host import bind, hooks
+from sts_sglang.host.metrics import Exporter
+from sts_sglang.verifiers.flashinfer import (
+    PLAN_GRID,
+    FlashInferVerifier,
     HostRequest,
     HostView,
+    Limits,
+    Shape,
     layer_runs,
     planned_contexts,
 )
-from sts_sglang.config import StsConfig
-from sts_sglang.headmap import HeadCounts, proportional
-from sts_sglang.memory import PLAN_GRID, Headwise
-from sts_sglang.metrics import Exporter
 from tests.test_backends import CONTEXT, COUNTS, DIM, KV_HEADS, LAYERS, Q_HEADS, Rig
 from tests.tolerances import assert_close
 
 TOKENS, LIMIT, REQUESTS = 4, 1500, 6
 NO_LIMIT = 10**9
+UNLIMITED = Limits(NO_LIMIT, NO_LIMIT, NO_LIMIT)
 RATIO = StsConfig(keep=0.1, budget=0, sink=2, recent=8)
 FIXED = StsConfig(policy="fixed", budget=71, sink=2, recent=8)  # masks of no whole bytes
 
@@ -104,7 +110,7 @@ class Verify:
 
     def __init__(self, config: StsConfig, wrapper, kv_heads=2, group=2, dim=16, dtype=torch.float32, graph=0):
         self.config, self.device = config, "cpu" if wrapper else "cuda"
-        self.shape = Headwise(TOKENS, kv_heads * group, kv_heads, dim, REQUESTS, graph)
+        self.shape = Shape(TOKENS, kv_heads * group, kv_heads, dim, REQUESTS, graph)
         self.channels, width = kv_heads + 1, LIMIT + TOKENS
         self.table = (torch.randperm(REQUESTS * width) + 1).view(REQUESTS, width).int()
         self.table = torch.cat([torch.zeros(1, width, dtype=torch.int32), self.table]).to(self.device)
@@ -114,19 +120,16 @@ class Verify:
         self.heads = torch.randint(self.channels, (kv_heads,), dtype=torch.int32, device=self.device)
         self.lists = torch.zeros(self.channels * REQUESTS * LIMIT, dtype=torch.int32, device=self.device)
         self.attended, self.clipped = (torch.zeros(n, dtype=torch.int64, device=self.device) for n in (2, 1))
-        self.path = FlashInferVerify(
+        self.path = FlashInferVerifier(
             config,
             self.shape,
-            dtype,
             self.shape.entries(config, 10**6, LIMIT),
-            NO_LIMIT,
-            NO_LIMIT,
             {0: 2, 2: 1},
-            LIMIT,
+            Limits(NO_LIMIT, NO_LIMIT, LIMIT),
             ops("torch" if wrapper else "triton"),
-            self.device,
-            self.clipped,
-            wrapper,
+            dtype,
+            clipped=self.clipped,
+            wrapper_class=wrapper,
         )
 
     def batch(self, bs: int) -> None:
@@ -155,19 +158,28 @@ class Verify:
             host.append(HostRequest(min(length + random.randint(0, 2 * TOKENS), LIMIT), keep, True))
         self.path.host.batch = host
 
-    def args(self, q, k, v, attended) -> list:
-        places = [self.lists, self.start, self.count, self.heads, self.table, self.reqs, self.lens, self.mask]
-        return [q, k, v, *places, 0.3, attended]
+    def call(self, layer: int) -> LayerCall:
+        contexts = Contexts(self.table, self.reqs, self.lens)
+        return LayerCall(layer, self.q, KvPool(self.k, self.v), contexts, self.mask, 0.3)
 
     def attend(self) -> list[torch.Tensor]:
         """Three layers, of which two share lists."""
-        args = self.args(self.q, self.k, self.v, self.attended)
-        return [self.path.attend(layer, *args) for layer in range(3)]
+        lists = Lists(self.lists, self.start, self.count)
+        calls = [self.call(layer) for layer in range(3)]
+        return [self.path.attend(call, lists, self.heads, self.attended) for call in calls]
 
     def check(self, outputs: list[torch.Tensor], requests: int) -> None:
         attended = torch.zeros(2, dtype=torch.int64, device=self.device)
-        args = self.args(self.q.float(), self.k.float(), self.v.float(), attended)
-        expected = ops("torch").sparse_verify_attention(*args)
+        expected = ops("torch").sparse_attention(
+            self.q.float(),
+            KvPool(self.k.float(), self.v.float()),
+            Lists(self.lists, self.start, self.count),
+            self.heads,
+            Contexts(self.table, self.reqs, self.lens),
+            self.mask,
+            attended,
+            scale=0.3,
+        )
         for out in outputs:
             assert out.isfinite().all()
             assert_close(out[:requests], expected[:requests].double())
@@ -191,7 +203,7 @@ def test_eager_attention_is_the_twins(config, group, kv_heads):
     for requests in ROUNDS:
         verify.batch(len(requests))
         verify.fill(requests)
-        verify.path.plan_eager(len(requests))
+        verify.path.before_eager(len(requests))
         verify.check(verify.attend(), len(requests))
 
 
@@ -201,12 +213,12 @@ def test_padded_graph_rows_are_harmless(config, group):
     verify = Verify(config, Wrapper, group=group, graph=REQUESTS)
     for bs in (REQUESTS, 4):
         verify.batch(bs)
-        verify.path.plan_graph(bs, in_capture=True)
+        verify.path.before_graph(bs, capturing=True)
         verify.check(verify.attend(), 0)
         for requests in ROUNDS:
             if len(requests) <= bs:
                 verify.fill(requests)
-                verify.path.plan_graph(bs, in_capture=False)
+                verify.path.before_graph(bs, capturing=False)
                 verify.check(verify.attend(), len(requests))
 
 
@@ -216,8 +228,8 @@ def test_no_room_is_said_and_counted(caplog):
     verify.batch(2)
     verify.fill([(900, 1.0), (500, 1.0)])
     verify.path.entries = 1000 + 2 * TOKENS
-    verify.path.plan_eager(2)
-    verify.path.plan_eager(2)
+    verify.path.before_eager(2)
+    verify.path.before_eager(2)
     assert caplog.text.count("has no room for the lists") == 1
     assert all(out.isfinite().all() for out in verify.attend())
     assert verify.clipped.item() == 3 * verify.shape.kv_heads * 500  # layers, heads; 900 is planned as 1,024
@@ -238,21 +250,23 @@ def test_no_room_is_said_and_counted(caplog):
     ],
 )
 def test_contexts_are_planned_by_the_budget_rule_at_the_bound(config, request_, expected):
-    assert planned_contexts(config, [HostRequest(*request_, True)], NO_LIMIT, NO_LIMIT) == [expected]
+    assert planned_contexts(config, [HostRequest(*request_, True)], UNLIMITED) == [expected]
     # Never scored, no room among the columns, no room among the lists: whole.
     whole = -(-request_[0] // 256) * 256
-    assert planned_contexts(config, [HostRequest(*request_, False)], NO_LIMIT, NO_LIMIT) == [whole]
-    assert planned_contexts(config, [HostRequest(*request_, True)], request_[0] - 1, NO_LIMIT) == [whole]
+    assert planned_contexts(config, [HostRequest(*request_, False)], UNLIMITED) == [whole]
+    no_columns = Limits(request_[0] - 1, NO_LIMIT, NO_LIMIT)
+    assert planned_contexts(config, [HostRequest(*request_, True)], no_columns) == [whole]
     budget = config.budget_for(*request_)
     if budget < request_[0]:
-        assert planned_contexts(config, [HostRequest(*request_, True)], NO_LIMIT, budget - 1) == [whole]
+        no_lists = Limits(NO_LIMIT, budget - 1, NO_LIMIT)
+        assert planned_contexts(config, [HostRequest(*request_, True)], no_lists) == [whole]
 
 
 def test_a_keep_of_its_own_is_planned_behind_all_others():
     batch = [HostRequest(2560, keep, True) for keep in (0.5, None, 0.5, None)]
     whole = 2560
     for room, expected in ((1791, [whole, 256, whole, 256]), (2000, [1280, 256, whole, 256])):
-        assert planned_contexts(RATIO, batch, NO_LIMIT, room) == expected
+        assert planned_contexts(RATIO, batch, Limits(NO_LIMIT, room, NO_LIMIT)) == expected
 
 
 def test_what_is_planned_holds_every_length_up_to_the_bound():
@@ -260,7 +274,8 @@ def test_what_is_planned_holds_every_length_up_to_the_bound():
         for _ in range(300):
             bound, keep = random.randint(1, 3000), random.choice([None, 0.03, 0.5, 1.0])
             columns, lists = random.randint(1, 4000), random.randint(1, 1000)
-            (room,) = planned_contexts(config, [HostRequest(bound, keep, True)], columns, lists)
+            limits = Limits(columns, lists, NO_LIMIT)
+            (room,) = planned_contexts(config, [HostRequest(bound, keep, True)], limits)
             length = random.randint(1, bound)
             budget = config.budget_for(length, keep)
             whole = -(-length // 64) * 64 > columns or budget == length or budget > lists
@@ -269,59 +284,58 @@ def test_what_is_planned_holds_every_length_up_to_the_bound():
 
 def test_the_host_bounds_what_it_has_not_seen():
     view = HostView(TOKENS, limit=100)
-    req = SimpleNamespace(rid="a", req_pool_idx=3, origin_input_ids=[0] * 20, output_ids=[1] * 5)
+    req = Request("a", 3, [0] * 20, [1] * 5, None)
     view.note([req])
     assert view.batch == [HostRequest(25 + 2 * TOKENS, None, False)]
-    view.admit([req], [float("nan")])
+    view.admit([req], [None])
     view.note([req])
     assert view.batch == [HostRequest(33, None, True)]
-    req.output_ids = [1] * 90
+    req = req._replace(output=[1] * 90)
     view.admit([req], [0.5])
     view.note([req])
     assert view.batch == [HostRequest(100, 0.5, True)]
-    other = SimpleNamespace(**{**vars(req), "rid": "b"})  # in the slot of another
-    view.note([other])
+    view.note([req._replace(rid="b")])  # in the slot of another
     assert not view.batch[0].scored
 
 
 def test_a_fixed_budget_is_planned_once_a_batch_size():
     verify = Verify(FIXED, Wrapper, graph=4)
     for bs in (4, 2):
-        verify.path.plan_graph(bs, in_capture=True)
-    assert verify.path.plans == 2
+        verify.path.before_graph(bs, capturing=True)
+    assert verify.path.host_plans == 2
     for length in range(1, 1400, 100):
         for bs in (2, 4):
             verify.path.host.batch = [HostRequest(length, None, True)] * (bs - 1)
-            verify.path.plan_graph(bs, in_capture=False)
-    assert verify.path.plans == 2
+            verify.path.before_graph(bs, capturing=False)
+    assert verify.path.host_plans == 2
     verify.path.host.batch = [HostRequest(1000, 0.5, True)]
-    verify.path.plan_graph(4, in_capture=False)
-    assert verify.path.plans == 3
+    verify.path.before_graph(4, capturing=False)
+    assert verify.path.host_plans == 3
 
 
 def test_a_share_is_planned_again_only_when_a_list_outgrows_its_blocks():
     verify = Verify(RATIO, Wrapper, graph=2)
-    verify.path.plan_graph(2, in_capture=True)
+    verify.path.before_graph(2, capturing=True)
     planned = []
     for bound in [2500, 2540, 2560, 2561, 2600, 5120, 5121]:
         verify.path.host.batch = [HostRequest(bound, None, True), HostRequest(100, None, True)]
-        verify.path.plan_graph(2, in_capture=False)
-        planned.append(verify.path.plans)
+        verify.path.before_graph(2, capturing=False)
+        planned.append(verify.path.host_plans)
     assert planned == [2, 2, 2, 3, 3, 3, 4]
     verify.path.host.batch = verify.path.host.batch[:1]  # one has finished
-    verify.path.plan_graph(2, in_capture=False)
-    assert verify.path.plans == 5
+    verify.path.before_graph(2, capturing=False)
+    assert verify.path.host_plans == 5
     for bs, total in ((1, 6), (1, 6), (2, 7)):  # eager has one plan for all batch sizes
         verify.path.host.batch = [HostRequest(100, None, True)] * bs
-        verify.path.plan_eager(bs)
-        assert verify.path.plans == total
+        verify.path.before_eager(bs)
+        assert verify.path.host_plans == total
 
 
 def test_a_plan_is_not_written_over_the_last_ones_copy():
     verify = Verify(RATIO, Wrapper)
     for bound in (100, 5000, 10_000):
         verify.path.host.batch = [HostRequest(bound, None, True)]
-        verify.path.plan_eager(1)
+        verify.path.before_eager(1)
     first, second, third = verify.path._eager.wrapper.pins
     assert first is third is not second
 
@@ -331,7 +345,7 @@ def test_a_plan_is_not_written_over_the_last_ones_copy():
     "tokens, group, tile", [(4, 4, 16), (2, 1, 16), (4, 8, 64), (8, 8, 64), (8, 16, 128)]
 )
 def test_empty_requests_make_flashinfer_take_a_fitting_tile(pairs, tokens, group, tile):
-    shape = Headwise(tokens, 8 * group, 8, 128, 4096, 0)
+    shape = Shape(tokens, 8 * group, 8, 128, 4096, 0)
     longest = pairs * tokens - shape.planned_requests(pairs) + 1
     assert shape.tile == tile
     assert tile == 128 or longest == tokens
@@ -343,7 +357,7 @@ def test_empty_requests_make_flashinfer_take_a_fitting_tile(pairs, tokens, group
 
 
 def test_an_8b_target_keeps_its_lists_small():
-    shape = Headwise(4, 32, 8, 128, requests=48, graph_requests=32)
+    shape = Shape(4, 32, 8, 128, requests=48, graph_requests=32)
     pool = 450_000
     kv = pool * (32 * 8 * 128 * 2 * 2 + 16 * 8 * 64 * 2 * 2)
     assert shape.list_bytes(shape.entries(StsConfig(), pool, 131_072)) < 0.002 * kv
@@ -375,7 +389,7 @@ def test_the_target_backend_attends_and_counts_as_with_the_sparse_kernel(config,
             fb = rig.verify_batch(length)
             if wrapper is not None:
                 carried = length <= CONTEXT + 2
-                rig.runtime.headwise.host.batch = [HostRequest(length + 3, None, carried)]
+                rig.runtime.verifier.host.batch = [HostRequest(length + 3, None, carried)]
             if graphs:
                 rig.target.init_forward_metadata_out_graph(fb)
                 rig.target.init_forward_metadata_in_graph(fb)
@@ -384,8 +398,8 @@ def test_the_target_backend_attends_and_counts_as_with_the_sparse_kernel(config,
             for i in range(LAYERS):
                 q = torch.randn(TOKENS, Q_HEADS * DIM)
                 found.append(rig.target.forward_extend(q, None, None, rig.layer(i), fb))
-        found.append(rig.runtime.state.counts)
-        assert rig.runtime.plans() == (0 if wrapper is None else plans)
+        found.append(rig.runtime.state.totals)
+        assert rig.runtime.verifier.host_plans == (0 if wrapper is None else plans)
     half = len(found) // 2
     for plain, headwise in zip(found[:half], found[half:], strict=True):
         torch.testing.assert_close(headwise, plain, rtol=1e-5, atol=1e-5)
@@ -394,18 +408,19 @@ def test_the_target_backend_attends_and_counts_as_with_the_sparse_kernel(config,
 def test_the_hook_tells_the_host_who_is_in_a_round(monkeypatch):
     rig = Rig({"policy": "fixed", "budget": 7, "sink": 2, "recent": 4})
     give_headwise(rig, Wrapper)
-    monkeypatch.setattr(runtime, "_current", rig.runtime)
+    bound = bind.Bound(rig.runtime, "TorchBackend", 1, {})
+    monkeypatch.setattr(bind, "_bound", bound)
     params = SimpleNamespace(custom_params={"sts": {"keep": 0.5}})
     req = SimpleNamespace(
         rid="a", req_pool_idx=Rig.REQ, origin_input_ids=[0] * 9, output_ids=[1], sampling_params=params
     )
     hooks.forward_batch(None, SimpleNamespace(forward_mode=ForwardMode.EXTEND, reqs=[req]))
-    assert rig.runtime.headwise.host.batch == []
+    assert rig.runtime.verifier.host.batch == []
     hooks.forward_batch(None, SimpleNamespace(forward_mode=ForwardMode.DECODE, reqs=[req]))
-    assert rig.runtime.headwise.host.batch == [HostRequest(10 + 2 * TOKENS, 0.5, True)]
+    assert rig.runtime.verifier.host.batch == [HostRequest(10 + 2 * TOKENS, 0.5, True)]
     rig.target.init_forward_metadata(rig.verify_batch(10))
-    assert rig.runtime.describe()["counters"]["plans_total"] == 1
-    assert rig.runtime.describe()["memory_bytes"]["headwise_lists"] > 0
+    assert bound.describe()["counters"]["plans_total"] == 1
+    assert bound.describe()["memory_bytes"]["headwise_lists"] > 0
 
 
 def test_plans_are_published_and_logged(caplog):
@@ -418,22 +433,18 @@ def test_plans_are_published_and_logged(caplog):
 
 
 def give_headwise(rig: Rig, wrapper: type) -> None:
-    """As runtime.bind does under kernel flashinfer."""
-    own, shape = rig.runtime, Headwise(TOKENS, Q_HEADS, KV_HEADS, DIM, 8, 8)
-    own.ops = own.ops._replace(sparse_verify_attention=None)  # is not called
-    rig.target.headwise = own.headwise = FlashInferVerify(
+    """As bind.assemble does under kernel flashinfer."""
+    own, shape = rig.runtime, Shape(TOKENS, Q_HEADS, KV_HEADS, DIM, 8, 8)
+    own.verifier = FlashInferVerifier(
         own.config,
         shape,
-        torch.float32,
         shape.entries(own.config, 128, 100),
-        256,
-        256,
         layer_runs(own.config, own.head_map, COUNTS.layers),
-        100,
-        own.ops,
-        "cpu",
-        own.state.clipped,
-        wrapper,
+        Limits(256, 256, 100),
+        SimpleNamespace(headwise_lists=own.ops.headwise_lists),  # no other op is called
+        torch.float32,
+        clipped=own.state.clipped,
+        wrapper_class=wrapper,
     )
 
 
@@ -465,7 +476,7 @@ def test_flashinfer_attends_as_the_twin_in_eager(config, dtype, group, kv_heads,
     for requests in ROUNDS:
         verify.batch(len(requests))
         verify.fill(requests)
-        verify.path.plan_eager(len(requests))
+        verify.path.before_eager(len(requests))
         verify.check(verify.attend(), len(requests))
 
 
@@ -477,7 +488,7 @@ def test_flashinfer_attends_as_the_twin_in_replays(config, dtype, group, kv_head
     """One graph over rounds of changing lengths, numbers of requests and plans."""
     verify = Verify(config, None, kv_heads, group, dim, dtype, graph=REQUESTS)
     verify.batch(REQUESTS)
-    verify.path.plan_graph(REQUESTS, in_capture=True)
+    verify.path.before_graph(REQUESTS, capturing=True)
     for _ in range(2):
         verify.attend()
     graph = torch.cuda.CUDAGraph()
@@ -486,7 +497,7 @@ def test_flashinfer_attends_as_the_twin_in_replays(config, dtype, group, kv_head
     verify.attended.zero_()
     for requests in [*ROUNDS, *ROUNDS[::-1]]:
         verify.fill(requests)
-        verify.path.plan_graph(REQUESTS, in_capture=False)
+        verify.path.before_graph(REQUESTS, capturing=False)
         graph.replay()
         torch.cuda.synchronize()
         verify.check(outputs, len(requests))
@@ -500,15 +511,15 @@ def test_flashinfer_attends_as_the_twin_in_replays(config, dtype, group, kv_head
 @pytest.mark.gpu
 def test_planning_does_not_wait_for_the_device():
     verify = Verify(RATIO, None, graph=2, dim=64, dtype=torch.bfloat16)
-    verify.path.plan_graph(2, in_capture=True)
-    verify.path.plan_eager(2)
+    verify.path.before_graph(2, capturing=True)
+    verify.path.before_eager(2)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for bound in (300, 1200):
             verify.path.host.batch = [HostRequest(bound, 1.0, True)] * 2
-            verify.path.plan_graph(2, in_capture=False)
-            verify.path.plan_eager(2)
+            verify.path.before_graph(2, capturing=False)
+            verify.path.before_eager(2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert verify.path.plans == 6
+    assert verify.path.host_plans == 6

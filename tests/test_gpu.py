@@ -18,8 +18,8 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.profile_round import record, summary
-from sts_sglang.demo import FACTS, MODELS, document
-from sts_sglang.local_server import LocalServer
+from sts_sglang.tools.demo import FACTS, MODELS, document
+from sts_sglang.tools.local_server import LocalServer
 from tests.tolerances import NEAR_TIES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.server]

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from sts_sglang import dumps
-from sts_sglang.demo import FACTS, MODELS, document
-from sts_sglang.local_server import LocalServer
-from sts_sglang.tiny_pair import make_pair
+from sts_sglang.core import dumps
+from sts_sglang.tools.demo import FACTS, MODELS, document
+from sts_sglang.tools.local_server import LocalServer
+from sts_sglang.tools.tiny_pair import make_pair
 from tests.server import Server, random_ids
 
 pytestmark = pytest.mark.server

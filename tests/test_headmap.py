@@ -10,8 +10,10 @@ import re
 import pytest
 import torch
 
-from sts_kernels import reference
+from sts_kernels import torch_ops
+from sts_kernels.layout import Pooling
 from sts_sglang.config import ConfigError, StsConfig
+from sts_sglang.core.channels import members_by_layer
 from sts_sglang.headmap import (
     MAX_SOURCES,
     SPLIT_STEPS,
@@ -22,7 +24,6 @@ from sts_sglang.headmap import (
     proportional,
     served,
 )
-from sts_sglang.importance import members_by_layer
 from tests import test_backends as rigs
 
 TARGET, DRAFT = HeadCounts(4, 8, 2), HeadCounts(2, 4, 2)
@@ -358,7 +359,7 @@ def test_a_source_that_stands_twice_weighs_twice(tmp_path):
     assert head_map.sources[0][0] == ((0, 1), (1, 0), (1, 3), (1, 3))
     probs = torch.rand(3, 4, 10, generator=torch.Generator().manual_seed(0))
     members = members_by_layer(head_map, "cpu")[1]
-    pooled = reference._pool(probs, members, 3, "mean", "mean")
+    pooled = torch_ops._pool(probs, members, Pooling("mean", "mean", 3))
     channel = members.channels.tolist().index(head_map.head_channels(0)[0])
     torch.testing.assert_close(pooled[channel], (2 * probs[:, 3] + probs[:, 0]).sum(0) / 4 / 3)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sts_sglang.tiny_pair import make_pair
+from sts_sglang.tools.tiny_pair import make_pair
 from tests.oracle import Oracle, Rule
 from tests.server import Server, random_ids
 

@@ -12,10 +12,11 @@ from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
-from sts_kernels import UNKNOWN, ops
+from sts_kernels import ops
+from sts_kernels.layout import UNKNOWN, Contexts, Scores
 from sts_sglang.config import StsConfig
-from sts_sglang.importance import SlotHistory
-from sts_sglang.memory import history_bytes_per_token
+from sts_sglang.core.history import SlotHistory
+from sts_sglang.core.sizes import history_bytes_per_token
 
 SLOTS, REQUESTS, WIDTH, TOKENS = 160, 6, 64, 4
 CONFIG = StsConfig(history="blend", history_weight=0.5, history_decay=0.75)
@@ -78,7 +79,9 @@ class Engine:
         importance = torch.rand(1, 64 * REQUESTS) * 100
         fresh = importance.clone()
         args = [torch.tensor(x, dtype=torch.int64) for x in (columns, lengths, batch)]
-        self.history.blend(ops("torch"), importance, *args, self.table)
+        columns_, lengths_, reqs = args
+        contexts = Contexts(self.table, reqs, lengths_)
+        self.history.blend(ops("torch"), Scores(importance, columns_), contexts)
         self.remember(batch, lengths, columns, fresh[0], importance[0])
         for req in batch:
             self.commit(req)

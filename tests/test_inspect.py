@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from sts_kernels import UNKNOWN
-from sts_sglang import cli, dumps, inspection
+from sts_kernels.layout import UNKNOWN
+from sts_sglang import cli
 from sts_sglang.config import ConfigError, StsConfig
-from sts_sglang.dumps import Dump
-from sts_sglang.importance import RoundState
-from sts_sglang.tiny_pair import make_pair
-from sts_sglang.validate import Refusal, check_inspect
+from sts_sglang.core import dumps
+from sts_sglang.core.dumps import Dump
+from sts_sglang.core.request import Finished, Request
+from sts_sglang.core.round import RoundState
+from sts_sglang.host.serves import Refusal, check_inspect
+from sts_sglang.tools import inspection
+from sts_sglang.tools.tiny_pair import make_pair
 from tests.oracle import Oracle, Rule
 from tests.server import Server, random_ids
 
@@ -54,9 +57,9 @@ def test_a_dump_that_fails_ends_neither_request_nor_server(monkeypatch, caplog, 
         raise error("no room")
 
     monkeypatch.setattr(dumps, "of_request", fails)
-    request = SimpleNamespace(rid="r", sampling_params=SimpleNamespace(**WANTED))
+    ended = Finished(Request("r", 1, [], [], WANTED["custom_params"]), [], 0)
     runtime = SimpleNamespace(config=StsConfig(inspect_dir=str(tmp_path)))
-    dumps.finished(runtime, request, torch.empty(0))
+    dumps.finished(runtime, ended, torch.empty(0))
     assert "r was not dumped: no room" in caplog.text
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from sts_sglang.tiny_pair import make_pair
+from sts_sglang.tools.tiny_pair import make_pair
 
 pytestmark = pytest.mark.server
 

@@ -7,12 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sts_sglang import memory, runtime, selectors
 from sts_sglang.backends import dense
 from sts_sglang.config import StsConfig
+from sts_sglang.core import sizes as memory
+from sts_sglang.core.channels import Channels
+from sts_sglang.core.round import Draft, RoundState
+from sts_sglang.core.selectors import compare as selectors
 from sts_sglang.headmap import HeadCounts, proportional
-from sts_sglang.importance import RoundState
-from sts_sglang.runtime import check_graphs
+from sts_sglang.host import reserve, serves
+from sts_sglang.host.bind import check_graphs
+from sts_sglang.verifiers.flashinfer import Shape
 
 TARGET, DRAFT = HeadCounts(32, 32, 8), HeadCounts(16, 32, 8)  # Llama 8B and 1B
 KV_BYTES = 32 * 8 * 128 * 2 * 2 + 16 * 8 * 64 * 2 * 2
@@ -30,7 +34,7 @@ def test_pool_and_buffers_fit_what_was_there():
     channels = len(proportional(TARGET, DRAFT).channels)
     state = memory.bytes_per_token(config, channels, DRAFT.kv_heads, 8)
     pool = (available - memory.reserve(available, KV_BYTES, state)) // KV_BYTES
-    sizes = memory.sizes(config, pool, requests=48, context_len=131072)
+    sizes = memory.capacity(config, pool, requests=48, context_len=131072)
     taken = pool * KV_BYTES + channels * (2 * sizes.columns + 4 * sizes.indices)
     assert 0.98 * available < taken <= available
 
@@ -52,10 +56,11 @@ def test_what_is_allocated_is_reserved(config):
     channels = len(head_map.channels)
     per_token = memory.bytes_per_token(config, channels, DRAFT.kv_heads, 2 * 4)
     reserved = pool * per_token + memory.floor_bytes(config, requests, channels)
-    sizes = memory.sizes(config, pool, requests, context_len=131072)
-    state = RoundState(
-        config, head_map, requests, pool + 1, sizes, 32, 64, torch.bfloat16, "meta", torch.float16
-    )
+    sizes = memory.capacity(config, pool, requests, context_len=131072)
+    table = torch.zeros(requests, 1, device="meta")
+    draft = Draft(3, 1, 32, 8, 64, torch.bfloat16, None, pool + 1, table, sizes)
+    channels = Channels.of(head_map, "meta")
+    state = RoundState(config, head_map, channels, draft, "meta", torch.float16)
     taken = state.nbytes()
     carried = taken.pop("carried_rows")
     shared = 4 * sizes.columns if config.history != "off" else 0  # who holds a column's slot too
@@ -85,13 +90,13 @@ def model():
 def test_the_least_lists_are_reserved_beside_what_a_kernel_needs(monkeypatch, model, kernel):
     """FlashInfer's workspaces come on top of them."""
 
-    monkeypatch.setattr(runtime, "draft_config", lambda *_: model(DRAFT, 64))
-    monkeypatch.setattr(runtime, "_headwise_shape", lambda *_: memory.Headwise(4, 32, 8, 128, 64, 8))
+    monkeypatch.setattr(serves, "draft_config", lambda *_: model(DRAFT, 64))
+    monkeypatch.setattr(reserve, "flashinfer_shape", lambda *_: Shape(4, 32, 8, 128, 64, 8))
     args = SimpleNamespace(speculative_eagle_topk=1, max_running_requests=64)
 
     def reserved(budget: int) -> int:
         config = StsConfig(kernel=kernel, budget=budget)
-        return runtime.reserved_bytes(config, args, model(TARGET, 128), 60 << 30)
+        return reserve.reserved_bytes(config, args, model(TARGET, 128), 60 << 30)
 
     channels = len(proportional(TARGET, DRAFT).channels)
     assert reserved(16384) - reserved(1024) > 0.95 * 64 * (16384 - 1024) * channels * 4
@@ -99,12 +104,12 @@ def test_the_least_lists_are_reserved_beside_what_a_kernel_needs(monkeypatch, mo
 
 def test_what_another_selector_takes_is_reserved(monkeypatch, model):
     """Its scores and lists by the pool's tokens, and the layer it scores: of one long context at least."""
-    monkeypatch.setattr(runtime, "draft_config", lambda *_: model(DRAFT, 64))
+    monkeypatch.setattr(serves, "draft_config", lambda *_: model(DRAFT, 64))
     args = SimpleNamespace(speculative_eagle_topk=1, speculative_num_draft_tokens=4, max_running_requests=64)
 
     def reserved(selector: str, context: int) -> int:
         target = model(TARGET, 128, context)
-        return runtime.reserved_bytes(StsConfig(selector=selector), args, target, 60 << 30)
+        return reserve.reserved_bytes(StsConfig(selector=selector), args, target, 60 << 30)
 
     growth = [reserved("quest", context) - reserved("draft", context) for context in (8192, 131072)]
     scoring = selectors.request_bytes(131072, 8, 128, 2, 16)
@@ -115,17 +120,18 @@ def test_what_another_selector_takes_is_reserved(monkeypatch, model):
 def test_the_state_allocates_what_was_counted():
     config = StsConfig(budget=0)
     head_map = proportional(HeadCounts(4, 4, 2), HeadCounts(2, 4, 2))
-    sizes = memory.sizes(config, pool_tokens=1000, requests=4, context_len=10_000)
-    state = RoundState(config, head_map, 5, 1001, sizes, 4, 8, torch.float32, "cpu", torch.float16)
+    sizes = memory.capacity(config, pool_tokens=1000, requests=4, context_len=10_000)
+    draft = Draft(3, 1, 4, 2, 8, torch.float32, None, 1001, torch.zeros(5, 1), sizes)
+    state = RoundState(config, head_map, Channels.of(head_map, "cpu"), draft, "cpu", torch.float16)
     assert sizes.columns == memory.OVERSUBSCRIBED * 1000
     assert state.importance.shape == (len(head_map.channels), 3008)  # whole blocks of 64
-    assert state.kv_indices.numel() == len(head_map.channels) * sizes.indices
+    assert state.indices.numel() == len(head_map.channels) * sizes.indices
 
 
 def test_few_short_requests_need_no_more_than_they_can_have():
-    assert memory.sizes(StsConfig(), 1_000_000, requests=2, context_len=500).columns == 1000
+    assert memory.capacity(StsConfig(), 1_000_000, requests=2, context_len=500).columns == 1000
     fixed = StsConfig(policy="fixed", budget=100)
-    assert memory.sizes(fixed, 1_000_000, requests=2, context_len=500).indices == 200
+    assert memory.capacity(fixed, 1_000_000, requests=2, context_len=500).indices == 200
 
 
 @pytest.mark.parametrize(
@@ -141,7 +147,7 @@ def test_few_short_requests_need_no_more_than_they_can_have():
     ],
 )
 def test_dense_backend_of_a_device(config, device, dtype, capability, expected):
-    assert dense.name_for(StsConfig(**config), device, dtype, capability) == expected
+    assert dense.choose(StsConfig(**config), device, dtype, capability) == expected
 
 
 def test_a_pass_without_its_graph_ends_the_launch():

@@ -53,9 +53,7 @@ def test_sts_kernels_needs_no_sglang() -> None:
     assert not {"sglang", "sts_sglang", "flashinfer"} & set(loaded)
 
 
-@pytest.mark.parametrize(
-    "module", ["sts_sglang", "sts_sglang.cli", "sts_sglang.config", "sts_sglang.platform"]
-)
+@pytest.mark.parametrize("module", ["sts_sglang", "sts_sglang.cli", "sts_sglang.config", "sts_sglang.cpu"])
 def test_the_launcher_side_needs_neither_torch_nor_sglang(module: str) -> None:
     code = f"import {module}, sys; print(*(m for m in ('torch', 'sglang') if m in sys.modules))"
     assert python(code, SGLANG_PLATFORM="sts_cpu") == ""
@@ -143,7 +141,7 @@ def test_entry_points_are_installed_and_load_without_sglang() -> None:
 
 
 def test_versions_are_pinned_where_the_plugin_checks_them() -> None:
-    from sts_sglang import compat
+    from sts_sglang.host import compat
 
     assert f"sglang=={compat.SGLANG_VERSION}" in PROJECT["dependencies"]
     assert compat.installed_version("sglang") == compat.SGLANG_VERSION

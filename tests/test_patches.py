@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sts_sglang import compat
+from sts_sglang.host import compat
 
 FOLDER = Path(__file__).parents[1] / "patches"
 PATCHES = sorted(FOLDER.glob("*.patch"))

@@ -20,7 +20,9 @@ from pathlib import Path
 
 import pytest
 
-from sts_sglang import compat, cpu_ops, hooks, platform, plugin
+from sts_sglang import cpu, plugin
+from sts_sglang.cpu import ops as cpu_ops
+from sts_sglang.host import compat, hooks
 
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = [
@@ -152,7 +154,7 @@ def on_cpu() -> None:
     assert isinstance(paged.alloc_decode_kernel, cpu_ops.Launch)
     assert allocation.support_triton("flashinfer") is False  # the copy that allocation.py imported
     assert current_platform.device_type == "cpu"
-    assert type(current_platform).__module__ == "sts_sglang.cpu_platform"
+    assert type(current_platform).__module__ == "sts_sglang.cpu.platform"
     assert not torch.cuda.is_initialized()
 
 
@@ -242,7 +244,7 @@ SCENARIOS = {
         "flag with =": partial(exits_if_asked_for, *CHANGES["factory gone"], ["--attention-backend=sts"]),
         **refusals(CHANGES),
     },
-    platform.NAME: {"on": on_cpu, **refusals(CPU_CHANGES)},
+    cpu.NAME: {"on": on_cpu, **refusals(CPU_CHANGES)},
 }
 
 
@@ -300,6 +302,6 @@ def test_on_any_host(scenario: str, outcomes) -> None:
     assert outcomes("")[scenario] == ""
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS[platform.NAME])
+@pytest.mark.parametrize("scenario", SCENARIOS[cpu.NAME])
 def test_on_the_cpu_platform(scenario: str, outcomes) -> None:
-    assert outcomes(platform.NAME)[scenario] == ""
+    assert outcomes(cpu.NAME)[scenario] == ""

@@ -14,8 +14,8 @@ from benchmarks.quality import __main__ as command
 from benchmarks.quality import items, measure, report, stats
 from benchmarks.quality.arms import ARMS, Plan
 from benchmarks.quality.serve import ForcedText
-from sts_sglang.demo import MODELS
-from sts_sglang.tiny_pair import make_pair
+from sts_sglang.tools.demo import MODELS
+from sts_sglang.tools.tiny_pair import make_pair
 from tests.server import Server, random_ids
 
 

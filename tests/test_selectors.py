@@ -11,8 +11,10 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from sts_kernels import ops
-from sts_sglang import selectors
+from sts_kernels.layout import Contexts, KvPool, Lists
 from sts_sglang.config import Selector, StsConfig
+from sts_sglang.core.selectors import compare as selectors
+from sts_sglang.core.selectors.base import LayerCall
 
 SINK, RECENT, PAGE = 2, 8, 16
 HEADS, KV_HEADS, DIM, TOKENS = 4, 2, 16, 4
@@ -63,11 +65,10 @@ class Batch:
         """Sets of positions by request and KV head."""
         device = "cuda" if kernel == "triton" and torch.cuda.is_available() else "cpu"
         config = StsConfig(selector=selector, sink=SINK, recent=RECENT, budget=0, **config)
-        requests = len(self.lengths) + 1
-        made = selectors.LayerSelector(config, KV_HEADS, self.total, requests, dtype, device, width)
+        made = self.selector(config, ops(kernel), dtype, device, width)
         made.admit(self.reqs.to(device), prompts or [[b] for b in self.reqs.tolist()])
-        found = made.select(ops(kernel), number, *(t.to(device) for t in self.arguments(counts)), DIM**-0.5)
-        indices, start, count = (t.cpu() for t in found)
+        (indices, start, count), _ = made.of_layer(*self.arguments(counts, number, device))
+        indices, start, count = indices.cpu(), start.cpu(), count.cpu()
         return [
             [self._positions(b, indices[start[b, h] : start[b, h] + count[b, h]]) for h in range(KV_HEADS)]
             if counts[b] >= 0
@@ -75,10 +76,22 @@ class Batch:
             for b in range(len(counts))
         ]
 
-    def arguments(self, counts: list[int]) -> list[torch.Tensor]:
-        """Of LayerSelector.select, from the queries to the mask."""
-        lists = torch.tensor(counts)[:, None].expand(-1, KV_HEADS)
-        return [self.q, self.keys, self.table, self.reqs, self.seq_lens, self.columns, lists, self.tail]
+    def selector(self, config: StsConfig, kernel_ops, dtype: torch.dtype, device: str, width: int | None):
+        """Layers of which every KV head has a channel of its own."""
+        of_target = torch.arange(KV_HEADS, dtype=torch.int32, device=device).expand(8, -1)
+        requests = len(self.lengths) + 1
+        return selectors.LayerSelector(
+            config, kernel_ops, of_target, self.total, requests, dtype, width=width
+        )
+
+    def arguments(self, counts: list[int], number: int, device: str, to=None) -> tuple[Lists, LayerCall]:
+        """Of LayerSelector.of_layer; `to` stands in for moving a tensor to the device."""
+        to = to or (lambda tensor: tensor.to(device))
+        lists = to(torch.tensor(counts)[:, None].expand(-1, KV_HEADS))
+        contexts = Contexts(to(self.table), to(self.reqs), to(self.seq_lens))
+        keys = to(self.keys)
+        call = LayerCall(number, to(self.q), KvPool(keys, keys), contexts, to(self.tail), DIM**-0.5)
+        return Lists(lists, lists, lists), call
 
     def _positions(self, b: int, slots: torch.Tensor) -> set[int]:
         of_slot = {int(s): p for p, s in enumerate(self.table[b + 1, : self.lengths[b]])}
@@ -257,13 +270,12 @@ def test_nothing_waits_for_the_device_where_the_width_is_given(selector):
     """A tensor without values stands for one that the device has not made yet."""
     batch = Batch([170, 330])
     config = StsConfig(selector=selector, budget=0)
-    nothing = SimpleNamespace(select_tokens=lambda *_: None)
+    nothing = SimpleNamespace(select_tokens=lambda *_, **__: None)
 
     def select(width: int | None) -> None:
         with FakeTensorMode() as mode:
-            made = selectors.LayerSelector(config, KV_HEADS, batch.total, 3, torch.float16, "cpu", width)
-            arguments = [mode.from_tensor(t) for t in batch.arguments([40, 75])]
-            made.select(nothing, 0, *arguments, DIM**-0.5)
+            made = batch.selector(config, nothing, torch.float16, "cpu", width)
+            made.of_layer(*batch.arguments([40, 75], 0, "cpu", mode.from_tensor))
 
     select(batch.table.shape[1])
     with pytest.raises(DataDependentOutputException):

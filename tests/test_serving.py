@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sts_sglang.tiny_pair import make_pair
+from sts_sglang.tools.tiny_pair import make_pair
 from tests.oracle import Oracle, Rule
 from tests.server import Server, random_ids
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from sglang.srt.server_args import ServerArgs
 
-from sts_sglang import validate
-from sts_sglang.config import ConfigError, StsConfig
-from sts_sglang.validate import BACKEND_FIELDS, DRAFTS, TARGETS, Refusal
+from sts_sglang.config import CHAIN_FLAGS, ConfigError, StsConfig
+from sts_sglang.host import serves as validate
+from sts_sglang.host.serves import BACKEND_FIELDS, DRAFTS, TARGETS, Refusal
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -274,7 +274,7 @@ REFUSED = {
     "no speculation": (
         {"speculative_algorithm": None},
         "--speculative-algorithm",
-        f"add --speculative-algorithm STANDALONE --speculative-draft-model-path DRAFT {validate.CHAIN_FLAGS}",
+        f"add --speculative-algorithm STANDALONE --speculative-draft-model-path DRAFT {CHAIN_FLAGS}",
     ),
     **{
         name: (
@@ -289,14 +289,22 @@ REFUSED = {
         "--speculative-algorithm STANDALONE",
         "add --speculative-draft-model-path",
     ),
-    "steps alone": ({"speculative_num_steps": 3}, "--speculative-eagle-topk None", validate.CHAIN_FLAGS),
-    "topk alone": ({"speculative_eagle_topk": 1}, "--speculative-num-steps None", validate.CHAIN_FLAGS),
-    "no step": ({**CHAIN, "speculative_num_steps": 0}, "--speculative-num-steps 0", validate.CHAIN_FLAGS),
-    "no branch": ({**CHAIN, "speculative_eagle_topk": 0}, "--speculative-eagle-topk 0", validate.CHAIN_FLAGS),
+    "steps alone": ({"speculative_num_steps": 3}, "--speculative-eagle-topk None", CHAIN_FLAGS),
+    "topk alone": ({"speculative_eagle_topk": 1}, "--speculative-num-steps None", CHAIN_FLAGS),
+    "no step": (
+        {**CHAIN, "speculative_num_steps": 0},
+        "--speculative-num-steps 0",
+        CHAIN_FLAGS,
+    ),
+    "no branch": (
+        {**CHAIN, "speculative_eagle_topk": 0},
+        "--speculative-eagle-topk 0",
+        CHAIN_FLAGS,
+    ),
     "no draft token": (
         {**CHAIN, "speculative_num_draft_tokens": 1},
         "--speculative-num-draft-tokens 1",
-        validate.CHAIN_FLAGS,
+        CHAIN_FLAGS,
     ),
     "more tokens than the tree has": (
         {**TREE, "speculative_num_draft_tokens": 38},
@@ -588,9 +596,7 @@ def test_a_sparse_draft_needs_a_step_after_the_first(launch, flags):
     validate.check_device(args, StsConfig())
     with pytest.raises(Refusal) as caught:
         validate.check_device(args, StsConfig(draft="steps"))
-    check_message(
-        caught, flags, "sts_config.draft: 'steps' with --speculative-num-steps 2", validate.CHAIN_FLAGS
-    )
+    check_message(caught, flags, "sts_config.draft: 'steps' with --speculative-num-steps 2", CHAIN_FLAGS)
     args.speculative_num_steps = 3
     validate.check_device(args, StsConfig(draft="steps"))
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sts_sglang.selectors import prompt_seed
-from tests.test_backends import CONFIG, CONTEXT, DIM, KV_HEADS, LAYERS, Q_HEADS, TOKENS, Rig
+from sts_kernels.layout import Contexts
+from sts_sglang.core.request import Request
+from sts_sglang.core.selectors.compare import prompt_seed
+from tests.test_backends import CONFIG, CONTEXT, DIM, KV_HEADS, LAYERS, Q_HEADS, TOKENS, NoVerify, Rig
 
 LENGTH = CONTEXT + 1
 GROUP = Q_HEADS // KV_HEADS
@@ -54,20 +54,14 @@ def test_oracle_attends_to_what_the_target_attends_to(layer):
             for h in heads:
                 expected = attention(rig, layer, q, t, h, [0, 1, best, *range(LENGTH - 4, LENGTH)])[1]
                 torch.testing.assert_close(out[t, h].double(), expected, rtol=1e-5, atol=1e-5)
-    assert rig.runtime.state.counts.tolist() == [1, 0, 7 * KV_HEADS, LENGTH * KV_HEADS, 0, 0, 0, 0]
+    assert rig.runtime.state.totals.tolist() == [1, 0, 7 * KV_HEADS, LENGTH * KV_HEADS, 0, 0, 0, 0]
 
 
 def test_random_draws_by_the_prompt():
     rig = rig_after_a_draft({"selector": "random"})
     q, outs = torch.randn(TOKENS, Q_HEADS * DIM), []
     for prompt in ([5, 6], [7], [5, 6]):
-        request = SimpleNamespace(
-            rid="r",
-            req_pool_idx=Rig.REQ,
-            origin_input_ids=prompt,
-            sampling_params=SimpleNamespace(custom_params=None),
-        )
-        rig.runtime.admit([request])
+        rig.runtime.admit([Request("r", Rig.REQ, prompt, [], None)])
         assert int(rig.runtime.selector.seeds[Rig.REQ]) == prompt_seed(prompt)
         outs.append(verify(rig, 0, q))
     assert torch.equal(outs[0], outs[2]) and not torch.equal(outs[0], outs[1])
@@ -83,7 +77,7 @@ def test_every_third_verify_attends_to_everything(selector):
         out = verify(rig, 0, q)
         full.append(torch.allclose(out[0].double(), torch.stack(whole), atol=1e-5))
     assert full == [False, False, True, False, False, True, False]
-    assert rig.runtime.state.counts[[0, 1, 4]].tolist() == [5, 0, 2]
+    assert rig.runtime.state.totals[[0, 1, 4]].tolist() == [5, 0, 2]
 
 
 def test_a_prefill_begins_the_count_of_rounds_anew():
@@ -106,13 +100,12 @@ def test_a_prefill_begins_the_count_of_rounds_anew():
 
 def test_rounds_are_counted_by_request():
     rig = rig_after_a_draft({"full_verify_every": 2})
-    state, ops = rig.runtime.state, rig.runtime.ops
     table = rig.target.req_to_token_pool.req_to_token
     alone = torch.tensor([Rig.REQ])
     both = torch.tensor([Rig.REQ, 5])
-    state.carried_len[5] = LENGTH
-    state.select(ops, alone, torch.tensor([LENGTH]), table)
-    counts = state.select(ops, both, torch.tensor([LENGTH, LENGTH]), table).kv_count
+    rig.runtime.state.carried_lens[5] = LENGTH
+    rig.runtime.begin_verify(Contexts(table, alone, torch.tensor([LENGTH])))
+    counts = rig.runtime.begin_verify(Contexts(table, both, torch.tensor([LENGTH, LENGTH]))).counts
     assert (counts[0] == -1).all() and (counts[1] == 7).all()
 
 
@@ -120,12 +113,12 @@ def test_rounds_are_counted_by_request():
 def test_dense_verify_attends_to_everything_and_is_counted_as_such(layer):
     rig = rig_after_a_draft({"verify": "dense"})
     # Stock's output needs stock's kernel, not the sparse one over everything.
-    kept = ("size_lists", "spread_importance", "select_tokens")
-    rig.runtime.ops = SimpleNamespace(**{name: getattr(rig.runtime.ops, name) for name in kept})
+    rig.runtime.whole = NoVerify()
+    rig.runtime.verifier = NoVerify(begin=lambda lists, lens: None, before_eager=lambda bs: None)
     q = torch.randn(TOKENS, Q_HEADS * DIM)
     out = verify(rig, layer, q)
     for t in range(TOKENS):
         for h in range(Q_HEADS):
             expected = attention(rig, layer, q, t, h, range(LENGTH))[1]
             torch.testing.assert_close(out[t, h].double(), expected, rtol=1e-5, atol=1e-5)
-    assert rig.runtime.state.counts.tolist() == [0, 0, LENGTH * KV_HEADS, LENGTH * KV_HEADS, 1, 0, 0, 0]
+    assert rig.runtime.state.totals.tolist() == [0, 0, LENGTH * KV_HEADS, LENGTH * KV_HEADS, 1, 0, 0, 0]

@@ -1,1 +1,1 @@
-"""Attention backends: the target's (sparse verify), the draft's (capture), the torch reference."""
+"""Attention backends: what SGLang calls in every layer. They decide nothing."""

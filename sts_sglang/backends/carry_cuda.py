@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 
-from sts_sglang.backends.draft import CarryLastRow
+from sts_sglang.backends.carry import CarryLastRow
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch

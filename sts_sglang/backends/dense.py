@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sts_sglang.backends.reference import TorchBackend
+from sts_sglang.backends.carry import TorchCarry
+from sts_sglang.backends.torch_dense import TorchBackend
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from sts_sglang.config import StsConfig
 
 
-def name_for(config: StsConfig, device: str, dtype: str, capability: tuple[int, int] | None) -> str:
+def choose(config: StsConfig, device: str, dtype: str, capability: tuple[int, int] | None) -> str:
     """`fa3`, `flashinfer` or `torch`.
 
     Args:
@@ -31,7 +32,7 @@ def name_for(config: StsConfig, device: str, dtype: str, capability: tuple[int, 
 
 
 def of_target(name: str, runner: ModelRunner) -> AttentionBackend:
-    """What the target prefills, and verifies its dense layers if it can, with; `name` as of name_for."""
+    """What the target prefills, and verifies its dense layers if it can, with; `name` as of `choose`."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     return TorchBackend(runner) if name == "torch" else ATTENTION_BACKENDS[name](runner)
@@ -41,17 +42,15 @@ def of_draft_extend(config: StsConfig, runner: ModelRunner) -> AttentionBackend:
     """What the draft prefills and draft-extends with; it also carries the last row."""
     name = name_of(config, runner)
     if name == "torch":
-        from sts_sglang.backends.draft import DraftExtendBackend
+        return TorchCarry(runner)
+    from sts_sglang.backends import carry_cuda
 
-        return DraftExtendBackend(runner)
-    from sts_sglang.backends import draft_extend
-
-    return {"fa3": draft_extend.FlashAttention, "flashinfer": draft_extend.FlashInfer}[name](runner)
+    return {"fa3": carry_cuda.FlashAttention, "flashinfer": carry_cuda.FlashInfer}[name](runner)
 
 
 def name_of(config: StsConfig, runner: ModelRunner) -> str:
-    """name_for a model runner."""
+    """`choose` for a model runner."""
     import torch
 
     capability = torch.cuda.get_device_capability() if runner.device == "cuda" else None
-    return name_for(config, runner.device, str(runner.dtype), capability)
+    return choose(config, runner.device, str(runner.dtype), capability)

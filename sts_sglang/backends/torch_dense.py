@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch.nn.functional import scaled_dot_product_attention
+
+from sts_sglang.host import views
+from sts_sglang.host.views import Mode
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 class Segment(NamedTuple):
     """Query rows [start, end) of one request (or one draft branch) and the keys they see."""
 
-    req: int  # req_pool_idx
+    req: int  # its row in the table of slots
     start: int
     end: int
     slots: torch.Tensor  # int64 [kv_len], in position order
@@ -30,73 +32,65 @@ class TorchBackend(AttentionBackend):
 
     def __init__(self, model_runner: ModelRunner):
         super().__init__()
-        self.device = model_runner.device
+        # SGLang reads these two of a backend.
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = model_runner.token_to_kv_pool
-        self.max_context_len = model_runner.model_config.context_len
+        self.device = model_runner.device
+        self.table = views.slots_of(self.req_to_token_pool)
+        self.pools = views.Pools(self.token_to_kv_pool)
         self.segments: list[Segment] = []
 
     def support_triton(self) -> bool:
         return False
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Nothing to allocate: it does not run in a graph (StsTargetBackend._dense_plans)."""
+        """Nothing to allocate: it does not run in a graph (StsTargetBackend._dense_verifies)."""
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        mode = forward_batch.forward_mode
-        if mode.is_idle():
-            self.segments = []
-        elif mode.is_decode():
-            self.segments = self._decode_segments(forward_batch)
-        elif mode.is_target_verify():
-            self.segments = self._verify_segments(forward_batch)
-        else:
-            self.segments = self._extend_segments(forward_batch)
+        plan = {
+            Mode.IDLE: lambda batch: [],
+            Mode.DECODE: self._decode_segments,
+            Mode.VERIFY: self._verify_segments,
+        }.get(views.mode(forward_batch), self._extend_segments)
+        self.segments = plan(forward_batch)
 
     def request_slots(self, req: int, end: int, start: int = 0) -> torch.Tensor:
         """int64 slots of positions [start, end) of a request."""
-        return self.req_to_token_pool.req_to_token[req, start:end].long()
-
-    def kv_buffers(self, layer: RadixAttention) -> tuple[torch.Tensor, torch.Tensor]:
-        """[slots, H_kv, D] key and value pools of a layer."""
-        pool = self.token_to_kv_pool
-        return pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+        return self.table[req, start:end].long()
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         if save_kv_cache and k is not None:
-            write_kv(self.token_to_kv_pool, k, v, layer, forward_batch)
+            self.pools.write(k, v, layer, forward_batch)
         return self.attend(q, layer)
 
     forward_decode = forward_extend
 
     def attend(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
         """[rows, H_q * D] queries to [rows, H_q * D_v] outputs over the planned segments."""
-        q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        keys, values = self.kv_buffers(layer)
-        out = q.new_zeros(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
+        of = views.layer(layer)
+        q = q.reshape(-1, of.q_heads, of.head_dim)
+        keys, values = self.pools.layer(of.number)
+        out = q.new_zeros(q.shape[0], of.q_heads, of.v_head_dim)
         for segment in self.segments:
             out[segment.start : segment.end] = scaled_dot_product_attention(
                 q[segment.start : segment.end].transpose(0, 1)[None],
                 keys[segment.slots].transpose(0, 1)[None].to(q.dtype),
                 values[segment.slots].transpose(0, 1)[None].to(q.dtype),
                 attn_mask=segment.mask,
-                scale=layer.scaling,
-                enable_gqa=layer.tp_q_head_num != layer.tp_k_head_num,
+                scale=of.scale,
+                enable_gqa=of.q_heads != of.kv_heads,
             )[0].transpose(0, 1)
         return out.flatten(1)
 
     def _decode_segments(self, fb: ForwardBatch) -> list[Segment]:
-        rows = zip(fb.req_pool_indices.tolist(), fb.seq_lens.tolist(), strict=True)
+        _, reqs, lens = views.requests_of(fb)
+        rows = zip(reqs.tolist(), lens.tolist(), strict=True)
         return [Segment(req, i, i + 1, self.request_slots(req, n), None) for i, (req, n) in enumerate(rows)]
 
     def _extend_segments(self, fb: ForwardBatch) -> list[Segment]:
-        segments, start = [], 0
-        lens = zip(
-            fb.req_pool_indices.tolist(),
-            fb.extend_prefix_lens.tolist(),
-            fb.extend_seq_lens.tolist(),
-            strict=True,
-        )
+        segments, start, rows = [], 0, views.new_rows(fb)
+        reqs = views.requests_of(fb).reqs
+        lens = zip(reqs.tolist(), rows.before.tolist(), rows.number.tolist(), strict=True)
         for req, prefix, new in lens:
             causal = torch.ones(new, prefix + new, dtype=torch.bool, device=self.device).tril(prefix)
             slots = self.request_slots(req, prefix + new)
@@ -105,20 +99,15 @@ class TorchBackend(AttentionBackend):
         return segments
 
     def _verify_segments(self, fb: ForwardBatch) -> list[Segment]:
-        tokens = fb.spec_info.draft_token_num
+        _, reqs, lens = views.requests_of(fb)
         tails = tail_masks(fb)
-        segments = []
-        for i, (req, n) in enumerate(zip(fb.req_pool_indices.tolist(), fb.seq_lens.tolist(), strict=True)):
+        tokens, segments = tails.shape[1], []
+        for i, (req, n) in enumerate(zip(reqs.tolist(), lens.tolist(), strict=True)):
             mask = torch.ones(tokens, n + tokens, dtype=torch.bool, device=self.device)
             mask[:, n:] = tails[i]
             slots = self.request_slots(req, n + tokens)
             segments.append(Segment(req, i * tokens, (i + 1) * tokens, slots, mask))
         return segments
-
-
-def write_kv(pool, k, v, layer: RadixAttention, forward_batch: ForwardBatch) -> None:
-    """Store this forward's keys and values at their slots."""
-    pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
 
 
 def chain_mask(tokens: int, device: torch.device) -> torch.Tensor:
@@ -132,13 +121,14 @@ def tail_masks(fb: ForwardBatch) -> torch.Tensor:
     SGLang hands a tree over as QLEN_ONLY ([T, T] a request) or FULL_MASK ([T, L + T] a request, possibly
     in a longer preallocated buffer); without branches the draft is a chain.
     """
-    tokens, mask, bs = fb.spec_info.draft_token_num, fb.spec_info.custom_mask, fb.batch_size
-    if mask is None or fb.spec_info.topk == 1:
-        return chain_mask(tokens, fb.seq_lens.device).expand(bs, -1, -1)
+    tokens, topk, mask = views.tree(fb)
+    bs, _, lens = views.requests_of(fb)
+    if mask is None or topk == 1:
+        return chain_mask(tokens, lens.device).expand(bs, -1, -1)
     if mask.numel() == bs * tokens * tokens:
         return mask.view(bs, tokens, tokens).bool()
     tails, offset = [], 0
-    for length in fb.seq_lens.tolist():
+    for length in lens.tolist():
         size = tokens * (length + tokens)
         tails.append(mask[offset : offset + size].view(tokens, -1)[:, length:].bool())
         offset += size

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig
-from sts_sglang.headmap import LATEST, MAP_VERSION, MAX_SOURCES, POOLS, SETTINGS, SHIFT
+from sts_sglang.headmap import LATEST, MAP_SHIFT, MAP_VERSION, MAX_SOURCES, POOLS, SETTINGS
 
 TEXTS = Path(__file__).parent.parent / "texts"
 DOMAINS = ("prose", "code", "dialogue", "recall")
@@ -221,7 +221,7 @@ def _map(pair, args, found, report: dict[str, Any], prints, texts: list[Text], r
     }
     return {
         "version": MAP_VERSION,
-        "shift": SHIFT,
+        "shift": MAP_SHIFT,
         "tp": 1,
         "target": pair.target_counts._asdict(),
         "draft": pair.draft_counts._asdict(),

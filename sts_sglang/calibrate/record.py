@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from torch.nn.functional import linear, pad, rms_norm
 
+from sts_kernels.layout import SHIFT
 from sts_sglang.config import ConfigError
-from sts_sglang.headmap import POOLS, SHIFT, HeadCounts
+from sts_sglang.headmap import POOLS, HeadCounts
 
 VERIFY_ROWS = 4
 DRAFT_ROWS = 3

@@ -12,16 +12,15 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from sts_kernels import IMPORTANCE_SCALE, UNKNOWN
+from sts_kernels.layout import IMPORTANCE_SCALE, UNKNOWN
 from sts_sglang.config import ConfigError, request_inspect
-
-if TYPE_CHECKING:
-    from sts_sglang.runtime import StsRuntime
+from sts_sglang.core.request import Finished
+from sts_sglang.core.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -45,33 +44,33 @@ class Dump(NamedTuple):
     meta: dict[str, Any]
 
 
-def finished(runtime: StsRuntime, req: Any, table: torch.Tensor) -> None:
+def finished(runtime: Runtime, ended: Finished, table: torch.Tensor) -> None:
     """Dump a request that asks for it; it still owns its slots. Waits for the device.
 
     A dump that fails is logged: the request and the server go on.
     """
-    folder = runtime.config.inspect_dir
+    folder, request = runtime.config.inspect_dir, ended.request
     try:
-        if folder is None or not request_inspect(req.sampling_params.custom_params):
+        if folder is None or not request_inspect(request.params):
             return
-        path = write(Path(folder), of_request(runtime, req, table))
-        logger.info("STS: request %s dumped to %s", req.rid, path.name)
+        path = write(Path(folder), of_request(runtime, ended, table))
+        logger.info("STS: request %s dumped to %s", request.rid, path.name)
     except (ConfigError, OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
-        logger.warning("STS: request %s was not dumped: %s", req.rid, error)
+        logger.warning("STS: request %s was not dumped: %s", request.rid, error)
 
 
-def of_request(runtime: StsRuntime, req: Any, table: torch.Tensor) -> Dump:
+def of_request(runtime: Runtime, ended: Finished, table: torch.Tensor) -> Dump:
     """What slots remember of the request's tokens or, without history, how its last round scored them."""
-    tokens = [*req.origin_input_ids, *req.output_ids_through_stop][: req.kv_committed_len]
+    tokens, row = ended.tokens, ended.request.row
     if table.is_cuda:  # rounds in flight on the stream of the forwards
         torch.cuda.synchronize(table.device)
     state, head_map = runtime.state, runtime.head_map
     if state.history is not None:
-        slots = table[req.req_pool_idx, : len(tokens)].long()
+        slots = table[row, : len(tokens)].long()
         # Some at a time: the device may have no room for all.
         importance = torch.cat([state.history.remembered[some].cpu() for some in slots.split(4096)]).T
     else:
-        importance = state.last_scores(req.req_pool_idx, len(tokens))
+        importance = state.last_scores(row, len(tokens))
     importance = importance.cpu().float()
     importance = torch.where(importance == UNKNOWN, importance, importance / IMPORTANCE_SCALE)
     return Dump(
@@ -80,8 +79,8 @@ def of_request(runtime: StsRuntime, req: Any, table: torch.Tensor) -> Dump:
         np.array(tokens, dtype=np.int32),
         {
             "version": VERSION,
-            "prompt_tokens": len(req.origin_input_ids),
-            "cached_tokens": req.cached_tokens,
+            "prompt_tokens": len(ended.request.prompt),
+            "cached_tokens": ended.cached,
             "config": json.loads(runtime.config.to_json()),
             "head_map": head_map.origin,
             "signal": "last round" if state.history is None else "history",

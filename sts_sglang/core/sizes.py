@@ -11,29 +11,32 @@ from sts_sglang.config import StsConfig
 OVERSUBSCRIBED = 3
 # A request's own keep may exceed the configured one: a quarter more room for the lists.
 LIST_SLACK = 1.25
-# The FlashInfer verify path plans lists of whole blocks: a plan holds until a list outgrows its last one.
-PLAN_BLOCK = 256
-# FlashInfer splits lists over two thread blocks a multiprocessor; no device has more than 160 of them.
-PLAN_GRID = 320
 # So many requests at once may have lists of the least length, whatever their share is.
 FLOORS = 64
 
 
-class Sizes(NamedTuple):
+class Capacity(NamedTuple):
     """Elements of the buffers of one round."""
 
     columns: int  # context tokens of a batch that can be scored
     indices: int  # of one channel: tokens that a batch can select
 
 
-def sizes(config: StsConfig, pool_tokens: int, requests: int, context_len: int) -> Sizes:
+class Need(NamedTuple):
+    """Bytes that a part of the machinery takes, before the KV pool has a size."""
+
+    fixed: float = 0.0
+    per_token: float = 0.0  # of the KV pool
+
+
+def capacity(config: StsConfig, pool_tokens: int, requests: int, context_len: int) -> Capacity:
     """Buffers for a KV pool of so many tokens, so many running requests and contexts up to so many tokens."""
     columns = min(OVERSUBSCRIBED * pool_tokens, requests * context_len)
     if config.policy == "ratio":
         wanted = int(columns * config.keep * LIST_SLACK) + min(requests, FLOORS) * _floor(config)
     else:
         wanted = requests * config.budget
-    return Sizes(columns, min(columns, wanted))
+    return Capacity(columns, min(columns, wanted))
 
 
 def _floor(config: StsConfig) -> int:
@@ -60,7 +63,7 @@ def bytes_per_token(
 
 
 def floor_bytes(config: StsConfig, requests: int, channels: int, list_growth: float = 1.0) -> int:
-    """Bytes of the lists of contexts so short that `budget` is more than their share (sizes)."""
+    """Bytes of the lists of contexts so short that `budget` is more than their share (see `capacity`)."""
     if config.policy != "ratio":
         return 0
     return int(min(requests, FLOORS) * _floor(config) * channels * list_growth * _entry_bytes(config))
@@ -79,61 +82,3 @@ def history_bytes_per_token(channels: int, bytes_per_score: int = 2) -> int:
 def reserve(available: int, kv_bytes_per_token: int, state_bytes_per_token: float) -> int:
     """Part of `available` bytes to leave free, so that a pool of the rest and its buffers fit together."""
     return int(available * state_bytes_per_token / (kv_bytes_per_token + state_bytes_per_token))
-
-
-class Headwise(NamedTuple):
-    """What the FlashInfer verify path must hold: T query rows of a GQA group for every (request, KV head)."""
-
-    tokens: int  # T
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    requests: int  # of a batch
-    graph_requests: int  # of the largest CUDA graph, 0 without graphs
-
-    @property
-    def group(self) -> int:
-        return self.q_heads // self.kv_heads
-
-    def entries(self, config: StsConfig, pool_tokens: int, context_len: int) -> int:
-        """Entries of the lists of one KV head; a batch that needs more loses tokens, and counts them."""
-        contexts = min(OVERSUBSCRIBED * pool_tokens, self.requests * context_len)
-        fixed = config.budget if config.policy == "fixed" else 0
-        return contexts + max(self.requests, self.graph_requests) * (PLAN_BLOCK + fixed + self.tokens)
-
-    def list_bytes(self, entries: int) -> int:
-        """Of lists and mask bits of so many entries a KV head; each pair's bits start at a byte."""
-        return self.kv_heads * (4 * entries + self.mask_bytes(entries))
-
-    def mask_bytes(self, entries: int) -> int:
-        """Of one KV head."""
-        return -(-self.tokens * entries // 8) + max(self.requests, self.graph_requests)
-
-    @property
-    def tile(self) -> int:
-        """Query rows of FlashInfer's thread blocks (FA2DetermineCtaTileQ)."""
-        rows = self.tokens * self.group
-        return 16 if rows <= 16 else 64 if rows <= 64 else 128
-
-    def planned_requests(self, pairs: int) -> int:
-        """Requests to plan a graph of so many (request, KV head) pairs for, the last ones empty.
-
-        For graphs FlashInfer sizes its tile for the longest query there can be among so many rows of so
-        many requests. Just enough empty ones make that T, not a tile of 128 rows that are nearly all waste.
-        """
-        return pairs if self.tile == 128 else max(0, pairs - 1) * self.tokens + 1
-
-    def slots(self, pairs: int) -> int:
-        """Thread blocks of the graph of so many pairs, at least those of any batch that is split."""
-        tiles = -(-pairs * self.tokens * self.group // self.tile) + self.planned_requests(pairs)
-        return max(PLAN_GRID, tiles)
-
-    def float_workspace(self) -> int:
-        """Bytes for partial results (PrefillPlan): output and log-sum-exp of every row of every block."""
-        slots = self.slots(self.graph_requests * self.kv_heads)
-        return self.group * slots * self.tile * (self.head_dim + 1) * 4 + 1024
-
-    def int_workspace(self, pairs: int, slots: int) -> int:
-        """Bytes of one plan."""
-        rows = pairs * self.tokens
-        return 16 * slots + 8 * (rows + self.planned_requests(pairs)) + 4096

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 
-from sts_sglang import compat
+from sts_sglang.host import compat
 
 NAME = "sts_cpu"
 
@@ -21,15 +21,15 @@ def selected() -> bool:
 
 def activate() -> str | None:
     """Entry point `sglang.srt.platforms`. SGLang imports the class by this name, in the middle of its own."""
-    return "sts_sglang.cpu_platform.CpuPlatform" if selected() else None
+    return "sts_sglang.cpu.platform.CpuPlatform" if selected() else None
 
 
-def install_cpu_branches() -> None:
+def install_branches() -> None:
     """Switch SGLang's `_is_cpu` branches on, with torch stand-ins for the ops they call."""
     from sglang.srt.mem_cache import allocation
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sts_sglang import cpu_ops
+    from sts_sglang.cpu import ops
 
     # SGLang decorates small helpers with @torch.compile: 35 s of compilation in the first request.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -37,21 +37,21 @@ def install_cpu_branches() -> None:
     os.environ.setdefault("SGLANG_NATIVE_MOVE_KV_CACHE", "1")
 
     paged = importlib.import_module(compat.PAGED_ALLOCATOR)
-    paged.alloc_decode_kernel = cpu_ops.Launch(cpu_ops.alloc_decode)
-    paged.alloc_extend_kernel = cpu_ops.Launch(
+    paged.alloc_decode_kernel = ops.Launch(ops.alloc_decode)
+    paged.alloc_extend_kernel = ops.Launch(
         lambda pre, seq, last, free, out, bs_upper, page: paged.alloc_extend_naive(
             pre, seq, last, free, out, page, out.device
         )
     )
     for target, replacement in (
         (compat.SUPPORT_TRITON, lambda backend: False),
-        (compat.GATHER_SPEC_EXTRAS, cpu_ops.gather_spec_extras),
+        (compat.GATHER_SPEC_EXTRAS, ops.gather_spec_extras),
         (compat.GET_LAST_LOC, allocation.get_last_loc_torch),
-        (compat.APPLY_VOCAB_MASK, cpu_ops.apply_vocab_mask),
+        (compat.APPLY_VOCAB_MASK, ops.apply_vocab_mask),
     ):
         HookRegistry.register(target.path, replacement, HookType.REPLACE)
     for module_name, stand_ins in compat.CPU_BRANCHES.items():
         module = importlib.import_module(module_name)
         module._is_cpu = True
-        for name, op in stand_ins.items():
-            setattr(module, name, getattr(cpu_ops, op))
+        for name, stand_in in stand_ins.items():
+            setattr(module, name, getattr(ops, stand_in))

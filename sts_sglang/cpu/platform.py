@@ -1,4 +1,5 @@
-"""The platform class of platform.py, apart from it: importing this imports SGLang, which must come first."""
+"""The platform class, apart from the entry point that names it: SGLang imports this in the middle of its own
+import."""
 
 from __future__ import annotations
 

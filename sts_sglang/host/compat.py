@@ -1,16 +1,19 @@
-"""Every private name of SGLang that the plugin touches, checked when the plugin loads.
+"""Every private name and field of SGLang that the plugin touches, checked when the plugin loads.
 
 SGLang's plugin loader logs a failing plugin and serves on without it; whoever asked for `sts` would
-then measure stock attention. So nothing is hooked before `check()` has found every name, and the
-backends refuse to start unless every hook is in place (`unhooked()`).
+then measure stock attention. So nothing is hooked before `check()` has found every name and every field,
+and the backends refuse to start unless every hook is in place (`unhooked()`).
 """
 
 from __future__ import annotations
 
+import ast
+import functools
+import importlib.util
 import inspect
 import pkgutil
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 SGLANG_VERSION = "0.5.16"
 
@@ -84,6 +87,205 @@ SYMBOLS = (
     f"{_SPEC}.draft_utils.DraftBackendFactory._create_triton_decode_backend",
 )
 
+# Server arguments that are read, most of them by the allow-list of host/serves.py.
+SERVER_ARGS_READ = (
+    "attention_backend",
+    "attn_cp_size",
+    "cuda_graph_config",
+    "dcp_size",
+    "disable_cuda_graph",
+    "decode_attention_backend",
+    "decode_log_interval",
+    "decoupled_spec_role",
+    "decrypted_config_file",
+    "device",
+    "disaggregation_mode",
+    "dllm_algorithm",
+    "dp_size",
+    "enable_deterministic_inference",
+    "enable_dp_attention",
+    "enable_dsa_prefill_context_parallel",
+    "enable_flexkv",
+    "enable_hierarchical_cache",
+    "enable_hisparse",
+    "enable_lmcache",
+    "enable_metrics",
+    "enable_mis",
+    "enable_multi_layer_eagle",
+    "enable_page_major_kv_layout",
+    "enable_pdmux",
+    "enable_prefill_context_parallel",
+    "enable_prefill_cp",
+    "enable_torch_compile",
+    "enable_two_batch_overlap",
+    "enable_unified_memory",
+    "encoder_only",
+    "ep_size",
+    "get_model_config",
+    "hicache_storage_backend",
+    "is_embedding",
+    "json_model_override_args",
+    "kv_cache_dtype",
+    "max_running_requests",
+    "model_config_parser",
+    "model_impl",
+    "model_path",
+    "moe_dp_size",
+    "nnodes",
+    "page_size",
+    "pp_size",
+    "prefill_attention_backend",
+    "radix_cache_backend",
+    "revision",
+    "rl_on_policy_target",
+    "speculative_adaptive",
+    "speculative_algorithm",
+    "speculative_draft_attention_backend",
+    "speculative_draft_model_path",
+    "speculative_draft_model_revision",
+    "speculative_draft_window_size",
+    "speculative_eagle_topk",
+    "speculative_num_draft_tokens",
+    "speculative_num_steps",
+    "tokenizer_worker_num",
+    "tp_size",
+    "trust_remote_code",
+    "use_ray",
+)
+
+# Fields and methods that are read (host/views.py, host/bind.py) or overridden (backends/), by class. A class
+# that is built by a function or declares its fields by assignment is found in its source.
+_BATCH = "sglang.srt.model_executor.forward_batch_info"
+_EAGLE = f"{_SPEC}.eagle_info"
+_ATTENTION = "sglang.srt.layers.attention"
+_GRAPHS = "sglang.srt.model_executor.cuda_graph_config"
+FIELDS: dict[str, tuple[str, ...]] = {
+    f"{_BATCH}.ForwardBatch": (
+        "batch_size",
+        "extend_prefix_lens",
+        "extend_seq_lens",
+        "forward_mode",
+        "out_cache_loc",
+        "req_pool_indices",
+        "seq_lens",
+        "spec_info",
+    ),
+    f"{_BATCH}.ForwardMode": (
+        "is_decode",
+        "is_draft_extend_v2",
+        "is_extend",
+        "is_idle",
+        "is_target_verify",
+    ),
+    f"{_EAGLE}.EagleVerifyInput": ("custom_mask", "draft_token_num", "topk"),
+    f"{_EAGLE}.EagleDraftExtendInput": ("num_accept_tokens", "num_tokens_per_req"),
+    "sglang.srt.layers.radix_attention.RadixAttention": (
+        "layer_id",
+        "qk_head_dim",
+        "scaling",
+        "tp_k_head_num",
+        "tp_q_head_num",
+        "v_head_dim",
+    ),
+    "sglang.srt.managers.schedule_batch.ScheduleBatch": ("forward_mode", "reqs"),
+    "sglang.srt.managers.schedule_batch.Req": (
+        "cached_tokens",
+        "finished",
+        "kv_committed_len",
+        "origin_input_ids",
+        "output_ids",
+        "output_ids_through_stop",
+        "req_pool_idx",
+        "rid",
+        "sampling_params",
+    ),
+    "sglang.srt.managers.io_struct.GetInternalStateReqOutput": ("internal_state",),
+    "sglang.srt.sampling.sampling_params.SamplingParams": ("custom_params",),
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool": (
+        "get_key_buffer",
+        "get_kv_size_bytes",
+        "get_value_buffer",
+        "set_kv_buffer",
+        "size",
+    ),
+    "sglang.srt.mem_cache.memory_pool.ReqToTokenPool": ("req_to_token",),
+    "sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache": ("req_to_token_pool",),
+    "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator": (
+        "is_draft_worker",
+        "model_config",
+        "server_args",
+    ),
+    "sglang.srt.model_executor.model_runner.ModelRunner": (
+        "attn_backend",
+        "decode_cuda_graph_runner",
+        "device",
+        "dtype",
+        "is_draft_worker",
+        "model_config",
+        "req_to_token_pool",
+        "token_to_kv_pool",
+    ),
+    "sglang.srt.configs.model_config.ModelConfig": (
+        "context_len",
+        "dtype",
+        "get_total_num_kv_heads",
+        "head_dim",
+        "hf_config",
+        "hf_text_config",
+        "hidden_size",
+        "is_multimodal",
+        "model_is_mrope",
+        "model_path",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "quantization",
+        "speculative_algorithm",
+        "v_head_dim",
+        "vocab_size",
+    ),
+    f"{_GRAPHS}.CudaGraphConfig": ("decode", "prefill"),
+    f"{_GRAPHS}.PhaseConfig": ("backend", "bs", "max_bs"),
+    f"{_GRAPHS}.Backend": ("BREAKABLE", "DISABLED", "FULL"),
+    _WORKER: ("_draft_worker", "_target_worker", "server_args", "speculative_num_steps", "topk"),
+    f"{_SPEC}.eagle_worker_v2.EagleDraftWorker": (
+        "cuda_graph_runner",
+        "cuda_graph_runner_for_draft_extend",
+        "draft_attn_backend",
+        "draft_extend_attn_backend",
+        "draft_runner",
+        "tree_mask_mode",
+    ),
+    "sglang.srt.managers.tp_worker.TpModelWorker": ("model_runner",),
+    f"{_SPEC}.draft_utils.DraftBackendFactory": (
+        "_create_triton_decode_backend",
+        "draft_model_runner",
+        "speculative_num_steps",
+        "topk",
+    ),
+    f"{_ATTENTION}.base_attn_backend.AttentionBackend": (
+        "forward_decode",
+        "forward_extend",
+        "get_cuda_graph_seq_len_fill_value",
+        "get_verify_buffers_to_fill_after_draft",
+        "init_cuda_graph_state",
+        "init_forward_metadata",
+        "init_forward_metadata_in_graph",
+        "init_forward_metadata_out_graph",
+        "needs_cpu_seq_lens",
+        "support_triton",
+    ),
+    f"{_ATTENTION}.flashattention_backend.FlashAttentionBackend": (
+        "forward_extend",
+        "init_forward_metadata_in_graph",
+        "init_forward_metadata_out_graph",
+    ),
+    f"{_ATTENTION}.flashinfer_backend.FlashInferAttnBackend": ("forward_extend",),
+    _ARGS: SERVER_ARGS_READ,
+}
+# Importing these loads kernels, which a host without a GPU does not have: their source is read instead.
+_NOT_IMPORTED = (f"{_ATTENTION}.flashattention_backend", f"{_ATTENTION}.flashinfer_backend")
+
 
 # The reference CPU platform switches on SGLang's own `_is_cpu` branches, module by module, and
 # supplies the sgl_kernel CPU ops those branches call: module -> {its global: our stand-in}.
@@ -152,6 +354,7 @@ def findings(cpu_platform: bool = False) -> dict[str, str | None]:
         "sglang": _check_version("sglang", SGLANG_VERSION),
         **{target.path: _check_target(target) for target in targets},
         **{path: _check_symbol(path) for path in symbols},
+        **{f"fields of {path}": _check_fields(path, names) for path, names in FIELDS.items()},
     }
 
 
@@ -168,60 +371,6 @@ def installed_version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
-
-
-class SpecParts(NamedTuple):
-    """What the binding needs of an EAGLEWorkerV2 (or StandaloneWorkerV2)."""
-
-    target_runner: Any
-    draft_runner: Any
-    multi_step_backend: Any  # None when speculative_num_steps <= 1
-    extend_backend: Any
-
-
-def spec_parts(worker: Any) -> SpecParts:
-    """Read the runners and draft backends of a speculative worker after its backends exist."""
-    draft = worker._draft_worker
-    return SpecParts(
-        target_runner=worker._target_worker.model_runner,
-        draft_runner=draft.draft_runner,
-        multi_step_backend=draft.draft_attn_backend,
-        extend_backend=draft.draft_extend_attn_backend,
-    )
-
-
-def use_qlen_tree_mask(worker: Any) -> None:
-    """Ask for the [T, T] tree mask instead of [T, L + T].
-
-    CUDA defaults to FULL_MASK, which the worker fills whole every round (MBs at long contexts).
-    """
-    from sglang.srt.speculative.eagle_utils import TreeMaskMode
-
-    worker._draft_worker.tree_mask_mode = TreeMaskMode.QLEN_ONLY
-
-
-def largest_decode_graph(server_args: Any) -> int:
-    """Requests of the largest CUDA graph that decode may be captured in, 0 without graphs."""
-    from sglang.srt.model_executor.cuda_graph_config import Backend
-
-    decode = server_args.cuda_graph_config.decode
-    return 0 if decode.backend == Backend.DISABLED else max(decode.bs or [decode.max_bs or 0])
-
-
-def captured_graphs(worker: Any) -> dict[str, bool]:
-    """Whether each of the round's passes replays a CUDA graph; without graphs, none is named."""
-    from sglang.srt.environ import envs
-    from sglang.srt.model_executor.cuda_graph_config import Backend
-
-    if worker.server_args.cuda_graph_config.decode.backend == Backend.DISABLED:
-        return {}
-    draft, target = worker._draft_worker, worker._target_worker.model_runner
-    captured = {"verify": target.decode_cuda_graph_runner is not None}
-    if worker.speculative_num_steps > 1:
-        captured["draft_decode"] = draft.cuda_graph_runner is not None
-    if not envs.SGLANG_DISABLE_DRAFT_EXTEND_CUDA_GRAPH.get():
-        captured["draft_extend"] = draft.cuda_graph_runner_for_draft_extend is not None
-    return captured
 
 
 def _check_version(distribution: str, expected: str) -> str | None:
@@ -247,3 +396,57 @@ def _check_symbol(path: str) -> str | None:
     except (ImportError, AttributeError) as error:
         return f"{path} is missing ({error})"
     return None
+
+
+def _check_fields(path: str, names: tuple[str, ...]) -> str | None:
+    module, _, name = path.rpartition(".")
+    try:
+        found = _names_in_file(module, name) if module in _NOT_IMPORTED else _names_of(path, names)
+    except (ImportError, AttributeError, OSError, SyntaxError) as error:
+        return f"{path} is missing ({error})"
+    missing = [field for field in names if field not in found]
+    return f"{path} has no {', '.join(missing)}" if missing else None
+
+
+def _names_of(path: str, names: tuple[str, ...]) -> set[str]:
+    """Attributes of a class and of its instances: those it has, declares, or assigns to `self` somewhere."""
+    cls = pkgutil.resolve_name(path)
+    found: set[str] = set()
+    for base in cls.__mro__:  # dir() leaves out what an Enum inherits
+        found.update(vars(base), vars(base).get("__annotations__", {}))
+    if not found.issuperset(names):  # reading source takes time
+        for base in cls.__mro__:
+            if base.__module__.startswith("sglang."):
+                found |= _assigned(_class_in(inspect.getsourcefile(base), base.__name__))
+    return found
+
+
+def _names_in_file(module: str, name: str) -> set[str]:
+    """The same of a class in a file that is not imported: what it defines itself."""
+    node = _class_in(importlib.util.find_spec(module).origin, name)
+    return {part.name for part in node.body if isinstance(part, ast.FunctionDef)} | _assigned(node)
+
+
+@functools.cache
+def _parsed(path: str) -> ast.Module:
+    with open(path, encoding="utf-8") as file:
+        return ast.parse(file.read())
+
+
+def _class_in(path: str, name: str) -> ast.ClassDef:
+    for node in _parsed(path).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return node
+    raise AttributeError(f"{path} has no class {name}")
+
+
+def _assigned(tree: ast.AST) -> set[str]:
+    """Names that are stored on `self`."""
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }

@@ -5,12 +5,25 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sts_sglang import compat, dumps, runtime
-from sts_sglang.config import ENV, ConfigError, StsConfig, check_request
-from sts_sglang.metrics import Exporter
-from sts_sglang.validate import Refusal, asks_for_sts, check_all, check_raw
+from sts_sglang.backends import dense
+from sts_sglang.backends.draft import DraftMultiStepBackend
+from sts_sglang.config import BACKEND, ENV, ConfigError, StsConfig, check_request
+from sts_sglang.core import dumps
+from sts_sglang.host import bind, compat, reserve, views
+from sts_sglang.host.metrics import Exporter
+from sts_sglang.host.serves import Refusal, asks_for_sts, check_all, check_raw
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import GetInternalStateReqOutput
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
+    from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
+    from sglang.srt.sampling.sampling_params import SamplingParams
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.speculative.draft_utils import DraftBackendFactory
+    from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
 UNSET = object()
 
@@ -48,13 +61,13 @@ def from_cli_args(original, cls, args: argparse.Namespace):
         _Launch.cli_config = None
 
 
-def args_init(original, self, *args, **kwargs) -> None:
+def args_init(original, self: ServerArgs, *args, **kwargs) -> None:
     """AROUND ServerArgs.__init__: `sgl.Engine(sts_config=...)` takes a dict, JSON or a path."""
     self._sts_config = kwargs.pop("sts_config", None)
     original(self, *args, **kwargs)
 
 
-def args_post_init(original, self) -> None:
+def args_post_init(original, self: ServerArgs) -> None:
     """AROUND ServerArgs.__post_init__: refuse before weights load, hand the config to the children."""
     given = self.__dict__.pop("_sts_config", None)
     given = _Launch.cli_config if given is None else given
@@ -86,17 +99,16 @@ def _launch_config(given: Any) -> StsConfig:
     return config
 
 
-def sampling_verify(result: None, self, vocab_size: int) -> None:
+def sampling_verify(result: None, self: SamplingParams, vocab_size: int) -> None:
     """AFTER SamplingParams.verify: what a request asks of us; ValueError becomes HTTP 400."""
     if _Launch.config is not None:
         check_request(self.custom_params, _Launch.config)
 
 
-def create_draft_backend(original, self, backend_name: str, backend_map: dict, error_template: str):
+def create_draft_backend(
+    original, self: DraftBackendFactory, backend_name: str, backend_map: dict, error_template: str
+):
     """AROUND DraftBackendFactory._create_backend: `sts` joins the closed map; SGLang keeps choosing."""
-    from sts_sglang.backends import dense
-    from sts_sglang.backends.draft import DraftMultiStepBackend
-
     runner = self.draft_model_runner
     if backend_map["triton"] == self._create_triton_decode_backend:
 
@@ -107,73 +119,75 @@ def create_draft_backend(original, self, backend_name: str, backend_map: dict, e
         def build():
             return dense.of_draft_extend(StsConfig.of_launch(), runner)
 
-    return original(self, backend_name, {**backend_map, "sts": build}, error_template)
+    return original(self, backend_name, {**backend_map, BACKEND: build}, error_template)
 
 
-def init_attention_backends(result: None, self) -> None:
+def init_attention_backends(result: None, self: EAGLEWorkerV2) -> None:
     """AFTER EAGLEWorkerV2.init_attention_backends: bind draft and target, before any capture."""
     if not asks_for_sts(self.server_args):
         return
-    bound = runtime.bind(self, StsConfig.of_launch())
+    runtime = bind.bind(self, StsConfig.of_launch()).runtime
     self.sts_exporter = Exporter(
-        bound.state.counts,
+        runtime.state.totals,
         enable_metrics=self.server_args.enable_metrics,
         interval=self.server_args.decode_log_interval,
-        plans=bound.plans,
+        plans=lambda: runtime.verifier.host_plans,
     )
 
 
-def init_cuda_graphs(result: None, self) -> None:
+def init_cuda_graphs(result: None, self: EAGLEWorkerV2) -> None:
     """AFTER EAGLEWorkerV2.init_cuda_graphs: say what serves, now that the graphs are known."""
-    if (bound := runtime.current()) is not None:
-        bound.graphs = runtime.check_graphs(compat.captured_graphs(self), bound.dense)
-        runtime.announce(bound)
+    if bind.current() is not None:
+        bind.announce(bind.note_graphs(self))
 
 
-def forward_batch(self, batch, on_publish=None) -> None:
+def forward_batch(self: EAGLEWorkerV2, batch: ScheduleBatch, on_publish=None) -> None:
     """BEFORE EAGLEWorkerV2.forward_batch_generation: note keeps at prefill, and who is in a round."""
-    if (bound := runtime.current()) is None:
+    if (bound := bind.current()) is None:
         return
-    if bound.state.history is not None:
-        bound.state.history.forget_loaded()
-    if batch.forward_mode.is_extend():
-        bound.admit(batch.reqs)
-    elif bound.headwise is not None:
-        bound.headwise.host.note(batch.reqs)
+    runtime = bound.runtime
+    if runtime.state.history is not None:
+        runtime.state.history.forget_loaded()
+    if views.prefills(batch):
+        runtime.admit(views.requests(batch))
+    elif runtime.verifier.on_host:
+        runtime.verifier.note(views.requests(batch))
 
 
-def verify_complete(result: None, self, *args, **kwargs) -> None:
+def verify_complete(result: None, self: EAGLEWorkerV2, *args, **kwargs) -> None:
     """AFTER EAGLEWorkerV2.on_verify_complete_cpu: publish counters; results are on the CPU already."""
     if (exporter := getattr(self, "sts_exporter", None)) is not None:
         exporter.on_round()
 
 
-def profile_available_bytes(result: int, self, pre_model_load_memory) -> int | None:
+def profile_available_bytes(result: int, self: KVCacheConfigurator, pre_model_load_memory) -> int | None:
     """AFTER KVCacheConfigurator._profile_available_bytes: leave room for the buffers of a round."""
     if self.is_draft_worker or not asks_for_sts(self.server_args):
         return None
     config = StsConfig.of_launch()
-    return result - runtime.reserved_bytes(config, self.server_args, self.model_config, result)
+    return result - reserve.reserved_bytes(config, self.server_args, self.model_config, result)
 
 
-def internal_state(result, self, recv_req) -> None:
+def internal_state(result: GetInternalStateReqOutput, self, recv_req) -> None:
     """AFTER Scheduler.get_internal_state: repeat the start-up line, with counters, in /get_server_info."""
-    if (bound := runtime.current()) is not None:
+    if (bound := bind.current()) is not None:
         result.internal_state["sts"] = bound.describe()
 
 
 def hicache_load(result, self, *args, **kwargs) -> None:
     """AFTER HiCacheController.load: these slots get new occupants that no forward writes."""
-    if result is not None and (bound := runtime.current()) is not None and bound.state.history is not None:
-        bound.state.history.loaded(result)
+    bound = bind.current()
+    if result is not None and bound is not None and bound.runtime.state.history is not None:
+        bound.runtime.state.history.loaded(result)
 
 
-def release_kv(req, tree_cache, is_insert=True) -> None:
+def release_kv(req: Req, tree_cache: BasePrefixCache, is_insert=True) -> None:
     """BEFORE release_kv_cache: dump a finished request that asks for it, while its slots are its own."""
-    bound = runtime.current()
-    if bound is None or bound.config.inspect_dir is None or req.req_pool_idx is None or not req.finished():
+    bound = bind.current()
+    if bound is None or bound.runtime.config.inspect_dir is None:
         return
-    dumps.finished(bound, req, tree_cache.req_to_token_pool.req_to_token)
+    if (ended := views.finished(req)) is not None:
+        dumps.finished(bound.runtime, ended, views.table_of(tree_cache))
 
 
 def table() -> list[tuple[compat.Target, Any, str]]:

@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from sts_kernels.layout import Count
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Counters:
-    """Totals since start. A verify is one request in one round; tokens are counted per (layer, KV head)."""
+    """Totals since start, those of `Count` and the host's. A verify is one request in one round; tokens are
+    counted per (layer, KV head)."""
 
     sparse_verifies: int = 0
     dense_verifies: int = 0
@@ -23,7 +26,7 @@ class Counters:
     clipped_tokens: int = 0
     draft_selected_tokens: int = 0
     draft_available_tokens: int = 0
-    plans: int = 0  # the host's
+    plans: int = 0  # of FlashInfer, made on the host
 
     @property
     def keep_ratio(self) -> float:
@@ -48,9 +51,14 @@ _HELP = {
 }
 
 
-def read_counters(counts: torch.Tensor, plans: int) -> dict[str, float]:
-    """The device's totals (RoundState.counts) and the host's by name; waits for the device."""
-    return Counters(*counts.tolist(), plans=plans).as_dict()
+def read_counters(totals: torch.Tensor, plans: int) -> dict[str, float]:
+    """The device's totals (RoundState.totals) and the host's by name; waits for the device."""
+    return _counters(totals, plans).as_dict()
+
+
+def _counters(totals: torch.Tensor, plans: int) -> Counters:
+    by_name = {count.name.lower(): total for count, total in zip(Count, totals.tolist(), strict=False)}
+    return Counters(**by_name, plans=plans)
 
 
 class Exporter:
@@ -75,10 +83,10 @@ class Exporter:
     def on_round(self) -> None:
         """Called once a verify round, after its results are on the CPU."""
         self._rounds += 1
-        self._counters = Counters(*self._cpu.tolist(), plans=self._plans())  # of the round before on a GPU
+        self._counters = _counters(self._cpu, self._plans())  # of the round before on a GPU
         self._cpu.copy_(self._counts, non_blocking=True)
         if not self._counts.is_cuda:
-            self._counters = Counters(*self._cpu.tolist(), plans=self._plans())
+            self._counters = _counters(self._cpu, self._plans())
         if self._prometheus:
             self._publish()
         if self._rounds % self._interval == 0:

@@ -11,15 +11,16 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sts_sglang import headmap
-from sts_sglang.config import StsConfig
+from sts_sglang import cpu, headmap
+from sts_sglang.config import BACKEND, CHAIN_FLAGS, StsConfig
+from sts_sglang.host import views
+from sts_sglang.verifiers import flashinfer
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import ServerArgs
     from transformers import PretrainedConfig
 
-BACKEND = "sts"
 BACKEND_FIELDS = (
     "attention_backend",
     "prefill_attention_backend",
@@ -27,11 +28,7 @@ BACKEND_FIELDS = (
     "speculative_draft_attention_backend",
 )
 ALGORITHMS = ("STANDALONE", "EAGLE", "EAGLE3")
-CHAIN_FLAGS = "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
 OTHERWISE = "or use another --attention-backend"
-# Bytes of shared memory for each dimension of a head, besides 2 for each query row, that Triton 3.6 gives a
-# thread block of verify and draft attention: with 16 rows, and with more (read off compiled kernels).
-VERIFY_TILE, DRAFT_TILE = (264, 388), (536, 536)
 
 # Every layer is one RadixAttention over all cached tokens, with neither window, sink, soft cap nor
 # bias (read in sglang/srt/models). Being a list, it keeps out what is not on it: latent attention,
@@ -159,13 +156,11 @@ def check_resolved(server_args: ServerArgs) -> None:
 
 def check_device(server_args: ServerArgs, config: StsConfig) -> None:
     """Plain CPUs on the reference platform, and CUDA. Raises `Refusal`."""
-    from sts_sglang import platform
-
     device = server_args.device
     if device not in KERNELS:
         raise Refusal(f"--device {device}: not served by sts; use --device {' or '.join(KERNELS)}")
-    if device == "cpu" and not platform.selected():
-        raise Refusal(f"--device cpu: sts needs its own platform; set SGLANG_PLATFORM={platform.NAME}")
+    if device == "cpu" and not cpu.selected():
+        raise Refusal(f"--device cpu: sts needs its own platform; set SGLANG_PLATFORM={cpu.NAME}")
     if server_args.enable_torch_compile:
         raise Refusal("--enable-torch-compile: not served by sts (its kernels are no torch ops); remove it")
     _check_kernel(server_args, config)
@@ -190,42 +185,29 @@ def _check_kernel(server_args: ServerArgs, config: StsConfig) -> None:
                 f"sts_config.{field}: {value!r} is not available on device {device} in this release; "
                 f"allowed here: {', '.join(served)}"
             )
-    if config.kernel == "flashinfer":
-        _check_flashinfer(server_args, config)
-
-
-def _check_flashinfer(server_args: ServerArgs, config: StsConfig) -> None:
-    """What its plans, made on the host, cannot follow."""
-    topk = server_args.speculative_eagle_topk
-    unserved = (
-        (config.policy == "top_p", "sts_config.policy 'top_p' (its lists end where the device finds)"),
-        (config.selector != "draft", f"sts_config.selector {config.selector!r} (its lists differ by layer)"),
-        (config.full_verify_every > 0, "sts_config.full_verify_every (the device counts the rounds)"),
-        ((topk or 1) > 1, f"--speculative-eagle-topk {topk} (its mask is a chain's)"),
-    )
-    if what := next((what for found, what in unserved if found), None):
+    if config.kernel == "flashinfer" and (
+        what := flashinfer.refusal(config, server_args.speculative_eagle_topk)
+    ):
         raise Refusal(f"sts_config.kernel: 'flashinfer' does not serve {what}; set kernel to \"triton\"")
 
 
 def _check_graphs(server_args: ServerArgs, config: StsConfig) -> None:
     from sglang.srt.model_executor.cuda_graph_config import Backend
 
-    graphs = server_args.cuda_graph_config
-    captured = any(phase.backend != Backend.DISABLED for phase in (graphs.decode, graphs.prefill))
+    phases = (
+        ("decode", views.decode_graphs(server_args), (Backend.FULL, Backend.DISABLED)),
+        ("prefill", views.prefill_graphs(server_args), (Backend.BREAKABLE, Backend.DISABLED)),
+    )
     if server_args.device == "cpu" or config.kernel == "torch":
-        if captured:
+        if any(graphs.captured for _, graphs, _ in phases):
             raise Refusal(
                 "CUDA graphs: the torch kernels of sts cannot be captured; add --disable-cuda-graph"
             )
         return
-    served = (
-        ("decode", graphs.decode.backend, (Backend.FULL, Backend.DISABLED)),
-        ("prefill", graphs.prefill.backend, (Backend.BREAKABLE, Backend.DISABLED)),
-    )
-    for phase, backend, allowed in served:
-        if backend not in allowed:
+    for phase, graphs, allowed in phases:
+        if graphs.backend not in allowed:
             raise Refusal(
-                f"--cuda-graph-backend-{phase} {backend}: not served by sts; "
+                f"--cuda-graph-backend-{phase} {graphs.backend}: not served by sts; "
                 f"use --cuda-graph-backend-{phase} {' or '.join(allowed)}"
             )
 
@@ -285,10 +267,10 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> None:
     config.check_layers(target.num_hidden_layers)
     if server_args.device == "cuda" and config.kernel != "torch":
         check_tiles(server_args, config, target, draft)
-    models = headmap.ModelPaths.of_server(server_args)
+    models = views.paths(server_args)
     # Weights of a hub name may not be here yet: the map's fingerprints are compared when they are loaded.
     models = models if models.are_folders() else None
-    headmap.of_config(config, headmap.counts(target), headmap.counts(draft), models)
+    headmap.of_config(config, views.model(target).counts, views.model(draft).counts, models)
 
 
 def check_tiles(server_args: ServerArgs, config: StsConfig, target: ModelConfig, draft: ModelConfig) -> None:
@@ -303,16 +285,17 @@ def check_tiles(server_args: ServerArgs, config: StsConfig, target: ModelConfig,
     room = _shared_memory()
     if room is None:
         return
+    from sts_kernels import draft_attention, verify  # imports Triton, which a CPU's launcher goes without
+
     tokens, branches = server_args.speculative_num_draft_tokens, server_args.speculative_eagle_topk
-    readers = [("--speculative-num-draft-tokens", tokens, tokens, target, VERIFY_TILE)]
+    readers = [("--speculative-num-draft-tokens", tokens, tokens, target, verify.shared_bytes)]
     # A carried row beside the branches'.
-    readers += [("--speculative-eagle-topk", branches, 1 + branches, draft, DRAFT_TILE)]
+    readers += [("--speculative-eagle-topk", branches, 1 + branches, draft, draft_attention.shared_bytes)]
     if config.draft == "all":
-        readers += [("--speculative-num-draft-tokens", tokens, tokens, draft, VERIFY_TILE)]
-    for flag, number, queries, model, tile in readers:
+        readers += [("--speculative-num-draft-tokens", tokens, tokens, draft, verify.shared_bytes)]
+    for flag, number, queries, model, shared_bytes in readers:
         rows = queries * (model.num_attention_heads // model.num_key_value_heads)
-        padded = max(16, 1 << (rows - 1).bit_length())
-        needed = model.head_dim * (tile[padded > 16] + 2 * padded)
+        needed = shared_bytes(rows, model.head_dim)
         if needed > room:
             raise Refusal(
                 f"{flag} {number}: a thread block of sts's kernels would hold {rows} query rows of "

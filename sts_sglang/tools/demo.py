@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from sts_sglang.local_server import LocalServer
+from sts_sglang.tools.local_server import LocalServer
 
-MODELS = Path(__file__).parent / "models"
+MODELS = Path(__file__).parents[1] / "models"
 FACTS = {"amber lantern": "48213", "stone harbor": "90417", "quiet meadow": "15526"}
 ASKED = ("stone harbor", "amber lantern", "quiet meadow")
 

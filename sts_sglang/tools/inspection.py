@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sts_sglang.config import ConfigError
-from sts_sglang.headmap import SHIFT
+from sts_sglang.headmap import MAP_SHIFT
 
 if TYPE_CHECKING:
-    from sts_sglang.dumps import Dump
+    from sts_sglang.core.dumps import Dump
 
 GROUPS = 4  # of target layers
 POINTS = 1000  # of a curve; a point is the maximum of its positions
@@ -44,7 +44,7 @@ def _count(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0. Raises ConfigError, one line that names the file or flag."""
-    from sts_sglang.dumps import read  # imports torch, which the launcher's side goes without
+    from sts_sglang.core.dumps import read  # imports torch, which the launcher's side goes without
 
     figure = None if args.no_plot else _figure()
     tokenizer = None if args.tokenizer is None else _tokenizer(args.tokenizer)
@@ -76,7 +76,7 @@ def groups(dump: Dump) -> list[Group]:
 
 
 def describe(dump: Dump) -> str:
-    unknown = (dump.importance[:, SHIFT:] < 0).all(0).mean() if len(dump.tokens) > SHIFT else 1.0
+    unknown = (dump.importance[:, MAP_SHIFT:] < 0).all(0).mean() if len(dump.tokens) > MAP_SHIFT else 1.0
     config = dump.meta["config"]
     return (
         f"{len(dump.tokens)} tokens, {dump.meta['prompt_tokens']} of them prompt; signal: "

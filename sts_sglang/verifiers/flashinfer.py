@@ -1,4 +1,5 @@
-"""Verify by FlashInfer: every (request, KV head) is a request of its own, over pools seen as one head.
+"""Verify by FlashInfer's paged attention: every (request, KV head) is a request of its own, and the pools are
+seen as one head.
 
 FlashInfer plans on the host and needs lengths for it, which the host does not know without waiting for
 the device. So lists are planned for what a request can have at most, rounded up, and stay planned until
@@ -8,22 +9,99 @@ that changes; the device fills them to exactly that length, and a mask hides wha
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from sts_sglang.importance import ALIGN
-from sts_sglang.memory import PLAN_BLOCK
-
-if TYPE_CHECKING:
-    from sts_kernels import Ops
-    from sts_sglang.config import StsConfig
-    from sts_sglang.headmap import HeadMap
-    from sts_sglang.memory import Headwise
+from sts_kernels import Ops
+from sts_kernels.layout import ALIGN, Lists, PagedLists
+from sts_sglang.config import StsConfig
+from sts_sglang.core.request import Request
+from sts_sglang.core.selectors.base import LayerCall
+from sts_sglang.core.sizes import OVERSUBSCRIBED, Need
+from sts_sglang.headmap import HeadMap
 
 logger = logging.getLogger(__name__)
+
+# Lists are planned in whole blocks: a plan holds until a list outgrows its last one.
+PLAN_BLOCK = 256
+# FlashInfer splits lists over two thread blocks a multiprocessor; no device has more than 160 of them.
+PLAN_GRID = 320
+
+
+class Shape(NamedTuple):
+    """What the verifier must hold: T query rows of a GQA group for every (request, KV head)."""
+
+    tokens: int  # T
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    requests: int  # of a batch
+    graph_requests: int  # of the largest CUDA graph, 0 without graphs
+
+    @property
+    def group(self) -> int:
+        return self.q_heads // self.kv_heads
+
+    def entries(self, config: StsConfig, pool_tokens: int, context_len: int) -> int:
+        """Entries of the lists of one KV head; a batch that needs more loses tokens, and counts them."""
+        contexts = min(OVERSUBSCRIBED * pool_tokens, self.requests * context_len)
+        fixed = config.budget if config.policy == "fixed" else 0
+        return contexts + max(self.requests, self.graph_requests) * (PLAN_BLOCK + fixed + self.tokens)
+
+    def list_bytes(self, entries: int) -> int:
+        """Of lists and mask bits of so many entries a KV head; each pair's bits start at a byte."""
+        return self.kv_heads * (4 * entries + self.mask_bytes(entries))
+
+    def mask_bytes(self, entries: int) -> int:
+        """Of one KV head."""
+        return -(-self.tokens * entries // 8) + max(self.requests, self.graph_requests)
+
+    @property
+    def tile(self) -> int:
+        """Query rows of FlashInfer's thread blocks (FA2DetermineCtaTileQ)."""
+        rows = self.tokens * self.group
+        return 16 if rows <= 16 else 64 if rows <= 64 else 128
+
+    def planned_requests(self, pairs: int) -> int:
+        """Requests to plan a graph of so many (request, KV head) pairs for, the last ones empty.
+
+        For graphs FlashInfer sizes its tile for the longest query there can be among so many rows of so
+        many requests. Just enough empty ones make that T, not a tile of 128 rows that are nearly all waste.
+        """
+        return pairs if self.tile == 128 else max(0, pairs - 1) * self.tokens + 1
+
+    def slots(self, pairs: int) -> int:
+        """Thread blocks of the graph of so many pairs, at least those of any batch that is split."""
+        tiles = -(-pairs * self.tokens * self.group // self.tile) + self.planned_requests(pairs)
+        return max(PLAN_GRID, tiles)
+
+    def float_workspace(self) -> int:
+        """Bytes for partial results (PrefillPlan): output and log-sum-exp of every row of every block."""
+        slots = self.slots(self.graph_requests * self.kv_heads)
+        return self.group * slots * self.tile * (self.head_dim + 1) * 4 + 1024
+
+    def int_workspace(self, pairs: int, slots: int) -> int:
+        """Bytes of one plan."""
+        rows = pairs * self.tokens
+        return 16 * slots + 8 * (rows + self.planned_requests(pairs)) + 4096
+
+    def need(self, config: StsConfig, context_len: int) -> Need:
+        """What the verifier takes beside a KV pool."""
+        fixed = self.float_workspace() + self.list_bytes(self.entries(config, 0, context_len))
+        return Need(fixed, OVERSUBSCRIBED * self.list_bytes(8) / 8)
+
+
+def refusal(config: StsConfig, topk: int | None) -> str | None:
+    """What a plan that is made on the host cannot follow in this launch, or None."""
+    unserved = (
+        (config.policy == "top_p", "sts_config.policy 'top_p' (its lists end where the device finds)"),
+        (config.selector != "draft", f"sts_config.selector {config.selector!r} (its lists differ by layer)"),
+        (config.full_verify_every > 0, "sts_config.full_verify_every (the device counts the rounds)"),
+        ((topk or 1) > 1, f"--speculative-eagle-topk {topk} (its mask is a chain's)"),
+    )
+    return next((what for found, what in unserved if found), None)
 
 
 class HostRequest(NamedTuple):
@@ -44,29 +122,40 @@ class HostView:
     def __init__(self, tokens: int, limit: int):
         self.tokens, self.limit = tokens, limit
         self.batch: list[HostRequest] = []
-        self._admitted: dict[int, tuple[str, float | None]] = {}  # by req_pool_idx
+        self._admitted: dict[int | None, tuple[str, float | None]] = {}  # by row of the table
 
-    def admit(self, reqs: list[Any], keeps: list[float]) -> None:
-        """A prefill batch, with the keep of each (NaN: none); its draft pass leaves their rows."""
-        for req, keep in zip(reqs, keeps, strict=True):
-            self._admitted[req.req_pool_idx] = (req.rid, None if math.isnan(keep) else keep)
+    def admit(self, requests: list[Request], keeps: list[float | None]) -> None:
+        """A prefill batch, with the keep of each; its draft pass leaves their rows."""
+        for request, keep in zip(requests, keeps, strict=True):
+            self._admitted[request.row] = (request.rid, keep)
 
-    def note(self, reqs: list[Any]) -> None:
+    def note(self, requests: list[Request]) -> None:
         """A decode batch, before its round."""
-        self.batch = [self._of(req) for req in reqs]
+        self.batch = [self._of(request) for request in requests]
 
-    def _of(self, req: Any) -> HostRequest:
+    def _of(self, request: Request) -> HostRequest:
         # Results come one round late, and a round commits T tokens at most.
-        known = len(req.origin_input_ids) + len(req.output_ids)
-        owner, keep = self._admitted.get(req.req_pool_idx, (None, None))
-        return HostRequest(min(known + 2 * self.tokens, self.limit), keep, owner == req.rid)
+        known = len(request.prompt) + len(request.output)
+        owner, keep = self._admitted.get(request.row, (None, None))
+        return HostRequest(min(known + 2 * self.tokens, self.limit), keep, owner == request.rid)
 
 
-def planned_contexts(config: StsConfig, batch: list[HostRequest], columns: int, lists: int) -> list[int]:
+class Limits(NamedTuple):
+    """Capacities of the round's state, as far as the host must know them.
+
+    columns, lists: context tokens of a batch that can be scored, and listed. context: no request has more.
+    """
+
+    columns: int
+    lists: int
+    context: int
+
+
+def planned_contexts(config: StsConfig, batch: list[HostRequest], limits: Limits) -> list[int]:
     """Context tokens to plan for each request, at least what it attends to.
 
-    The rules of RoundState.select at the bounds: a request that may find no room among `columns` scored
-    tokens or `lists` listed ones, or was never scored, attends whole. All of them grow with the length.
+    The rules of `size_lists` at the bounds: a request that may find no room among the scored
+    tokens or the listed ones, or was never scored, attends whole. All of them grow with the length.
     """
     budgets = [config.budget_for(bound, keep) for bound, keep, _ in batch]
     taken = [budget if budget < request.bound else 0 for budget, request in zip(budgets, batch, strict=True)]
@@ -77,7 +166,7 @@ def planned_contexts(config: StsConfig, batch: list[HostRequest], columns: int, 
         column += _round_up(bound, ALIGN)
         own = keep is not None
         listed[own] += room
-        whole = not scored or column > columns or listed[own] > lists
+        whole = not scored or column > limits.columns or listed[own] > limits.lists
         constant = config.policy == "fixed" and keep is None and not whole
         planned.append(config.budget if constant else _round_up(bound if whole else budget, PLAN_BLOCK))
     return planned
@@ -111,115 +200,97 @@ class _Planned:
     contexts: tuple[int, ...] | None = None  # planned for
 
 
-class FlashInferVerify:
-    """Stands in for sparse_verify_attention under `kernel: flashinfer`.
+class FlashInferVerifier:
+    """Verifies for chains and the policies `ratio` and `fixed`.
 
     Args:
-        config: policy `fixed` or `ratio`.
-        shape: what to hold; dtype: of queries, keys and values.
-        entries: of the lists of one KV head (shape.entries).
-        columns, lists: capacities of the round's state, in tokens (planned_contexts).
-        runs: layer_runs of the head map.
-        limit: longest context.
-        ops: the ops in use; headwise_lists is called.
-        clipped: int64 [1], counts tokens without room.
+        config: as served. shape: what to hold. entries: of the lists of one KV head (`Shape.entries`).
+        runs: `layer_runs` of the head map. limits: capacities (`planned_contexts`).
+        ops: the ops in use; headwise_lists is called. dtype: of queries, keys and values.
+        clipped: int64 [1], counts tokens without room; it also says on which device everything lives.
         wrapper_class: FlashInfer's BatchPrefillWithPagedKVCacheWrapper unless given.
     """
+
+    on_host = True
 
     def __init__(
         self,
         config: StsConfig,
-        shape: Headwise,
-        dtype: torch.dtype,
+        shape: Shape,
         entries: int,
-        columns: int,
-        lists: int,
         runs: dict[int, int],
-        limit: int,
+        limits: Limits,
         ops: Ops,
-        device: str,
+        dtype: torch.dtype,
+        *,
         clipped: torch.Tensor,
         wrapper_class: type | None = None,
     ):
         if wrapper_class is None:
             from flashinfer import BatchPrefillWithPagedKVCacheWrapper as wrapper_class
         self.config, self.shape, self.dtype, self.runs, self.ops = config, shape, dtype, runs, ops
-        self.entries, self.columns, self.lists, self.device = entries, columns, lists, device
-        self.host = HostView(shape.tokens, limit)
-        self.indices = torch.zeros(shape.kv_heads * entries, dtype=torch.int32, device=device)
-        mask_bytes = shape.kv_heads * shape.mask_bytes(entries)
-        self.mask = torch.zeros(mask_bytes, dtype=torch.uint8, device=device)
+        self.entries, self.limits, self.device = entries, limits, clipped.device
+        self.host = HostView(shape.tokens, limits.context)
+        new = {"device": self.device}
+        self.indices = torch.zeros(shape.kv_heads * entries, dtype=torch.int32, **new)
+        self.mask = torch.zeros(shape.kv_heads * shape.mask_bytes(entries), dtype=torch.uint8, **new)
         # One for all plans: calls follow each other.
-        self.workspace = torch.empty(shape.float_workspace(), dtype=torch.uint8, device=device)
+        self.workspace = torch.empty(shape.float_workspace(), dtype=torch.uint8, **new)
         self.clipped = clipped
-        self.plans, self._warned = 0, False
+        self.host_plans, self._warned = 0, False
         self._wrapper_class = wrapper_class
         self._graphs: dict[int, _Planned] = {}
         self._eager: _Planned | None = None
         self._active: _Planned | None = None
 
-    def plan_graph(self, bs: int, in_capture: bool) -> None:
-        """Before a CUDA graph of so many requests is captured or replayed."""
+    def admit(self, requests: list[Request], keeps: list[float | None]) -> None:
+        self.host.admit(requests, keeps)
+
+    def note(self, requests: list[Request]) -> None:
+        self.host.note(requests)
+
+    def before_graph(self, bs: int, capturing: bool) -> None:
         if self.runs:
             if bs not in self._graphs:
                 self._graphs[bs] = self._for_graph(bs)
             self._active = self._graphs[bs]
-            self._plan(self._active, self._contexts(bs, [] if in_capture else self.host.batch))
+            self._plan(self._active, self._contexts(bs, [] if capturing else self.host.batch))
 
-    def plan_eager(self, bs: int) -> None:
-        """Before an eager verify of so many requests."""
+    def before_eager(self, bs: int) -> None:
         if self.runs:
             if self._eager is None:
                 self._eager = self._for_eager()
             self._active = self._eager
             self._plan(self._active, self._contexts(bs, self.host.batch))
 
+    def begin(self, lists: Lists | None, lens: torch.Tensor) -> None:
+        """The plan was made on the host."""
+
     def attend(
-        self,
-        layer_id: int,
-        q: torch.Tensor,
-        k_buffer: torch.Tensor,
-        v_buffer: torch.Tensor,
-        kv_indices: torch.Tensor,
-        kv_start: torch.Tensor,
-        kv_count: torch.Tensor,
-        head_channels: torch.Tensor,
-        req_to_token: torch.Tensor,
-        req_pool_indices: torch.Tensor,
-        seq_lens: torch.Tensor,
-        tail_mask: torch.Tensor,
-        sm_scale: float,
-        attended: torch.Tensor,
+        self, call: LayerCall, lists: Lists, channels: torch.Tensor, attended: torch.Tensor
     ) -> torch.Tensor:
-        """sparse_verify_attention of a layer; layers come in order, the first of a run writes its lists."""
-        active, (bs, tokens, q_heads, dim) = self._active, q.shape
-        if layer_id in self.runs:
+        """Layers come in order: the first of a run writes the lists of all of them."""
+        active, (bs, tokens, q_heads, dim) = self._active, call.q.shape
+        if call.layer in self.runs:
             self.ops.headwise_lists(
-                kv_indices,
-                kv_start,
-                kv_count,
-                head_channels,
-                req_to_token,
-                req_pool_indices,
-                seq_lens,
-                tokens,
-                active.indptr,
-                active.mask_indptr,
-                self.indices,
-                self.mask,
-                self.runs[layer_id],
+                lists,
+                channels,
+                call.contexts,
+                PagedLists(active.indptr, active.mask_indptr, self.indices, self.mask),
                 attended,
                 self.clipped,
+                tokens=tokens,
+                layers=self.runs[call.layer],
             )
         turned = (bs, self.shape.kv_heads, tokens, self.shape.group, dim)
-        rows = q.view(bs, tokens, self.shape.kv_heads, -1, dim).transpose(1, 2).reshape(-1, turned[3], dim)
+        rows = call.q.view(bs, tokens, self.shape.kv_heads, -1, dim).transpose(1, 2)
+        rows = rows.reshape(-1, self.shape.group, dim)
         out = torch.empty_like(rows)
-        kv = (k_buffer.view(-1, 1, 1, dim), v_buffer.view(-1, 1, 1, dim))
-        active.wrapper.run(rows, kv, out=out, q_scale=sm_scale)
+        kv = tuple(buffer.view(-1, 1, 1, dim) for buffer in call.pool)
+        active.wrapper.run(rows, kv, out=out, q_scale=call.scale)
         return out.view(turned).transpose(1, 2).reshape(bs, tokens, q_heads, dim)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes by purpose."""
         plans = [*self._graphs.values(), *([self._eager] if self._eager else [])]
         return {
             "headwise_lists": self.indices.nbytes + self.mask.nbytes,
@@ -228,7 +299,7 @@ class FlashInferVerify:
 
     def _contexts(self, bs: int, batch: list[HostRequest]) -> tuple[int, ...]:
         """Context tokens to plan for each row; rows that pad a graph get none, or the constant."""
-        found = planned_contexts(self.config, batch[:bs], self.columns, self.lists)
+        found = planned_contexts(self.config, batch[:bs], self.limits)
         padding = self.config.budget if self.config.policy == "fixed" else 0
         found += [padding] * (bs - len(found))
         left, fitting = self.entries - bs * self.shape.tokens, []
@@ -282,7 +353,7 @@ class FlashInferVerify:
             # FlashInfer counts a packed mask in bits here.
             _replace(planned.wrapper, "_mask_indptr_buf", planned.mask_indptr)
         planned.contexts = contexts
-        self.plans += 1
+        self.host_plans += 1
 
     def _for_graph(self, bs: int) -> _Planned:
         pairs = bs * self.shape.kv_heads
@@ -323,7 +394,7 @@ class FlashInferVerify:
 
     def _pinned(self, values: torch.Tensor) -> torch.Tensor:
         values = values.to(torch.int32)
-        return values if self.device == "cpu" else values.pin_memory()
+        return values if self.device.type == "cpu" else values.pin_memory()
 
 
 class _Staging:
@@ -333,8 +404,8 @@ class _Staging:
     may still wait behind a round that the device has not done.
     """
 
-    def __init__(self, size: int, device: str):
-        self.nbytes, self._turn, cuda = size, 0, device != "cpu"
+    def __init__(self, size: int, device: torch.device):
+        self.nbytes, self._turn, cuda = size, 0, device.type != "cpu"
         self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=cuda) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)] if cuda else []
 

@@ -23,15 +23,16 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sts_kernels import ALIGN, IMPORTANCE_SCALE
-
-if TYPE_CHECKING:
-    from sts_sglang.config import StsConfig
+from sts_kernels import Ops
+from sts_kernels.layout import ALIGN, IMPORTANCE_SCALE, Contexts, Lists, Scores, Sizes, columns_of
+from sts_sglang.config import StsConfig
+from sts_sglang.core.selectors.base import LayerCall
+from sts_sglang.core.sizes import OVERSUBSCRIBED, Need
 
 PAGE = 16
 SCRATCH = 512 << 20  # bytes that scoring a layer may take: so many requests at a time
@@ -146,94 +147,87 @@ class LayerSelector:
     """Makes the lists of a verify layer by one of RULES, with buffers of its own.
 
     Args:
-        config: `selector` names the rule.
-        kv_heads: of the target; one list each. columns: context tokens of a batch that can be scored.
-        requests: request slots. dtype: of the scores, float16 for the kernels. device: where all of it lives.
+        config: `selector` names the rule. ops: the ops in use.
+        of_target: int32 [layers, H_kv], Channels.of_target: whose list length a KV head takes.
+        columns: context tokens of a batch that can be scored. requests: rows of the table.
+        dtype: of the scores, float16 for the kernels.
         width: positions of every request that are looked at, so that no length is read from the device;
             None: as many as the longest context of a batch has.
     """
 
+    ahead = False
+
     def __init__(
         self,
         config: StsConfig,
-        kv_heads: int,
+        ops: Ops,
+        of_target: Tensor,
         columns: int,
         requests: int,
         dtype: torch.dtype,
-        device: str,
+        *,
         width: int | None = None,
     ):
-        self.config, self.rule, self.width = config, RULES[config.selector], width
-        self.columns = columns
+        self.config, self.ops, self.rule, self.width = config, ops, RULES[config.selector], width
+        self.of_target, self.columns = of_target, columns
+        kv_heads, device = of_target.shape[1], of_target.device
         # Behind them, in whole blocks as before, one that takes the scores of what is no context.
         self.scores = torch.zeros(kv_heads, columns + ALIGN, dtype=dtype, device=device)
         # A request's list of a head is shorter than its context: it lies where its columns do.
-        self.kv_indices = torch.zeros(kv_heads * columns, dtype=torch.int32, device=device)
+        self.indices = torch.zeros(kv_heads * columns, dtype=torch.int32, device=device)
         self.heads = torch.arange(kv_heads, dtype=torch.int32, device=device)
         self.seeds = torch.zeros(requests, dtype=torch.int64, device=device)
 
-    def admit(self, slots: Tensor, prompts: list[list[int]]) -> None:
-        """The prompts that request slots were given to."""
+    def admit(self, rows: Tensor, prompts: list[list[int]]) -> None:
         if self.config.selector == "random":
             seeds = torch.tensor([prompt_seed(ids) for ids in prompts], dtype=torch.int64)
-            self.seeds[slots] = seeds.to(self.seeds.device)
+            self.seeds[rows] = seeds.to(self.seeds.device)
 
-    def select(
-        self,
-        ops,
-        number: int,
-        q: Tensor,
-        k_buffer: Tensor,
-        table: Tensor,
-        reqs: Tensor,
-        seq_lens: Tensor,
-        columns: Tensor,
-        counts: Tensor,
-        tail_mask: Tensor,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Lists of one layer: kv_indices, kv_start and kv_count [bs, H_kv] for sparse_verify_attention.
+    def select(self, sizes: Sizes, contexts: Contexts) -> Lists:
+        """Lengths alone: what is on the lists depends on the queries of each layer."""
+        return Lists(self.indices, sizes.starts, sizes.counts)
 
-        q is [bs, T, H_q, D]; `columns` are the requests' first columns, `counts` [bs, H_kv] the lengths of
-        the lists, -1 to attend to the whole context. Waits for the device where there is no `width`.
-        """
-        tail = seq_lens[:, None] + torch.arange(q.shape[1], device=q.device)
-        width = int(seq_lens.max()) if self.width is None else self.width
+    def of_layer(self, lists: Lists, call: LayerCall) -> tuple[Lists, Tensor]:
+        """Waits for the device where there is no `width`."""
+        counts = lists.counts[:, self.of_target[call.layer].long()]
+        starts = columns_of(call.contexts.lens, self.columns)
+        self._score(call, counts, starts)
+        own = starts[:, None] + self.heads * self.columns
+        made = Lists(self.indices, own, counts.to(torch.int32).contiguous())
+        self.ops.select_tokens(
+            Scores(self.scores, starts),
+            call.contexts,
+            counts.amax(1),
+            made,
+            sink=self.config.sink,
+            recent=self.config.recent,
+        )
+        return made, self.heads
+
+    def _score(self, call: LayerCall, counts: Tensor, starts: Tensor) -> None:
+        """Write the scores of every request that has a list, some requests at a time."""
+        contexts, q, lens = call.contexts, call.q, call.contexts.lens
+        tail = lens[:, None] + torch.arange(q.shape[1], device=q.device)
+        width = int(lens.max()) if self.width is None else self.width
         positions = torch.arange(width, device=q.device)
-        step = at_once(width, q, k_buffer)
+        step = at_once(width, q, call.pool.k)
         for few in (slice(first, first + step) for first in range(0, q.shape[0], step)):
-            slots = table[reqs[few]]
+            slots = contexts.table[contexts.reqs[few]]
             layer = Layer(
-                number,
+                call.layer,
                 q[few],
-                k_buffer[slots[:, :width].long()],
-                k_buffer[slots.gather(1, tail[few]).long()],
-                seq_lens[few].long(),
-                tail_mask[few],
-                scale,
-                self.seeds[reqs[few]],
+                call.pool.k[slots[:, :width].long()],
+                call.pool.k[slots.gather(1, tail[few]).long()],
+                lens[few].long(),
+                call.tail_mask[few],
+                call.scale,
+                self.seeds[contexts.reqs[few]],
                 self.config.pool_rows,
                 self.config.pool_heads,
             )
             scored = layer.there & (counts[few] >= 0).any(1, keepdim=True)
-            place = torch.where(scored, columns[few, None] + positions, self.columns)
+            place = torch.where(scored, starts[few, None] + positions, self.columns)
             self.scores[:, place] = self.rule(layer).transpose(0, 1).to(self.scores.dtype)
-        kv_start = columns[:, None] + self.heads * self.columns
-        kv_count = counts.to(torch.int32).contiguous()
-        ops.select_tokens(
-            self.scores,
-            columns,
-            seq_lens,
-            counts.amax(1),
-            self.config.sink,
-            self.config.recent,
-            table,
-            reqs,
-            self.kv_indices,
-            kv_start,
-            kv_count,
-        )
-        return self.kv_indices, kv_start, kv_count
 
 
 def at_once(width: int, q: Tensor, k_buffer: Tensor) -> int:
@@ -249,3 +243,10 @@ def request_bytes(width: int, kv_heads: int, dim: int, itemsize: int, rows: int)
     A token of a KV head has its key, a float32 copy of it or the bounds' two, and four values a query row.
     """
     return width * kv_heads * (dim * (itemsize + 4) + 16 * rows)
+
+
+def need(heads: int, head_dim: int, itemsize: int, rows: int, context_len: int) -> Need:
+    """What a LayerSelector takes for a target of so many KV heads: scores and lists by token of the pool, and
+    what scoring a layer takes."""
+    layer = request_bytes(context_len, heads, head_dim, itemsize, rows)
+    return Need(max(SCRATCH, layer), OVERSUBSCRIBED * 6 * heads)

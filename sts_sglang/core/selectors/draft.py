@@ -1,0 +1,57 @@
+"""STS itself: the tokens that the draft attended to."""
+
+from __future__ import annotations
+
+import torch
+
+from sts_kernels import Ops
+from sts_kernels.layout import Contexts, Lists, Sizes
+from sts_sglang.config import StsConfig
+from sts_sglang.core.channels import Channels
+from sts_sglang.core.round import RoundState
+from sts_sglang.core.selectors.base import LayerCall
+
+
+class DraftSelector:
+    """Selects by the importance that the draft's passes of this round left, once for all layers.
+
+    Args:
+        config: what to keep. state: of the round. channels: of the head map. ops: the ops in use.
+    """
+
+    ahead = True
+
+    def __init__(self, config: StsConfig, state: RoundState, channels: Channels, ops: Ops):
+        self.config, self.state, self.channels, self.ops = config, state, channels, ops
+
+    def admit(self, rows: torch.Tensor, prompts: list[list[int]]) -> None:
+        """What the draft attends to needs no prompt."""
+
+    def select(self, sizes: Sizes, contexts: Contexts) -> Lists:
+        config, state = self.config, self.state
+        if state.history is not None:
+            state.history.blend(self.ops, state.scores(sizes.known), contexts)
+        if config.spread:
+            self.ops.spread_importance(state.scores(sizes.sparse), contexts.lens, factor=config.spread)
+        state.note_scores(sizes.known, contexts)
+        lists = Lists(state.indices, sizes.starts, sizes.counts)
+        self.ops.select_tokens(
+            state.scores(sizes.known),
+            contexts,
+            sizes.budgets,
+            lists,
+            sink=config.sink,
+            recent=config.recent,
+            top_p=self._top_p(contexts.reqs),
+            draft_indices=state.draft_indices,
+        )
+        return lists
+
+    def of_layer(self, lists: Lists, call: LayerCall) -> tuple[Lists, torch.Tensor]:
+        return lists, self.channels.of_target[call.layer]
+
+    def _top_p(self, reqs: torch.Tensor) -> torch.Tensor | None:
+        """float32 [bs], infinite for a request with a keep of its own; None under other policies."""
+        if self.config.policy != "top_p":
+            return None
+        return torch.where(self.state.keeps[reqs].isnan(), self.config.top_p, torch.inf).float()

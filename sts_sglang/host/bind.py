@@ -1,0 +1,324 @@
+"""From SGLang's workers and backends to one bound draft-target pair, and what it says of itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from sts_kernels import Ops, ops
+from sts_sglang import headmap
+from sts_sglang.backends import dense
+from sts_sglang.backends.carry import CarryLastRow
+from sts_sglang.backends.draft import DraftMultiStepBackend
+from sts_sglang.backends.target import StsTargetBackend
+from sts_sglang.config import ConfigError, StsConfig
+from sts_sglang.core import sizes
+from sts_sglang.core.channels import Channels
+from sts_sglang.core.round import Draft, RoundState
+from sts_sglang.core.runtime import Runtime
+from sts_sglang.core.selectors.base import Selector
+from sts_sglang.core.selectors.compare import LayerSelector
+from sts_sglang.core.selectors.draft import DraftSelector
+from sts_sglang.core.verifier import Verifier
+from sts_sglang.headmap import HeadCounts, HeadMap, ModelPaths
+from sts_sglang.host import reserve, views
+from sts_sglang.host.metrics import read_counters
+from sts_sglang.verifiers.by_ops import OpsVerifier
+from sts_sglang.verifiers.flashinfer import FlashInferVerifier, Limits, layer_runs
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker, EAGLEWorkerV2
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The pair of this process, and what the start-up line says besides.
+
+    dense: class of the target's dense backend. kv_bytes: of both KV pools. graphs: by pass, whether it runs
+    as a CUDA graph; empty without graphs, and before they are captured.
+    """
+
+    runtime: Runtime
+    dense: str
+    kv_bytes: int
+    graphs: dict[str, bool]
+
+    def describe(self) -> dict[str, Any]:
+        """The start-up line as data, with the counters so far; also in /server_info."""
+        runtime, own = self.runtime, self.runtime.nbytes()
+        return {
+            "config": json.loads(runtime.config.to_json()),
+            "head_map": runtime.head_map.origin,
+            "channels": runtime.channels.number,
+            "device": runtime.device,
+            "kernel": runtime.kernel,
+            "dense": self.dense,
+            "graphs": self.graphs or "none",
+            "columns": runtime.state.importance.shape[1],
+            "memory_bytes": own,
+            **self._history_bytes(),
+            "memory_share": round(sum(own.values()) / self.kv_bytes, 4),
+            "counters": read_counters(runtime.state.totals, runtime.verifier.host_plans),
+        }
+
+    def _history_bytes(self) -> dict[str, int]:
+        if (history := self.runtime.state.history) is None:
+            return {}
+        width = history.remembered.element_size()
+        number = self.runtime.channels.number
+        return {"history_bytes_per_token": sizes.history_bytes_per_token(number, width)}
+
+
+_bound: Bound | None = None
+
+
+def current() -> Bound | None:
+    """The pair of this process, None unless a draft and a target were bound here."""
+    return _bound
+
+
+def create_backend(config: StsConfig, runner: ModelRunner):
+    """Attention backend of a model runner: the draft's carries rows, the target's verifies sparsely."""
+    if runner.is_draft_worker:
+        return dense.of_draft_extend(config, runner)
+    name = dense.name_of(config, runner)
+    return StsTargetBackend(runner, dense.of_target(name, runner), name)
+
+
+class Parts(NamedTuple):
+    """Runners and backends of a speculative worker. steps: None with one speculative step."""
+
+    target: ModelRunner
+    draft: ModelRunner
+    verify: StsTargetBackend
+    steps: DraftMultiStepBackend | None
+    extend: CarryLastRow
+
+
+def parts(worker: EAGLEWorkerV2) -> Parts:
+    """After the backends of a worker exist.
+
+    Raises:
+        RuntimeError: when one of them is not ours; serving on would be dense without saying so.
+    """
+    draft: EagleDraftWorker = worker._draft_worker
+    target: TpModelWorker = worker._target_worker
+    runner: ModelRunner = target.model_runner
+    verify, steps, extend = runner.attn_backend, draft.draft_attn_backend, draft.draft_extend_attn_backend
+    expected = [(verify, StsTargetBackend), (extend, CarryLastRow)]
+    if steps is not None:
+        expected.append((steps, DraftMultiStepBackend))
+    for backend, cls in expected:
+        if not isinstance(backend, cls):
+            raise RuntimeError(
+                f"STS was asked for, but SGLang built {type(backend).__name__} where {cls.__name__} belongs; "
+                "use --attention-backend sts and no other attention backend flag"
+            )
+    return Parts(runner, draft.draft_runner, verify, steps, extend)
+
+
+def bind(worker: EAGLEWorkerV2, config: StsConfig) -> Bound:
+    """Join the target's and the draft's backends of a speculative worker.
+
+    Raises:
+        RuntimeError: when one of them is not ours.
+        ConfigError: when the head map or the dense layers do not fit the models.
+    """
+    global _bound
+    found = parts(worker)
+    target, draft = views.runner(found.target), views.runner(found.draft)
+    runtime = assemble(
+        config,
+        target.model.counts,
+        draft.model.counts,
+        _draft_of(config, worker, draft),
+        target.device,
+        views.paths(worker.server_args),
+        flashinfer_of(worker.server_args, target),
+    )
+    use_qlen_tree_mask(worker)
+    for backend in (found.verify, found.extend, found.steps):
+        if backend is not None:
+            backend.bind(runtime)
+    _bound = Bound(
+        runtime, type(found.verify.dense).__name__, target.pools.nbytes() + draft.pools.nbytes(), {}
+    )
+    return _bound
+
+
+MakeVerifier = Callable[[StsConfig, HeadMap, RoundState, Ops], Verifier]
+
+
+def assemble(
+    config: StsConfig,
+    target: HeadCounts,
+    draft_counts: HeadCounts,
+    draft: Draft,
+    device: str,
+    models: ModelPaths | None = None,
+    make_flashinfer: MakeVerifier | None = None,
+) -> Runtime:
+    """The runtime of a pair.
+
+    Args:
+        config: validated configuration. target, draft_counts: attention shapes of the models.
+        draft: pools and buffers of the draft's pass. device: where the state lives.
+        models: where the weights are, for the fingerprints of head maps.
+        make_flashinfer: makes the verifier of kernel `flashinfer`.
+    """
+    config.check_layers(target.layers)
+    head_map = headmap.of_config(config, target, draft_counts, models)
+    config = headmap.served(config, head_map)
+    kernel = kernel_for(config, device)
+    own = ops("torch" if kernel == "torch" else "triton")
+    channels = Channels.of(head_map, device)
+    # Exact on the CPU, the reference. On CUDA the torch ops stand beside the kernels, and a tenth of
+    # a context reaches down to scores that only float32 tells from zero.
+    exact = device == "cpu" and kernel == "torch"
+    dtype = torch.float32 if exact else torch.float16
+    state = RoundState(config, head_map, channels, draft, device, dtype)
+    by_ops = [OpsVerifier(own, channels.of_target, draft.table.shape[1]) for _ in range(2)]
+    return Runtime(
+        config=config,
+        head_map=head_map,
+        channels=channels,
+        draft=draft,
+        state=state,
+        ops=own,
+        kernel=kernel,
+        device=device,
+        selector=_selector(config, state, channels, own, draft.table),
+        verifier=make_flashinfer(config, head_map, state, own) if kernel == "flashinfer" else by_ops[0],
+        whole=by_ops[1],
+    )
+
+
+def _selector(
+    config: StsConfig, state: RoundState, channels: Channels, own: Ops, table: torch.Tensor
+) -> Selector:
+    if config.selector == "draft":
+        return DraftSelector(config, state, channels, own)
+    scores = state.importance
+    # On a GPU without a look at the lengths.
+    width = None if scores.device.type == "cpu" else table.shape[1]
+    return LayerSelector(
+        config, own, channels.of_target, scores.shape[1], table.shape[0], scores.dtype, width=width
+    )
+
+
+def kernel_for(config: StsConfig, device: str) -> str:
+    """`triton` or `torch`, the ops that run, or `flashinfer`: Triton's with FlashInfer's verify attention."""
+    if config.kernel != "auto":
+        return config.kernel
+    return "torch" if device == "cpu" else "triton"
+
+
+def flashinfer_of(server_args: Any, target: views.Runner) -> MakeVerifier:
+    """Makes the verifier of kernel `flashinfer` for this launch."""
+
+    def make(config: StsConfig, head_map: HeadMap, state: RoundState, own: Ops) -> Verifier:
+        requests = _batch_limit(server_args, target.table)
+        shape = reserve.flashinfer_shape(server_args, target.model, requests)
+        if target.pools.slots * shape.kv_heads >= 2**31:
+            raise ConfigError(
+                "sts_config.kernel: 'flashinfer' numbers the slots of all KV heads by int32, and the KV pool "
+                "has too many; allowed: 'triton', or a smaller --max-total-tokens"
+            )
+        channels, columns = state.importance.shape
+        return FlashInferVerifier(
+            config,
+            shape,
+            shape.entries(config, target.pools.tokens, target.model.context_len),
+            layer_runs(config, head_map, target.model.counts.layers),
+            Limits(columns, state.indices.numel() // channels, target.table.shape[1]),
+            own,
+            target.dtype,
+            clipped=state.clipped,
+        )
+
+    return make
+
+
+def _batch_limit(server_args: Any, table: torch.Tensor) -> int:
+    """Most requests of a batch."""
+    return min(table.shape[0], server_args.max_running_requests or table.shape[0])
+
+
+def _draft_of(config: StsConfig, worker: EAGLEWorkerV2, draft: views.Runner) -> Draft:
+    requests = _batch_limit(worker.server_args, draft.table)
+    return Draft(
+        num_steps=worker.speculative_num_steps,
+        topk=worker.topk,
+        q_heads=draft.model.counts.q_heads,
+        kv_heads=draft.model.counts.kv_heads,
+        head_dim=draft.model.head_dim,
+        dtype=draft.dtype,
+        pools=draft.pools,
+        slots=draft.pools.slots,
+        table=draft.table,
+        capacity=sizes.capacity(config, draft.pools.tokens, requests, draft.model.context_len),
+    )
+
+
+def use_qlen_tree_mask(worker: EAGLEWorkerV2) -> None:
+    """Ask for the [T, T] tree mask instead of [T, L + T].
+
+    CUDA defaults to FULL_MASK, which the worker fills whole every round (MBs at long contexts).
+    """
+    from sglang.srt.speculative.eagle_utils import TreeMaskMode
+
+    draft: EagleDraftWorker = worker._draft_worker
+    draft.tree_mask_mode = TreeMaskMode.QLEN_ONLY
+
+
+def note_graphs(worker: EAGLEWorkerV2) -> Bound:
+    """After the worker's CUDA graphs were captured: which of them, in the start-up line."""
+    global _bound
+    _bound = replace(_bound, graphs=check_graphs(captured_graphs(worker), _bound.dense))
+    return _bound
+
+
+def captured_graphs(worker: EAGLEWorkerV2) -> dict[str, bool]:
+    """Whether each of the round's passes replays a CUDA graph; without graphs, none is named."""
+    from sglang.srt.environ import envs
+
+    if not views.decode_graphs(worker.server_args).captured:
+        return {}
+    draft: EagleDraftWorker = worker._draft_worker
+    target: TpModelWorker = worker._target_worker
+    runner: ModelRunner = target.model_runner
+    captured = {"verify": runner.decode_cuda_graph_runner is not None}
+    if worker.speculative_num_steps > 1:
+        captured["draft_decode"] = draft.cuda_graph_runner is not None
+    if not envs.SGLANG_DISABLE_DRAFT_EXTEND_CUDA_GRAPH.get():
+        captured["draft_extend"] = draft.cuda_graph_runner_for_draft_extend is not None
+    return captured
+
+
+def check_graphs(captured: dict[str, bool], dense_class: str) -> dict[str, bool]:
+    """The captured passes; RuntimeError when SGLang left one out that runs under graphs."""
+    missing = [name for name, on in captured.items() if not on]
+    if dense_class == "TorchBackend" and "draft_extend" in missing:
+        missing.remove("draft_extend")
+    if missing:
+        raise RuntimeError(
+            f"STS: SGLang captured no CUDA graph of {', '.join(missing)}; see its log, or serve without "
+            "graphs by --disable-cuda-graph"
+        )
+    return captured
+
+
+def announce(bound: Bound) -> None:
+    """Log the start-up line."""
+    described = bound.describe()
+    described.pop("counters")
+    logger.info("STS serves: %s", json.dumps(described))

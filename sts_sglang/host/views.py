@@ -1,0 +1,294 @@
+"""SGLang's objects as this project's plain values. Whoever needs a field of one asks here.
+
+Every class that a function below is annotated with stands in `compat.FIELDS` with the fields that are read,
+and a launch ends where one of them is gone: a `getattr` with a default would be a silent change of meaning.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from sts_kernels.layout import Contexts, KvPool
+from sts_sglang.core.request import Finished, Request
+from sts_sglang.headmap import HeadCounts, ModelPaths
+
+if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+    from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.sampling.sampling_params import SamplingParams
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleVerifyInput
+
+
+class Mode(enum.Enum):
+    """What a forward is, as far as attention differs."""
+
+    IDLE = enum.auto()
+    DECODE = enum.auto()  # of the target without speculation, or a step of the draft
+    VERIFY = enum.auto()
+    DRAFT_EXTEND = enum.auto()  # the draft catches up with what was accepted
+    PREFILL = enum.auto()
+
+
+def mode(batch: ForwardBatch) -> Mode:
+    """Raises RuntimeError for a kind of forward that no code here was written for."""
+    of_batch: ForwardMode = batch.forward_mode
+    kinds = (
+        (of_batch.is_idle, Mode.IDLE),
+        (of_batch.is_decode, Mode.DECODE),
+        (of_batch.is_target_verify, Mode.VERIFY),
+        (of_batch.is_draft_extend_v2, Mode.DRAFT_EXTEND),
+        (of_batch.is_extend, Mode.PREFILL),
+    )
+    found = next((kind for holds, kind in kinds if holds()), None)
+    if found is None:
+        raise RuntimeError(f"STS: a forward of mode {of_batch!r} is not served")
+    return found
+
+
+class Batch(NamedTuple):
+    """The requests of a forward: how many, and int [bs] each, rows in the table of slots and lengths."""
+
+    size: int
+    reqs: torch.Tensor
+    lens: torch.Tensor
+
+    def contexts(self, table: torch.Tensor) -> Contexts:
+        """With the table that holds their slots."""
+        return Contexts(table, self.reqs, self.lens)
+
+
+def requests_of(batch: ForwardBatch) -> Batch:
+    return Batch(batch.batch_size, batch.req_pool_indices, batch.seq_lens)
+
+
+class Rows(NamedTuple):
+    """New tokens of each request of a prefill: int [bs] each, tokens before them and how many they are."""
+
+    before: torch.Tensor
+    number: torch.Tensor
+
+
+def new_rows(batch: ForwardBatch) -> Rows:
+    """Of a prefill or a draft-extend."""
+    return Rows(batch.extend_prefix_lens, batch.extend_seq_lens)
+
+
+def written(batch: ForwardBatch) -> torch.Tensor:
+    """int64 [N]: slots that this forward writes."""
+    return batch.out_cache_loc
+
+
+class Tree(NamedTuple):
+    """The tokens that a verify batch checks: T a request, in `topk` branches at most.
+
+    mask: bool, which token sees which, in one of SGLang's two layouts; None for a chain.
+    """
+
+    tokens: int
+    topk: int
+    mask: torch.Tensor | None
+
+
+def tree(batch: ForwardBatch) -> Tree:
+    """Of a verify."""
+    spec: EagleVerifyInput = batch.spec_info
+    return Tree(spec.draft_token_num, spec.topk, spec.custom_mask)
+
+
+class Accepted(NamedTuple):
+    """What a draft-extend catches up with: all `width` tokens of a request run, of which the first `number`
+    [bs] were accepted."""
+
+    number: torch.Tensor
+    width: int
+
+
+def accepted(batch: ForwardBatch) -> Accepted:
+    """Of a draft-extend. Raises RuntimeError where SGLang does not say how many were accepted."""
+    spec: EagleDraftExtendInput = batch.spec_info
+    if spec.num_accept_tokens is None:
+        raise RuntimeError("STS: SGLang runs a draft-extend without saying how many tokens were accepted")
+    return Accepted(spec.num_accept_tokens, spec.num_tokens_per_req)
+
+
+class Layer(NamedTuple):
+    """An attention layer: number, heads and sizes on this rank, scale of the logits."""
+
+    number: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    scale: float
+
+
+def layer(of_model: RadixAttention) -> Layer:
+    return Layer(
+        of_model.layer_id,
+        of_model.tp_q_head_num,
+        of_model.tp_k_head_num,
+        of_model.qk_head_dim,
+        of_model.v_head_dim,
+        of_model.scaling,
+    )
+
+
+class Pools:
+    """The KV pools of a model (core.round.KvPools)."""
+
+    def __init__(self, pool: MHATokenToKVPool):
+        self._pool = pool
+
+    def layer(self, number: int) -> KvPool:
+        """[slots, H_kv, D] keys and values of a layer."""
+        pool: MHATokenToKVPool = self._pool
+        return KvPool(pool.get_key_buffer(number), pool.get_value_buffer(number))
+
+    def write(self, k, v, of_model: RadixAttention, batch: ForwardBatch) -> None:
+        """Store this forward's keys and values at their slots."""
+        from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+        pool: MHATokenToKVPool = self._pool
+        pool.set_kv_buffer(of_model, KVWriteLoc(written(batch), None), k, v)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that fit; rows of a buffer are a page more."""
+        pool: MHATokenToKVPool = self._pool
+        return pool.size
+
+    @property
+    def slots(self) -> int:
+        return self.layer(0).k.shape[0]
+
+    def nbytes(self) -> int:
+        pool: MHATokenToKVPool = self._pool
+        return sum(pool.get_kv_size_bytes())
+
+
+class Runner(NamedTuple):
+    """A model that runs in this process.
+
+    table: int32 [requests, width], the slot of every position of every request.
+    """
+
+    device: str
+    dtype: torch.dtype
+    model: Model
+    pools: Pools
+    table: torch.Tensor
+
+
+def runner(of_model: ModelRunner) -> Runner:
+    return Runner(
+        str(of_model.device),
+        of_model.dtype,
+        model(of_model.model_config),
+        Pools(of_model.token_to_kv_pool),
+        slots_of(of_model.req_to_token_pool),
+    )
+
+
+def slots_of(pool: ReqToTokenPool) -> torch.Tensor:
+    """int32 [requests, width]: the slot of every position of every request."""
+    return pool.req_to_token
+
+
+class Model(NamedTuple):
+    """A model's shape, all ranks together."""
+
+    counts: HeadCounts
+    head_dim: int
+    dtype: torch.dtype
+    context_len: int
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.counts.q_heads // self.counts.kv_heads
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of one token in the KV pool."""
+        return self.counts.layers * self.counts.kv_heads * 2 * self.head_dim * self.dtype.itemsize
+
+
+def model(config: ModelConfig) -> Model:
+    counts = HeadCounts(
+        layers=config.num_hidden_layers,
+        q_heads=config.num_attention_heads,
+        kv_heads=config.get_total_num_kv_heads(),
+    )
+    return Model(counts, config.head_dim, config.dtype, config.context_len)
+
+
+def paths(args: ServerArgs) -> ModelPaths:
+    """Where the weights of a launch are."""
+    return ModelPaths(
+        args.model_path,
+        args.speculative_draft_model_path,
+        args.revision,
+        args.speculative_draft_model_revision,
+    )
+
+
+def requests(batch: ScheduleBatch) -> list[Request]:
+    """Of a batch that the scheduler runs."""
+    return [request(req) for req in batch.reqs]
+
+
+def prefills(batch: ScheduleBatch) -> bool:
+    of_batch: ForwardMode = batch.forward_mode
+    return of_batch.is_extend()
+
+
+def request(req: Req) -> Request:
+    params: SamplingParams = req.sampling_params
+    return Request(req.rid, req.req_pool_idx, req.origin_input_ids, req.output_ids, params.custom_params)
+
+
+def finished(req: Req) -> Finished | None:
+    """A request that has ended and still owns its slots, else None."""
+    if req.req_pool_idx is None or not req.finished():
+        return None
+    tokens = [*req.origin_input_ids, *req.output_ids_through_stop][: req.kv_committed_len]
+    return Finished(request(req), tokens, req.cached_tokens)
+
+
+def table_of(cache: BasePrefixCache) -> torch.Tensor:
+    return slots_of(cache.req_to_token_pool)
+
+
+class Phase(NamedTuple):
+    """CUDA graphs of one kind of forward: whether there are any, SGLang's word for how, the largest batch."""
+
+    captured: bool
+    backend: Any
+    largest: int
+
+
+def decode_graphs(args: ServerArgs) -> Phase:
+    graphs: CudaGraphConfig = args.cuda_graph_config
+    return _phase(graphs.decode)
+
+
+def prefill_graphs(args: ServerArgs) -> Phase:
+    graphs: CudaGraphConfig = args.cuda_graph_config
+    return _phase(graphs.prefill)
+
+
+def _phase(phase: PhaseConfig) -> Phase:
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    captured = phase.backend != Backend.DISABLED
+    return Phase(captured, phase.backend, max(phase.bs or [phase.max_bs or 0]) if captured else 0)

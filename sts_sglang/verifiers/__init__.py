@@ -1,0 +1,1 @@
+"""How verify attends to what was selected: by the ops of this package, or by FlashInfer."""

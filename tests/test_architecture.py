@@ -1,0 +1,201 @@
+"""How the house stands: who may import whom, nothing in a circle, and what is read of SGLang is checked."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from sts_sglang.host import compat, serves
+
+ROOT = Path(__file__).parents[1]
+FILES = {
+    ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file
+    for root in (ROOT, ROOT / "kernels")
+    for package in ("sts_sglang", "sts_kernels")
+    for file in (root / package).rglob("*.py")
+}
+# Room -> what its modules may import of ours, by prefix, and whether they may import SGLang.
+ROOMS = {
+    "sts_kernels": (("sts_kernels",), False),
+    "sts_sglang.core": (
+        ("sts_kernels", "sts_sglang.core", "sts_sglang.config", "sts_sglang.headmap"),
+        False,
+    ),
+    "sts_sglang.verifiers": (
+        ("sts_kernels", "sts_sglang.core", "sts_sglang.config", "sts_sglang.headmap", "sts_sglang.verifiers"),
+        False,
+    ),
+    "sts_sglang.backends": (
+        (
+            "sts_kernels",
+            "sts_sglang.core",
+            "sts_sglang.config",
+            "sts_sglang.backends",
+            "sts_sglang.host.views",
+        ),
+        True,
+    ),
+    "sts_sglang.host.views": (("sts_kernels", "sts_sglang.core", "sts_sglang.headmap"), True),
+    "sts_sglang.calibrate": (
+        ("sts_kernels", "sts_sglang.calibrate", "sts_sglang.config", "sts_sglang.headmap")
+        + ("sts_sglang.fingerprint", "sts_sglang.strict_json"),
+        False,
+    ),
+}
+
+
+def imports(name: str) -> set[str]:
+    """Modules that a module imports when it runs, at its top or in a function."""
+    tree = ast.parse(FILES[name].read_text())
+    typing_only = {
+        node
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and getattr(branch.test, "id", None) == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in FILES else node.module)
+    return found
+
+
+def within(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_what_it_may(room: str) -> None:
+    allowed, sglang = ROOMS[room]
+    modules = [name for name in FILES if within(name, (room,))]
+    assert modules
+    for name in modules:
+        for imported in imports(name):
+            if within(imported, ("sts_sglang", "sts_kernels")):
+                assert within(imported, allowed), f"{name} imports {imported}"
+            if within(imported, ("sglang",)):
+                assert sglang, f"{name} imports {imported}"
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    graph = {name: imports(name) & set(FILES) for name in FILES}
+    done: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for imported in graph[name]:
+                walk(imported, [*path, name])
+            done.add(name)
+
+    for name in graph:
+        walk(name, [])
+
+
+def test_a_circle_would_be_seen(monkeypatch, tmp_path) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.py").write_text(f"def f():\n    import {other}\n")
+        monkeypatch.setitem(FILES, name, tmp_path / f"{name}.py")
+    with pytest.raises(AssertionError, match="a -> b -> a|b -> a -> b"):
+        test_no_import_goes_in_a_circle()
+
+
+def test_no_function_takes_more_than_eight_positional_arguments() -> None:
+    for name, file in FILES.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            if any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list):
+                continue
+            taken = [*node.args.posonlyargs, *node.args.args]
+            if taken and taken[0].arg in ("self", "cls"):
+                taken = taken[1:]
+            # Signatures that SGLang calls.
+            if name not in ("sts_sglang.cpu.ops",):
+                assert len(taken) <= 8, f"{name}.{node.name} takes {len(taken)}"
+
+
+# ---- what is read of SGLang
+
+CLASSES = {path.rpartition(".")[2]: names for path, names in compat.FIELDS.items()}
+
+
+def reads(tree: ast.AST) -> set[tuple[str, str]]:
+    """(class, field) of every attribute read from a name that is annotated with a class of SGLang."""
+    found = set()
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        annotated = {
+            arg.arg: ast.unparse(arg.annotation) for arg in function.args.args if arg.annotation is not None
+        }
+        for node in ast.walk(function):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                annotated[node.target.id] = ast.unparse(node.annotation)
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                kind = annotated.get(node.value.id)
+                if kind in CLASSES:
+                    found.add((kind, node.attr))
+    return found
+
+
+def test_every_field_that_is_read_is_checked_at_load() -> None:
+    for name, file in FILES.items():
+        for kind, field in reads(ast.parse(file.read_text())):
+            assert field in CLASSES[kind], f"{name} reads {kind}.{field}"
+
+
+def test_every_checked_field_is_read() -> None:
+    """What nobody reads any more need not end a launch."""
+    everything = {
+        node.attr
+        for file in FILES.values()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    overridden = {
+        node.name
+        for name, file in FILES.items()
+        if within(name, ("sts_sglang.backends",))
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    for kind, fields in CLASSES.items():
+        for field in fields:
+            ruled = kind == "ServerArgs" and field in {rule.field for rule in serves._RULES}
+            named = kind == "ServerArgs" and field in serves.BACKEND_FIELDS
+            assert field in everything | overridden or ruled or named, f"{kind}.{field}"
+
+
+def test_every_server_argument_that_is_read_is_checked_at_load() -> None:
+    known = set(CLASSES["ServerArgs"])
+    read = {rule.field for rule in serves._RULES} | set(serves.BACKEND_FIELDS)
+    for name, file in FILES.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("server_args"):
+                read.add(node.attr)
+        assert read <= known, f"{name}: {read - known}"
+
+
+def test_no_field_of_sglang_is_read_with_a_default() -> None:
+    """A field that is gone would silently become the default."""
+    rooms = (
+        "sts_sglang.host.views",
+        "sts_sglang.host.bind",
+        "sts_sglang.host.hooks",
+        "sts_sglang.host.reserve",
+    )
+    for name in (name for name in FILES if within(name, (*rooms, "sts_sglang.backends"))):
+        for node in ast.walk(ast.parse(FILES[name].read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "getattr":
+                own = ast.unparse(node.args[1]) in ("'sts_exporter'", "'sts_config'")
+                assert own or len(node.args) == 2, f"{name}: {ast.unparse(node)}"
