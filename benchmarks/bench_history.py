@@ -37,7 +37,7 @@ from sts_sglang import headmap
 from sts_sglang.calibrate.record import Pair, Record
 from sts_sglang.calibrate.search import Free
 from sts_sglang.config import StsConfig
-from sts_sglang.demo import MODELS
+from sts_sglang.tools.demo import MODELS
 
 CONFIG = StsConfig(keep=0.1, budget=0)
 WAYS = ("off", "channel", "layer", "slot", "warm")

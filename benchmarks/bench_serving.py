@@ -34,7 +34,7 @@ from pathlib import Path
 
 from benchmarks import dummy_models
 from benchmarks.harness import check_arms, commit, end_orderly_when_terminated
-from sts_sglang.local_server import LocalServer, sparse_between
+from sts_sglang.tools.local_server import LocalServer, sparse_between
 
 # On top of the given --sts-config.
 CONFIGS: dict[str, dict] = {

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks import bench_serving
 from benchmarks.harness import end_orderly_when_terminated
-from sts_sglang.local_server import LocalServer
+from sts_sglang.tools.local_server import LocalServer
 
 WAITS = (
     "cudaStreamSynchronize",

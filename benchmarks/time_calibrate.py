@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks import dummy_models
 from benchmarks.bench_serving import origin
 from benchmarks.harness import commit
-from sts_sglang.demo import MODELS
+from sts_sglang.tools.demo import MODELS
 
 
 def make(name: str, folder: Path, device: str, dtype: torch.dtype) -> Path:

@@ -17,7 +17,7 @@ from exam import SHIPPED, heldout, score
 from tasks import EXAM, Writer
 from tqdm import tqdm
 
-from sts_sglang.local_server import LocalServer
+from sts_sglang.tools.local_server import LocalServer
 
 DRAFTS = {"STANDALONE": "draft", "EAGLE3": "eagle3"}
 SPECULATION = [

@@ -28,8 +28,8 @@ from benchmarks.harness import end_orderly_when_terminated
 from benchmarks.quality import items, report
 from benchmarks.quality.arms import ARMS, ROOT, Plan
 from benchmarks.quality.measure import run_arm
-from sts_sglang.demo import MODELS
-from sts_sglang.local_server import LocalServer
+from sts_sglang.tools.demo import MODELS
+from sts_sglang.tools.local_server import LocalServer
 
 TASKS = (*items.TASKS, "shared", "text")
 OUT = ROOT / "benchmarks" / "results" / "quality"

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.harness import commit
 from sts_sglang import headmap
-from sts_sglang.local_server import LocalServer
+from sts_sglang.tools.local_server import LocalServer
 
 ROOT = Path(__file__).parents[2]
 DENSE = 1.0  # the keep of a request that attends to everything

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.quality import items
 from benchmarks.quality.arms import ARMS, DENSE, Arm, Plan, common, header, start
-from sts_sglang.local_server import LocalServer
+from sts_sglang.tools.local_server import LocalServer
 
 Made = items.Item | items.Shared | items.Text
 
