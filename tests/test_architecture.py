@@ -125,7 +125,7 @@ def test_no_function_takes_more_than_eight_positional_arguments() -> None:
 
 # ---- what is read of SGLang
 
-CLASSES = {path.rpartition(".")[2]: names for path, names in compat.FIELDS.items()}
+CLASSES = {path.rpartition(".")[2]: names for path, names in compat.release.FIELDS.items()}
 
 
 def reads(tree: ast.AST) -> set[tuple[str, str]]:

@@ -86,7 +86,7 @@ def test_doctor_on_the_reference_platform() -> None:
         assert f"{distribution} {compat.installed_version(distribution)}" in lines
     for target in (*compat.HOOK_TARGETS, *compat.CPU_TARGETS):
         assert f"{target.path}: ok" in lines
-    for symbol in (*compat.SYMBOLS, *compat.CPU_SYMBOLS):
+    for symbol in (*compat.release.SYMBOLS, *compat.release.CPU_SYMBOLS):
         assert f"{symbol}: ok" in lines
     assert "sglang.srt.plugins: sts = sts_sglang.plugin:register" in lines
     assert "sglang.srt.platforms: sts_cpu = sts_sglang.cpu:activate" in lines

@@ -86,5 +86,9 @@ def test_readme_names_every_hook_target() -> None:
 
 
 def test_readme_names_every_private_symbol() -> None:
-    private = {path.rpartition(".")[2] for path in (*compat.SYMBOLS, *compat.CPU_SYMBOLS) if "._" in path}
+    private = {
+        path.rpartition(".")[2]
+        for path in (*compat.release.SYMBOLS, *compat.release.CPU_SYMBOLS)
+        if "._" in path
+    }
     assert private and all(f"{name}`" in README for name in private), private

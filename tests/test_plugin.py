@@ -56,8 +56,8 @@ def hooked_attributes() -> dict[str, object]:
 
 def cpu_attributes() -> dict[str, object]:
     """What the CPU platform replaces; a stand-in's name is absent (None) from a pristine module."""
-    paths = [target.path for target in compat.CPU_TARGETS] + list(compat.CPU_SYMBOLS)
-    paths += [f"{module}.{name}" for module, ops in compat.CPU_BRANCHES.items() for name in ops]
+    paths = [target.path for target in compat.CPU_TARGETS] + list(compat.release.CPU_SYMBOLS)
+    paths += [f"{module}.{name}" for module, ops in compat.release.CPU_BRANCHES.items() for name in ops]
     return {path: raw(path) for path in paths}
 
 
@@ -144,12 +144,12 @@ def on_cpu() -> None:
 
     load_plugins()
     assert compat.unhooked(compat.HOOK_TARGETS + compat.CPU_TARGETS) == []
-    for name, stand_ins in compat.CPU_BRANCHES.items():
+    for name, stand_ins in compat.release.CPU_BRANCHES.items():
         module = importlib.import_module(name)
         assert module._is_cpu is True
         for op, stand_in in stand_ins.items():
             assert getattr(module, op) is getattr(cpu_ops, stand_in)
-    paged = importlib.import_module(compat.PAGED_ALLOCATOR)
+    paged = importlib.import_module(compat.release.PAGED_ALLOCATOR)
     assert isinstance(paged.alloc_extend_kernel, cpu_ops.Launch)
     assert isinstance(paged.alloc_decode_kernel, cpu_ops.Launch)
     assert allocation.support_triton("flashinfer") is False  # the copy that allocation.py imported
@@ -173,7 +173,7 @@ def newer_sglang() -> None:
     compat.installed_version = lambda name: "0.5.17" if name == "sglang" else installed(name)
 
 
-FACTORY, FORWARD = compat.CREATE_DRAFT_BACKEND.path, compat.FORWARD_BATCH.path
+FACTORY, FORWARD = compat.HOOKS["create_draft_backend"].path, compat.HOOKS["forward_batch"].path
 KV_LOC = "sglang.srt.mem_cache.memory_pool.KVWriteLoc"
 # name -> (how SGLang has changed, what the refusal names)
 CHANGES: dict[str, tuple[Callable[[], None], str]] = {
@@ -191,10 +191,14 @@ CHANGES: dict[str, tuple[Callable[[], None], str]] = {
     "symbol gone": (partial(delete, KV_LOC), f"{KV_LOC} is missing"),
     **{
         f"{target.path.rpartition('.')[2]} gone": (partial(delete, target.path), f"{target.path} is missing")
-        for target in (compat.INTERNAL_STATE, compat.FROM_CLI_ARGS, compat.SAMPLING_VERIFY)
+        for target in (
+            compat.HOOKS["internal_state"],
+            compat.HOOKS["from_cli_args"],
+            compat.HOOKS["sampling_verify"],
+        )
     },
 }
-NAIVE = f"{compat.PAGED_ALLOCATOR}.alloc_extend_naive"
+NAIVE = f"{compat.release.PAGED_ALLOCATOR}.alloc_extend_naive"
 CPU_CHANGES = {"CPU op gone": (partial(delete, NAIVE), f"{NAIVE} is missing")}
 
 

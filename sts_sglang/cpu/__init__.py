@@ -10,6 +10,7 @@ import importlib
 import os
 
 from sts_sglang.host import compat
+from sts_sglang.host.compat import release
 
 NAME = "sts_cpu"
 
@@ -36,21 +37,22 @@ def install_branches() -> None:
     # Trees move accepted KV, and the pool builder for out-of-tree platforms leaves the Triton copy off.
     os.environ.setdefault("SGLANG_NATIVE_MOVE_KV_CACHE", "1")
 
-    paged = importlib.import_module(compat.PAGED_ALLOCATOR)
+    paged = importlib.import_module(release.PAGED_ALLOCATOR)
     paged.alloc_decode_kernel = ops.Launch(ops.alloc_decode)
     paged.alloc_extend_kernel = ops.Launch(
         lambda pre, seq, last, free, out, bs_upper, page: paged.alloc_extend_naive(
             pre, seq, last, free, out, page, out.device
         )
     )
-    for target, replacement in (
-        (compat.SUPPORT_TRITON, lambda backend: False),
-        (compat.GATHER_SPEC_EXTRAS, ops.gather_spec_extras),
-        (compat.GET_LAST_LOC, allocation.get_last_loc_torch),
-        (compat.APPLY_VOCAB_MASK, ops.apply_vocab_mask),
-    ):
-        HookRegistry.register(target.path, replacement, HookType.REPLACE)
-    for module_name, stand_ins in compat.CPU_BRANCHES.items():
+    replacements = {
+        "support_triton": lambda backend: False,
+        "gather_spec_extras": ops.gather_spec_extras,
+        "get_last_loc": allocation.get_last_loc_torch,
+        "apply_vocab_mask": ops.apply_vocab_mask,
+    }
+    for name, target in compat.CPU_HOOKS.items():
+        HookRegistry.register(target.path, replacements[name], HookType.REPLACE)
+    for module_name, stand_ins in release.CPU_BRANCHES.items():
         module = importlib.import_module(module_name)
         module._is_cpu = True
         for name, stand_in in stand_ins.items():

@@ -15,11 +15,9 @@ import pkgutil
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
-SGLANG_VERSION = "0.5.16"
+from sts_sglang.host import release_0_5_16 as release
 
-_SPEC = "sglang.srt.speculative"
-_WORKER = f"{_SPEC}.eagle_worker_v2.EAGLEWorkerV2"
-_ARGS = "sglang.srt.server_args.ServerArgs"
+SGLANG_VERSION = release.VERSION
 
 
 class Target(NamedTuple):
@@ -29,304 +27,10 @@ class Target(NamedTuple):
     params: tuple[str, ...]
 
 
-CREATE_DRAFT_BACKEND = Target(
-    f"{_SPEC}.draft_utils.DraftBackendFactory._create_backend",
-    ("self", "backend_name", "backend_map", "error_template"),
-)
-INIT_ATTENTION_BACKENDS = Target(f"{_WORKER}.init_attention_backends", ("self",))
-INIT_CUDA_GRAPHS = Target(f"{_WORKER}.init_cuda_graphs", ("self",))
-FORWARD_BATCH = Target(f"{_WORKER}.forward_batch_generation", ("self", "batch", "on_publish"))
-VERIFY_COMPLETE = Target(
-    f"{_WORKER}.on_verify_complete_cpu", ("self", "num_correct_drafts_per_req", "batch_size")
-)
-PROFILE_AVAILABLE_BYTES = Target(
-    "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes",
-    ("self", "pre_model_load_memory"),
-)
-INTERNAL_STATE = Target("sglang.srt.managers.scheduler.Scheduler.get_internal_state", ("self", "recv_req"))
-HICACHE_LOAD = Target("sglang.srt.managers.cache_controller.HiCacheController.load", ("self", "host_indices"))
-RELEASE_KV = Target("sglang.srt.mem_cache.common.release_kv_cache", ("req", "tree_cache", "is_insert"))
-ADD_CLI_ARGS = Target(f"{_ARGS}.add_cli_args", ("parser",))
-FROM_CLI_ARGS = Target(f"{_ARGS}.from_cli_args", ("cls", "args"))
-ARGS_INIT = Target(f"{_ARGS}.__init__", ("self",))
-ARGS_POST_INIT = Target(f"{_ARGS}.__post_init__", ("self",))
-SAMPLING_VERIFY = Target("sglang.srt.sampling.sampling_params.SamplingParams.verify", ("self", "vocab_size"))
-
-HOOK_TARGETS = (
-    CREATE_DRAFT_BACKEND,
-    INIT_ATTENTION_BACKENDS,
-    INIT_CUDA_GRAPHS,
-    FORWARD_BATCH,
-    VERIFY_COMPLETE,
-    PROFILE_AVAILABLE_BYTES,
-    INTERNAL_STATE,
-    HICACHE_LOAD,
-    RELEASE_KV,
-    ADD_CLI_ARGS,
-    FROM_CLI_ARGS,
-    ARGS_INIT,
-    ARGS_POST_INIT,
-    SAMPLING_VERIFY,
-)
-
-# Names that are called or subclassed rather than hooked.
-SYMBOLS = (
-    "sglang.srt.configs.model_config.ModelConfig.from_server_args",
-    "sglang.srt.environ.envs.SGLANG_DISABLE_DRAFT_EXTEND_CUDA_GRAPH",
-    "sglang.srt.environ.envs.SGLANG_USE_MODELSCOPE",
-    "sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS",
-    "sglang.srt.layers.attention.attention_registry.register_attention_backend",
-    "sglang.srt.layers.attention.base_attn_backend.AttentionBackend",
-    "sglang.srt.mem_cache.memory_pool.KVWriteLoc",
-    "sglang.srt.model_executor.cuda_graph_config.Backend.DISABLED",
-    "sglang.srt.plugins.hook_registry.HookRegistry._patched",
-    "sglang.srt.server_args.ATTENTION_BACKEND_CHOICES",
-    "sglang.srt.server_args.add_attention_backend_choices",
-    "sglang.srt.utils.hf_transformers_utils.get_config",
-    f"{_SPEC}.eagle_utils.TreeMaskMode.QLEN_ONLY",
-    f"{_SPEC}.draft_utils.DraftBackendFactory._create_triton_decode_backend",
-)
-
-# Server arguments that are read, most of them by the allow-list of host/serves.py.
-SERVER_ARGS_READ = (
-    "attention_backend",
-    "attn_cp_size",
-    "cuda_graph_config",
-    "dcp_size",
-    "disable_cuda_graph",
-    "decode_attention_backend",
-    "decode_log_interval",
-    "decoupled_spec_role",
-    "decrypted_config_file",
-    "device",
-    "disaggregation_mode",
-    "dllm_algorithm",
-    "dp_size",
-    "enable_deterministic_inference",
-    "enable_dp_attention",
-    "enable_dsa_prefill_context_parallel",
-    "enable_flexkv",
-    "enable_hierarchical_cache",
-    "enable_hisparse",
-    "enable_lmcache",
-    "enable_metrics",
-    "enable_mis",
-    "enable_multi_layer_eagle",
-    "enable_page_major_kv_layout",
-    "enable_pdmux",
-    "enable_prefill_context_parallel",
-    "enable_prefill_cp",
-    "enable_torch_compile",
-    "enable_two_batch_overlap",
-    "enable_unified_memory",
-    "encoder_only",
-    "ep_size",
-    "get_model_config",
-    "hicache_storage_backend",
-    "is_embedding",
-    "json_model_override_args",
-    "kv_cache_dtype",
-    "max_running_requests",
-    "model_config_parser",
-    "model_impl",
-    "model_path",
-    "moe_dp_size",
-    "nnodes",
-    "page_size",
-    "pp_size",
-    "prefill_attention_backend",
-    "radix_cache_backend",
-    "revision",
-    "rl_on_policy_target",
-    "speculative_adaptive",
-    "speculative_algorithm",
-    "speculative_draft_attention_backend",
-    "speculative_draft_model_path",
-    "speculative_draft_model_revision",
-    "speculative_draft_window_size",
-    "speculative_eagle_topk",
-    "speculative_num_draft_tokens",
-    "speculative_num_steps",
-    "tokenizer_worker_num",
-    "tp_size",
-    "trust_remote_code",
-    "use_ray",
-)
-
-# Fields and methods that are read (host/views.py, host/bind.py) or overridden (backends/), by class. A class
-# that is built by a function or declares its fields by assignment is found in its source.
-_BATCH = "sglang.srt.model_executor.forward_batch_info"
-_EAGLE = f"{_SPEC}.eagle_info"
-_ATTENTION = "sglang.srt.layers.attention"
-_GRAPHS = "sglang.srt.model_executor.cuda_graph_config"
-FIELDS: dict[str, tuple[str, ...]] = {
-    f"{_BATCH}.ForwardBatch": (
-        "batch_size",
-        "extend_prefix_lens",
-        "extend_seq_lens",
-        "forward_mode",
-        "out_cache_loc",
-        "req_pool_indices",
-        "seq_lens",
-        "spec_info",
-    ),
-    f"{_BATCH}.ForwardMode": (
-        "is_decode",
-        "is_draft_extend_v2",
-        "is_extend",
-        "is_idle",
-        "is_target_verify",
-    ),
-    f"{_EAGLE}.EagleVerifyInput": ("custom_mask", "draft_token_num", "topk"),
-    f"{_EAGLE}.EagleDraftExtendInput": ("num_accept_tokens", "num_tokens_per_req"),
-    "sglang.srt.layers.radix_attention.RadixAttention": (
-        "layer_id",
-        "qk_head_dim",
-        "scaling",
-        "tp_k_head_num",
-        "tp_q_head_num",
-        "v_head_dim",
-    ),
-    "sglang.srt.managers.schedule_batch.ScheduleBatch": ("forward_mode", "reqs"),
-    "sglang.srt.managers.schedule_batch.Req": (
-        "cached_tokens",
-        "finished",
-        "kv_committed_len",
-        "origin_input_ids",
-        "output_ids",
-        "output_ids_through_stop",
-        "req_pool_idx",
-        "rid",
-        "sampling_params",
-    ),
-    "sglang.srt.managers.io_struct.GetInternalStateReqOutput": ("internal_state",),
-    "sglang.srt.sampling.sampling_params.SamplingParams": ("custom_params",),
-    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool": (
-        "get_key_buffer",
-        "get_kv_size_bytes",
-        "get_value_buffer",
-        "set_kv_buffer",
-        "size",
-    ),
-    "sglang.srt.mem_cache.memory_pool.ReqToTokenPool": ("req_to_token",),
-    "sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache": ("req_to_token_pool",),
-    "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator": (
-        "is_draft_worker",
-        "model_config",
-        "server_args",
-    ),
-    "sglang.srt.model_executor.model_runner.ModelRunner": (
-        "attn_backend",
-        "decode_cuda_graph_runner",
-        "device",
-        "dtype",
-        "is_draft_worker",
-        "model_config",
-        "req_to_token_pool",
-        "token_to_kv_pool",
-    ),
-    "sglang.srt.configs.model_config.ModelConfig": (
-        "context_len",
-        "dtype",
-        "get_total_num_kv_heads",
-        "head_dim",
-        "hf_config",
-        "hf_text_config",
-        "hidden_size",
-        "is_multimodal",
-        "model_is_mrope",
-        "model_path",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "num_key_value_heads",
-        "quantization",
-        "speculative_algorithm",
-        "v_head_dim",
-        "vocab_size",
-    ),
-    f"{_GRAPHS}.CudaGraphConfig": ("decode", "prefill"),
-    f"{_GRAPHS}.PhaseConfig": ("backend", "bs", "max_bs"),
-    f"{_GRAPHS}.Backend": ("BREAKABLE", "DISABLED", "FULL"),
-    _WORKER: ("_draft_worker", "_target_worker", "server_args", "speculative_num_steps", "topk"),
-    f"{_SPEC}.eagle_worker_v2.EagleDraftWorker": (
-        "cuda_graph_runner",
-        "cuda_graph_runner_for_draft_extend",
-        "draft_attn_backend",
-        "draft_extend_attn_backend",
-        "draft_runner",
-        "tree_mask_mode",
-    ),
-    "sglang.srt.managers.tp_worker.TpModelWorker": ("model_runner",),
-    f"{_SPEC}.draft_utils.DraftBackendFactory": (
-        "_create_triton_decode_backend",
-        "draft_model_runner",
-        "speculative_num_steps",
-        "topk",
-    ),
-    f"{_ATTENTION}.base_attn_backend.AttentionBackend": (
-        "forward_decode",
-        "forward_extend",
-        "get_cuda_graph_seq_len_fill_value",
-        "get_verify_buffers_to_fill_after_draft",
-        "init_cuda_graph_state",
-        "init_forward_metadata",
-        "init_forward_metadata_in_graph",
-        "init_forward_metadata_out_graph",
-        "needs_cpu_seq_lens",
-        "support_triton",
-    ),
-    f"{_ATTENTION}.flashattention_backend.FlashAttentionBackend": (
-        "forward_extend",
-        "init_forward_metadata_in_graph",
-        "init_forward_metadata_out_graph",
-    ),
-    f"{_ATTENTION}.flashinfer_backend.FlashInferAttnBackend": ("forward_extend",),
-    _ARGS: SERVER_ARGS_READ,
-}
-# Importing these loads kernels, which a host without a GPU does not have: their source is read instead.
-_NOT_IMPORTED = (f"{_ATTENTION}.flashattention_backend", f"{_ATTENTION}.flashinfer_backend")
-
-
-# The reference CPU platform switches on SGLang's own `_is_cpu` branches, module by module, and
-# supplies the sgl_kernel CPU ops those branches call: module -> {its global: our stand-in}.
-CPU_BRANCHES = {
-    "sglang.kernels.ops.speculative.cache_locs": {
-        "assign_extend_cache_locs_cpu": "assign_extend_cache_locs",
-    },
-    "sglang.kernels.ops.speculative.eagle": {
-        "fill_bonus_tokens_cpu": "fill_bonus_tokens",
-        "fill_accept_out_cache_loc_cpu": "fill_accept_out_cache_loc",
-    },
-    "sglang.srt.mem_cache.allocation": {
-        "assign_req_to_token_pool_cpu": "assign_req_to_token_pool",
-    },
-    "sglang.srt.speculative.spec_utils": {
-        "assign_extend_cache_locs_cpu": "assign_extend_cache_locs",
-    },
-    "sglang.srt.speculative.eagle_utils": {
-        "sgl_build_tree_kernel_efficient_cpu": "build_tree",
-        "sgl_verify_tree_greedy_cpu": "verify_tree_greedy",
-    },
-    "sglang.srt.speculative.eagle_worker_common": {
-        "assign_draft_cache_locs_contiguous_cpu": "assign_draft_cache_locs",
-    },
-}
-SUPPORT_TRITON = Target("sglang.srt.utils.common.support_triton", ("backend",))
-GATHER_SPEC_EXTRAS = Target("sglang.kernels.ops.speculative.gather_spec_extras.gather_spec_extras", ())
-GET_LAST_LOC = Target("sglang.srt.mem_cache.allocation.get_last_loc", ())
-APPLY_VOCAB_MASK = Target(
-    "sglang.srt.constrained.xgrammar_backend.XGrammarGrammar.apply_vocab_mask",
-    ("self", "logits", "vocab_mask"),
-)
-PAGED_ALLOCATOR = "sglang.srt.mem_cache.allocator.paged"
-CPU_TARGETS = (SUPPORT_TRITON, GATHER_SPEC_EXTRAS, GET_LAST_LOC, APPLY_VOCAB_MASK)
-CPU_SYMBOLS = (
-    *(f"{module}._is_cpu" for module in CPU_BRANCHES),
-    f"{PAGED_ALLOCATOR}.alloc_extend_kernel",
-    f"{PAGED_ALLOCATOR}.alloc_decode_kernel",
-    f"{PAGED_ALLOCATOR}.alloc_extend_naive",
-    "sglang.srt.mem_cache.allocation.get_last_loc_torch",
-)
+# By the function that hooks it.
+HOOKS = {name: Target(*target) for name, target in release.HOOKS.items()}
+CPU_HOOKS = {name: Target(*target) for name, target in release.CPU_HOOKS.items()}
+HOOK_TARGETS, CPU_TARGETS = tuple(HOOKS.values()), tuple(CPU_HOOKS.values())
 
 
 class Incompatible(RuntimeError):
@@ -349,12 +53,12 @@ def check(cpu_platform: bool = False) -> None:
 def findings(cpu_platform: bool = False) -> dict[str, str | None]:
     """Every name the plugin stands on, with what is wrong with it (None: nothing)."""
     targets = HOOK_TARGETS + (CPU_TARGETS if cpu_platform else ())
-    symbols = SYMBOLS + (CPU_SYMBOLS if cpu_platform else ())
+    symbols = release.SYMBOLS + (release.CPU_SYMBOLS if cpu_platform else ())
     return {
         "sglang": _check_version("sglang", SGLANG_VERSION),
         **{target.path: _check_target(target) for target in targets},
         **{path: _check_symbol(path) for path in symbols},
-        **{f"fields of {path}": _check_fields(path, names) for path, names in FIELDS.items()},
+        **{f"fields of {path}": _check_fields(path, names) for path, names in release.FIELDS.items()},
     }
 
 
@@ -401,8 +105,8 @@ def _check_symbol(path: str) -> str | None:
 def _check_fields(path: str, names: tuple[str, ...]) -> str | None:
     module, _, name = path.rpartition(".")
     try:
-        found = _names_in_file(module, name) if module in _NOT_IMPORTED else _names_of(path, names)
-    except (ImportError, AttributeError, OSError, SyntaxError) as error:
+        found = _names_in_file(module, name) if module in release.NOT_IMPORTED else _names_of(path, names)
+    except (ImportError, AttributeError, KeyError, OSError, SyntaxError) as error:
         return f"{path} is missing ({error})"
     missing = [field for field in names if field not in found]
     return f"{path} has no {', '.join(missing)}" if missing else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sts_sglang.backends import dense
@@ -190,21 +191,25 @@ def release_kv(req: Req, tree_cache: BasePrefixCache, is_insert=True) -> None:
         dumps.finished(bound.runtime, ended, views.table_of(tree_cache))
 
 
-def table() -> list[tuple[compat.Target, Any, str]]:
+# Each hooks the function of that name in the release's table.
+HOOKS: tuple[tuple[Callable, str], ...] = (
+    (create_draft_backend, "AROUND"),
+    (init_attention_backends, "AFTER"),
+    (init_cuda_graphs, "AFTER"),
+    (forward_batch, "BEFORE"),
+    (verify_complete, "AFTER"),
+    (profile_available_bytes, "AFTER"),
+    (internal_state, "AFTER"),
+    (hicache_load, "AFTER"),
+    (release_kv, "BEFORE"),
+    (add_cli_args, "AFTER"),
+    (from_cli_args, "AROUND"),
+    (args_init, "AROUND"),
+    (args_post_init, "AROUND"),
+    (sampling_verify, "AFTER"),
+)
+
+
+def table() -> list[tuple[compat.Target, Callable, str]]:
     """(target, hook, HookType name) of every hook."""
-    return [
-        (compat.CREATE_DRAFT_BACKEND, create_draft_backend, "AROUND"),
-        (compat.INIT_ATTENTION_BACKENDS, init_attention_backends, "AFTER"),
-        (compat.INIT_CUDA_GRAPHS, init_cuda_graphs, "AFTER"),
-        (compat.FORWARD_BATCH, forward_batch, "BEFORE"),
-        (compat.VERIFY_COMPLETE, verify_complete, "AFTER"),
-        (compat.PROFILE_AVAILABLE_BYTES, profile_available_bytes, "AFTER"),
-        (compat.INTERNAL_STATE, internal_state, "AFTER"),
-        (compat.HICACHE_LOAD, hicache_load, "AFTER"),
-        (compat.RELEASE_KV, release_kv, "BEFORE"),
-        (compat.ADD_CLI_ARGS, add_cli_args, "AFTER"),
-        (compat.FROM_CLI_ARGS, from_cli_args, "AROUND"),
-        (compat.ARGS_INIT, args_init, "AROUND"),
-        (compat.ARGS_POST_INIT, args_post_init, "AROUND"),
-        (compat.SAMPLING_VERIFY, sampling_verify, "AFTER"),
-    ]
+    return [(compat.HOOKS[hook.__name__], hook, kind) for hook, kind in HOOKS]
