@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import pictures
 from benchmarks.quality.stats import ENOUGH, Interval, interval, macro_interval
 
 DENSE = 1.0
@@ -24,10 +25,19 @@ RIVALS += ("sts-warm", "sts-blend", "sts-full4")
 COLORS = {"sts": "C3", "sts-draft-blend": "C1", "oracle": "k", "quest": "C0", "recent": "C2", "random": "C7"}
 
 
+def folder_digest(folder: Path) -> str:
+    """Of the result files that a report and its plot are made from."""
+    return pictures.digest(b"".join(path.read_bytes() for path in sorted(folder.glob("*.jsonl"))))
+
+
 class Results:
     """All cells of a folder by (arm, task, length, keep)."""
 
     def __init__(self, folder: Path):
+        self.digest = folder_digest(folder)
+        self._intervals: dict[
+            tuple, Interval | None
+        ] = {}  # thousands of resamples each, shown in several tables
         self.headers: dict[str, dict] = {}
         self.cells: dict[tuple[str, str, int, float], dict] = {}
         for path in sorted(folder.glob("*.jsonl")):
@@ -74,13 +84,18 @@ class Results:
 
     def difference(self, a: tuple[str, float], b: tuple[str, float], length: int) -> Interval | None:
         """Mean of the paired difference over the tasks that both were asked."""
-        found = [pair for task in self.tasks if (pair := self.pairs(a, b, task, length))]
-        return macro_interval(found) if found else None
+        if (key := (a, b, length)) not in self._intervals:
+            found = [pair for task in self.tasks if (pair := self.pairs(a, b, task, length))]
+            self._intervals[key] = macro_interval(found) if found else None
+        return self._intervals[key]
 
     def loss_change(self, a: tuple[str, float], b: tuple[str, float], length: int) -> Interval | None:
         """Loss of text under a minus that under b, as a share of the dense loss."""
-        pair, dense = self.pairs(a, b, LOSS, length), self.cells.get((a[0], LOSS, length, DENSE))
-        return interval(pair[0] / np.mean(dense["score"]), pair[1]) if pair and dense else None
+        if (key := (a, b, length, LOSS)) not in self._intervals:
+            pair, dense = self.pairs(a, b, LOSS, length), self.cells.get((a[0], LOSS, length, DENSE))
+            share = (pair[0] / np.mean(dense["score"]), pair[1]) if pair and dense else None
+            self._intervals[key] = interval(*share) if share else None
+        return self._intervals[key]
 
     def mean(self, arm: str, keep: float, length: int) -> float | None:
         """Over the tasks that it was asked."""
@@ -345,10 +360,11 @@ def few(r: Results) -> str:
 def markdown(r: Results) -> str:
     shown = 0.1 if 0.1 in r.keeps else min(r.keeps, default=DENSE)
     about = (
-        "Made by `python -m benchmarks.quality.report` from the result files beside it. Accuracy in points "
-        "(0 to 100); a difference is paired with the same server's dense answer to the same item unless it "
-        "says otherwise, with a 95 % bootstrap interval over documents; bold: it excludes 0 and every task "
-        f"has {ENOUGH} documents. Prefill is dense everywhere; only verify is sparse."
+        f"Made by `python -m benchmarks.quality.report` from the result files beside it ({r.digest}). "
+        "Accuracy in points (0 to 100); a difference is paired with the same server's dense answer to the "
+        "same item unless it says otherwise, with a 95 % bootstrap interval over documents; bold: it "
+        f"excludes 0 and every task has {ENOUGH} documents. Prefill is dense everywhere; only "
+        "verify is sparse."
     )
     parts = ["# Quality of sparse verify, by selector and budget", about, few(r), origin(r)]
     for length in r.lengths() if r.keeps else ():
@@ -407,7 +423,7 @@ def plot(r: Results, path: Path) -> None:
     figure.supxlabel("keep (share of the context)", fontsize=10)
     head = next(iter(r.headers.values()))
     figure.suptitle(f"{head['device']}, {head['items']} items a task and length", fontsize=9)
-    figure.savefig(path, dpi=110)
+    pictures.save(figure, path, r.digest, dpi=110)
 
 
 def draw(axis, found: dict[float, Interval], color: str, label: str) -> None:
