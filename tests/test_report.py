@@ -1,20 +1,58 @@
-"""The README's tables are what the raw results say."""
+"""README.md and benchmarks/REPORT.md say what the raw results say."""
 
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
-from benchmarks import report
+from benchmarks import facts, pictures, report, tables
+from benchmarks.tables import kernels, recall, serving
 
 
-def test_the_readme_shows_the_results():
-    text = report.README.read_text()
-    assert report.rewritten(text) == text, "run python -m benchmarks.report"
+def test_readme_report_and_plots_show_the_results():
+    assert report.stale() == [], "run python -m benchmarks.report"
 
 
-def test_a_table_holds_medians_spread_and_gain(tmp_path, monkeypatch):
+def test_what_was_changed_by_hand_is_named(tmp_path, monkeypatch):
+    for name in ("README", "REPORT"):
+        path = getattr(report, name)
+        copy = tmp_path / path.name
+        number = re.search(r"[\d,]+(?= \|)", path.read_text())
+        text = path.read_text()
+        copy.write_text(f"{text[: number.start()]}1{text[number.start() :]}")
+        monkeypatch.setattr(report, name, copy)
+    found = {name.rpartition("/")[2] for name in report.stale()}
+    assert found == {"README.md", "REPORT.md"}
+
+
+def test_a_plot_says_what_it_was_drawn_from(tmp_path, monkeypatch):
+    path = tmp_path / "plot.png"
+    assert pictures.source_of(path) is None
+    report.plot_break_even(path)
+    assert pictures.source_of(path) == pictures.digest(report.break_even())
+    monkeypatch.setattr(report, "break_even", lambda: {"sts 1 stock-spec": [(1000, 1.5)]})
+    assert pictures.source_of(path) != pictures.digest(report.break_even())
+
+
+def test_every_fact_is_in_a_sentence():
+    shown = report.TEMPLATE.read_text()
+    assert [name for name in facts.facts() if f"{{{name}}}" not in shown + report.ANSWERS] == []
+
+
+def test_a_name_that_nothing_was_measured_under_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "TEMPLATE", tmp_path / "template.md")
+    report.TEMPLATE.write_text("It gains {{everything}}.")
+    with pytest.raises(SystemExit, match="nothing is measured under everything"):
+        report.report()
+    report.TEMPLATE.write_text("No tables.")
+    with pytest.raises(SystemExit, match="does not show serving"):
+        report.report()
+
+
+@pytest.fixture
+def some_serving(tmp_path, monkeypatch):
     origin = {
         "gpu": "G",
         "sglang": "0",
@@ -35,14 +73,23 @@ def test_a_table_holds_medians_spread_and_gain(tmp_path, monkeypatch):
     arms = ("stock", "sts-draft", "sts")
     older = [{"arm": arm, "tokens_per_s": 50, **origin, "commit": "b"} for arm in arms]
     (tmp_path / "serving.jsonl").write_text("\n".join(map(json.dumps, older + rows)))
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+
+
+def test_a_table_holds_medians_spread_and_gain(some_serving):
     assert (
         "| 1,000 x 2 | 50 ± 0 | 100 ± 7 | 120 ± 0 | – | 150 ± 3 | 50 ± 0 | 12 % | 1.50x (1.25x) | – |"
-        in report.serving()
+        in serving.serving()
     )
-    assert "makes sts 0.980x at 1,000 x 2" in report.serving()
-    assert report.verify() == "Not measured yet."
-    assert report.round_ops() == "Not measured yet."
+    assert "makes sts 0.980x at 1,000 x 2" in serving.serving()
+    assert kernels.verify() == "Not measured yet."
+    assert kernels.round_ops() == "Not measured yet."
+
+
+def test_the_front_table_compares_with_the_captured_stock_and_says_the_null_result(some_serving, monkeypatch):
+    monkeypatch.setattr(serving, "FRONT", ((1000, 2),))
+    assert "| 1,000 x 2 | 100 | 120 | 150 | **1.25x** | 50 | – |" in serving.front()
+    assert "brings nothing: 1.25x to 1.25x" in serving.front()
 
 
 def test_what_sts_adds_to_a_round_shows_the_newest_of_what_was_measured(tmp_path, monkeypatch):
@@ -51,20 +98,75 @@ def test_what_sts_adds_to_a_round_shows_the_newest_of_what_was_measured(tmp_path
         "select": [{"provider": "triton", "us": us} for us in (9.0, 7.4)]
         + [{"provider": "triton", "us": 99.0, "keep": 0.05}],
         "draft_attention": [
-            {"provider": "triton", "us": 5.0, "step": 0},
-            {"provider": "triton+importance", "us": 6.0, "step": 0},
+            {"provider": "triton", "us": 5.0, "step": 0, "group": 4},
+            {"provider": "triton+importance", "us": 6.0, "step": 0, "group": 4},
             {"provider": "triton+importance", "us": 88.0, "step": 0, "dim": 128},
         ],
     }
     for name, measured in found.items():
         lines = "\n".join(json.dumps({**row, **one}) for one in measured)
         (tmp_path / f"{name}.jsonl").write_text(lines)
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    shown = report.round_ops().splitlines()
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    shown = kernels.round_ops().splitlines()
     assert shown[0] == "| context x requests | sts, no importance | first step | selection |"
     assert shown[2] == "| 1,000 x 2 | 5 | 6 | 7 |"
+    assert "| 4 | first | 1.20x | 1.20x | 1.20x | 0 of 1 |" in kernels.importance_cost()
+
+
+def test_a_round_is_parted_by_kernels(tmp_path, monkeypatch):
+    spent = {
+        "_draft_kernel": 1000,
+        "flash::prepare": 500,
+        "nvjet_1": 2000,
+        "_verify_kernel": 250,
+        "norm": 125,
+    }
+    row = {"arm": "sts", "context": 1000, "requests": 2, "commit": "c", "gpu": "G", "rounds": 3}
+    row |= {"kernels": {name: {"us": us} for name, us in spent.items()}, "idle_us": 125, "round_us": 4000}
+    (tmp_path / "profile.jsonl").write_text(json.dumps(row))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    own = "1.50 | 2.00 | 0.25 | 0.00 | 0.00 | 0.00 | 0.12 | 0.12 | 4.00"
+    assert f"| `sts`, 1,000 x 2, c | {own} |" in kernels.round_time()
+
+
+def test_what_slots_remember_and_what_maps_hold(tmp_path, monkeypatch):
+    row = {
+        "over_off": 0.01,
+        "over_off_error": 0.002,
+        "conversations": 2,
+        "rounds": 9,
+        "longest": 50,
+        "commit": "c",
+    }
+    row |= {
+        "by_mass": 0.9,
+        "first_by_mass": 0.8,
+        "recall": 0.7,
+        "first_of_fresh": 1,
+        "first_of_fresh_least": 0.9,
+    }
+    lines = [{"way": way, "weight": weight, **row} for weight in (0.5, 0.05) for way in ("off", "warm")]
+    (tmp_path / "history_summary.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    folder = tmp_path / "calibrate"
+    folder.mkdir()
+    held = dict.fromkeys(recall.SPLITS, 0.5)
+    own = {"recall_by_mass": held, "gap_closed_by_mass": 0.25, "share_outside": 0.1}
+    (folder / "standalone.split.json").write_text(json.dumps(own))
+    header = {"commit": "c", "windows": {"texts": 3}}
+    (folder / "standalone.jsonl").write_text(json.dumps(header))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    shown = recall.history().splitlines()
+    assert [line.split(" | ")[:2] for line in shown[2:5]] == [
+        ["| `off`", "–"],
+        ["| `warm`", "0.05"],
+        ["| `warm`", "0.5"],
+    ]
+    assert "| 0.900 | +0.0100 ± 0.0020 | 0.800 | 0.700 | 100.0 % | 90.0 % |" in shown[3]
+    assert "| **calibrated map** | **50 %** |" in recall.calibration()
+    assert "on 3 windows" in recall.calibration()
+    assert recall.ways() == "Not measured yet."
 
 
 def test_a_readme_without_marks_is_refused():
-    with pytest.raises(SystemExit, match="serving"):
-        report.rewritten("nothing")
+    with pytest.raises(SystemExit, match="speed"):
+        report.readme("nothing")

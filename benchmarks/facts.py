@@ -1,0 +1,121 @@
+"""The numbers in the prose of benchmarks/report_template.md and in the README's lines on answers.
+
+Every one is worked out from benchmarks/results, so that a sentence cannot outlive the table it speaks of.
+A number that stands in the template itself says at which commit it was measured.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+from benchmarks import tables
+from benchmarks.quality.report import DENSE, Results, points, same_outputs, signed
+from benchmarks.tables import answers, recall, serving
+
+
+def facts() -> dict[str, str]:
+    """By name. Raises SystemExit where a file is missing that a sentence needs."""
+    found = {**_speed(), **_recall()}
+    for folder, make in {"quality": _answers, "quality_parity": _parity}.items():
+        results = answers.answers(tables.RESULTS / folder)
+        if results is None:
+            raise SystemExit(f"benchmarks/results/{folder} is missing")
+        found |= make(results)
+    return found
+
+
+def _speed() -> dict[str, str]:
+    found = tables.rows("serving.jsonl")
+    low, high = serving.null_result(found)
+    long = (32_000, 8)
+    slower = []
+    for shape in tables.shapes_of(found):
+        captured, dense = (
+            serving.speeds(found, shape, arm)[0] for arm in ("stock-spec-captured", "sts-dense")
+        )
+        if captured and dense:
+            slower.append((1 - statistics.median(dense) / statistics.median(captured), shape))
+    least, most = min(slower), max(slower)
+    same = {
+        s: g
+        for s in tables.shapes_of(found)
+        if (g := serving.gain(found, "sts-dense", s, "stock-spec-captured"))
+    }
+    return {
+        "gain_32k": f"{serving.gain(found, 'sts', long, 'stock-spec'):.2f}x",
+        "gain_32k_draft": f"{serving.gain(found, 'sts-draft', long, 'stock-spec'):.2f}x",
+        "null_low": f"{low:.2f}x",
+        "null_high": f"{high:.2f}x",
+        "idle_least": f"{max(0, 100 * least[0]):.0f} % at {least[1][0]:,} x {least[1][1]}",
+        "idle_most": f"{100 * most[0]:.0f} % at {most[1][0]:,} x {most[1][1]}",
+        "idle_same_run": ", ".join(f"{100 * (1 - g):.0f} % at {n:,} x {r}" for (n, r), g in same.items()),
+    }
+
+
+def _recall() -> dict[str, str]:
+    standalone, eagle = (recall.calibrated(pair) for pair in recall.PAIRS)
+    kept = {r["way"]: r for r in tables.rows("calibrate/standalone.jsonl")[1:]}
+    large = kept["map from 64K tokens: 4 texts, 12 tasks"]["texts"]
+
+    def below(domain: str, what: str) -> float:
+        """Points that a map from 4,096 tokens of one domain holds less than one from 64K."""
+        return 100 * (large[what] - kept[f"map from 4K tokens: {domain}"]["texts"][what])
+
+    network = kept["ceiling: network over all draft heads and distance"]
+    others = ("prose", "dialogue", "recall")
+    return {
+        "closed": f"{100 * standalone['gap_closed_by_mass']:.0f} %",
+        "closed_eagle3": f"{100 * eagle['gap_closed_by_mass']:.0f} %",
+        "closed_uniform": f"{100 * standalone['gap_closed']:.0f} %",
+        "closed_uniform_eagle3": f"{100 * eagle['gap_closed']:.0f} %",
+        "closed_network": f"{100 * network['gap_closed']:.0f} %",
+        "small_texts": f"{max(below(d, 'by_mass') for d in others):.1f}",
+        "small_texts_heads": f"{max(below(d, 'recall') for d in others):.1f}",
+        "small_code": f"{below('code', 'by_mass'):.1f}",
+        "small_code_heads": f"{below('code', 'recall'):.1f}",
+    }
+
+
+def _answers(found: Results) -> dict[str, str]:
+    lengths, texts = found.lengths(), found.lengths(loss=True)
+
+    def change(arm: str, keep: float, length: int) -> str:
+        return signed(found.difference((arm, keep), (arm, DENSE), length)).strip("*")
+
+    def points_of(arm: str, keep: float, length: int) -> float:
+        return 100 * found.difference((arm, keep), (arm, DENSE), length).mean
+
+    def rise(arm: str, keep: float, length: int) -> float:
+        return 100 * found.loss_change((arm, keep), (arm, DENSE), length).mean
+
+    def listed(items: list[str]) -> str:
+        return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+    quest = [
+        f"{rise('quest', 0.05, n):.1f} % at 5 % and {rise('quest', 0.1, n):.1f} % at 10 % of {n:,} tokens"
+        for n in texts
+    ]
+    again = [found.difference(("sts", k), ("sts-again", k), lengths[0]) for k in (0.05, 0.1, DENSE)]
+    return {
+        "lengths": listed([f"{n:,}" for n in lengths]),
+        "texts": listed([f"{n:,}" for n in texts]),
+        "items": f"{next(iter(found.headers.values()))['items']}",
+        "answers_10": listed([change("sts", 0.1, n) for n in lengths]),
+        "dense": listed([points(found.mean("sts", DENSE, n)) for n in lengths]),
+        "text_10": listed([f"{rise('sts', 0.1, n):+.2f} %" for n in texts]),
+        "recent_10": listed([f"{-points_of('recent', 0.1, n):.1f}" for n in lengths]),
+        "quest_10": listed([f"{points_of('quest', 0.1, n):+.1f}" for n in lengths]),
+        "draft_blend_text_5": f"{rise('sts-draft-blend', 0.05, texts[0]):.1f} %",
+        "first_text": f"{texts[0]:,}",
+        "quest_text": "; ".join(quest),
+        "noise": f"{100 * max(abs(f.mean) for f in again if f):.1f}",
+        "noise_equal": same_outputs(found, "sts", "sts-again", found.keeps),
+    }
+
+
+def _parity(found: Results) -> dict[str, str]:
+    lengths = sorted({*found.lengths(), *found.lengths(loss=True)})
+    return {
+        "parity": same_outputs(found, "dense", "stock", [DENSE]),
+        "parity_lengths": f"{lengths[0]:,} to {lengths[-1]:,}",
+    }

@@ -1,0 +1,99 @@
+"""Answers, text and conversations, from quality/ and multi_turn.jsonl."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from benchmarks import tables
+from benchmarks.quality.report import DENSE, Results, percent, points, signed, table
+from benchmarks.tables import MISSING, rows
+
+QUALITY = {
+    "sts": "sts",
+    "sts-proportional": "sts without a calibrated map",
+    "sts-warm": "sts, history `warm`",
+    "sts-blend": "sts, history `blend`",
+    "sts-draft": "sts, draft sparse too",
+    "sts-draft-blend": "sts, draft sparse too, history `blend`",
+    "sts-full4": "sts, every 4th verify full",
+    "oracle": "oracle",
+    "quest": "Quest",
+    "recent": "sink + recent",
+    "random": "chance",
+}
+
+
+@cache
+def answers(folder: Path) -> Results | None:
+    """What was asked and answered; intervals are worked out once, whoever shows them."""
+    return Results(folder) if folder.exists() else None
+
+
+def quality() -> str:
+    """What each selector and budget changes against dense, by context: answers, and the loss of text."""
+    found = answers(tables.RESULTS / "quality")
+    if found is None:
+        return MISSING
+    keeps = [keep for keep in found.keeps if keep <= 0.25]
+    parts = []
+    for length in found.lengths():
+        dense = points(found.mean("sts", DENSE, length))
+        head = [f"{length:,} tokens (dense: {dense})", *map(percent, keeps)]
+        lines = changes(found, found.difference, length, keeps, digits=1)
+        parts.append(table(head, [[QUALITY[arm] + found.part(arm, length), *cells] for arm, *cells in lines]))
+    losses = [
+        [f"{QUALITY[arm]}, {length:,}", *cells]
+        for length in found.lengths(loss=True)
+        for arm, *cells in changes(found, found.loss_change, length, keeps, digits=2)
+    ]
+    parts.append(table(["loss of text, tokens", *map(percent, keeps)], losses))
+    head = next(iter(found.headers.values()))
+    commits = ", ".join(sorted({h["commit"] for h in found.headers.values()}))
+    parts.append(
+        f"Points of accuracy, mean over tasks, and percent of the loss, against the same server's dense "
+        f"verify, 95 % intervals; bold excludes 0. {head['device']}, {head['items']} items a task, commit "
+        f"{commits}, the shipped pair."
+    )
+    return "\n\n".join(parts)
+
+
+def changes(
+    found: Results, change: Callable, length: int, keeps: list[float], digits: int
+) -> list[list[str]]:
+    """[arm, a cell a keep] against dense, of the arms that are shown and were asked."""
+    over = {arm: [change((arm, k), (arm, DENSE), length) for k in keeps] for arm in QUALITY}
+    return [[arm, *(signed(f, digits=digits) for f in own)] for arm, own in over.items() if any(own)]
+
+
+def multi_turn() -> str:
+    """Answers, speculation and speed of agents by turn."""
+    found = rows("multi_turn.jsonl")
+    if not found:
+        return MISSING
+    turns = sorted({r["turn"] for r in found})
+    lines = []
+    for arm in dict.fromkeys(r["arm"] for r in found):
+        mine = [r for r in found if r["arm"] == arm]
+        right = [sum(r["right"] for r in mine if r["turn"] == turn) for turn in turns]
+        asked = [sum(r["agents"] for r in mine if r["turn"] == turn) for turn in turns]
+        rate = [f"{100 * n / of:.1f}" for n, of in zip(right, asked, strict=True)]
+        later = [r for r in mine if r["turn"] > 1]
+        speculated = [r["accept_length"] for r in later if "accept_length" in r]
+        speed = [statistics.median(r[key] for r in later) for key in ("ttft_s", "tpot_s", "tokens_per_s")]
+        accept = f"{statistics.mean(speculated):.3f}" if speculated else "–"
+        ttft, tpot, rate_s = speed
+        lines.append(
+            [f"`{arm}`", *rate, accept, f"{1000 * ttft:.0f}", f"{1000 * tpot:.1f}", f"{rate_s:,.0f}"]
+        )
+    first = found[0]
+    tokens = [round(statistics.median(r["prompt_tokens"] for r in found if r["turn"] == t)) for t in turns]
+    head = ["server", *(f"turn {t}, {n:,} tokens" for t, n in zip(turns, tokens, strict=True))]
+    note = (
+        f"Right answers of {first['agents']} agents by turn, percent; accept length, time to the first token "
+        f"and per token (ms) and tokens/s of turns 2 to {turns[-1]}, medians over turns. {first['device']}, "
+        f"commit {first['commit']}, the shipped pair, keep 10 %."
+    )
+    return table([*head, "accept length", "TTFT", "TPOT", "tokens/s"], lines) + "\n\n" + note

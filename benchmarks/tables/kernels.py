@@ -1,0 +1,148 @@
+"""Microseconds of kernels, from the files of their ops, and of a round, from profile.jsonl."""
+
+from __future__ import annotations
+
+import statistics
+
+from benchmarks.quality.report import table
+from benchmarks.tables import MISSING, commits, rows, timings
+
+OPS = {
+    "FA3": ("draft_attention", "fa3-dense", 0),
+    "sts, no importance": ("draft_attention", "triton", 0),
+    "first step": ("draft_attention", "triton+importance", 0),
+    "later step": ("draft_attention", "triton+importance", 1),
+    "selection": ("select", "triton", None),
+    "sizes": ("select", "sizes", None),
+    "spread": ("select", "spread", None),
+    "memory": ("remember", "warm", None),
+    "half shared": ("remember", "warm-shared", None),
+    "memory, mixed in": ("remember", "blend", None),
+    "mixed, half shared": ("remember", "blend-shared", None),
+}
+CLASSES = {
+    "attention of the draft": ("_draft_kernel", "_draft_merge_kernel", "cutlass::device_kernel", "flash::"),
+    "matrix products": ("nvjet", "cublas"),
+    "sparse verify": ("_verify_kernel", "_verify_merge_kernel", "_plan_kernel"),
+    "pooling of importance": ("_pool_kernel",),
+    "selection, sizes and spread": ("_select_kernel", "_sizes_kernel", "_spread_kernel"),
+    "history": ("_remember_kernel", "_claim_kernel"),
+}
+OTHERS = "norms, rotations and other small kernels"
+
+
+def verify() -> str:
+    """Microseconds of one layer's verify attention by provider, the README's shapes, and the whole grid."""
+    found = timings("verify")
+    newest = {
+        (r["provider"], *(r[k] for k in ("dim", "rows", "group", "context", "batch")), r.get("keep")): r
+        for r in found
+    }
+    shapes = sorted({key[1:6] for key in newest if key[0] == "triton"}, reverse=True)
+    lines = [verify_line(newest, shape) for shape in shapes if shape[:3] == (128, 4, 4)]
+    if not lines:
+        return MISSING
+    head = ["context x requests", "sts (Triton)", "FlashInfer head-wise", "FA3 dense", "FlashInfer dense"]
+    head += ["over FA3 dense", "at 5 %", "at 25 %", "of copy rate"]
+    last = found[-1]
+    note = (
+        f"Microseconds of one layer (4 query tokens, 32 query and 8 KV heads of 128, keep 10 %, bf16). "
+        f"{last['gpu']}, commit {commits(newest.values())}; the last "
+        f"column is the selected KV over the measured copy rate ({last['copy_gbps']:,} GB/s)."
+    )
+    return table(head, lines) + "\n\n" + note + verify_grid(newest)
+
+
+def verify_line(newest: dict[tuple, dict], shape: tuple) -> list[str]:
+    def us(provider: str, keep: float | None) -> float | None:
+        return newest.get((provider, *shape, keep), {}).get("us")
+
+    own = {keep: us("triton", keep) for keep in (0.05, 0.1, 0.25)}
+    dense = us("fa3-dense", None)
+    shown = [own[0.1], us("fi-headwise", 0.1), dense, us("fi-dense", None)]
+    gains = [f"{dense / own[k]:.1f}x" if dense and own[k] else "–" for k in (0.1, 0.05, 0.25)]
+    rate = newest.get(("triton", *shape, 0.1), {}).get("of_copy_rate")
+    cells = [f"{x:.0f}" if x else "–" for x in shown]
+    return [f"{shape[3]:,} x {shape[4]}", *cells, *gains, f"{100 * rate:.0f} %" if rate else "–"]
+
+
+def verify_grid(newest: dict[tuple, dict]) -> str:
+    """How sts compares over all shapes that were measured."""
+    over: dict[str, list[tuple[float, tuple]]] = {"fa3-dense": [], "fi-headwise": []}
+    for (provider, *shape, keep), row in newest.items():
+        for rival in over if provider == "triton" else ():
+            if other := newest.get((rival, *shape, None if "dense" in rival else keep)):
+                over[rival].append((other["us"] / row["us"], tuple(shape)))
+    dense, headwise = (sorted(found) for found in over.values())
+    if not dense or not headwise:
+        return ""
+    slower = [shape for gain, shape in headwise if gain < 1]
+    where = ", ".join(f"{c:,} x {b}" for c, b in sorted({shape[3:] for shape in slower}))
+    return (
+        f" Over the whole grid of {len(dense)} shapes (8K to 128K x 1 to 16, 1 to 8 query tokens, GQA 4 and "
+        f"8, heads of 64 and 128, keep 5 to 25 %) sts is {dense[0][0]:.1f}x to {dense[-1][0]:.1f}x FA3 dense "
+        f"and {headwise[0][0]:.2f}x to {headwise[-1][0]:.2f}x FlashInfer head-wise, slower than it in "
+        f"{len(slower)} shapes ({where})."
+    )
+
+
+def round_ops() -> str:
+    """Microseconds of what sts adds to a round: of a draft layer's step, and once a round."""
+    newest = {}
+    for name in dict.fromkeys(name for name, *_ in OPS.values()):
+        for r in timings(name):
+            if (r.get("dim", 64), r.get("group", 4), r.get("keep", 0.1)) == (64, 4, 0.1):
+                newest[(name, r["provider"], r.get("step"), r["context"], r["batch"])] = r
+    shapes = sorted({key[3:] for key in newest if key[0] == "select"})
+    shown = {title: op for title, op in OPS.items() if any(key[:3] == op for key in newest)}
+    lines = []
+    for shape in shapes:
+        found = [newest.get((*op, *shape), {}).get("us") for op in shown.values()]
+        cells = ["–" if us is None else f"{max(us, 0):.0f}" for us in found]
+        lines.append([f"{shape[0]:,} x {shape[1]}", *cells])
+    if not lines:
+        return MISSING
+    last = next(reversed(newest.values()))
+    note = (
+        f"Microseconds. The first four columns: dense attention of one step of one draft layer (32 query and "
+        f"8 KV heads of 64); the first step of a round scores the carried row too. The others: once a round, "
+        f"128 channels, keep 10 %. {last['gpu']}, commit {commits(newest.values())}."
+    )
+    return table(["context x requests", *shown], lines) + "\n\n" + note
+
+
+def importance_cost() -> str:
+    """What scoring costs the draft's attention, over all shapes that were measured with and without."""
+    of = ("dim", "group", "context", "batch")
+    newest = {(r["provider"], r.get("step"), *map(r.get, of)): r for r in timings("draft_attention")}
+    over: dict[tuple[int, int], list[float]] = {}
+    for (provider, step, *shape), row in newest.items():
+        plain = newest.get(("triton", step, *shape)) or newest.get(("triton", 0, *shape))
+        if provider == "triton+importance" and plain and shape[1]:
+            over.setdefault((shape[1], step), []).append(row["us"] / plain["us"])
+    if not over:
+        return MISSING
+    lines = []
+    for (group, step), ratios in sorted(over.items()):
+        shown = (min(ratios), statistics.median(ratios), max(ratios))
+        met = f"{sum(ratio <= 1.15 for ratio in ratios)} of {len(ratios)}"
+        lines.append([group, "later" if step else "first", *(f"{ratio:.2f}x" for ratio in shown), met])
+    head = ["query heads a KV head", "step", "least", "median", "most", "shapes within 1.15x"]
+    return table(head, lines)
+
+
+def round_time() -> str:
+    """Where the device spends a round, by kernels."""
+    found = rows("profile.jsonl")
+    if not found:
+        return MISSING
+    lines = []
+    for r in found:
+        spent = dict.fromkeys((*CLASSES, OTHERS), 0.0)
+        for name, kernel in r["kernels"].items():
+            own = (what for what, names in CLASSES.items() if name.startswith(names))
+            spent[next(own, OTHERS)] += kernel["us"]
+        cells = [f"{us / 1000:.2f}" for us in (*spent.values(), r["idle_us"], r["round_us"])]
+        lines.append([f"`{r['arm']}`, {r['context']:,} x {r['requests']}, {r['commit']}", *cells])
+    note = f"Milliseconds of one round, means over {found[0]['rounds']} rounds. {found[0]['gpu']}."
+    return table(["server", *CLASSES, OTHERS, "idle device", "round"], lines) + "\n\n" + note

@@ -1,0 +1,112 @@
+"""Tokens per second of servers, from serving.jsonl."""
+
+from __future__ import annotations
+
+import statistics
+
+from benchmarks.quality.report import table
+from benchmarks.tables import MISSING, commits, rows, shapes_of
+
+ARMS = {
+    "stock": "stock FA3, no speculation",
+    "stock-spec": "stock FA3 + STANDALONE",
+    "stock-spec-captured": "the same, draft-extend captured",
+    "sts-dense": "sts, verify dense",
+    "sts": "sts, `keep` 0.1",
+    "sts-draft": "sts, draft sparse too",
+}
+# Contexts and requests of the README.
+FRONT = ((128_000, 1), (32_000, 8), (8_000, 8), (2_000, 8), (2_000, 1))
+
+
+def serving() -> str:
+    """Tokens per second by arm; the gain of sts over stock with the same draft."""
+    found = rows("serving.jsonl")
+    if not found:
+        return MISSING
+    lines = []
+    for shape in shapes_of(found):
+        own = [speeds(found, shape, arm)[0] for arm in ARMS]
+        cells = [f"{statistics.median(s):,.0f} ± {(max(s) - min(s)) / 2:,.0f}" if s else "–" for s in own]
+        kept = {r["keep_ratio"] for r in found if (r["arm"], r["context"], r["requests"]) == ("sts", *shape)}
+        cells += [f"{100 * max(kept):.0f} %" if kept else "–"]
+        cells += [gains(found, arm, shape) for arm in ("sts", "sts-draft")]
+        lines.append([f"{shape[0]:,} x {shape[1]}", *cells])
+    first = found[0]
+    note = (
+        f"Tokens per second, median ± half the spread. {first['gpu']}, SGLang {first['sglang']}, commit "
+        f"{commits(found)}; shapes of Llama-3.1-8B and 3.2-1B, dummy weights, simulated accept length "
+        f"{first['simulated']:g} (the output is meaningless, the work is not), prefix cached. Kept is what "
+        f"verify attends to, never less than `budget`, 1,024 tokens. Gains are over stock FA3 + STANDALONE, "
+        f"in brackets over the same with its draft-extend captured."
+    )
+    for arm, name in (("sts", "sts"), ("sts-draft", "the sparse draft")):
+        costs = {s: g for s in shapes_of(found) if (g := gain(found, f"{arm}-blend", s, arm))}
+        if costs:
+            shown = ", ".join(f"{g:.3f}x at {n:,} x {r}" for (n, r), g in costs.items())
+            note += f" History in every verify (`blend`) makes {name} {shown}."
+    return (
+        table(["context x requests", *ARMS.values(), "kept", "gain", "gain, draft too"], lines)
+        + "\n\n"
+        + note
+    )
+
+
+def front() -> str:
+    """The README's few rows of `serving`: where sts gains, and where it does not."""
+    found = rows("serving.jsonl")
+    if not found:
+        return MISSING
+    lines = []
+    for shape in (s for s in FRONT if s in shapes_of(found)):
+        own = {
+            arm: speeds(found, shape, arm)[0]
+            for arm in ("stock-spec", "stock-spec-captured", "sts", "sts-draft")
+        }
+        stock, captured, sparse, draft = (f"{statistics.median(s):,.0f}" if s else "–" for s in own.values())
+        gained = [gain(found, arm, shape, "stock-spec-captured") for arm in ("sts", "sts-draft")]
+        first, second = (f"**{g:.2f}x**" if g else "–" for g in gained)
+        lines.append([f"{shape[0]:,} x {shape[1]}", stock, captured, sparse, first, draft, second])
+    head = ["context x requests", "stock", "stock, draft-extend captured", "sts", "gain"]
+    low, high = null_result(found)
+    note = (
+        f"Tokens per second on one {found[0]['gpu']}: shapes of Llama-3.1-8B with a 1B STANDALONE draft, "
+        f"dummy weights, simulated accept length {found[0]['simulated']:g}, prefix cached, stock being "
+        f"SGLang {found[0]['sglang']} with FA3. Gains are over the second column, a stock that also records "
+        f"its draft-extend in a CUDA graph (as shipped it does not), in runs that had both. **At 2,000 "
+        f"tokens sts brings nothing: {low:.2f}x to {high:.2f}x over all runs.**"
+    )
+    return table([*head, 'sts, `"draft": "all"`', "gain"], lines) + "\n\n" + note
+
+
+def speeds(found: list[dict], shape: tuple[int, int], *arms: str) -> list[list[float]]:
+    """Tokens per second of each arm, of the newest run (commit) that has all of them; else empty lists."""
+    for run in reversed(dict.fromkeys(r["commit"] for r in found)):
+        mine = [r for r in found if (r["commit"], r["context"], r["requests"]) == (run, *shape)]
+        own = [[r["tokens_per_s"] for r in mine if r["arm"] == arm] for arm in arms]
+        if all(own):
+            return own
+    return [[] for _ in arms]
+
+
+def gain(found: list[dict], arm: str, shape: tuple[int, int], over: str) -> float | None:
+    """Over another arm of the same run; None where no run has both."""
+    own, stock = speeds(found, shape, arm, over)
+    return statistics.median(own) / statistics.median(stock) if own and stock else None
+
+
+def gains(found: list[dict], arm: str, shape: tuple[int, int]) -> str:
+    """Over stock as it is, and over stock with its draft-extend captured."""
+    stock, captured = (gain(found, arm, shape, over) for over in ("stock-spec", "stock-spec-captured"))
+    return (f"{stock:.2f}x" if stock else "–") + (f" ({captured:.2f}x)" if captured else "")
+
+
+def null_result(found: list[dict]) -> tuple[float, float]:
+    """Least and most that sts gained in any run at contexts so short that `keep` leaves most of them."""
+    gained = []
+    for run in dict.fromkeys(r["commit"] for r in found):
+        mine = [r for r in found if r["commit"] == run]
+        for shape in (s for s in shapes_of(mine) if s[0] <= 2000):
+            gained += [gain(mine, arm, shape, "stock-spec-captured") for arm in ("sts", "sts-draft")]
+    gained = [g for g in gained if g]
+    return (min(gained), max(gained)) if gained else (float("nan"), float("nan"))
