@@ -118,7 +118,10 @@ class HeadMap:
         return [tuple((i, head) for head in own) for i in range(self.draft.layers) for own in heads]
 
     def of_draft(self) -> list[list[int]]:
-        """Channel of every KV head of every draft layer: one that only its own query heads speak for."""
+        """Channel of every KV head of every draft layer: one that only its own query heads speak for. Empty
+        without `draft`."""
+        if self.draft is None:
+            return []
         channels = [
             next(i for i, sources in enumerate(self.channels) if _within(sources, own))
             for own in self._own_sources()

@@ -143,7 +143,7 @@ def reads(tree: ast.AST) -> set[tuple[str, str]]:
         for node in ast.walk(function):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 kind = annotated.get(node.value.id)
-                if kind in CLASSES:
+                if kind in CLASSES and not node.attr.startswith("__"):
                     found.add((kind, node.attr))
     return found
 

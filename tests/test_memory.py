@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
 
 from sts_sglang.backends import dense
 from sts_sglang.config import StsConfig
@@ -16,7 +17,6 @@ from sts_sglang.core.selectors import compare as selectors
 from sts_sglang.headmap import HeadCounts, proportional
 from sts_sglang.host import reserve, serves
 from sts_sglang.host.bind import check_graphs
-from sts_sglang.verifiers.flashinfer import Shape
 
 TARGET, DRAFT = HeadCounts(32, 32, 8), HeadCounts(16, 32, 8)  # Llama 8B and 1B
 KV_BYTES = 32 * 8 * 128 * 2 * 2 + 16 * 8 * 64 * 2 * 2
@@ -86,13 +86,22 @@ def model():
     return make
 
 
+def server_args(graphs: int = 0) -> SimpleNamespace:
+    decode = PhaseConfig(backend="full" if graphs else "disabled", bs=[graphs] if graphs else None)
+    return SimpleNamespace(
+        speculative_eagle_topk=1,
+        speculative_num_draft_tokens=4,
+        max_running_requests=64,
+        cuda_graph_config=CudaGraphConfig(decode=decode, prefill=PhaseConfig()),
+    )
+
+
 @pytest.mark.parametrize("kernel", ["triton", "flashinfer"])
 def test_the_least_lists_are_reserved_beside_what_a_kernel_needs(monkeypatch, model, kernel):
     """FlashInfer's workspaces come on top of them."""
 
     monkeypatch.setattr(serves, "draft_config", lambda *_: model(DRAFT, 64))
-    monkeypatch.setattr(reserve, "flashinfer_shape", lambda *_: Shape(4, 32, 8, 128, 64, 8))
-    args = SimpleNamespace(speculative_eagle_topk=1, max_running_requests=64)
+    args = server_args(graphs=8)
 
     def reserved(budget: int) -> int:
         config = StsConfig(kernel=kernel, budget=budget)
@@ -105,7 +114,7 @@ def test_the_least_lists_are_reserved_beside_what_a_kernel_needs(monkeypatch, mo
 def test_what_another_selector_takes_is_reserved(monkeypatch, model):
     """Its scores and lists by the pool's tokens, and the layer it scores: of one long context at least."""
     monkeypatch.setattr(serves, "draft_config", lambda *_: model(DRAFT, 64))
-    args = SimpleNamespace(speculative_eagle_topk=1, speculative_num_draft_tokens=4, max_running_requests=64)
+    args = server_args()
 
     def reserved(selector: str, context: int) -> int:
         target = model(TARGET, 128, context)

@@ -1,14 +1,20 @@
-"""What a verifier is."""
+"""What a verifier is, and what a kind of verifiers says of itself before one is made."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
+from sts_kernels import Ops
 from sts_kernels.layout import Lists
+from sts_sglang.config import StsConfig
+from sts_sglang.core.channels import Channels
 from sts_sglang.core.request import Request
+from sts_sglang.core.round import RoundState
 from sts_sglang.core.selectors.base import LayerCall
+from sts_sglang.core.sizes import Need
+from sts_sglang.headmap import HeadMap
 
 
 class Verifier(Protocol):
@@ -44,3 +50,48 @@ class Verifier(Protocol):
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by purpose, besides those of the round."""
+
+
+class TargetShape(NamedTuple):
+    """The target as a launch knows it.
+
+    tokens: T, that a verify checks. requests: of the largest batch. graph_requests: of the largest graph,
+    0 without. pool_tokens, slots: of the KV pool and rows of its buffers, 0 before it has a size.
+    """
+
+    tokens: int
+    layers: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    context_len: int
+    requests: int
+    graph_requests: int
+    pool_tokens: int = 0
+    slots: int = 0
+
+
+class Parts(NamedTuple):
+    """What a verifier is made of. width: positions in the table of slots. target: None without one."""
+
+    config: StsConfig
+    head_map: HeadMap
+    channels: Channels
+    state: RoundState
+    ops: Ops
+    width: int
+    target: TargetShape | None
+
+
+class Kind(Protocol):
+    """A module of `verifiers/`, as `verifiers.registry` lists it by the configuration's `kernel`."""
+
+    def refusal(self, config: StsConfig, topk: int | None) -> str | None:
+        """What of this launch it does not serve, or None."""
+
+    def need(self, config: StsConfig, target: TargetShape) -> Need:
+        """What it takes beside the buffers of a round."""
+
+    def make(self, parts: Parts) -> Verifier:
+        """Raises ConfigError where the models are too large for it."""

@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from sts_kernels import Ops, ops
+from sts_kernels import ops
 from sts_sglang import headmap
 from sts_sglang.backends import dense
 from sts_sglang.backends.carry import CarryLastRow
 from sts_sglang.backends.draft import DraftMultiStepBackend
 from sts_sglang.backends.target import StsTargetBackend
-from sts_sglang.config import ConfigError, StsConfig
+from sts_sglang.config import StsConfig
 from sts_sglang.core import sizes
 from sts_sglang.core.channels import Channels
 from sts_sglang.core.round import Draft, RoundState
 from sts_sglang.core.runtime import Runtime
-from sts_sglang.core.selectors.base import Selector
-from sts_sglang.core.selectors.compare import LayerSelector
-from sts_sglang.core.selectors.draft import DraftSelector
-from sts_sglang.core.verifier import Verifier
-from sts_sglang.headmap import HeadCounts, HeadMap, ModelPaths
+from sts_sglang.core.selectors import registry as selectors
+from sts_sglang.core.verifier import Parts, TargetShape
+from sts_sglang.headmap import HeadCounts, ModelPaths
 from sts_sglang.host import reserve, views
 from sts_sglang.host.metrics import read_counters
-from sts_sglang.verifiers.by_ops import OpsVerifier
-from sts_sglang.verifiers.flashinfer import FlashInferVerifier, Limits, layer_runs
+from sts_sglang.verifiers import by_ops
+from sts_sglang.verifiers import registry as verifiers
 
 if TYPE_CHECKING:
     from sglang.srt.managers.tp_worker import TpModelWorker
@@ -94,7 +91,7 @@ def create_backend(config: StsConfig, runner: ModelRunner):
     return StsTargetBackend(runner, dense.of_target(name, runner), name)
 
 
-class Parts(NamedTuple):
+class WorkerParts(NamedTuple):
     """Runners and backends of a speculative worker. steps: None with one speculative step."""
 
     target: ModelRunner
@@ -104,7 +101,7 @@ class Parts(NamedTuple):
     extend: CarryLastRow
 
 
-def parts(worker: EAGLEWorkerV2) -> Parts:
+def parts(worker: EAGLEWorkerV2) -> WorkerParts:
     """After the backends of a worker exist.
 
     Raises:
@@ -123,7 +120,7 @@ def parts(worker: EAGLEWorkerV2) -> Parts:
                 f"STS was asked for, but SGLang built {type(backend).__name__} where {cls.__name__} belongs; "
                 "use --attention-backend sts and no other attention backend flag"
             )
-    return Parts(runner, draft.draft_runner, verify, steps, extend)
+    return WorkerParts(runner, draft.draft_runner, verify, steps, extend)
 
 
 def bind(worker: EAGLEWorkerV2, config: StsConfig) -> Bound:
@@ -143,7 +140,7 @@ def bind(worker: EAGLEWorkerV2, config: StsConfig) -> Bound:
         _draft_of(config, worker, draft),
         target.device,
         views.paths(worker.server_args),
-        flashinfer_of(worker.server_args, target),
+        _target_of(worker.server_args, target),
     )
     use_qlen_tree_mask(worker)
     for backend in (found.verify, found.extend, found.steps):
@@ -155,9 +152,6 @@ def bind(worker: EAGLEWorkerV2, config: StsConfig) -> Bound:
     return _bound
 
 
-MakeVerifier = Callable[[StsConfig, HeadMap, RoundState, Ops], Verifier]
-
-
 def assemble(
     config: StsConfig,
     target: HeadCounts,
@@ -165,7 +159,7 @@ def assemble(
     draft: Draft,
     device: str,
     models: ModelPaths | None = None,
-    make_flashinfer: MakeVerifier | None = None,
+    shape: TargetShape | None = None,
 ) -> Runtime:
     """The runtime of a pair.
 
@@ -173,7 +167,7 @@ def assemble(
         config: validated configuration. target, draft_counts: attention shapes of the models.
         draft: pools and buffers of the draft's pass. device: where the state lives.
         models: where the weights are, for the fingerprints of head maps.
-        make_flashinfer: makes the verifier of kernel `flashinfer`.
+        shape: of the target, for verifiers that plan for it.
     """
     config.check_layers(target.layers)
     head_map = headmap.of_config(config, target, draft_counts, models)
@@ -186,7 +180,7 @@ def assemble(
     exact = device == "cpu" and kernel == "torch"
     dtype = torch.float32 if exact else torch.float16
     state = RoundState(config, head_map, channels, draft, device, dtype)
-    by_ops = [OpsVerifier(own, channels.of_target, draft.table.shape[1]) for _ in range(2)]
+    made_of = Parts(config, head_map, channels, state, own, draft.table.shape[1], shape)
     return Runtime(
         config=config,
         head_map=head_map,
@@ -196,22 +190,9 @@ def assemble(
         ops=own,
         kernel=kernel,
         device=device,
-        selector=_selector(config, state, channels, own, draft.table),
-        verifier=make_flashinfer(config, head_map, state, own) if kernel == "flashinfer" else by_ops[0],
-        whole=by_ops[1],
-    )
-
-
-def _selector(
-    config: StsConfig, state: RoundState, channels: Channels, own: Ops, table: torch.Tensor
-) -> Selector:
-    if config.selector == "draft":
-        return DraftSelector(config, state, channels, own)
-    scores = state.importance
-    # On a GPU without a look at the lengths.
-    width = None if scores.device.type == "cpu" else table.shape[1]
-    return LayerSelector(
-        config, own, channels.of_target, scores.shape[1], table.shape[0], scores.dtype, width=width
+        selector=selectors.make(config, state, channels, own, draft.table),
+        verifier=verifiers.of(kernel).make(made_of),
+        whole=by_ops.make(made_of),
     )
 
 
@@ -222,35 +203,14 @@ def kernel_for(config: StsConfig, device: str) -> str:
     return "torch" if device == "cpu" else "triton"
 
 
-def flashinfer_of(server_args: Any, target: views.Runner) -> MakeVerifier:
-    """Makes the verifier of kernel `flashinfer` for this launch."""
-
-    def make(config: StsConfig, head_map: HeadMap, state: RoundState, own: Ops) -> Verifier:
-        requests = _batch_limit(server_args, target.table)
-        shape = reserve.flashinfer_shape(server_args, target.model, requests)
-        if target.pools.slots * shape.kv_heads >= 2**31:
-            raise ConfigError(
-                "sts_config.kernel: 'flashinfer' numbers the slots of all KV heads by int32, and the KV pool "
-                "has too many; allowed: 'triton', or a smaller --max-total-tokens"
-            )
-        channels, columns = state.importance.shape
-        return FlashInferVerifier(
-            config,
-            shape,
-            shape.entries(config, target.pools.tokens, target.model.context_len),
-            layer_runs(config, head_map, target.model.counts.layers),
-            Limits(columns, state.indices.numel() // channels, target.table.shape[1]),
-            own,
-            target.dtype,
-            clipped=state.clipped,
-        )
-
-    return make
-
-
 def _batch_limit(server_args: Any, table: torch.Tensor) -> int:
     """Most requests of a batch."""
     return min(table.shape[0], server_args.max_running_requests or table.shape[0])
+
+
+def _target_of(server_args: Any, target: views.Runner) -> TargetShape:
+    shape = reserve.target_shape(server_args, target.model, _batch_limit(server_args, target.table))
+    return shape._replace(pool_tokens=target.pools.tokens, slots=target.pools.slots)
 
 
 def _draft_of(config: StsConfig, worker: EAGLEWorkerV2, draft: views.Runner) -> Draft:

@@ -7,10 +7,11 @@ from typing import Any
 from sts_sglang import headmap
 from sts_sglang.config import StsConfig
 from sts_sglang.core import sizes
-from sts_sglang.core.selectors import compare
+from sts_sglang.core.selectors import registry as selectors
 from sts_sglang.core.sizes import Need
+from sts_sglang.core.verifier import TargetShape
 from sts_sglang.host import serves, views
-from sts_sglang.verifiers import flashinfer
+from sts_sglang.verifiers import registry as verifiers
 
 MAX_REQUESTS = 4096  # SGLang's own bound where the user gives none (resolve_max_num_reqs)
 
@@ -19,10 +20,11 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
     """Bytes of `available` that a round's buffers take, given the target's ModelConfig."""
     models = views.model(target), views.model(serves.draft_config(server_args, target))
     requests = server_args.max_running_requests or MAX_REQUESTS
+    shape = target_shape(server_args, models[0], requests)
     needs = [
         _of_round(config, server_args, models, requests),
-        _of_selector(config, server_args, models[0]),
-        _of_verifier(config, server_args, models[0], requests),
+        selectors.need(config, shape),
+        verifiers.of(config.kernel).need(config, shape),
     ]
     fixed, per_token = (sum(parts) for parts in zip(*needs, strict=True))
     kv = sum(model.kv_bytes for model in models)
@@ -41,30 +43,16 @@ def _of_round(config, server_args, models: tuple[views.Model, views.Model], requ
     return Need(floor + requests * carried, per_token)
 
 
-def _of_selector(config: StsConfig, server_args: Any, target: views.Model) -> Need:
-    """The draft's choice needs nothing besides the buffers of a round."""
-    if config.selector == "draft":
-        return Need()
-    rows = server_args.speculative_num_draft_tokens * target.group
-    return compare.need(
-        target.counts.kv_heads, target.head_dim, target.dtype.itemsize, rows, target.context_len
-    )
-
-
-def _of_verifier(config: StsConfig, server_args: Any, target: views.Model, requests: int) -> Need:
-    """The ops of this package need nothing besides the buffers of a round."""
-    if config.kernel != "flashinfer":
-        return Need()
-    return flashinfer_shape(server_args, target, requests).need(config, target.context_len)
-
-
-def flashinfer_shape(server_args: Any, target: views.Model, requests: int) -> flashinfer.Shape:
-    """Given the requests of the largest batch."""
-    return flashinfer.Shape(
-        server_args.speculative_num_draft_tokens,
-        target.counts.q_heads,
-        target.counts.kv_heads,
-        target.head_dim,
-        requests,
-        min(requests, views.decode_graphs(server_args).largest),
+def target_shape(server_args: Any, target: views.Model, requests: int) -> TargetShape:
+    """Of a launch, given the requests of the largest batch."""
+    return TargetShape(
+        tokens=server_args.speculative_num_draft_tokens,
+        layers=target.counts.layers,
+        q_heads=target.counts.q_heads,
+        kv_heads=target.counts.kv_heads,
+        head_dim=target.head_dim,
+        dtype=target.dtype,
+        context_len=target.context_len,
+        requests=requests,
+        graph_requests=views.decode_graphs(server_args).largest,
     )

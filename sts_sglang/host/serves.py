@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sts_sglang import cpu, headmap
 from sts_sglang.config import BACKEND, CHAIN_FLAGS, StsConfig
 from sts_sglang.host import views
-from sts_sglang.verifiers import flashinfer
+from sts_sglang.verifiers import registry as verifiers
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -185,10 +185,8 @@ def _check_kernel(server_args: ServerArgs, config: StsConfig) -> None:
                 f"sts_config.{field}: {value!r} is not available on device {device} in this release; "
                 f"allowed here: {', '.join(served)}"
             )
-    if config.kernel == "flashinfer" and (
-        what := flashinfer.refusal(config, server_args.speculative_eagle_topk)
-    ):
-        raise Refusal(f"sts_config.kernel: 'flashinfer' does not serve {what}; set kernel to \"triton\"")
+    if what := verifiers.of(config.kernel).refusal(config, server_args.speculative_eagle_topk):
+        raise Refusal(f'sts_config.kernel: {config.kernel!r} does not serve {what}; set kernel to "triton"')
 
 
 def _check_graphs(server_args: ServerArgs, config: StsConfig) -> None:

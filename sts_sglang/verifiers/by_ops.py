@@ -6,8 +6,11 @@ import torch
 
 from sts_kernels import Ops
 from sts_kernels.layout import Lists, Plan
+from sts_sglang.config import StsConfig
 from sts_sglang.core.request import Request
 from sts_sglang.core.selectors.base import LayerCall
+from sts_sglang.core.sizes import Need
+from sts_sglang.core.verifier import Parts, TargetShape
 
 
 class OpsVerifier:
@@ -59,3 +62,17 @@ class OpsVerifier:
 
     def nbytes(self) -> dict[str, int]:
         return {}
+
+
+def refusal(config: StsConfig, topk: int | None) -> str | None:
+    """Serves every configuration."""
+    return None
+
+
+def need(config: StsConfig, target: TargetShape) -> Need:
+    """Partial results live as long as a kernel runs."""
+    return Need()
+
+
+def make(parts: Parts) -> OpsVerifier:
+    return OpsVerifier(parts.ops, parts.channels.of_target, parts.width)

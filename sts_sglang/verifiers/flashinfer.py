@@ -16,10 +16,11 @@ import torch
 
 from sts_kernels import Ops
 from sts_kernels.layout import ALIGN, Lists, PagedLists
-from sts_sglang.config import StsConfig
+from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core.request import Request
 from sts_sglang.core.selectors.base import LayerCall
 from sts_sglang.core.sizes import OVERSUBSCRIBED, Need
+from sts_sglang.core.verifier import Parts, TargetShape
 from sts_sglang.headmap import HeadMap
 
 logger = logging.getLogger(__name__)
@@ -87,10 +88,12 @@ class Shape(NamedTuple):
         rows = pairs * self.tokens
         return 16 * slots + 8 * (rows + self.planned_requests(pairs)) + 4096
 
-    def need(self, config: StsConfig, context_len: int) -> Need:
-        """What the verifier takes beside a KV pool."""
-        fixed = self.float_workspace() + self.list_bytes(self.entries(config, 0, context_len))
-        return Need(fixed, OVERSUBSCRIBED * self.list_bytes(8) / 8)
+    @classmethod
+    def of(cls, target: TargetShape) -> Shape:
+        graph_requests = min(target.requests, target.graph_requests)
+        return cls(
+            target.tokens, target.q_heads, target.kv_heads, target.head_dim, target.requests, graph_requests
+        )
 
 
 def refusal(config: StsConfig, topk: int | None) -> str | None:
@@ -102,6 +105,34 @@ def refusal(config: StsConfig, topk: int | None) -> str | None:
         ((topk or 1) > 1, f"--speculative-eagle-topk {topk} (its mask is a chain's)"),
     )
     return next((what for found, what in unserved if found), None)
+
+
+def need(config: StsConfig, target: TargetShape) -> Need:
+    """Workspace, and the lists and masks of every KV head."""
+    shape = Shape.of(target)
+    fixed = shape.float_workspace() + shape.list_bytes(shape.entries(config, 0, target.context_len))
+    return Need(fixed, OVERSUBSCRIBED * shape.list_bytes(8) / 8)
+
+
+def make(parts: Parts) -> FlashInferVerifier:
+    config, target, state = parts.config, parts.target, parts.state
+    shape = Shape.of(target)
+    if target.slots * shape.kv_heads >= 2**31:
+        raise ConfigError(
+            "sts_config.kernel: 'flashinfer' numbers the slots of all KV heads by int32, and the KV pool "
+            "has too many; allowed: 'triton', or a smaller --max-total-tokens"
+        )
+    channels, columns = state.importance.shape
+    return FlashInferVerifier(
+        config,
+        shape,
+        shape.entries(config, target.pool_tokens, target.context_len),
+        layer_runs(config, parts.head_map, target.layers),
+        Limits(columns, state.indices.numel() // channels, parts.width),
+        parts.ops,
+        target.dtype,
+        clipped=state.clipped,
+    )
 
 
 class HostRequest(NamedTuple):

@@ -33,6 +33,7 @@ from sts_kernels.layout import ALIGN, IMPORTANCE_SCALE, Contexts, Lists, Scores,
 from sts_sglang.config import StsConfig
 from sts_sglang.core.selectors.base import LayerCall
 from sts_sglang.core.sizes import OVERSUBSCRIBED, Need
+from sts_sglang.core.verifier import TargetShape
 
 PAGE = 16
 SCRATCH = 512 << 20  # bytes that scoring a layer may take: so many requests at a time
@@ -245,8 +246,8 @@ def request_bytes(width: int, kv_heads: int, dim: int, itemsize: int, rows: int)
     return width * kv_heads * (dim * (itemsize + 4) + 16 * rows)
 
 
-def need(heads: int, head_dim: int, itemsize: int, rows: int, context_len: int) -> Need:
-    """What a LayerSelector takes for a target of so many KV heads: scores and lists by token of the pool, and
-    what scoring a layer takes."""
-    layer = request_bytes(context_len, heads, head_dim, itemsize, rows)
-    return Need(max(SCRATCH, layer), OVERSUBSCRIBED * 6 * heads)
+def need(target: TargetShape) -> Need:
+    """Of a LayerSelector: scores and lists by token of the pool, and what scoring a layer takes."""
+    rows = target.tokens * target.q_heads // target.kv_heads
+    layer = request_bytes(target.context_len, target.kv_heads, target.head_dim, target.dtype.itemsize, rows)
+    return Need(max(SCRATCH, layer), OVERSUBSCRIBED * 6 * target.kv_heads)
