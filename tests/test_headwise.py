@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from sts_kernels import ops
+from sts_kernels.layout import WHOLE, Contexts, Lists, PagedLists
 
-TOKENS, WHOLE = 4, -1
+TOKENS = 4
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (context, tokens listed, room planned): to the brim, with padding, whole, a context below the budget,
 # more than a block of the kernel, one token, room that is no multiple of a byte
@@ -46,11 +47,17 @@ class Batch:
         self.clipped = torch.zeros(1, dtype=torch.int64)
 
     def run(self, kernel: str, layers: int = 1) -> Batch:
-        args = [self.listed, self.start, self.count, self.heads, self.table, self.reqs, self.seq_lens, TOKENS]
-        args += [self.ends, self.mask_ends, self.indices, self.mask, layers, self.attended, self.clipped]
-        on = [a.to(DEVICE) if torch.is_tensor(a) else a for a in args]
-        ops(kernel).headwise_lists(*on)
-        self.indices, self.mask, self.attended, self.clipped = (on[i].cpu() for i in (10, 11, 13, 14))
+        on = [t.to(DEVICE) for t in (self.indices, self.mask, self.attended, self.clipped)]
+        ops(kernel).headwise_lists(
+            Lists(*(t.to(DEVICE) for t in (self.listed, self.start, self.count))),
+            self.heads.to(DEVICE),
+            Contexts(*(t.to(DEVICE) for t in (self.table, self.reqs, self.seq_lens))),
+            PagedLists(self.ends.to(DEVICE), self.mask_ends.to(DEVICE), *on[:2]),
+            *on[2:],
+            tokens=TOKENS,
+            layers=layers,
+        )
+        self.indices, self.mask, self.attended, self.clipped = (t.cpu() for t in on)
         return self
 
     def pair(self, b: int, h: int) -> tuple[torch.Tensor, torch.Tensor]:

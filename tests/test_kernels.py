@@ -5,17 +5,34 @@ The Triton kernels run in Triton's interpreter where there is no GPU (see confte
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
 import os
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from sts_kernels import IMPORTANCE_SCALE, UNKNOWN, Members, draft_attention, ops, select, spread, verify
+import sts_kernels
+from sts_kernels import Ops, draft_attention, ops, select, spread, torch_ops, triton_ops, verify
 from sts_kernels import history as history_kernels
+from sts_kernels.layout import (
+    IMPORTANCE_SCALE,
+    UNKNOWN,
+    Carried,
+    Contexts,
+    History,
+    KvPool,
+    Lists,
+    Members,
+    Part,
+    Pooling,
+    Scores,
+)
 from tests.tolerances import assert_close
 
 KERNELS = ["torch", "triton"]
@@ -45,6 +62,14 @@ class Batch:
         self.ctx_start = wide.cumsum(0) - wide
         self.columns = int(wide.sum()) + 64
         self.k, self.v = (self._pool(2 * requests * width) for _ in range(2))
+
+    @property
+    def pool(self) -> KvPool:
+        return KvPool(self.k, self.v)
+
+    @property
+    def contexts(self) -> Contexts:
+        return Contexts(self.table, self.reqs, self.seq_lens)
 
     def _pool(self, slots: int) -> torch.Tensor:
         pool = torch.full((slots, KV_HEADS, DIM), math.nan)
@@ -77,9 +102,36 @@ def skip_bf16_in_the_interpreter(kernel: str, dtype: torch.dtype) -> None:
         pytest.skip("Triton's interpreter multiplies the bits of bfloat16, not their values")
 
 
-def on_device(args):
-    """The arguments of an op on the device under test."""
-    return [a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in args]
+def on_device(value):
+    """A tensor, or a noun of tensors, on the device under test."""
+    if isinstance(value, tuple):
+        return type(value)(*map(on_device, value))
+    return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+
+
+def tune(monkeypatch, module, **knobs) -> None:
+    """Set some of a kernel's knobs for the rest of a test."""
+    monkeypatch.setattr(module, "KNOBS", replace(module.KNOBS, **knobs))
+
+
+# ---- the interface
+
+
+@pytest.mark.parametrize("module", [torch_ops, triton_ops], ids=KERNELS)
+@pytest.mark.parametrize("name", [name for name in vars(Ops) if not name.startswith("_")])
+def test_an_implementation_has_every_op_with_the_signature_of_the_protocol(module, name: str) -> None:
+    op = inspect.signature(getattr(Ops, name))
+    _, *parameters = op.parameters.values()  # self
+    assert inspect.signature(getattr(module, name)) == op.replace(parameters=parameters)
+
+
+def test_no_function_takes_more_than_eight_positional_arguments() -> None:
+    """But for kernels and what is compiled into them."""
+    for path in Path(sts_kernels.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                jit = any(ast.unparse(d) == "triton.jit" for d in getattr(node, "decorator_list", []))
+                assert jit or len(node.args.posonlyargs + node.args.args) <= 8, (path.name, node.lineno)
 
 
 # ---- draft attention
@@ -106,10 +158,17 @@ def run_draft(kernel: str, batch: Batch, branches: int, step: int, pools=("max",
         carried_len[batch.reqs[-1]] += 1  # the last request's row is a leftover
     base = (torch.rand(4, batch.columns) * 1000).half()
     written = base.clone().to(DEVICE)
-    speakers = Members(*on_device(members(KV_HEADS * batch.group)))
-    args = [q, carried_q, carried_len, batch.k, batch.v, batch.table, batch.reqs, batch.seq_lens]
     out = ops(kernel).draft_attention(
-        *on_device([*args, batch.ctx_start]), step, 3, DIM**-0.5, speakers, written, 7, *pools
+        on_device(q),
+        on_device(batch.pool),
+        on_device(batch.contexts),
+        on_device(Scores(written, batch.ctx_start)),
+        on_device(members(KV_HEADS * batch.group)),
+        on_device(Carried(carried_q, carried_len)),
+        step=step,
+        num_steps=3,
+        scale=DIM**-0.5,
+        pooling=Pooling(pools[1], pools[0], 7),
     )
     return q, carried_q, carried_len, base, None if out is None else out.cpu(), written.cpu()
 
@@ -207,9 +266,7 @@ def test_draft_attention_of_the_carried_row_alone(kernel: str) -> None:
 @pytest.mark.parametrize("lengths", [[330, 64, 9], [127, 128, 129]], ids=str)
 @pytest.mark.parametrize("splits", [3, 5])
 def test_draft_attention_in_any_number_of_splits(monkeypatch, lengths: list[int], splits: int) -> None:
-    monkeypatch.setattr(
-        draft_attention, "KNOBS", draft_attention.KNOBS | {"programs": 6 * splits, "least": 8}
-    )
+    tune(monkeypatch, draft_attention, programs=6 * splits, least=8)
     check_draft("triton", Batch(lengths=lengths), branches=2, step=1, carried=False)
     check_draft("triton", Batch(lengths=lengths), branches=1, step=0)
 
@@ -260,12 +317,13 @@ def test_draft_attention_of_an_empty_batch(kernel: str) -> None:
 @pytest.mark.parametrize("programs", [1, 30, 1000])
 def test_importance_passes_on_by_one_token(monkeypatch, kernel: str, factor: float, programs: int) -> None:
     """Over several blocks and parts, exactly; unknown tokens and other requests' columns stay as they are."""
-    monkeypatch.setattr(spread, "PROGRAMS", programs)
+    tune(monkeypatch, spread, programs=programs)
     batch = Batch(lengths=[9, 1, 2, 9000, 70])
     batch.ctx_start[4] = -1
     before = scores_like("unknown", batch)
     found = before.clone().to(DEVICE)
-    ops(kernel).spread_importance(found, *on_device([batch.ctx_start, batch.seq_lens]), factor)
+    scores = on_device(Scores(found, batch.ctx_start))
+    ops(kernel).spread_importance(scores, on_device(batch.seq_lens), factor=factor)
     expected = before.clone()
     for start, length in zip(batch.ctx_start.tolist(), batch.lengths, strict=True):
         for p in range(2, length if start >= 0 else 0):
@@ -286,12 +344,18 @@ def run_select(kernel, batch: Batch, importance, counts: list[int], sink, recent
     kv_start = (torch.arange(bs * channels).view(bs, channels) * width).to(DEVICE)
     kv_indices = torch.full((bs * channels * width + 8,), -7, dtype=torch.int32, device=DEVICE)
     budgets = torch.tensor(counts).clamp(min=0)
-    args = on_device([importance, batch.ctx_start, batch.seq_lens, budgets])
-    places = on_device([batch.table, batch.reqs])
     limits = None if top_p is None else torch.tensor(top_p, dtype=torch.float32, device=DEVICE)
     draft_indices = torch.full_like(kv_indices, -7)
-    lists = [kv_indices, kv_start, kv_count]
-    ops(kernel).select_tokens(*args, sink, recent, *places, *lists, limits, draft_indices)
+    ops(kernel).select_tokens(
+        on_device(Scores(importance, batch.ctx_start)),
+        on_device(batch.contexts),
+        on_device(budgets),
+        Lists(kv_indices, kv_start, kv_count),
+        sink=sink,
+        recent=recent,
+        top_p=limits,
+        draft_indices=draft_indices,
+    )
     found, used = [], 0
     for b in range(bs):
         position = {int(slot): p for p, slot in enumerate(batch.table[batch.reqs[b]])}
@@ -347,7 +411,7 @@ def test_selection_follows_the_definition(kernel: str, kind: str, counts: list[i
 @pytest.mark.parametrize("words", [64, 256, 1024])
 def test_selection_in_tiles_of_any_size(monkeypatch, words: int) -> None:
     """Rows of several tiles, of one and of a small one."""
-    monkeypatch.setitem(select.KNOBS, "WORDS", words)
+    tune(monkeypatch, select, words=words)
     batch = Batch(lengths=[5000, 2048 + 64])
     for kind in ("distinct", "tied", "unknown"):
         importance = scores_like(kind, batch)[:1]
@@ -422,9 +486,8 @@ def test_history_is_mixed_decayed_once_and_kept_at_its_maximum(
     monkeypatch, kernel, channels, lengths, weights
 ) -> None:
     """Requests 0, 1 and 4 share a prefix, 0 and 1 more of it; request 2 has no columns and is left alone."""
-    monkeypatch.setattr(history_kernels, "CLAIM_BLOCK", 16)
-    for knob, number in {"claim_programs": 3, "programs": 3, "tile": 2048, "tile_alone": 2048}.items():
-        monkeypatch.setitem(history_kernels.KNOBS, knob, number)
+    sizes = {"claim_block": 16, "claim_programs": 3, "programs": 3, "tile": 2048, "tile_alone": 2048}
+    tune(monkeypatch, history_kernels, **sizes)
     batch = Batch(lengths=list(lengths))
     if several := len(lengths) > 1:
         batch.table[batch.reqs[1], :50] = batch.table[batch.reqs[0], :50]
@@ -447,11 +510,11 @@ def test_history_is_mixed_decayed_once_and_kept_at_its_maximum(
             found[slot] = torch.maximum(fresh, found.get(slot, torch.zeros(channels).double()))
     for slot, fresh in found.items():
         kept[slot] = torch.maximum(fresh, torch.where(known[slot], decay * kept[slot], UNKNOWN))
-    args = [importance, batch.ctx_start, batch.seq_lens, batch.table, batch.reqs, history, owner, now, weight]
-    args = on_device([a.clone() for a in args])
-    ops(kernel).blend_history(*args, decay)
-    torch.testing.assert_close(args[0].cpu().double(), mixed, rtol=1e-3, atol=1e-3)  # one rounding to float16
-    torch.testing.assert_close(args[5].cpu(), kept.half(), rtol=1e-3, atol=0)
+    scores, memory = on_device(Scores(importance, batch.ctx_start)), on_device(History(history, owner, now))
+    ops(kernel).blend_history(scores, on_device(batch.contexts), memory, on_device(weight), decay=decay)
+    # One rounding to float16.
+    torch.testing.assert_close(scores.importance.cpu().double(), mixed, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(memory.scores.cpu(), kept.half(), rtol=1e-3, atol=0)
 
 
 # ---- verify
@@ -479,20 +542,16 @@ def run_verify(kernel: str, batch: Batch, counts: list[int], tail_mask=None):
     kv_count = torch.tensor(counts, dtype=torch.int32)[:, None].expand(bs, 2).contiguous()
     attended = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     heads = torch.tensor([1, 0], dtype=torch.int32)
-    args = [
-        q,
-        batch.k,
-        batch.v,
-        kv_indices,
-        kv_start,
-        kv_count,
-        heads,
-        batch.table,
-        batch.reqs,
-        batch.seq_lens,
-        mask,
-    ]
-    out = ops(kernel).sparse_verify_attention(*on_device(args), DIM**-0.5, attended)
+    out = ops(kernel).sparse_attention(
+        on_device(q),
+        on_device(batch.pool),
+        on_device(Lists(kv_indices, kv_start, kv_count)),
+        on_device(heads),
+        on_device(batch.contexts),
+        on_device(mask),
+        attended,
+        scale=DIM**-0.5,
+    )
     return q, lists, out.cpu(), attended.tolist()
 
 
@@ -529,8 +588,7 @@ def test_verify_in_half_precision(kernel: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("block", [16, 64])
 def test_verify_in_any_number_of_splits(monkeypatch, splits: int, block: int) -> None:
     """Some splits of the short lists hold nothing, those of the long ones several blocks."""
-    for name, value in {"programs": 8 * splits, "least": 8, "BLOCK": block}.items():
-        monkeypatch.setitem(verify.KNOBS, name, value)
+    tune(monkeypatch, verify, programs=8 * splits, least=8, block=block)
     batch = Batch()
     q, lists, out, attended = run_verify("triton", batch, [5, -1, 66, -1])
     check_verify(batch, q, lists, out, chain(4))
@@ -544,9 +602,9 @@ def test_a_plan_parts_every_list_evenly(kernel: str, programs: int, most: int) -
     counts = torch.tensor([[700, 3, 40], [-1, 0, 16], [5, 5, 5]], dtype=torch.int32)
     starts, lens = torch.arange(9).view(3, 3) * 1000, torch.tensor([900, 450, 9])
     heads = torch.tensor([[0, 1, 2, 0], [1, 1, 2, 2]], dtype=torch.int32)
-    args = on_device([starts, counts, heads, lens])
-    plan = ops(kernel).plan_verify(*args, programs, most)
-    twin = ops("torch").plan_verify(*args, programs, most)
+    args = on_device(Lists(torch.empty(0), starts, counts)), on_device(heads), on_device(lens)
+    plan = ops(kernel).plan_lists(*args, programs=programs, most=most)
+    twin = ops("torch").plan_lists(*args, programs=programs, most=most)
     assert torch.equal(plan.ends, twin.ends) and plan.work.shape == (2, programs, 4)
     for layer in range(2):
         used = int(plan.ends[layer, -1])
@@ -559,7 +617,8 @@ def test_a_plan_parts_every_list_evenly(kernel: str, programs: int, most: int) -
             read = [i for p, first, n, _ in work if p == pair for i in range(first, first + n)]
             begin, total = (0, int(lens[b])) if count < 0 else (int(starts[b, channel]), count)
             assert read == list(range(begin, begin + total)) and len(kinds) <= most
-            assert kinds[0] & 2 and kinds[-1] & 4 and all(bool(kind & 1) == (count < 0) for kind in kinds)
+            assert kinds[0] & Part.FIRST and kinds[-1] & Part.LAST
+            assert all(bool(kind & Part.OF_CONTEXT) == (count < 0) for kind in kinds)
     if programs == 24:  # no list of the first layer holds anybody up
         assert max(tokens for *_, tokens, _ in plan.work[0, : int(plan.ends[0, -1])].tolist()) < 200
 
@@ -621,9 +680,17 @@ def test_a_needle_at_any_position_is_selected_and_seen(kernel: str) -> None:
         )
         carried_len = torch.full((batch.table.shape[0],), length)
         carried = torch.ones(batch.table.shape[0], KV_HEADS, DIM)
-        args = [None, carried, carried_len, batch.k, batch.v, batch.table, batch.reqs, batch.seq_lens]
         ops(kernel).draft_attention(
-            *on_device([*args, batch.ctx_start]), 0, 1, 1.0, Members(*on_device(speakers)), importance, 1
+            None,
+            on_device(batch.pool),
+            on_device(batch.contexts),
+            on_device(Scores(importance, batch.ctx_start)),
+            on_device(speakers),
+            on_device(Carried(carried, carried_len)),
+            step=0,
+            num_steps=1,
+            scale=1.0,
+            pooling=Pooling("max", "max", 1),
         )
         found = run_select(kernel, batch, importance.cpu(), [7], sink, recent)[0][0]
         assert position in found
@@ -641,8 +708,8 @@ def test_a_needle_at_any_position_is_selected_and_seen(kernel: str) -> None:
     [
         {"q": torch.zeros(1, TOKENS, 3, DIM)},
         {"q": torch.zeros(1, TOKENS, 4, DIM + 1)},
-        {"head_channels": torch.zeros(3)},
-        {"kv_count": torch.zeros(2, 1)},
+        {"channels": torch.zeros(3)},
+        {"counts": torch.zeros(2, 1)},
         {"tail_mask": torch.ones(1, TOKENS + 1, TOKENS)},
     ],
     ids=["heads", "dim", "channels", "counts", "mask"],
@@ -651,28 +718,24 @@ def test_verify_refuses_shapes_that_do_not_fit(kernel: str, change: dict) -> Non
     batch = Batch(lengths=[9])
     args = {
         "q": batch.queries(1, TOKENS),
-        "k_buffer": batch.k,
-        "v_buffer": batch.v,
-        "kv_indices": torch.zeros(8, dtype=torch.int32),
-        "kv_start": torch.zeros(1, 1, dtype=torch.int64),
-        "kv_count": torch.zeros(1, 1, dtype=torch.int32),
-        "head_channels": torch.zeros(KV_HEADS, dtype=torch.int32),
-        "req_to_token": batch.table,
-        "req_pool_indices": batch.reqs,
-        "seq_lens": batch.seq_lens,
+        "counts": torch.zeros(1, 1, dtype=torch.int32),
+        "channels": torch.zeros(KV_HEADS, dtype=torch.int32),
         "tail_mask": chain(1),
-        "sm_scale": 1.0,
-        "attended": torch.zeros(2, dtype=torch.int64),
         **change,
     }
-    with pytest.raises(ValueError, match="sparse_verify_attention: "):
-        ops(kernel).sparse_verify_attention(**args)
+    starts = torch.zeros(1, 1, dtype=torch.int64)
+    lists = Lists(torch.zeros(8, dtype=torch.int32), starts, args.pop("counts"))
+    attended = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="sparse_attention: "):
+        ops(kernel).sparse_attention(
+            pool=batch.pool, lists=lists, contexts=batch.contexts, attended=attended, scale=1.0, **args
+        )
 
 
 def test_unknown_implementations_and_pools_are_refused() -> None:
     with pytest.raises(ValueError, match="'cuda'"):
         ops("cuda")
-    with pytest.raises(ValueError, match="pool_heads"):
+    with pytest.raises(ValueError, match="pooling.heads"):
         run_draft("torch", Batch(lengths=[9]), 1, 0, ("median", "max"))
 
 

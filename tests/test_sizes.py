@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
-from sts_kernels import ALIGN, ops
-from sts_kernels.reference import Lists
+from sts_kernels import ops
+from sts_kernels.layout import ALIGN, Contexts, Count, Room, Sizes
 from sts_sglang.config import CEIL_GUARD, StsConfig
 
 KERNELS = ["torch", "triton"]
@@ -36,27 +36,26 @@ class Batch:
         if split:  # rising from nothing to everything, each channel by another curve
             bends = 0.3 + 2 * torch.rand(channels, generator=generator, dtype=torch.float64)
             self.split = (torch.arange(STEPS + 1) / STEPS)[:, None].double() ** bends
-        self.counts = torch.arange(8)
+        self.counts = torch.arange(len(Count))
 
     def run(self, kernel: str, config: StsConfig, columns: int, entries: int, full=None, list_full=False):
-        """Sizes and counts, on the CPU."""
+        """Sizes and totals, on the CPU."""
         where = {"device": DEVICE if kernel == "triton" else "cpu"}
         counts = self.counts.clone().to(**where)
+        table = torch.zeros(REQUESTS, 1, dtype=torch.int32, **where)
+        reqs, lens = (torch.tensor(t, dtype=torch.int64, **where) for t in (self.reqs, self.lengths))
         sizes = ops(kernel).size_lists(
-            torch.tensor(self.lengths, dtype=torch.int64, **where),
-            torch.tensor(self.reqs, dtype=torch.int64, **where),
+            Contexts(table, reqs, lens),
             self.carried.to(**where),
             self.keeps.to(**where),
             config.rule(),
-            None if self.split is None else self.split.to(**where),
-            self.channels,
-            columns,
-            entries,
+            Room(self.channels, columns, entries),
             counts,
-            None if full is None else torch.tensor(full, dtype=torch.bool, **where),
-            list_full,
+            split=None if self.split is None else self.split.to(**where),
+            full=None if full is None else torch.tensor(full, dtype=torch.bool, **where),
+            list_full=list_full,
         )
-        return Lists(*(t.cpu() for t in sizes)), counts.cpu()
+        return Sizes(*(t.cpu() for t in sizes)), counts.cpu()
 
     def list_length(self, config: StsConfig, length: int, budget: int, channel: int) -> int:
         if self.split is None:
@@ -92,17 +91,18 @@ class Batch:
             if scored:
                 known[b], lists[b] = places[b], [size or -1 for size in room]
                 sparse[b] = places[b] if few else -1
-            counts[4 if full[b] else 0 if scored else 1] += req > 0
+            sparsely = Count.SPARSE_VERIFIES if scored else Count.DENSE_VERIFIES
+            counts[Count.FULL_VERIFIES if full[b] else sparsely] += req > 0
         made = (known, sparse, budgets, starts, lists)
-        return Lists(*map(torch.tensor, made)), torch.tensor(counts)
+        return Sizes(*map(torch.tensor, made)), torch.tensor(counts)
 
 
-def check(batch: Batch, config: StsConfig, kernel: str, *args) -> Lists:
+def check(batch: Batch, config: StsConfig, kernel: str, *args) -> Sizes:
     (sizes, counts), (expected, counted) = (
         batch.run(kernel, config, *args),
         batch.by_definition(config, *args),
     )
-    for name, found, right in zip(Lists._fields, sizes, expected, strict=True):
+    for name, found, right in zip(Sizes._fields, sizes, expected, strict=True):
         assert found.tolist() == right.tolist(), name
     assert counts.tolist() == counted.tolist()
     return sizes
@@ -123,7 +123,7 @@ ROOM = (10**9, 10**9)
 def test_sizes_follow_the_definition(kernel: str, split: bool, config: StsConfig) -> None:
     for bs, channels in ((1, 1), (5, 3), (8, 128), (64, 16)):
         sizes = check(Batch(bs, channels, split, seed=bs), config, kernel, *ROOM)
-        assert bs < 64 or (sizes.kv_count > 0).any() and (sizes.kv_count == -1).any()
+        assert bs < 64 or (sizes.counts > 0).any() and (sizes.counts == -1).any()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -132,7 +132,7 @@ def test_what_finds_no_room_attends_to_everything(kernel: str) -> None:
     batch = Batch(20, 6, True, seed=3)
     needed, config = sum(-(-n // ALIGN) * ALIGN for n in batch.lengths), StsConfig(budget=0)
     everything = check(batch, config, kernel, *ROOM)
-    taken = int(everything.kv_count.clamp(min=0).sum())
+    taken = int(everything.counts.clamp(min=0).sum())
     for columns, entries in (
         (needed, taken),
         (needed // 2, taken),
@@ -152,7 +152,7 @@ def test_who_is_to_attend_to_everything_is_counted_apart(kernel: str, list_full:
     batch = Batch(9, 4, False, seed=4)
     full = [b % 3 == 0 for b in range(9)]
     sizes = check(batch, StsConfig(budget=0), kernel, *ROOM, full, list_full)
-    assert (sizes.kv_count[::3] > 0).any() == list_full
+    assert (sizes.counts[::3] > 0).any() == list_full
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -174,7 +174,7 @@ def test_sizes_of_an_empty_batch(kernel: str) -> None:
     ("change", "message"),
     [
         ({"keeps": torch.zeros(REQUESTS)}, "keeps must be float64"),
-        ({"carried": torch.zeros(3, dtype=torch.int64)}, "carried_len must be int64"),
+        ({"carried": torch.zeros(3, dtype=torch.int64)}, "carried_lens must be int64"),
         ({"split": torch.zeros(65, 3, dtype=torch.float64)}, r"split must be float64 \[steps \+ 1, 4\]"),
         ({"split": torch.zeros(1, 4, dtype=torch.float64)}, "2 rows or more"),
     ],

@@ -116,7 +116,7 @@ class Ops(Protocol):
     def plan_attention(
         self, lists: Lists, channels: torch.Tensor, lens: torch.Tensor, *, max_context: int
     ) -> Plan | None:
-        """`plan_lists` for sparse_attention in several layers; None from an implementation that needs none."""
+        """`plan_lists` for sparse_attention in several layers; None where the implementation needs none."""
 
     def plan_contexts(self, lens: torch.Tensor, *, kv_heads: int, max_context: int) -> Plan | None:
         """The same for draft_attention, alike in all layers of a round."""

@@ -1,15 +1,24 @@
-"""Argument checks shared by the kernels and their twins: one line, what came and what was expected."""
+"""Checks of an op's arguments, the same for both implementations.
+
+A ValueError names the op and says in one line what was expected and what came.
+"""
 
 from __future__ import annotations
 
 import torch
 
-# Importance is stored as float16 probability * 2**14: relative precision 2**-11 down to 4e-9, below
-# what a token among 128K can get on average by three orders of magnitude.
-IMPORTANCE_SCALE = 2.0**14
-# What a slot remembers that was never scored since it was written. Below every score, so that a maximum never
-# keeps it.
-UNKNOWN = -1.0
+from sts_kernels.layout import (
+    Carried,
+    Contexts,
+    History,
+    KvPool,
+    Lists,
+    Members,
+    PagedLists,
+    Pooling,
+    Room,
+    Scores,
+)
 
 
 def expect(op: str, ok: bool, message: str) -> None:
@@ -18,146 +27,153 @@ def expect(op: str, ok: bool, message: str) -> None:
         raise ValueError(f"{op}: {message}")
 
 
-def expect_importance(op: str, importance: torch.Tensor) -> None:
-    """float16 everywhere; float32 for the twins, which the reference server uses to be exact."""
-    ok = importance.dim() == 2 and importance.dtype in (torch.float16, torch.float32)
-    expect(
-        op, ok, f"importance must be [channels, columns], got {importance.dtype} {tuple(importance.shape)}"
-    )
+def expect_half(op: str, scores: Scores) -> None:
+    """Kernels take scores of float16 only."""
+    dtype = scores.importance.dtype
+    expect(op, dtype == torch.float16, f"importance is {dtype}, not float16")
 
 
-def check_verify(q, k_buffer, v_buffer, kv_start, kv_count, head_channels, tail_mask) -> None:
-    """Shapes of sparse_verify_attention."""
-    op = "sparse_verify_attention"
-    expect(op, q.dim() == 4, f"q must be [bs, T, H_q, D], got {tuple(q.shape)}")
-    bs, tokens, q_heads, dim = q.shape
-    # The stride of a dimension of one says nothing.
-    rows = (tokens == 1 or q.stride(0) == tokens * q.stride(1)) and q.stride()[2:] == (dim, 1)
-    seen = tail_mask.shape[:2] == (bs, tokens) and tail_mask.stride(2) == 1
-    seen = seen and (tokens == 1 or tail_mask.stride(1) == tail_mask.shape[2])
-    expect(
-        op, rows or bs == 0, f"q must be rows of contiguous heads at one distance, got strides {q.stride()}"
-    )
-    expect(
-        op,
-        k_buffer.dim() == 3 and k_buffer.shape == v_buffer.shape and k_buffer.shape[2] == dim,
-        f"pools {tuple(k_buffer.shape)} and {tuple(v_buffer.shape)} do not fit q {tuple(q.shape)}",
-    )
-    expect(
-        op,
-        k_buffer.stride() == v_buffer.stride() and k_buffer.stride(2) == 1,
-        "pools must share strides [.., .., 1]",
-    )
-    expect(op, q_heads % k_buffer.shape[1] == 0, f"{q_heads} query heads for {k_buffer.shape[1]} KV heads")
-    expect(
-        op, head_channels.numel() == k_buffer.shape[1], f"head_channels has {head_channels.numel()} entries"
-    )
-    expect(
-        op,
-        kv_start.shape == kv_count.shape and kv_count.dim() == 2 and kv_count.shape[0] == bs,
-        f"kv_start {tuple(kv_start.shape)} and kv_count {tuple(kv_count.shape)} must be [bs, channels]",
-    )
-    expect(
-        op,
-        seen,
-        f"tail_mask must be [bs, T, N] with contiguous rows, got {tuple(tail_mask.shape)}",
-    )
+def check_draft(
+    q: torch.Tensor | None,
+    pool: KvPool,
+    scores: Scores,
+    members: Members,
+    carried: Carried,
+    pooling: Pooling,
+) -> None:
+    """Arguments of draft_attention."""
+    op = "draft_attention"
+    expect(op, q is not None or carried.q is not None, "neither q nor carried.q is given")
+    for name, rows in (("q", q), ("carried.q", carried.q)):
+        if rows is not None:
+            _check_queries(op, name, rows, pool)
+    expect(op, carried.q is None or carried.q.is_contiguous(), "carried.q must be contiguous")
+    shapes = tuple(pool.k.shape), tuple(pool.v.shape)
+    expect(op, shapes[0] == shapes[1], f"pools {shapes[0]} and {shapes[1]} differ")
+    _check_importance(op, scores)
+    agree = members.heads.shape[0] == members.channels.numel() == members.scale.numel()
+    expect(op, agree, "members do not agree")
+    for name, how in (("rows", pooling.rows), ("heads", pooling.heads)):
+        expect(op, how in ("max", "mean"), f"pooling.{name} must be 'max' or 'mean', got {how!r}")
 
 
-def check_plan(kv_start, kv_count, head_channels) -> None:
-    """Shapes of plan_verify."""
-    op = "plan_verify"
-    expect(op, kv_start.shape == kv_count.shape and kv_count.dim() == 2, "kv_count must be [bs, channels]")
-    ok = head_channels.dim() == 2 and head_channels.dtype == torch.int32
-    expect(op, ok, f"head_channels must be int32 [layers, H_kv], got {tuple(head_channels.shape)}")
-
-
-def check_sizes(seq_lens, carried_len, keeps, split, channels) -> None:
+def check_sizes(
+    contexts: Contexts,
+    carried_lens: torch.Tensor,
+    keeps: torch.Tensor,
+    split: torch.Tensor | None,
+    room: Room,
+) -> None:
     """Arguments of size_lists."""
     op = "size_lists"
-    expect(op, seq_lens.dim() == 1, f"seq_lens must be [bs], got {tuple(seq_lens.shape)}")
+    expect(op, contexts.lens.dim() == 1, f"lens must be [bs], got {tuple(contexts.lens.shape)}")
     expect(op, keeps.dtype == torch.float64, f"keeps must be float64, got {keeps.dtype}")
-    ok = carried_len.dtype == torch.int64 and carried_len.shape == keeps.shape
-    expect(op, ok, f"carried_len must be int64 {tuple(keeps.shape)}, got {carried_len.dtype}")
+    ok = carried_lens.dtype == torch.int64 and carried_lens.shape == keeps.shape
+    expect(op, ok, f"carried_lens must be int64 {tuple(keeps.shape)}, got {carried_lens.dtype}")
     if split is not None:
-        ok = split.dtype == torch.float64 and split.dim() == 2 and split.shape[1] == channels
-        expect(op, ok, f"split must be float64 [steps + 1, {channels}], got {tuple(split.shape)}")
-        expect(
-            op, split.shape[0] > 1 and split.is_contiguous(), "split must be contiguous, of 2 rows or more"
-        )
+        ok = split.dtype == torch.float64 and split.dim() == 2 and split.shape[1] == room.channels
+        expect(op, ok, f"split must be float64 [steps + 1, {room.channels}], got {tuple(split.shape)}")
+        ok = split.shape[0] > 1 and split.is_contiguous()
+        expect(op, ok, "split must be contiguous, of 2 rows or more")
 
 
-def check_select(importance, budgets, kv_start, kv_count) -> None:
-    """Shapes of select_tokens."""
-    op = "select_tokens"
-    expect_importance(op, importance)
-    shape = (budgets.numel(), importance.shape[0])
-    expect(
-        op,
-        kv_start.shape == shape and kv_count.shape == shape,
-        f"kv_start {tuple(kv_start.shape)} and kv_count {tuple(kv_count.shape)} must be {shape}",
-    )
-
-
-def check_draft(q, carried_q, k_buffer, v_buffer, members, importance, pool_heads, pool_rows) -> None:
-    """Shapes of draft_attention."""
-    op = "draft_attention"
-    for name, rows in (("q", q), ("carried_q", carried_q)):
-        if rows is not None:
-            expect(
-                op,
-                rows.dim() == 3 and rows.shape[2] == k_buffer.shape[2],
-                f"{name} has shape {tuple(rows.shape)}",
-            )
-            ok = rows.stride()[1:] == (rows.shape[2], 1)
-            expect(op, ok, f"{name} must have contiguous heads, got strides {rows.stride()}")
-            heads = rows.shape[1]
-            expect(
-                op, heads % k_buffer.shape[1] == 0, f"{heads} query heads for {k_buffer.shape[1]} KV heads"
-            )
-    expect(op, carried_q is None or carried_q.is_contiguous(), "carried_q must be contiguous")
-    expect(op, q is not None or carried_q is not None, "neither q nor carried_q is given")
-    expect(
-        op,
-        k_buffer.shape == v_buffer.shape,
-        f"pools {tuple(k_buffer.shape)} and {tuple(v_buffer.shape)} differ",
-    )
-    expect_importance(op, importance)
-    expect(
-        op,
-        members.heads.shape[0] == members.channels.numel() == members.scale.numel(),
-        "members do not agree",
-    )
-    for name, pool in (("pool_heads", pool_heads), ("pool_rows", pool_rows)):
-        expect(op, pool in ("max", "mean"), f"{name} must be 'max' or 'mean', got {pool!r}")
-
-
-def check_history(importance, history, owner, round_, weight) -> None:
-    """Shapes of blend_history."""
-    op = "blend_history"
-    expect_importance(op, importance)
-    ok = history.dim() == 2 and history.is_contiguous() and history.shape[1] == importance.shape[0]
-    got = f"{history.dtype} {tuple(history.shape)}"
-    expect(op, ok, f"history must be contiguous [slots, channels], got {got}")
-    expect(op, history.dtype == importance.dtype, f"history must be {importance.dtype}, got {got}")
-    expect(op, owner.shape == history.shape[:1] and owner.dtype == torch.int64, "owner must be int64 [slots]")
-    expect(op, round_.shape == (1,) and round_.dtype == torch.int64, "round_ must be int64 [1]")
+def check_history(scores: Scores, history: History, weight: torch.Tensor) -> None:
+    """Arguments of blend_history."""
+    op, importance, held = "blend_history", scores.importance, history.scores
+    _check_importance(op, scores)
+    got = f"{held.dtype} {tuple(held.shape)}"
+    ok = held.dim() == 2 and held.is_contiguous() and held.shape[1] == importance.shape[0]
+    expect(op, ok, f"history.scores must be contiguous [slots, channels], got {got}")
+    expect(op, held.dtype == importance.dtype, f"history.scores must be {importance.dtype}, got {got}")
+    ok = history.owner.shape == held.shape[:1] and history.owner.dtype == torch.int64
+    expect(op, ok, "history.owner must be int64 [slots]")
+    ok = history.round.shape == (1,) and history.round.dtype == torch.int64
+    expect(op, ok, "history.round must be int64 [1]")
     expect(op, weight.dtype == torch.float32, f"weight must be float32 [bs], got {weight.dtype}")
 
 
-def check_spread(importance, factor) -> None:
+def check_spread(scores: Scores, factor: float) -> None:
     """Arguments of spread_importance."""
-    expect_importance("spread_importance", importance)
-    expect("spread_importance", 0 < factor <= 1, f"factor must be above 0 and at most 1, got {factor}")
+    op = "spread_importance"
+    _check_importance(op, scores)
+    expect(op, 0 < factor <= 1, f"factor must be above 0 and at most 1, got {factor}")
 
 
-def check_headwise(kv_start, kv_count, head_channels, indptr, mask_indptr, indices, mask) -> None:
-    """Shapes of headwise_lists."""
+def check_select(scores: Scores, budgets: torch.Tensor, lists: Lists) -> None:
+    """Arguments of select_tokens."""
+    _check_importance("select_tokens", scores)
+    _check_lists("select_tokens", lists, (budgets.numel(), scores.importance.shape[0]))
+
+
+def check_plan(lists: Lists, channels: torch.Tensor) -> None:
+    """Arguments of plan_lists."""
+    op = "plan_lists"
+    _check_lists(op, lists)
+    ok = channels.dim() == 2 and channels.dtype == torch.int32
+    expect(op, ok, f"channels must be int32 [layers, H_kv], got {channels.dtype} {tuple(channels.shape)}")
+
+
+def check_attention(
+    q: torch.Tensor, pool: KvPool, lists: Lists, channels: torch.Tensor, tail_mask: torch.Tensor
+) -> None:
+    """Arguments of sparse_attention."""
+    op = "sparse_attention"
+    expect(op, q.dim() == 4, f"q must be [bs, T, H_q, D], got {tuple(q.shape)}")
+    bs, tokens, q_heads, dim = q.shape
+    # The stride of a dimension of one says nothing.
+    ok = (tokens == 1 or q.stride(0) == tokens * q.stride(1)) and q.stride()[2:] == (dim, 1)
+    expect(op, ok or bs == 0, f"q must be rows of contiguous heads at one distance, got strides {q.stride()}")
+    k, v = pool
+    ok = k.dim() == 3 and k.shape == v.shape and k.shape[2] == dim
+    expect(op, ok, f"pools {tuple(k.shape)} and {tuple(v.shape)} do not fit q {tuple(q.shape)}")
+    ok = k.stride() == v.stride() and k.stride(2) == 1
+    expect(op, ok, "pools must share strides [.., .., 1]")
+    kv_heads = k.shape[1]
+    expect(op, q_heads % kv_heads == 0, f"{q_heads} query heads for {kv_heads} KV heads")
+    expect(op, channels.numel() == kv_heads, f"channels must be [{kv_heads}], got {tuple(channels.shape)}")
+    _check_lists(op, lists)
+    expect(op, lists.counts.shape[0] == bs, f"{lists.counts.shape[0]} lists a channel for {bs} requests")
+    ok = tail_mask.shape[:2] == (bs, tokens) and tail_mask.stride(2) == 1
+    ok = ok and (tokens == 1 or tail_mask.stride(1) == tail_mask.shape[2])
+    expect(op, ok, f"tail_mask must be [bs, T, N] with contiguous rows, got {tuple(tail_mask.shape)}")
+
+
+def check_headwise(lists: Lists, channels: torch.Tensor, paged: PagedLists) -> None:
+    """Arguments of headwise_lists."""
     op = "headwise_lists"
-    expect(op, kv_start.shape == kv_count.shape and kv_count.dim() == 2, "kv_count must be [bs, channels]")
-    pairs = kv_count.shape[0] * head_channels.numel()
-    for name, ends in (("indptr", indptr), ("mask_indptr", mask_indptr)):
+    _check_lists(op, lists)
+    pairs = lists.counts.shape[0] * channels.numel()
+    for name, ends in (("indptr", paged.indptr), ("mask_indptr", paged.mask_indptr)):
         ok = ends.dtype == torch.int32 and ends.dim() == 1 and ends.numel() > pairs
         expect(op, ok, f"{name} must be int32 [{pairs} + 1 or more], got {ends.dtype} {tuple(ends.shape)}")
-    expect(op, indices.dtype == torch.int32, f"indices must be int32, got {indices.dtype}")
-    expect(op, mask.dtype == torch.uint8, f"mask must be uint8, got {mask.dtype}")
+    expect(op, paged.indices.dtype == torch.int32, f"indices must be int32, got {paged.indices.dtype}")
+    expect(op, paged.mask.dtype == torch.uint8, f"mask must be uint8, got {paged.mask.dtype}")
+
+
+def _check_queries(op: str, name: str, rows: torch.Tensor, pool: KvPool) -> None:
+    """Rows [n, H_q, D] of contiguous heads that fit the pool."""
+    kv_heads, dim = pool.k.shape[1:]
+    ok = rows.dim() == 3 and rows.shape[2] == dim
+    expect(op, ok, f"{name} must be [rows, H_q, {dim}], got {tuple(rows.shape)}")
+    expect(
+        op,
+        rows.stride()[1:] == (dim, 1),
+        f"{name} must have contiguous heads, got strides {rows.stride()}",
+    )
+    expect(op, rows.shape[1] % kv_heads == 0, f"{rows.shape[1]} query heads for {kv_heads} KV heads")
+
+
+def _check_importance(op: str, scores: Scores) -> None:
+    """float16, or float32, which the server takes that others are compared with."""
+    importance = scores.importance
+    ok = importance.dim() == 2 and importance.dtype in (torch.float16, torch.float32)
+    got = f"{importance.dtype} {tuple(importance.shape)}"
+    expect(op, ok, f"importance must be [channels, columns] of float16 or float32, got {got}")
+
+
+def _check_lists(op: str, lists: Lists, shape: tuple[int, int] | None = None) -> None:
+    """Starts and counts by request and channel, of `shape` where it is known."""
+    starts, counts = tuple(lists.starts.shape), tuple(lists.counts.shape)
+    ok = starts == counts and len(counts) == 2 and shape in (None, counts)
+    wanted = "[bs, channels]" if shape is None else shape
+    expect(op, ok, f"lists.starts {starts} and lists.counts {counts} must be {wanted}")

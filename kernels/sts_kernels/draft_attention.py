@@ -1,8 +1,8 @@
 """Draft attention in Triton that leaves the importance of its rows behind, in one read of the keys.
 
-Three launches: a split-KV pass that also stores exp2(logit - running maximum) of the rows, a merge that
-yields outputs and log-sum-exps, and a pooling pass that turns the stored values into probabilities.
-Storing normalised values needs the log-sum-exp, which is known only after the last split.
+Three launches: a pass over parts of the contexts that also stores exp2(logit - running maximum) of the rows,
+a merge that yields outputs and log-sum-exps, and a pooling pass that turns what is stored into probabilities.
+The first pass cannot store those: a log-sum-exp is known only after the last part.
 
 All passes count by the target's positions: draft key p is the target's token p + SHIFT, and is stored
 there. A block of positions then is aligned in every buffer, and its accesses are 16 bytes wide.
@@ -10,201 +10,291 @@ there. A block of positions then is aligned in every buffer, and its accesses ar
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sts_kernels.checks import IMPORTANCE_SCALE, check_draft, expect
-from sts_kernels.reference import SHIFT, Members, Plan
-from sts_kernels.verify import LOG2E, _attend, _merge, plan_verify, splits, starts_early
+from sts_kernels import split_kv
+from sts_kernels.checks import check_draft, expect, expect_half
+from sts_kernels.layout import (
+    ALIGN,
+    IMPORTANCE_SCALE,
+    SHIFT,
+    WHOLE,
+    Carried,
+    Contexts,
+    KvPool,
+    Lists,
+    Members,
+    Plan,
+    Pooling,
+    Scores,
+)
+from sts_kernels.split_kv import (
+    LAST_PART,
+    LOG2E,
+    SplitKnobs,
+    attend,
+    merge,
+    padded_rows,
+    plan_lists,
+    splits,
+    starts_early,
+)
 
-BLOCK = 64  # columns of a request start at multiples of it
-# What the benches tune, as in verify.py; a pooling program takes `pool_blocks` blocks at a time, and
-# `pool_programs` of them share the context of a (request, channel).
-KNOBS = {
-    "programs": 264,
-    "least": 512,
-    "num_warps": 4,
-    "num_stages": 5,
-    "early": True,
-    "uneven": 4,
-    "pool_blocks": 16,
-    "pool_programs": 64,
-    "pool_warps": 4,
-    # What is stored is read once more, soon, and would else be driven out by keys and values.
-    "stored_policy": "evict_last",
-}
+
+@dataclass(frozen=True)
+class DraftKnobs(SplitKnobs):
+    """pool_blocks: blocks that a pooling program takes at a time. pool_programs: how many of them share the
+    context of a (request, channel). pool_warps: of one. stored_policy: of the cache, for exponentials; they
+    are read once more, soon, and would else be driven out by keys and values. The rest: see SplitKnobs.
+    """
+
+    pool_blocks: int = 16
+    pool_programs: int = 64
+    pool_warps: int = 4
+    stored_policy: str = "evict_last"
+
+
+KNOBS = DraftKnobs()
+BLOCK = ALIGN  # keys read at a time: a block never has columns of two requests
+# See `split_kv.shared_bytes`; read off kernels that Triton 3.6 compiled.
+BYTES_PER_DIM = (536, 536)
 # exp2(logit - running maximum) is at most 1: scaled to the top of float16, its relative precision is
 # 2**-11 down to 2e-9 of the maximum.
 STORED_SCALE = tl.constexpr(2.0**15)
 
 
+def shared_bytes(rows: int, head_dim: int) -> int:
+    """Bytes of shared memory that a thread block takes for the `rows` query rows of a (request, KV head); the
+    carried row's are among them."""
+    return split_kv.shared_bytes(rows, head_dim, BYTES_PER_DIM)
+
+
+def plan_contexts(lens: torch.Tensor, *, kv_heads: int, max_context: int) -> Plan | None:
+    """How the contexts of a batch are parted among programs: alike for every KV head, layer and step of a
+    round.
+
+    lens: int [bs]. max_context: width of the table of slots. Never None.
+    """
+    programs, most = splits(lens.numel() * kv_heads, max_context, KNOBS)
+    starts = torch.zeros(lens.numel(), 1, dtype=torch.int64, device=lens.device)
+    counts = torch.full_like(starts, WHOLE, dtype=torch.int32)
+    whole = Lists(starts, starts, counts)  # nothing is listed, so no entry is read
+    channel = torch.zeros(1, 1, dtype=torch.int32, device=lens.device)
+    return plan_lists(whole, channel, lens, programs=programs // kv_heads, most=most).of(0)
+
+
+class _Rows(NamedTuple):
+    """The query rows of a (request, KV head): those of the carried row first, then of every branch."""
+
+    branches: int
+    carried: bool
+    q_heads: int
+    kv_heads: int
+    dim: int
+
+    @property
+    def queries(self) -> int:
+        return self.carried + self.branches
+
+    @property
+    def used(self) -> int:
+        return self.queries * (self.q_heads // self.kv_heads)
+
+
+class _Stored(NamedTuple):
+    """What the launches of a call leave for each other.
+
+    partial: float32 [H_kv, work, ROWS, D] and stats: float32 [H_kv, work, ROWS, 2], sums of a part.
+    lse: float32 [bs, H_kv, ROWS], log2 of the sum of a row's exponentials. exps: float16 [H_kv, blocks, USED,
+    BLOCK], exp2(logit - running maximum) by block of columns, and peaks: float32 [H_kv, blocks, USED], that
+    maximum; there are no blocks where nothing is scored.
+    """
+
+    partial: torch.Tensor
+    stats: torch.Tensor
+    lse: torch.Tensor
+    exps: torch.Tensor
+    peaks: torch.Tensor
+
+    @classmethod
+    def empty(cls, rows: _Rows, bs: int, work: int, blocks: int, device: torch.device) -> _Stored:
+        padded, heads = padded_rows(rows.used), rows.kv_heads
+
+        def new(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(heads, *size, dtype=dtype, device=device)
+
+        return cls(
+            partial=new(work, padded, rows.dim),
+            stats=new(work, padded, 2),
+            lse=torch.empty(bs, heads, padded, dtype=torch.float32, device=device),
+            exps=new(blocks, rows.used, BLOCK, dtype=torch.float16),
+            peaks=new(blocks, rows.used),
+        )
+
+
 def draft_attention(
     q: torch.Tensor | None,
-    carried_q: torch.Tensor | None,
-    carried_len: torch.Tensor,
-    k_buffer: torch.Tensor,
-    v_buffer: torch.Tensor,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    ctx_start: torch.Tensor,
+    pool: KvPool,
+    contexts: Contexts,
+    scores: Scores,
+    members: Members,
+    carried: Carried,
+    *,
     step: int,
     num_steps: int,
-    sm_scale: float,
-    members: Members,
-    importance: torch.Tensor,
-    total_rows: int,
-    pool_heads: str = "max",
-    pool_rows: str = "max",
+    scale: float,
+    pooling: Pooling,
     plan: Plan | None = None,
 ) -> torch.Tensor | None:
-    """Kernel of `sts_kernels.reference.draft_attention` (see there); graph-safe, no host sync.
+    """Kernel of `sts_kernels.torch_ops.draft_attention` (see there); graph-safe, no host sync.
 
-    `ctx_start` must be multiples of 64, and so the number of columns: a block of positions never shares
-    columns with another request. Without a plan, which one launch of `plan_contexts` makes for all steps and
-    layers of a round, the call makes its own.
+    `scores.starts` must be multiples of ALIGN, and so the number of columns. Without a plan, which one launch
+    of `plan_contexts` makes for all steps and layers of a round, the call makes its own.
     """
-    check_draft(q, carried_q, k_buffer, v_buffer, members, importance, pool_heads, pool_rows)
-    expect(
-        "draft_attention", importance.dtype == torch.float16, f"importance is {importance.dtype}, not float16"
-    )
-    columns = importance.shape[1]
+    check_draft(q, pool, scores, members, carried, pooling)
+    expect_half("draft_attention", scores)
+    columns, bs = scores.importance.shape[1], contexts.lens.numel()
     expect("draft_attention", columns % BLOCK == 0, f"{columns} columns are no multiple of {BLOCK}")
-    bs, kv_heads, dim = seq_lens.numel(), k_buffer.shape[1], k_buffer.shape[2]
-    q_heads = (carried_q if q is None else q).shape[1]
     out = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if bs == 0:
         return out
+    some = carried.q if q is None else q
     branches = 0 if q is None else q.shape[0] // bs
-    queries = branches + (carried_q is not None)
-    used = queries * (q_heads // kv_heads)
-    rows = max(16, triton.next_power_of_2(used))
-    _, most = splits(bs * kv_heads, req_to_token.shape[1], KNOBS)
-    plan = plan or plan_contexts(seq_lens, kv_heads, req_to_token.shape[1])
+    rows = _Rows(branches, carried.q is not None, some.shape[1], *pool.k.shape[1:])
+    if plan is None:
+        plan = plan_contexts(contexts.lens, kv_heads=rows.kv_heads, max_context=contexts.table.shape[1])
     work = plan.work.shape[0]
-    new = {"device": k_buffer.device}
-    partial = torch.empty(kv_heads, work, rows, dim, dtype=torch.float32, **new)
-    stats = torch.empty(kv_heads, work, rows, 2, dtype=torch.float32, **new)
-    lse = torch.empty(bs, kv_heads, rows, dtype=torch.float32, **new)
     capture = members.channels.numel() > 0
     blocks = columns // BLOCK if capture else 0
-    stored = torch.empty(kv_heads, blocks, used, BLOCK, dtype=torch.float16, **new)
-    peaks = torch.empty(kv_heads, blocks, used, dtype=torch.float32, **new)
-    shape = {"W": branches, "CARRIED": carried_q is not None, "H_Q": q_heads, "H_KV": kv_heads, "D": dim}
-    early = starts_early(k_buffer.device) if KNOBS["early"] else {}
-    shape |= {"ROWS": rows, "USED": used, "EARLY": bool(early)}
-    some = carried_q if q is None else q
-    _draft_kernel[(work, kv_heads)](
+    stored = _Stored.empty(rows, bs, work, blocks, pool.k.device)
+    early = starts_early(pool.k.device) if KNOBS.early else {}
+    shape = {
+        "W": branches,
+        "CARRIED": rows.carried,
+        "H_Q": rows.q_heads,
+        "H_KV": rows.kv_heads,
+        "D": rows.dim,
+        "ROWS": padded_rows(rows.used),
+        "USED": rows.used,
+        "EARLY": bool(early),
+    }
+    _draft_kernel[(work, rows.kv_heads)](
         some if q is None else q,
-        some if carried_q is None else carried_q,
-        carried_len,
-        k_buffer,
-        v_buffer,
-        partial,
-        stats,
+        some if carried.q is None else carried.q,
+        carried.lens,
+        pool.k,
+        pool.v,
+        stored.partial,
+        stored.stats,
         plan.work,
         plan.ends,
-        stored,
-        peaks,
-        req_to_token,
-        req_pool_indices,
-        seq_lens,
-        ctx_start,
-        sm_scale * LOG2E,
+        stored.exps,
+        stored.peaks,
+        contexts.table,
+        contexts.reqs,
+        contexts.lens,
+        scores.starts,
+        scale * LOG2E,
         step,
         num_steps,
         some.stride(0),
-        k_buffer.stride(0),
-        k_buffer.stride(1),
-        req_to_token.stride(0),
+        pool.k.stride(0),
+        pool.k.stride(1),
+        contexts.table.stride(0),
         blocks,
         bs,
         SCRATCH=max(16, triton.next_power_of_2(branches * (step + 1))),
         BLOCK=BLOCK,
         CAPTURE=capture,
         SHIFT=SHIFT,
-        POLICY=KNOBS["stored_policy"],
-        num_warps=KNOBS["num_warps"],
-        num_stages=KNOBS["num_stages"],
+        POLICY=KNOBS.stored_policy,
+        num_warps=KNOBS.num_warps,
+        num_stages=KNOBS.num_stages,
         **shape,
     )
-    splits_p2 = triton.next_power_of_2(most)
-    _draft_merge_kernel[(bs, kv_heads, used)](
-        partial,
-        stats,
+    _draft_merge_kernel[(bs, rows.kv_heads, rows.used)](
+        stored.partial,
+        stored.stats,
         plan.ends,
-        lse,
+        stored.lse,
         some if out is None else out,
         work,
-        SPLITS_P2=splits_p2,
+        SPLITS_P2=triton.next_power_of_2(plan.most),
         **shape,
         **early,
     )
-    if not capture:
-        return out
-    _pool_kernel[(bs, members.channels.numel(), KNOBS["pool_programs"])](
-        stored,
-        peaks,
-        lse,
+    if capture:
+        _pool_rows(rows, stored, contexts, scores, members, pooling, early)
+    return out
+
+
+def _pool_rows(
+    rows: _Rows,
+    stored: _Stored,
+    contexts: Contexts,
+    scores: Scores,
+    members: Members,
+    pooling: Pooling,
+    early: dict[str, bool],
+) -> None:
+    """Pool what is stored of the rows into importance."""
+    _pool_kernel[(contexts.lens.numel(), members.channels.numel(), KNOBS.pool_programs)](
+        stored.exps,
+        stored.peaks,
+        stored.lse,
         members.channels,
         members.heads,
         members.scale,
         members.fresh,
-        importance,
-        seq_lens,
-        ctx_start,
-        blocks,
-        importance.stride(0),
-        IMPORTANCE_SCALE / (total_rows if pool_rows == "mean" else 1),
-        QUERIES=queries,
+        scores.importance,
+        contexts.lens,
+        scores.starts,
+        stored.exps.shape[1],
+        scores.importance.stride(0),
+        IMPORTANCE_SCALE / (pooling.total_rows if pooling.rows == "mean" else 1),
+        QUERIES=rows.queries,
         HEADS=members.heads.shape[1],
-        MEAN_HEADS=pool_heads == "mean",
-        MEAN_ROWS=pool_rows == "mean",
-        FIRST=carried_q is not None,
+        MEAN_HEADS=pooling.heads == "mean",
+        MEAN_ROWS=pooling.rows == "mean",
+        FIRST=rows.carried,
         SHIFT=SHIFT,
-        H_Q=q_heads,
-        H_KV=kv_heads,
-        ROWS=rows,
-        USED=used,
-        PROGRAMS=KNOBS["pool_programs"],
-        BLOCKS=KNOBS["pool_blocks"],
+        H_Q=rows.q_heads,
+        H_KV=rows.kv_heads,
+        ROWS=padded_rows(rows.used),
+        USED=rows.used,
+        PROGRAMS=KNOBS.pool_programs,
+        BLOCKS=KNOBS.pool_blocks,
         BLOCK=BLOCK,
         EARLY=bool(early),
-        num_warps=KNOBS["pool_warps"],
+        num_warps=KNOBS.pool_warps,
         **early,
     )
-    return out
-
-
-def plan_contexts(seq_lens: torch.Tensor, kv_heads: int, max_context: int) -> Plan:
-    """How the contexts of a batch are parted among programs, for every KV head alike; see plan_verify."""
-    programs, most = splits(seq_lens.numel() * kv_heads, max_context, KNOBS)
-    start = torch.zeros(seq_lens.numel(), 1, dtype=torch.int64, device=seq_lens.device)
-    whole = torch.full_like(start, -1, dtype=torch.int32)
-    head = torch.zeros(1, 1, dtype=torch.int32, device=seq_lens.device)
-    return plan_verify(start, whole, head, seq_lens, programs // kv_heads, most).of(0)
 
 
 @triton.jit
 def _draft_kernel(
     q_ptr,  # [bs * W, H_q, D], rows `stride_q` apart
     carried_ptr,  # [requests, H_q, D]
-    carried_len_ptr,
-    k_ptr,
-    v_ptr,
+    carried_lens_ptr,  # int64 [requests]
+    k_ptr,  # [slots, H_kv, D]
+    v_ptr,  # [slots, H_kv, D]
     partial_ptr,  # float32 [H_kv, work, ROWS, D]
     stats_ptr,  # float32 [H_kv, work, ROWS, 2]
     work_ptr,  # int64 [work, 4], see Plan
-    ends_ptr,  # [bs + 1]
-    stored_ptr,  # float16 [H_kv, blocks of columns, USED, BLOCK]
+    ends_ptr,  # int32 [bs + 1]
+    exps_ptr,  # float16 [H_kv, blocks of columns, USED, BLOCK]
     peaks_ptr,  # float32 [H_kv, blocks of columns, USED]
-    table_ptr,
-    reqs_ptr,
-    lens_ptr,
-    ctx_start_ptr,
-    scale,
+    table_ptr,  # int32 [requests, width]
+    reqs_ptr,  # int [bs]
+    lens_ptr,  # int [bs]
+    starts_ptr,  # int64 [bs], first columns, below 0: none
+    scale,  # of logits, LOG2E included
     step,
     num_steps,
     stride_q,
@@ -220,7 +310,7 @@ def _draft_kernel(
     D: tl.constexpr,
     ROWS: tl.constexpr,  # USED padded: tiles of tl.dot have at least 16 rows
     USED: tl.constexpr,  # (carried + W) * group: the carried row's heads come first
-    SCRATCH: tl.constexpr,
+    SCRATCH: tl.constexpr,  # W * (step + 1), padded to a power of two of at least 16
     BLOCK: tl.constexpr,
     CAPTURE: tl.constexpr,
     POLICY: tl.constexpr,
@@ -237,17 +327,17 @@ def _draft_kernel(
     req = tl.load(reqs_ptr + b).to(tl.int64)
     length = tl.load(lens_ptr + b).to(tl.int32)
     row_ptr = table_ptr + req * stride_table
-    column = tl.load(ctx_start_ptr + b)
+    column = tl.load(starts_ptr + b)
 
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, D)
     query, head = rows // GROUP, h * GROUP + rows % GROUP
     if CARRIED:
         branch = query - 1
-        is_carried = (query == 0) & (tl.load(carried_len_ptr + req).to(tl.int32) == length)
+        is_carried = (query == 0) & (tl.load(carried_lens_ptr + req).to(tl.int32) == length)
         q = tl.load(
             carried_ptr + (req * H_Q + head[:, None]) * D + dims[None, :], mask=is_carried[:, None], other=0.0
-        )
+        )  # [ROWS, D]
     else:
         branch = query
         is_carried = query < 0
@@ -258,49 +348,51 @@ def _draft_kernel(
             q_ptr + (b * W + branch[:, None]) * stride_q + head[:, None] * D + dims[None, :],
             mask=in_step[:, None],
             other=0.0,
-        )
+        )  # [ROWS, D]
         q = tl.where(in_step[:, None], own, q)
     live = is_carried | in_step
 
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D], tl.float32)
-    # Positions [SHIFT, length + SHIFT), in whole blocks; each block holds a key.
+    # Positions [SHIFT, length + SHIFT) have keys. Parts end at whole blocks, so that a block is stored once.
     end = tl.where(length > 0, length + SHIFT, 0)
     first = tl.cdiv(begin, BLOCK) * BLOCK
-    last = tl.where((kind & 4) != 0, end, tl.cdiv(begin + tokens, BLOCK) * BLOCK)
+    last = tl.where((kind & LAST_PART) != 0, end, tl.cdiv(begin + tokens, BLOCK) * BLOCK)
     place = h.to(tl.int64) * blocks + column // BLOCK  # this request's first block
     for block in range(first, last, BLOCK):
         offs = block + tl.arange(0, BLOCK)
         ok = (offs >= SHIFT) & (offs < end)
-        slots = tl.load(row_ptr + offs - SHIFT, mask=ok, other=0)
+        slots = tl.load(row_ptr + offs - SHIFT, mask=ok, other=0)  # [BLOCK]
         kv_offs = slots.to(tl.int64)[:, None] * stride_slot + h * stride_head + dims[None, :]
         k = tl.load(k_ptr + kv_offs, mask=ok[:, None], other=0.0)  # [BLOCK, D]
-        s = tl.where(ok[None, :], tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [ROWS, BLOCK]
+        s = tl.where(ok[None, :], s, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1))
         fade = tl.exp2(peak - new_peak)
-        p = tl.exp2(s - new_peak[:, None])
+        p = tl.exp2(s - new_peak[:, None])  # [ROWS, BLOCK]
         if CAPTURE:
-            # The bonus token's position, length, is the tail's, and its block may be another request's.
+            # Position `length` has a key too, about the bonus token, but no column: the block that it begins
+            # may be another request's.
             line = (place + block // BLOCK) * USED
             mine = rows < tl.where((column >= 0) & (block < length), USED, 0)
             stored = tl.where(live[:, None], p * STORED_SCALE, 0.0).to(tl.float16)
-            lanes = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-            tl.store(stored_ptr + line * BLOCK + lanes, stored, mask=mine[:, None], eviction_policy=POLICY)
+            lanes = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [ROWS, BLOCK]
+            tl.store(exps_ptr + line * BLOCK + lanes, stored, mask=mine[:, None], eviction_policy=POLICY)
             tl.store(peaks_ptr + line + rows, new_peak, mask=mine)
         if W > 0:
-            v = tl.load(v_ptr + kv_offs, mask=ok[:, None], other=0.0)
+            v = tl.load(v_ptr + kv_offs, mask=ok[:, None], other=0.0)  # [BLOCK, D]
             acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         norm = norm * fade + tl.sum(p, 1)
         peak = new_peak
-    if (W > 0) & ((kind & 4) != 0):
-        # Scratch: what ran in a row's own branch, itself included. The carried row ends at L.
+    if (W > 0) & ((kind & LAST_PART) != 0):
+        # Scratch: a branch attends to what ran in it, this step's token included. The carried row has none.
         cols = tl.arange(0, SCRATCH)
         ok = cols < W * (step + 1)
         owner = cols // (step + 1)
         slots = tl.load(row_ptr + length + owner * num_steps + cols % (step + 1), mask=ok, other=0)
-        seen = ok[None, :] & in_step[:, None] & (owner[None, :] == branch[:, None])
-        peak, norm, acc = _attend(
+        seen = ok[None, :] & in_step[:, None] & (owner[None, :] == branch[:, None])  # [ROWS, SCRATCH]
+        peak, norm, acc = attend(
             q, k_ptr, v_ptr, slots, ok, seen, h * stride_head, stride_slot, dims, scale, peak, norm, acc
         )
     if EARLY:
@@ -313,11 +405,11 @@ def _draft_kernel(
 
 @triton.jit
 def _draft_merge_kernel(
-    partial_ptr,
-    stats_ptr,
-    ends_ptr,
+    partial_ptr,  # float32 [H_kv, work, ROWS, D]
+    stats_ptr,  # float32 [H_kv, work, ROWS, 2]
+    ends_ptr,  # int32 [bs + 1]
     lse_ptr,  # float32 [bs, H_kv, ROWS], log2
-    out_ptr,
+    out_ptr,  # [bs * W, H_q, D]
     work,
     W: tl.constexpr,
     CARRIED: tl.constexpr,
@@ -337,7 +429,7 @@ def _draft_merge_kernel(
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    peak, norm, out = _merge(partial_ptr, stats_ptr, h * work + first, row, number, D, ROWS, SPLITS_P2)
+    peak, norm, out = merge(partial_ptr, stats_ptr, h * work + first, row, number, D, ROWS, SPLITS_P2)
     tl.store(lse_ptr + (b * H_KV + h) * ROWS + row, peak + tl.log2(norm))
     if (W > 0) & (branch >= 0):
         place = ((b * W + branch) * H_Q + h * GROUP + row % GROUP) * D + tl.arange(0, D)
@@ -346,24 +438,24 @@ def _draft_merge_kernel(
 
 @triton.jit
 def _pool_kernel(
-    stored_ptr,
-    peaks_ptr,
-    lse_ptr,
-    channels_ptr,  # [n]
-    heads_ptr,  # [n, HEADS]
-    scale_ptr,
-    fresh_ptr,
+    exps_ptr,  # float16 [H_kv, blocks, USED, BLOCK]
+    peaks_ptr,  # float32 [H_kv, blocks, USED]
+    lse_ptr,  # float32 [bs, H_kv, ROWS], log2
+    channels_ptr,  # int32 [n]
+    heads_ptr,  # int32 [n, HEADS], below 0: none
+    scale_ptr,  # float32 [n]
+    fresh_ptr,  # bool [n]
     importance_ptr,  # float16 [channels, columns]
-    lens_ptr,
-    ctx_start_ptr,
-    blocks,
+    lens_ptr,  # int [bs]
+    starts_ptr,  # int64 [bs], first columns, below 0: none
+    blocks,  # of columns
     stride_channel,
-    factor,
-    QUERIES: tl.constexpr,
+    factor,  # from a probability to importance
+    QUERIES: tl.constexpr,  # carried + W
     HEADS: tl.constexpr,
     MEAN_HEADS: tl.constexpr,
     MEAN_ROWS: tl.constexpr,
-    FIRST: tl.constexpr,
+    FIRST: tl.constexpr,  # this call scores the first rows of a round
     SHIFT: tl.constexpr,
     H_Q: tl.constexpr,
     H_KV: tl.constexpr,
@@ -377,7 +469,7 @@ def _pool_kernel(
     b, member, program = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H_Q // H_KV
     length = tl.load(lens_ptr + b).to(tl.int32)
-    column = tl.load(ctx_start_ptr + b)
+    column = tl.load(starts_ptr + b)
     if EARLY:
         gdc_wait()
     if column < 0:
@@ -404,13 +496,13 @@ def _pool_kernel(
                 kv, row = tl.maximum(head, 0) // GROUP, query * GROUP + tl.maximum(head, 0) % GROUP
                 lse = tl.load(lse_ptr + (b * H_KV + kv) * ROWS + row)
                 line = (kv.to(tl.int64) * blocks + first_block + block) * USED + row
-                peak = tl.load(peaks_ptr + line, mask=speaks, other=float("-inf"))
+                peak = tl.load(peaks_ptr + line, mask=speaks, other=float("-inf"))  # [BLOCKS]
                 values = tl.load(
-                    stored_ptr + line[:, None] * BLOCK + lanes[None, :],
+                    exps_ptr + line[:, None] * BLOCK + lanes[None, :],
                     mask=speaks[:, None],
                     other=0.0,
                     eviction_policy="evict_first",
-                ).to(tl.float32)
+                ).to(tl.float32)  # [BLOCKS, BLOCK]
                 values *= (tl.exp2(peak - lse) / STORED_SCALE)[:, None]
                 if MEAN_HEADS:
                     row_p += values * head_scale
@@ -423,7 +515,7 @@ def _pool_kernel(
         p = p * factor
         # Whole blocks are written: positions before SHIFT and past the context with what they held. A mask
         # by position would split every access into single scores.
-        offs = block[:, None] * BLOCK + lanes[None, :]
+        offs = block[:, None] * BLOCK + lanes[None, :]  # [BLOCKS, BLOCK]
         edge = (block == 0) | ((block + 1) * BLOCK > length)
         old = tl.load(write_ptr + offs, mask=(here & (edge | (overwrite == 0)))[:, None], other=0.0)
         if MEAN_ROWS:

@@ -2,59 +2,75 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
-from sts_kernels.checks import UNKNOWN, check_history
-from sts_kernels.reference import ALIGN, SHIFT
+from sts_kernels.checks import check_history
+from sts_kernels.layout import ALIGN, SHIFT, UNKNOWN, Contexts, History, Scores
 
-CLAIM_BLOCK = 1024
 MAX_CHANNELS = 128  # of a tile
-# Lengths are read on the device, so the grid cannot follow them: so many programs share a context.
-# Tiles are scores, several a thread: none may hold what another one writes. The walk along shared slots takes
-# registers, so that its tiles are smaller.
-KNOBS = {"claim_programs": 64, "programs": 256, "tile": 4096, "tile_alone": 8192, "num_warps": 4}
+
+
+@dataclass(frozen=True)
+class HistoryKnobs:
+    """How much the two kernels take at a time, and how many programs share a context; the grid cannot follow
+    lengths, which are read on the device.
+
+    claim_block, claim_programs: positions, and programs, of the one that claims slots. tile, programs,
+    num_warps: scores, programs, and warps of one, of the one that remembers. tile_alone: its scores where
+    there is a single request; shared slots are walked along, which takes registers. A tile has several scores
+    for each thread: else threads would hold the same ones, and one might read what another has written.
+    """
+
+    claim_block: int = 1024
+    claim_programs: int = 64
+    programs: int = 256
+    tile: int = 4096
+    tile_alone: int = 8192
+    num_warps: int = 4
+
+
+KNOBS = HistoryKnobs()
 
 
 def blend_history(
-    importance: torch.Tensor,
-    ctx_start: torch.Tensor,
-    seq_lens: torch.Tensor,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    history: torch.Tensor,
-    owner: torch.Tensor,
-    round_: torch.Tensor,
-    weight: torch.Tensor,
-    decay: float,
+    scores: Scores, contexts: Contexts, history: History, weight: torch.Tensor, *, decay: float
 ) -> None:
-    """Kernel of `sts_kernels.reference.blend_history` (see there); graph-safe, no host sync, deterministic.
+    """Kernel of `sts_kernels.torch_ops.blend_history` (see there); graph-safe, no host sync, deterministic.
 
     Requests that share a slot hold it at the same position, so they form a list: each puts itself into the
     slot's `owner` and notes whom of this round it found there. The last one owns the slot for the round: it
     alone reads and writes what the slot remembers, and walks the list for the others. A slot's channels lie
     side by side, so slots in any order are read in whole lines.
     """
-    check_history(importance, history, owner, round_, weight)
-    bs, channels = seq_lens.numel(), importance.shape[0]
+    check_history(scores, history, weight)
+    importance, bs = scores.importance, contexts.lens.numel()
+    channels, columns = importance.shape
     if bs == 0:
         return
     alone = bs == 1  # shares with nobody
-    requests = [ctx_start, seq_lens, req_to_token, req_pool_indices, req_to_token.stride(0)]
-    before = torch.empty(0 if alone else importance.shape[1], dtype=torch.int32, device=importance.device)
+    requests = [scores.starts, contexts.lens, contexts.table, contexts.reqs, contexts.table.stride(0)]
+    before = torch.empty(0 if alone else columns, dtype=torch.int32, device=importance.device)
     if not alone:
-        claims = KNOBS["claim_programs"]
-        _claim_kernel[(bs, claims)](
-            before, owner, round_, *requests, SHIFT=SHIFT, ALIGN=ALIGN, BLOCK=CLAIM_BLOCK, PROGRAMS=claims
+        _claim_kernel[(bs, KNOBS.claim_programs)](
+            before,
+            history.owner,
+            history.round,
+            *requests,
+            SHIFT=SHIFT,
+            ALIGN=ALIGN,
+            BLOCK=KNOBS.claim_block,
+            PROGRAMS=KNOBS.claim_programs,
         )
     at_once = min(triton.next_power_of_2(channels), MAX_CHANNELS)
-    programs = KNOBS["programs"]
-    _remember_kernel[(bs, programs)](
+    _remember_kernel[(bs, KNOBS.programs)](
         importance,
-        history,
-        owner,
-        round_,
+        history.scores,
+        history.owner,
+        history.round,
         before,
         weight,
         *requests,
@@ -66,17 +82,17 @@ def blend_history(
         ALIGN=ALIGN,
         ALONE=alone,
         CHANNELS=at_once,
-        BLOCK=KNOBS["tile_alone" if alone else "tile"] // at_once,
-        PROGRAMS=programs,
-        num_warps=KNOBS["num_warps"],
+        BLOCK=(KNOBS.tile_alone if alone else KNOBS.tile) // at_once,
+        PROGRAMS=KNOBS.programs,
+        num_warps=KNOBS.num_warps,
     )
 
 
 @triton.jit
-def _request(b, ctx_start_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table, ALIGN: tl.constexpr):
+def _request(b, starts_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table, ALIGN: tl.constexpr):
     """First column, below 0 where there is none, and length of a request; where its slots stand."""
     slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
-    column = tl.multiple_of(tl.load(ctx_start_ptr + b), ALIGN)
+    column = tl.multiple_of(tl.load(starts_ptr + b), ALIGN)
     return column, tl.load(lens_ptr + b).to(tl.int32), slot_ptr
 
 
@@ -104,12 +120,12 @@ def _name(round_ptr, b):
 @triton.jit
 def _claim_kernel(
     before_ptr,  # int32 [columns]: 1 + the request that was the slot's owner before this one, 0: none
-    owner_ptr,
-    round_ptr,
-    ctx_start_ptr,
-    lens_ptr,
-    table_ptr,
-    reqs_ptr,
+    owner_ptr,  # int64 [slots]
+    round_ptr,  # int64 [1]
+    starts_ptr,  # int64 [bs], first columns, below 0: none
+    lens_ptr,  # int [bs]
+    table_ptr,  # int32 [requests, width]
+    reqs_ptr,  # int [bs]
     stride_table,
     SHIFT: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -117,7 +133,7 @@ def _claim_kernel(
     PROGRAMS: tl.constexpr,
 ):
     b, program = tl.program_id(0), tl.program_id(1)
-    column, length, slot_ptr = _request(b, ctx_start_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table, ALIGN)
+    column, length, slot_ptr = _request(b, starts_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table, ALIGN)
     if column < 0:
         return
     mine, first = _name(round_ptr, b), _name(round_ptr, 0)
@@ -130,13 +146,13 @@ def _claim_kernel(
 
 @triton.jit
 def _remember_kernel(
-    importance_ptr,
-    history_ptr,
-    owner_ptr,
+    importance_ptr,  # [channels, columns]
+    history_ptr,  # [slots, channels]
+    owner_ptr,  # from here on as in _claim_kernel
     round_ptr,
     before_ptr,
-    weight_ptr,
-    ctx_start_ptr,
+    weight_ptr,  # float32 [bs]
+    starts_ptr,
     lens_ptr,
     table_ptr,
     reqs_ptr,
@@ -153,7 +169,7 @@ def _remember_kernel(
     PROGRAMS: tl.constexpr,
 ):
     b, program = tl.program_id(0), tl.program_id(1)
-    column, length, slot_ptr = _request(b, ctx_start_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table, ALIGN)
+    column, length, slot_ptr = _request(b, starts_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table, ALIGN)
     if column < 0:
         return
     w = tl.load(weight_ptr + b)
@@ -181,7 +197,7 @@ def _remember_kernel(
                 other = before
                 while tl.max(other, 0) > 0:
                     some = other > 0
-                    at = tl.load(ctx_start_ptr + other - 1, mask=some, other=0) + offs
+                    at = tl.load(starts_ptr + other - 1, mask=some, other=0) + offs
                     share = tl.load(weight_ptr + other - 1, mask=some, other=0.0)[:, None]
                     theirs, there = rows + at[:, None], mask & some[:, None]
                     fresh = tl.load(theirs, mask=there, other=0.0).to(tl.float32)

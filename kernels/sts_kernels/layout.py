@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-# Scores of a request start at a multiple of this many columns: a kernel's block of positions has one request's
-# alone, and scores are read 16 bytes at a time.
+# Scores of a request start at a multiple of this many columns: a kernel's block of positions has one
+# request's alone, and scores are read 16 bytes at a time.
 ALIGN = 64
 # Draft KV is shifted by one token in every algorithm: the draft's key at index p is about the target's token
 # p + 1, and no draft key is about token 0.
@@ -82,8 +82,8 @@ class Scores(NamedTuple):
 
     importance: float16 [channels, columns], probability * IMPORTANCE_SCALE (the torch ops take float32 too,
     where a rounding must not decide between near-equal scores). starts: int64 [bs], the first column of each
-    request, a multiple of ALIGN; its position p is at column start + p. -1: the request has no columns, or its
-    importance is not known.
+    request, a multiple of ALIGN; its position p is at column start + p. -1: the request has no columns, or
+    its importance is not known.
     """
 
     importance: torch.Tensor
@@ -93,8 +93,8 @@ class Scores(NamedTuple):
 class Lists(NamedTuple):
     """The slots that each (request, channel) attends to, in any order.
 
-    indices: int32, lists of slots one behind the other. starts: int64 [bs, channels], the first entry of each.
-    counts: int32 [bs, channels], its length, or WHOLE.
+    indices: int32, lists of slots one behind the other. starts: int64 [bs, channels], the first entry of
+    each. counts: int32 [bs, channels], its length, or WHOLE.
     """
 
     indices: torch.Tensor
@@ -147,8 +147,8 @@ class Rule(NamedTuple):
     """How many tokens are selected of a context.
 
     keep: share of the context, None for `budget` tokens. least: tokens that a budget has at least; forced:
-    the sink and recent among them, which every list has. guard: keep * length may exceed a whole number by this
-    much, which is float error, before it is rounded up.
+    the sink and recent among them, which every list has. guard: taken off keep * length before it is rounded
+    up, so that a float error above a whole number does not add a token.
     """
 
     keep: float | None
@@ -221,8 +221,8 @@ class Plan(NamedTuple):
 class PagedLists(NamedTuple):
     """Lists for a paged attention that takes every (request, KV head) pair b * H_kv + h as a request.
 
-    indptr: int32 [pairs + 1 or more], where lists start. mask_indptr: int32 [pairs + 1 or more], at which byte
-    of `mask` a pair's bits start. indices: int32, slot * H_kv + h of every entry. mask: uint8, bit
+    indptr: int32 [pairs + 1 or more], where lists start. mask_indptr: int32 [pairs + 1 or more], at which
+    byte of `mask` a pair's bits start. indices: int32, slot * H_kv + h of every entry. mask: uint8, bit
     row * list length + entry, from the lowest of a byte up, rounded up to bytes a pair (FlashInfer's packed
     custom mask).
     """

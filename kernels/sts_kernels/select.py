@@ -7,71 +7,83 @@ once and its threshold found bit by bit in registers. A longer row is searched t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
-from sts_kernels.checks import check_select, expect
-from sts_kernels.reference import ALIGN, SHIFT
+from sts_kernels.checks import check_select, expect, expect_half
+from sts_kernels.layout import ALIGN, SHIFT, Contexts, Lists, Scores
 
-# What the benches tune.
-KNOBS = {"WORDS": 1024, "num_warps": 8, "maxnreg": 128}  # 128 registers: two programs on a multiprocessor
-KEY_BITS = tl.constexpr(15)  # of float16 without its sign: the bits of non-negative scores are in their order
-UNKNOWN = tl.constexpr(0x7C01)  # float16 bits above those of infinity are NaN
+
+@dataclass(frozen=True)
+class SelectKnobs:
+    """words: of 32 scores, in a tile. num_warps: of a program. maxnreg: registers that a thread has at most;
+    with 128, two programs fit on a multiprocessor.
+    """
+
+    words: int = 1024
+    num_warps: int = 8
+    maxnreg: int = 128
+
+
+KNOBS = SelectKnobs()
+# A key is the bits of a float16 score without the sign: those of non-negative numbers are in their order.
+KEY_BITS = tl.constexpr(15)
+# The key of a score that is no number, above that of infinity. It ranks above every score, so that no token
+# is lost for want of a score.
+NO_SCORE = tl.constexpr(0x7C01)
 EACH_HALF = tl.constexpr(0x00010001)  # a word is two scores
 ALL = tl.constexpr(0xFFFFFFFF)
 
 
 def select_tokens(
-    importance: torch.Tensor,
-    ctx_start: torch.Tensor,
-    seq_lens: torch.Tensor,
+    scores: Scores,
+    contexts: Contexts,
     budgets: torch.Tensor,
+    lists: Lists,
+    *,
     sink: int,
     recent: int,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_start: torch.Tensor,
-    kv_count: torch.Tensor,
     top_p: torch.Tensor | None = None,
     draft_indices: torch.Tensor | None = None,
 ) -> None:
-    """Kernel of `sts_kernels.reference.select_tokens` (see there); graph-safe, no host sync.
+    """Kernel of `sts_kernels.torch_ops.select_tokens` (see there); graph-safe, no host sync.
 
-    `ctx_start` must be multiples of 64 where the number of columns is one.
+    `scores.starts` must be multiples of ALIGN where the number of columns is one.
     """
-    check_select(importance, budgets, kv_start, kv_count)
-    expect(
-        "select_tokens", importance.dtype == torch.float16, f"importance is {importance.dtype}, not float16"
-    )
-    expect(
-        "select_tokens", draft_indices is None or sink >= SHIFT, f"sink is {sink}, no draft key is before it"
-    )
-    channels, bs = importance.shape[0], budgets.numel()
+    check_select(scores, budgets, lists)
+    expect_half("select_tokens", scores)
+    ok = draft_indices is None or sink >= SHIFT
+    expect("select_tokens", ok, f"sink is {sink}, and no draft key is about the first {SHIFT} positions")
+    importance, bs = scores.importance, budgets.numel()
+    channels, columns = importance.shape[0], importance.stride(0)
     if bs == 0:
         return
     _select_kernel[(bs, channels)](
         importance.view(torch.int16),
-        ctx_start,
-        seq_lens,
-        req_to_token,
-        req_pool_indices,
-        kv_indices,
-        kv_indices if draft_indices is None else draft_indices,
-        kv_start,
-        kv_count,
-        importance.stride(0),
-        req_to_token.stride(0),
+        scores.starts,
+        contexts.lens,
+        contexts.table,
+        contexts.reqs,
+        lists.indices,
+        lists.indices if draft_indices is None else draft_indices,
+        lists.starts,
+        lists.counts,
+        columns,
+        contexts.table.stride(0),
         channels,
-        seq_lens if top_p is None else top_p,
+        contexts.lens if top_p is None else top_p,
         TOP_P=top_p is not None,
         DRAFT_SHIFT=SHIFT if draft_indices is not None else 0,
         SINK=sink,
         RECENT=recent,
         FORCED=min(1024, triton.next_power_of_2(sink + recent)),
-        ALIGN=ALIGN if importance.stride(0) % ALIGN == 0 else 1,
-        **KNOBS,
+        ALIGN=ALIGN if columns % ALIGN == 0 else 1,
+        WORDS=KNOBS.words,
+        num_warps=KNOBS.num_warps,
+        maxnreg=KNOBS.maxnreg,
     )
 
 
@@ -146,7 +158,7 @@ def _eight(x):
 
 @triton.jit
 def _planes(row_ptr, at, last, ALIGN: tl.constexpr):
-    """KEY_BITS of [WORDS, 1]: bit i of plane b is bit b of the score at `at` + i; any NaN is UNKNOWN."""
+    """KEY_BITS of [WORDS, 1]: bit i of plane b is bit b of the score at `at` + i; any NaN is NO_SCORE."""
     few, more = _words(row_ptr, at, last, ALIGN)
     few, more = _swap(few, more, 8, 0x00FF00FF)
     planes = _eight(few) + _eight(more)
@@ -219,7 +231,7 @@ def _search_row(row_ptr, first, last, wanted, ALIGN: tl.constexpr, WORDS: tl.con
         for k in tl.static_range(3):
             key = base + (k + 1) * step
             number = tl.sum((counts[k] & 0xFFFF) + (counts[k] >> 16)).to(tl.int32)
-            enough = (number >= wanted) & (key <= UNKNOWN)  # NaN is equal to NaN, as in _planes
+            enough = (number >= wanted) & (key <= NO_SCORE)  # NaN is equal to NaN, as in _planes
             threshold = tl.where(enough, key, threshold)
             reach = tl.where(enough, number, reach)
     return threshold, reach
@@ -235,7 +247,7 @@ def _mass(row_ptr, begin, end, least, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
         key = _bits(row_ptr, offs, end, ALIGN) & 0x7FFF
         inside = (offs >= begin) & (offs < end) & (key >= least)
         value = key.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        total += tl.where(inside & (key < UNKNOWN), value, 0.0)
+        total += tl.where(inside & (key < NO_SCORE), value, 0.0)
         number += inside.to(tl.int32)
     return tl.sum(total), tl.sum(number)
 
@@ -245,10 +257,10 @@ def _top_p_wanted(row_ptr, length, first, last, top_p, ALIGN: tl.constexpr, BLOC
     """Free tokens of the smallest set with `top_p` of the mass: bisects the threshold key."""
     total, _ = _mass(row_ptr, 1, length, 0, ALIGN, BLOCK)
     free, free_number = _mass(row_ptr, first, last, 0, ALIGN, BLOCK)
-    above, unknown = _mass(row_ptr, first, last, UNKNOWN, ALIGN, BLOCK)
+    above, unknown = _mass(row_ptr, first, last, NO_SCORE, ALIGN, BLOCK)
     missing = top_p * total - (total - free)  # what the free tokens have to bring
     low = 0
-    high = UNKNOWN
+    high = NO_SCORE
     number = unknown  # of the scores that reach `high`, as `above` is their mass
     for _ in range(KEY_BITS):
         middle = (low + high) // 2

@@ -2,54 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 from sts_kernels.checks import check_sizes
-from sts_kernels.reference import ALIGN, Lists, Rule
+from sts_kernels.layout import ALIGN, WHOLE, Contexts, Count, Room, Rule, Sizes
 
-TILE = 2048  # (request, channel) pairs at a time
+
+@dataclass(frozen=True)
+class SizesKnobs:
+    """tile: (request, channel) pairs at a time. num_warps: of the only program."""
+
+    tile: int = 2048
+    num_warps: int = 8
+
+
+KNOBS = SizesKnobs()
 
 
 def size_lists(
-    seq_lens: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    carried_len: torch.Tensor,
+    contexts: Contexts,
+    carried_lens: torch.Tensor,
     keeps: torch.Tensor,
     rule: Rule,
-    split: torch.Tensor | None,
-    channels: int,
-    columns: int,
-    entries: int,
-    counts: torch.Tensor,
+    room: Room,
+    totals: torch.Tensor,
+    *,
+    split: torch.Tensor | None = None,
     full: torch.Tensor | None = None,
     list_full: bool = False,
-) -> Lists:
-    """Kernel of `sts_kernels.reference.size_lists` (see there); graph-safe, no host sync."""
-    check_sizes(seq_lens, carried_len, keeps, split, channels)
-    bs, device = seq_lens.numel(), seq_lens.device
-    # Each by itself: Triton compiles anew for a pointer of another alignment.
+) -> Sizes:
+    """Kernel of `sts_kernels.torch_ops.size_lists` (see there); graph-safe, no host sync."""
+    check_sizes(contexts, carried_lens, keeps, split, room)
+    lens, channels = contexts.lens, room.channels
+    bs, device = lens.numel(), lens.device
+    # A tensor each, not parts of one: Triton compiles anew for a pointer of another alignment.
     known, sparse, budgets = (torch.empty(bs, dtype=torch.int64, device=device) for _ in range(3))
-    kv_start = torch.empty(bs, channels, dtype=torch.int64, device=device)
-    kv_count = torch.empty(bs, channels, dtype=torch.int32, device=device)
-    sizes = Lists(known, sparse, budgets, kv_start, kv_count)
+    starts = torch.empty(bs, channels, dtype=torch.int64, device=device)
+    counts = torch.empty(bs, channels, dtype=torch.int32, device=device)
+    sizes = Sizes(known, sparse, budgets, starts, counts)
     if bs == 0:
         return sizes
-    heads = triton.next_power_of_2(channels)
+    wide = triton.next_power_of_2(channels)
     _sizes_kernel[(1,)](
-        seq_lens,
-        req_pool_indices,
-        carried_len,
+        lens,
+        contexts.reqs,
+        carried_lens,
         keeps,
-        seq_lens if full is None else full,
+        lens if full is None else full,
         keeps if split is None else split,
         *sizes,
-        counts,
+        totals,
         bs,
         channels,
-        columns,
-        entries,
+        room.columns,
+        room.entries,
         KEEP=rule.keep,
         BUDGET=rule.budget,
         LEAST=rule.least,
@@ -59,27 +69,31 @@ def size_lists(
         FULL=full is not None,
         LIST_FULL=list_full,
         ALIGN=ALIGN,
-        B=max(1, min(triton.next_power_of_2(bs), TILE // heads)),
-        C=heads,
-        num_warps=8,
+        WHOLE=WHOLE,
+        SPARSE_VERIFIES=Count.SPARSE_VERIFIES.value,
+        DENSE_VERIFIES=Count.DENSE_VERIFIES.value,
+        FULL_VERIFIES=Count.FULL_VERIFIES.value,
+        B=max(1, min(triton.next_power_of_2(bs), KNOBS.tile // wide)),
+        C=wide,
+        num_warps=KNOBS.num_warps,
     )
     return sizes
 
 
 @triton.jit
 def _sizes_kernel(
-    lens_ptr,
-    reqs_ptr,
-    carried_ptr,
-    keeps_ptr,
-    full_ptr,
-    split_ptr,  # float64 [STEPS + 1, channels]
-    known_ptr,
-    sparse_ptr,
-    budgets_ptr,
-    start_ptr,
-    count_ptr,
-    counts_ptr,
+    lens_ptr,  # int [bs]
+    reqs_ptr,  # int [bs]
+    carried_ptr,  # int64 [requests]
+    keeps_ptr,  # float64 [requests]
+    full_ptr,  # bool [bs], if FULL
+    split_ptr,  # float64 [STEPS + 1, channels], if STEPS
+    known_ptr,  # int64 [bs]
+    sparse_ptr,  # int64 [bs]
+    budgets_ptr,  # int64 [bs]
+    start_ptr,  # int64 [bs, channels]
+    count_ptr,  # int32 [bs, channels]
+    totals_ptr,  # int64 [by Count]
     bs,
     channels,
     columns,
@@ -93,8 +107,12 @@ def _sizes_kernel(
     FULL: tl.constexpr,
     LIST_FULL: tl.constexpr,
     ALIGN: tl.constexpr,
-    B: tl.constexpr,
-    C: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SPARSE_VERIFIES: tl.constexpr,  # places in the totals
+    DENSE_VERIFIES: tl.constexpr,
+    FULL_VERIFIES: tl.constexpr,
+    B: tl.constexpr,  # requests at a time
+    C: tl.constexpr,  # channels, padded to a power of two
 ):
     c = tl.arange(0, C)[None, :]
     guard = tl.full((B,), GUARD, tl.float64)  # a float that is no tensor would be a float32
@@ -110,7 +128,7 @@ def _sizes_kernel(
             wide = (length + ALIGN - 1) // ALIGN * ALIGN
             ends = column + tl.cumsum(wide, 0)
             column += tl.sum(wide, 0)
-            ctx_start = tl.where(ends <= columns, ends - wide, -1)
+            start_column = tl.where(ends <= columns, ends - wide, -1)
             # Budgets.
             context = length.to(tl.float64)
             keep = tl.load(keeps_ptr + req)
@@ -133,7 +151,7 @@ def _sizes_kernel(
                 sizes = tl.ceil(part * context[:, None] - guard[:, None]).to(tl.int64)
                 sizes = tl.minimum(tl.maximum(sizes, FORCED), length[:, None])
             # Lists.
-            known = (tl.load(carried_ptr + req) == length) & (ctx_start >= 0)
+            known = (tl.load(carried_ptr + req) == length) & (start_column >= 0)
             sparse = known & (budget < length)
             full = tl.zeros((B,), tl.int1)
             if FULL:
@@ -149,9 +167,9 @@ def _sizes_kernel(
             used += tl.sum(taken, 0)
             known = known & (last <= entries)
             start = (last - total)[:, None] + tl.cumsum(room, 1) - room
-            count = tl.where(listed & known[:, None], sizes, -1).to(tl.int32)
-            tl.store(known_ptr + b, tl.where(known, ctx_start, -1), mask=mine)
-            tl.store(sparse_ptr + b, tl.where(known & sparse, ctx_start, -1), mask=mine)
+            count = tl.where(listed & known[:, None], sizes, WHOLE).to(tl.int32)
+            tl.store(known_ptr + b, tl.where(known, start_column, -1), mask=mine)
+            tl.store(sparse_ptr + b, tl.where(known & sparse, start_column, -1), mask=mine)
             tl.store(budgets_ptr + b, budget, mask=mine)
             place = b[:, None].to(tl.int64) * channels + c
             tl.store(start_ptr + place, start, mask=mine[:, None] & (c < channels))
@@ -161,6 +179,6 @@ def _sizes_kernel(
             sparsely += tl.sum((known & chosen).to(tl.int64), 0)
             densely += tl.sum(((known == 0) & chosen).to(tl.int64), 0)
             fully += tl.sum((full & real).to(tl.int64), 0)
-    tl.store(counts_ptr, tl.load(counts_ptr) + sparsely)
-    tl.store(counts_ptr + 1, tl.load(counts_ptr + 1) + densely)
-    tl.store(counts_ptr + 4, tl.load(counts_ptr + 4) + fully)
+    tl.store(totals_ptr + SPARSE_VERIFIES, tl.load(totals_ptr + SPARSE_VERIFIES) + sparsely)
+    tl.store(totals_ptr + DENSE_VERIFIES, tl.load(totals_ptr + DENSE_VERIFIES) + densely)
+    tl.store(totals_ptr + FULL_VERIFIES, tl.load(totals_ptr + FULL_VERIFIES) + fully)

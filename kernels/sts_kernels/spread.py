@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 from sts_kernels.checks import check_spread
-from sts_kernels.reference import SHIFT
-
-BLOCK = 4096
-PROGRAMS = 1024  # of them as many share a row as there are for each, at most MOST
-MOST = 16
+from sts_kernels.layout import SHIFT, Scores
 
 
-def spread_importance(
-    importance: torch.Tensor, ctx_start: torch.Tensor, seq_lens: torch.Tensor, factor: float
-) -> None:
-    """Kernel of `sts_kernels.reference.spread_importance` (see there); graph-safe, no host sync.
+@dataclass(frozen=True)
+class SpreadKnobs:
+    """block: scores at a time. programs: that all rows are parted among, at most `most` of them a row.
+    num_warps: of a program.
+    """
+
+    block: int = 4096
+    programs: int = 1024
+    most: int = 16
+    num_warps: int = 8
+
+
+KNOBS = SpreadKnobs()
+
+
+def spread_importance(scores: Scores, lens: torch.Tensor, *, factor: float) -> None:
+    """Kernel of `sts_kernels.torch_ops.spread_importance` (see there); graph-safe, no host sync.
 
     Where several programs share a row, a first launch puts aside what each part passes on to the next.
     """
-    check_spread(importance, factor)
-    channels, bs = importance.shape[0], seq_lens.numel()
+    check_spread(scores, factor)
+    importance, bs, most = scores.importance, lens.numel(), KNOBS.most
+    channels = importance.shape[0]
     if bs == 0:
         return
-    parts = max(1, min(MOST, PROGRAMS // (bs * channels)))
-    edges = importance.new_empty(bs, channels, MOST)
-    row = [importance, edges, ctx_start, seq_lens, importance.stride(0)]
+    parts = max(1, min(most, KNOBS.programs // (bs * channels)))
+    edges = importance.new_empty(bs, channels, most)
+    row = [importance, edges, scores.starts, lens, importance.stride(0)]
+    shape = {"PARTS": parts, "MOST": most, "BLOCK": KNOBS.block}
     if parts > 1:
-        _edges_kernel[(bs, channels)](*row, PARTS=parts, MOST=MOST, BLOCK=BLOCK, num_warps=1)
-    _spread_kernel[(bs, channels, parts)](
-        *row, factor, PARTS=parts, MOST=MOST, SHIFT=SHIFT, BLOCK=BLOCK, num_warps=8
-    )
+        _edges_kernel[(bs, channels)](*row, **shape, num_warps=1)
+    _spread_kernel[(bs, channels, parts)](*row, factor, SHIFT=SHIFT, **shape, num_warps=KNOBS.num_warps)
 
 
 @triton.jit
-def _row(importance_ptr, edges_ptr, ctx_start_ptr, lens_ptr, stride, PARTS, MOST: tl.constexpr, BLOCK):
-    """First column, below 0 where there is none, length and edges of a row, and how much of it is a part."""
+def _row(importance_ptr, edges_ptr, starts_ptr, lens_ptr, stride, PARTS, MOST: tl.constexpr, BLOCK):
+    """First column of a row, below 0 where there is none, its length, its scores, its edges, and how many
+    scores a part of it has."""
     b, c = tl.program_id(0), tl.program_id(1)
-    start = tl.load(ctx_start_ptr + b)
+    start = tl.load(starts_ptr + b)
     length = tl.load(lens_ptr + b).to(tl.int32)
     edge_ptr = edges_ptr + (b * tl.num_programs(1) + c) * MOST
     part = tl.cdiv(tl.cdiv(length, PARTS), BLOCK) * BLOCK
@@ -48,17 +60,17 @@ def _row(importance_ptr, edges_ptr, ctx_start_ptr, lens_ptr, stride, PARTS, MOST
 
 @triton.jit
 def _edges_kernel(
-    importance_ptr,
-    edges_ptr,  # [bs, channels, MOST]: the last of the part before
-    ctx_start_ptr,
-    lens_ptr,
+    importance_ptr,  # float16 or float32 [channels, columns]
+    edges_ptr,  # [bs, channels, MOST]: the last score of the part before
+    starts_ptr,  # int64 [bs], first columns, below 0: none
+    lens_ptr,  # int [bs]
     stride,
     PARTS: tl.constexpr,
     MOST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     start, length, row_ptr, edge_ptr, part = _row(
-        importance_ptr, edges_ptr, ctx_start_ptr, lens_ptr, stride, PARTS, MOST, BLOCK
+        importance_ptr, edges_ptr, starts_ptr, lens_ptr, stride, PARTS, MOST, BLOCK
     )
     if start < 0:
         return
@@ -70,9 +82,9 @@ def _edges_kernel(
 
 @triton.jit
 def _spread_kernel(
-    importance_ptr,
+    importance_ptr,  # as in _edges_kernel
     edges_ptr,
-    ctx_start_ptr,
+    starts_ptr,
     lens_ptr,
     stride,
     factor,
@@ -82,18 +94,18 @@ def _spread_kernel(
     BLOCK: tl.constexpr,
 ):
     start, length, row_ptr, edge_ptr, part = _row(
-        importance_ptr, edges_ptr, ctx_start_ptr, lens_ptr, stride, PARTS, MOST, BLOCK
+        importance_ptr, edges_ptr, starts_ptr, lens_ptr, stride, PARTS, MOST, BLOCK
     )
     if start < 0:
         return
     first = tl.program_id(2) * part
     blocks = tl.cdiv(tl.minimum(part, length - first), BLOCK)
     edge = tl.load(edge_ptr + tl.program_id(2), mask=first > 0, other=0.0)
-    # From the end: what a block passes on to the next one is read before it changes.
+    # From the last block to the first, so that the score which a block passes on is read before it changes.
     for i in range(0, blocks):
         offs = first + (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
         ok = (offs > SHIFT) & (offs < length)
-        own = tl.load(row_ptr + offs, mask=ok, other=0.0)
+        own = tl.load(row_ptr + offs, mask=ok, other=0.0)  # [BLOCK]
         before = tl.load(row_ptr + offs - 1, mask=ok & (offs != first), other=0.0)
         before = tl.where(offs == first, edge, before)
         passed = (before.to(tl.float32) * factor).to(own.dtype)

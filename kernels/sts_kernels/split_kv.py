@@ -1,0 +1,220 @@
+"""What verify and draft attention share: lists of KV slots are parted among programs, then merged.
+
+A request with a long list would keep one program busy while the rest of the GPU waits. So lists are cut into
+parts of about the same size (`plan_lists`), each program attends to one part (`attend`) and leaves its sums
+behind, and a second kernel merges the parts of a list (`merge`).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from sts_kernels.checks import check_plan
+from sts_kernels.layout import Lists, Part, Plan
+
+LOG2E = 1.4426950408889634  # kernels compute exp(x) as exp2(x * LOG2E)
+MOST_PARTS = 64  # of a list: a merge holds them in registers
+
+# `Part` for kernels, which take globals only as constexpr.
+OF_CONTEXT = tl.constexpr(Part.OF_CONTEXT.value)
+FIRST_PART = tl.constexpr(Part.FIRST.value)
+LAST_PART = tl.constexpr(Part.LAST.value)
+
+
+@dataclass(frozen=True)
+class SplitKnobs:
+    """How the lists of a kernel are parted, and how its programs run.
+
+    programs: that share the lists of all (request, KV head) pairs. least: tokens of a full context that a
+    part has at least. uneven: a list longer than the mean is cut into so many times as many parts at most.
+    num_warps: of a program. num_stages: loads on their way at once; slots are loaded ahead, then keys and
+    values, so that five stages have two blocks of keys and values on their way, and three only one. early:
+    whether the merge may start while the last parts are read.
+    """
+
+    programs: int = 264
+    least: int = 512
+    uneven: int = 4
+    num_warps: int = 4
+    num_stages: int = 5
+    early: bool = True
+
+
+def splits(pairs: int, max_context: int, knobs: SplitKnobs) -> tuple[int, int]:
+    """Programs that share the lists of so many (request, KV head) pairs, and those that share one at most."""
+    most = max(1, min(max_context // knobs.least, MOST_PARTS))
+    each = max(1, min(knobs.programs // max(1, pairs), most))
+    return each * pairs, min(each * knobs.uneven, most)
+
+
+def padded_rows(rows: int) -> int:
+    """Query rows of the tile that holds so many: a power of two, and at least 16 for tl.dot."""
+    return max(16, triton.next_power_of_2(rows))
+
+
+def shared_bytes(rows: int, head_dim: int, bytes_per_dim: tuple[int, int]) -> int:
+    """Bytes of shared memory that a thread block takes for so many query rows.
+
+    bytes_per_dim: for each dimension of a head, besides 2 for each query row: with 16 rows, and with more.
+    """
+    padded = padded_rows(rows)
+    return head_dim * (bytes_per_dim[padded > 16] + 2 * padded)
+
+
+@functools.cache
+def starts_early(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel that may start while the one before it ends, whose results it waits for.
+
+    The launch costs no time then. GPUs can do so from sm_90 on; Triton's interpreter knows no such option.
+    """
+    if device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)):
+        return {}
+    return {"launch_pdl": True}
+
+
+# ---- the plan
+
+
+def plan_lists(lists: Lists, channels: torch.Tensor, lens: torch.Tensor, *, programs: int, most: int) -> Plan:
+    """Kernel of `sts_kernels.torch_ops.plan_lists` (see there); graph-safe, no host sync."""
+    check_plan(lists, channels)
+    layers, heads = channels.shape
+    pairs = lens.numel() * heads
+    plan = Plan.empty(layers, pairs, programs, most, lists.starts.device)
+    if pairs:
+        _plan_kernel[(layers,)](
+            plan.work,
+            plan.ends,
+            lists.starts,
+            lists.counts,
+            channels,
+            lens,
+            lists.counts.shape[1],
+            pairs,
+            plan.work.shape[1],
+            programs,
+            most,
+            H_KV=heads,
+            PAIRS_P2=triton.next_power_of_2(pairs),
+            num_warps=1 if pairs <= 256 else 16,  # a warp sums without barriers
+        )
+    return plan
+
+
+@triton.jit
+def _plan_kernel(
+    work_ptr,  # int64 [layers, work, 4]
+    ends_ptr,  # int32 [layers, pairs + 1]
+    start_ptr,  # int64 [bs, channels]
+    count_ptr,  # int32 [bs, channels], below 0: WHOLE
+    heads_ptr,  # int32 [layers, H_kv], a channel each
+    lens_ptr,  # int [bs]
+    channels,
+    pairs,
+    work,
+    programs,
+    most,
+    H_KV: tl.constexpr,
+    PAIRS_P2: tl.constexpr,
+):
+    layer = tl.program_id(0)
+    pair = tl.arange(0, PAIRS_P2)
+    there = pair < pairs
+    place = pair // H_KV * channels + tl.load(heads_ptr + layer * H_KV + pair % H_KV, mask=there, other=0)
+    count = tl.load(count_ptr + place, mask=there, other=0)  # [PAIRS_P2], as all that follows
+    begin = tl.load(start_ptr + place, mask=there, other=0)
+    whole = count < 0
+    total = tl.where(whole, tl.load(lens_ptr + pair // H_KV, mask=there, other=0).to(tl.int32), count)
+    begin = tl.where(whole, 0, begin)
+
+    # The smallest share of tokens at which there are no more parts than programs, found by bisection.
+    low, high = 0, tl.maximum(tl.max(total, 0), 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = tl.sum(_parts(total, middle, most, there), 0) <= programs
+        low = tl.where(enough, low, middle)
+        high = tl.where(enough, middle, high)
+    number = _parts(total, high, most, there)
+    end = tl.cumsum(number, 0)
+    tl.store(ends_ptr + layer * (pairs + 1) + 1 + pair, end, mask=there)
+    tl.store(ends_ptr + layer * (pairs + 1), 0)
+    for split in range(0, tl.max(number, 0)):
+        entry = work_ptr + (layer * work + end - number + split).to(tl.int64) * 4
+        here = split < number
+        parts = tl.maximum(number, 1)  # a padding pair has none, and nothing may be divided by zero
+        first = total.to(tl.int64) * split // parts
+        kind = tl.where(whole, OF_CONTEXT, 0) + (FIRST_PART if split == 0 else 0)
+        kind += tl.where(split == number - 1, LAST_PART, 0)
+        tl.store(entry, pair, mask=here)
+        tl.store(entry + 1, begin + first, mask=here)
+        tl.store(entry + 2, total.to(tl.int64) * (split + 1) // parts - first, mask=here)
+        tl.store(entry + 3, kind, mask=here)
+
+
+@triton.jit
+def _parts(total, share, most, there):
+    """int32 [PAIRS_P2]: parts of each list at about `share` tokens a part, none where no pair is `there`."""
+    return tl.where(there, tl.minimum(tl.maximum(tl.cdiv(total, share), 1), most), 0)
+
+
+# ---- for kernels
+
+
+@triton.jit
+def attend(
+    q,  # [ROWS, D]
+    k_ptr,  # [slots, H_kv, D]
+    v_ptr,  # [slots, H_kv, D]
+    slots,  # int32 [BLOCK]
+    ok,  # bool [BLOCK], which slots there are
+    seen,  # bool [ROWS, BLOCK] or [1, BLOCK], which of them a row attends to
+    head_offset,  # of the KV head in a slot
+    stride_slot,
+    dims,  # [D], 0 to D
+    scale,  # of logits, LOG2E included
+    peak,  # float32 [ROWS], largest logit so far
+    norm,  # float32 [ROWS], sum of exp2(logit - peak) so far
+    acc,  # float32 [ROWS, D], the same sum of values
+):
+    """One step of online softmax: `peak`, `norm` and `acc` after a block of slots."""
+    kv_offs = slots.to(tl.int64) * stride_slot + head_offset
+    k = tl.load(k_ptr + kv_offs[:, None] + dims[None, :], mask=ok[:, None], other=0.0)  # [BLOCK, D]
+    v = tl.load(v_ptr + kv_offs[:, None] + dims[None, :], mask=ok[:, None], other=0.0)  # [BLOCK, D]
+    s = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))  # [ROWS, BLOCK]
+    new_peak = tl.maximum(peak, tl.max(s, 1))
+    # A row that has seen nothing yet has no maximum: keep the exponents finite, its sum stays 0.
+    safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    fade = tl.exp2(peak - safe)
+    p = tl.exp2(s - safe[:, None])  # [ROWS, BLOCK]
+    acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return new_peak, norm * fade + tl.sum(p, 1), acc
+
+
+@triton.jit
+def merge(
+    partial_ptr,  # float32 [parts, ROWS, D], `acc` of each part
+    stats_ptr,  # float32 [parts, ROWS, 2], its `peak` and `norm`
+    first,  # part of the list
+    row,
+    splits,  # parts of the list
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS_P2: tl.constexpr,
+):
+    """Maximum (of log2), sum and output [D] of one row over the parts of its list."""
+    split = tl.arange(0, SPLITS_P2)
+    ok = split < splits
+    base = (first + split) * ROWS + row  # [SPLITS_P2]
+    peak = tl.load(stats_ptr + base * 2, mask=ok, other=float("-inf"))  # [SPLITS_P2]
+    norm = tl.load(stats_ptr + base * 2 + 1, mask=ok, other=0.0)  # [SPLITS_P2]
+    places = base[:, None] * D + tl.arange(0, D)[None, :]
+    partial = tl.load(partial_ptr + places, mask=ok[:, None], other=0.0)  # [SPLITS_P2, D]
+    top = tl.max(peak, 0)
+    weight = tl.exp2(peak - top)
+    total = tl.sum(norm * weight, 0)
+    return top, total, tl.sum(partial * weight[:, None], 0) / total
