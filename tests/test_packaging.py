@@ -98,7 +98,7 @@ def test_type_marker_and_license_are_declared() -> None:
     < int(re.search(r"\d+", PYPROJECT["build-system"]["requires"][0]).group()),
     reason="the environment's setuptools is older than the build needs, and tests download nothing",
 )
-def test_wheel(tmp_path: Path) -> None:
+def test_wheel_of_the_sdist(tmp_path: Path) -> None:
     source = tmp_path / "source"  # a build writes into its source
     for name in ("sts_sglang", "kernels", "tests"):
         for file in (ROOT / name).rglob("*"):
@@ -108,9 +108,14 @@ def test_wheel(tmp_path: Path) -> None:
                 copy.write_bytes(file.read_bytes())
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "--wheel-dir", tmp_path, source], check=True, capture_output=True)
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    build = "from setuptools import build_meta; build_meta.build_sdist('../sdist')"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    sdist = next((tmp_path / "sdist").glob("*.tar.gz"))
+    alone = ["--no-deps", "--no-build-isolation", "--no-index"]
+    command = [sys.executable, "-m", "pip", "wheel", *alone, "--wheel-dir", tmp_path, sdist]
+    subprocess.run(command, check=True, capture_output=True)
+    wheel = next(tmp_path.glob("*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
     assert sorted(name for name in names if name.endswith(".py")) == SOURCES
     assert "sts_sglang/py.typed" in names
     for model in ("target", "draft", "eagle3"):
@@ -121,6 +126,17 @@ def test_wheel(tmp_path: Path) -> None:
         files = {f"sts_sglang/{folder}/{file.name}" for file in (ROOT / "sts_sglang" / folder).glob(kind)}
         assert files and files <= set(names)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    installed = tmp_path / "installed"
+    command = [sys.executable, "-m", "pip", "install", *alone, "--target", installed, wheel]
+    subprocess.run(command, check=True, capture_output=True)
+    doctor = subprocess.run(
+        [sys.executable, "-m", "sts_sglang.cli", "doctor"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed), "SGLANG_PLATFORM": "sts_cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert doctor.returncode == 0 and "launch: SGLANG_PLATFORM=sts_cpu" in doctor.stdout, doctor.stdout
 
 
 def test_entry_points_are_installed_and_load_without_sglang() -> None:
