@@ -7,6 +7,8 @@ is installed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 
 from benchmarks.harness import (
@@ -23,8 +25,8 @@ from benchmarks.harness import (
     tune,
     using,
 )
-from sts_kernels import Members, ops
-from sts_kernels.draft_attention import KNOBS, plan_contexts
+from sts_kernels import draft_attention, ops
+from sts_kernels.layout import ALIGN, Carried, Contexts, KvPool, Members, Plan, Pooling, Scores
 
 KV_HEADS, STEPS = 8, 3
 FULL = settings(
@@ -50,7 +52,6 @@ POOL_GRID = settings(
         "stored_policy": ["evict_last", ""],
     }
 )
-MEMBERS, IMPORTANCE = 12, 13  # their places among the arguments
 
 
 def members(group: int, device: str = DEVICE) -> Members:
@@ -62,44 +63,78 @@ def members(group: int, device: str = DEVICE) -> Members:
     return Members(channels, heads, scale, fresh)
 
 
-def draw(shape: Shape, seed: int = 0, device: str = DEVICE, dtype: torch.dtype = DTYPE) -> list:
-    """Arguments of draft_attention, with importance."""
-    torch.manual_seed(seed)
-    context, batch, step, dim = shape["context"], shape["batch"], shape["step"], shape["dim"]
-    q_heads = KV_HEADS * shape["group"]
-    width = context + STEPS + 1
-    table = torch.randperm(batch * width, device=device).view(batch, width).int() + 1
-    table = torch.cat([torch.zeros(1, width, dtype=torch.int32, device=device), table])
-    size = (batch * width + 1, KV_HEADS, dim)
-    k, v = (torch.randn(size, dtype=dtype, device=device) for _ in range(2))
-    # Logits of deviation 3: attention is peaked, and a gate sees what one token does.
-    q = 3 * torch.randn(batch, q_heads, dim, dtype=dtype, device=device)
-    carried = 3 * torch.randn(batch + 1, q_heads, dim, dtype=dtype, device=device) if step == 0 else None
-    lens = torch.full((batch,), context, device=device)
-    carried_len = torch.full((batch + 1,), context, device=device)
-    reqs = torch.arange(1, batch + 1, device=device)
-    columns = -(-context // 64) * 64
-    start = torch.arange(batch, device=device) * columns
-    importance = torch.zeros(KV_HEADS, batch * columns, dtype=torch.float16, device=device)
-    places = [table, reqs, lens, start, step, STEPS, dim**-0.5, members(shape["group"], device)]
-    return [q, carried, carried_len, k, v, *places, importance, STEPS]
+@dataclass
+class Case:
+    """Inputs of one call."""
 
+    q: torch.Tensor  # [batch, H_q, D]
+    pool: KvPool
+    contexts: Contexts
+    scores: Scores
+    members: Members
+    carried: Carried
+    step: int
+    plan: Plan | None = None
 
-def silent(args: list) -> list:
-    """The same attention without importance: no member speaks, no carried row."""
-    nobody = Members(*(t[:0] for t in args[MEMBERS]))
-    return [args[0], None, *args[2:MEMBERS], nobody, *args[IMPORTANCE:]]
+    @classmethod
+    def draw(cls, shape: Shape, seed: int = 0, device: str = DEVICE, dtype: torch.dtype = DTYPE) -> Case:
+        """With importance, and without a plan."""
+        torch.manual_seed(seed)
+        context, batch, step, dim = shape["context"], shape["batch"], shape["step"], shape["dim"]
+        q_heads = KV_HEADS * shape["group"]
+        width = context + STEPS + 1
+        table = torch.randperm(batch * width, device=device).view(batch, width).int() + 1
+        table = torch.cat([torch.zeros(1, width, dtype=torch.int32, device=device), table])
+        size = (batch * width + 1, KV_HEADS, dim)
+        k, v = (torch.randn(size, dtype=dtype, device=device) for _ in range(2))
+        # Logits of deviation 3: attention is peaked, and a gate sees what one token does.
+        q = 3 * torch.randn(batch, q_heads, dim, dtype=dtype, device=device)
+        carried = 3 * torch.randn(batch + 1, q_heads, dim, dtype=dtype, device=device) if step == 0 else None
+        lens = torch.full((batch,), context, device=device)
+        carried_lens = torch.full((batch + 1,), context, device=device)
+        reqs = torch.arange(1, batch + 1, device=device)
+        columns = -(-context // ALIGN) * ALIGN
+        starts = torch.arange(batch, device=device) * columns
+        importance = torch.zeros(KV_HEADS, batch * columns, dtype=torch.float16, device=device)
+        return cls(
+            q,
+            KvPool(k, v),
+            Contexts(table, reqs, lens),
+            Scores(importance, starts),
+            members(shape["group"], device),
+            Carried(carried, carried_lens),
+            step,
+        )
 
+    def silent(self) -> Case:
+        """The same attention without importance: no member speaks, no carried row."""
+        nobody = Members(*(t[:0] for t in self.members))
+        return replace(self, members=nobody, carried=Carried(None, self.carried.lens))
 
-def planned(args: list) -> list:
-    """With the plan, made once as for all layers and steps of a round."""
-    return [*args, "max", "max", plan_contexts(args[7], KV_HEADS, args[5].shape[1])]
+    def planned(self) -> Case:
+        """With the plan, made once as for all layers and steps of a round."""
+        lens, width = self.contexts.lens, self.contexts.table.shape[1]
+        return replace(self, plan=ops("triton").plan_contexts(lens, kv_heads=KV_HEADS, max_context=width))
 
+    def attend(self, kernel: str = "triton") -> torch.Tensor:
+        return ops(kernel).draft_attention(
+            self.q,
+            self.pool,
+            self.contexts,
+            self.scores,
+            self.members,
+            self.carried,
+            step=self.step,
+            num_steps=STEPS,
+            scale=self.q.shape[-1] ** -0.5,
+            pooling=Pooling("max", "max", STEPS),
+            plan=self.plan,
+        )
 
-def run(args: list, kernel: str = "triton") -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and importance."""
-    args[IMPORTANCE].zero_()
-    return ops(kernel).draft_attention(*args).float(), args[IMPORTANCE].float()
+    def run(self, kernel: str = "triton") -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and importance."""
+        self.scores.importance.zero_()
+        return self.attend(kernel).float(), self.scores.importance.float()
 
 
 def close(found: tuple, expected: tuple) -> None:
@@ -113,22 +148,21 @@ def nbytes(shape: Shape) -> int:
 
 def prepare(shape: Shape):
     """What `tune` times."""
-    inputs = [planned(draw(shape, seed)) for seed in range(copies(nbytes(shape)))]
-    expected = run(inputs[0], "torch")
-    calls = [lambda i=i: ops("triton").draft_attention(*i) for i in inputs]
-    return calls, lambda: close(run(inputs[0]), expected), nbytes(shape)
+    cases = [Case.draw(shape, seed).planned() for seed in range(copies(nbytes(shape)))]
+    expected = cases[0].run("torch")
+    return [case.attend for case in cases], lambda: close(cases[0].run(), expected), nbytes(shape)
 
 
-def fa3_dense(shape: Shape, args: list):
+def fa3_dense(shape: Shape, case: Case):
     """FA3 over the same slots, its own draft tokens included."""
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
     batch, seen = shape["batch"], shape["context"] + shape["step"] + 1
     options = {
-        "q": args[0],
-        "k_cache": args[3][:, None],
-        "v_cache": args[4][:, None],
-        "page_table": args[5][1:].contiguous(),
+        "q": case.q,
+        "k_cache": case.pool.k[:, None],
+        "v_cache": case.pool.v[:, None],
+        "page_table": case.contexts.table[1:].contiguous(),
         "cache_seqlens": torch.full((batch,), seen, dtype=torch.int32, device="cuda"),
         "cu_seqlens_q": torch.arange(batch + 1, dtype=torch.int32, device="cuda"),
         "max_seqlen_q": 1,
@@ -139,15 +173,14 @@ def fa3_dense(shape: Shape, args: list):
 
 
 def bench(results: Results, shape: Shape) -> None:
-    inputs = [planned(draw(shape, seed)) for seed in range(copies(nbytes(shape)))]
-    expected = run(inputs[0], "torch")
-    if results.gate("triton+importance", shape, lambda: close(run(inputs[0]), expected)):
-        plain = [silent(i) for i in inputs]
-        for name, cases in (("triton", plain), ("triton+importance", inputs)):
-            calls = [lambda i=i: ops("triton").draft_attention(*i) for i in cases]
-            results.add(name, shape, microseconds(calls), nbytes(shape))
+    cases = [Case.draw(shape, seed).planned() for seed in range(copies(nbytes(shape)))]
+    expected = cases[0].run("torch")
+    if results.gate("triton+importance", shape, lambda: close(cases[0].run(), expected)):
+        plain = [case.silent() for case in cases]
+        for name, timed in (("triton", plain), ("triton+importance", cases)):
+            results.add(name, shape, microseconds([case.attend for case in timed]), nbytes(shape))
     try:
-        calls = [fa3_dense(shape, i) for i in inputs]
+        calls = [fa3_dense(shape, case) for case in cases]
 
         def check() -> None:
             torch.testing.assert_close(calls[0]().float(), expected[0], rtol=1.6e-2, atol=8e-3)
@@ -160,10 +193,10 @@ def bench(results: Results, shape: Shape) -> None:
 
 def compile_one(shape: Shape, knobs: dict) -> None:
     """The op on tensors that are only shapes, with and without importance."""
-    args = draw(shape, device="meta", dtype=shape.get("dtype", torch.bfloat16))
-    with compile_only(), using(KNOBS, knobs):
-        ops("triton").draft_attention(*args)
-        ops("triton").draft_attention(*silent(args))
+    case = Case.draw(shape, device="meta", dtype=shape.get("dtype", torch.bfloat16))
+    with compile_only(), using(draft_attention, knobs):
+        case.attend()
+        case.silent().attend()
 
 
 def main() -> None:
@@ -174,7 +207,7 @@ def main() -> None:
     results = Results("draft_attention", args.out)
     for shape in shapes:
         if args.tune:
-            tune(results, KNOBS, grid, shape, prepare)
+            tune(results, draft_attention, grid, shape, prepare)
         else:
             bench(results, shape)
     results.finish()

@@ -7,11 +7,13 @@ it into importance besides; `-shared` the same where requests share the first ha
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from benchmarks.harness import DEVICE, Results, Shape, microseconds, parser, settings, tune
-from sts_kernels import UNKNOWN, ops
-from sts_kernels.history import KNOBS
+from sts_kernels import history, ops
+from sts_kernels.layout import UNKNOWN, Contexts, History, Scores
 
 CHANNELS, DECAY, WEIGHT = 128, 0.9, 0.05
 ARMS = {  # weight, shared
@@ -26,8 +28,20 @@ GRID = settings({"programs": [128, 256, 512], "tile": [4096, 8192, 16384], "num_
 GRID = [{**knobs, "tile_alone": knobs["tile"]} for knobs in GRID]
 
 
-def draw(shape: Shape, weight: float, shared: bool) -> list:
-    """Arguments of blend_history; a tenth of the slots remembers nothing."""
+class Arguments(NamedTuple):
+    """Of blend_history."""
+
+    scores: Scores
+    contexts: Contexts
+    memory: History
+    weight: torch.Tensor
+
+    def blend(self, kernel: str = "triton") -> None:
+        ops(kernel).blend_history(*self, decay=DECAY)
+
+
+def draw(shape: Shape, weight: float, shared: bool) -> Arguments:
+    """A tenth of the slots remembers nothing."""
     torch.manual_seed(0)
     context, batch = shape["context"], shape["batch"]
     slots = (batch + 1) * context + 1
@@ -35,23 +49,28 @@ def draw(shape: Shape, weight: float, shared: bool) -> list:
     if shared:
         table[1:, : context // 2] = table[1, : context // 2].clone()
     importance = (torch.rand(CHANNELS, batch * context, device=DEVICE) * 100).half()
-    history = (torch.rand(slots, CHANNELS, device=DEVICE) * 100).half()
-    history[torch.rand(slots, device=DEVICE) < 0.1] = UNKNOWN
-    start = torch.arange(batch, device=DEVICE) * context
+    remembered = (torch.rand(slots, CHANNELS, device=DEVICE) * 100).half()
+    remembered[torch.rand(slots, device=DEVICE) < 0.1] = UNKNOWN
+    columns = torch.arange(batch, device=DEVICE) * context
     lens = torch.full((batch,), context, device=DEVICE)
     reqs = torch.arange(1, batch + 1, device=DEVICE)
     owner = torch.zeros(slots, dtype=torch.int64, device=DEVICE)
     round_ = torch.ones(1, dtype=torch.int64, device=DEVICE)
-    weights = torch.full((batch,), weight, device=DEVICE)
-    return [importance, start, lens, table, reqs, history, owner, round_, weights, DECAY]
+    return Arguments(
+        Scores(importance, columns),
+        Contexts(table, reqs, lens),
+        History(remembered, owner, round_),
+        torch.full((batch,), weight, device=DEVICE),
+    )
 
 
 def check(shape: Shape, weight: float, shared: bool) -> None:
     found, expected = draw(shape, weight, shared), draw(shape, weight, shared)
-    ops("triton").blend_history(*found)
-    ops("torch").blend_history(*expected)
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-3, atol=1e-3)  # one rounding to float16
-    assert torch.equal(found[5], expected[5])
+    found.blend("triton")
+    expected.blend("torch")
+    # One rounding to float16.
+    torch.testing.assert_close(found.scores.importance, expected.scores.importance, rtol=1e-3, atol=1e-3)
+    assert torch.equal(found.memory.scores, expected.memory.scores)
 
 
 def prepare(shape: Shape, weight: float, shared: bool):
@@ -59,8 +78,8 @@ def prepare(shape: Shape, weight: float, shared: bool):
     args = draw(shape, weight, shared)
 
     def call() -> None:
-        args[7].add_(1)  # a round whose slots were not touched yet
-        ops("triton").blend_history(*args)
+        args.memory.round.add_(1)  # a round whose slots were not touched yet
+        args.blend()
 
     scores = CHANNELS * shape["batch"] * shape["context"]
     slots = int(scores * (0.5 + 0.5 / shape["batch"] if shared else 1))
@@ -81,7 +100,7 @@ def main() -> None:
         if args.tune:
             for name, arm in ARMS.items():
                 named = {**shape, "arm": name}  # rows of a search are told apart by their shapes
-                tune(results, KNOBS, GRID, named, lambda s, arm=arm: prepare(s, *arm))
+                tune(results, history, GRID, named, lambda s, arm=arm: prepare(s, *arm))
         else:
             bench(results, shape)
     results.finish()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -31,9 +31,9 @@ from benchmarks.harness import (
     tune,
     using,
 )
-from sts_kernels import ops
-from sts_kernels.reference import Plan
-from sts_kernels.verify import KNOBS, splits
+from sts_kernels import ops, verify
+from sts_kernels.layout import Contexts, KvPool, Lists, Plan
+from sts_kernels.split_kv import splits
 
 KV_HEADS = 8
 FULL = {
@@ -51,7 +51,7 @@ QUICK = [
 GRID = settings(
     {
         "programs": [132, 264, 396, 528],
-        "BLOCK": [32, 64, 128],
+        "block": [32, 64, 128],
         "num_warps": [4, 8],
         "num_stages": [3, 5, 7],
     }
@@ -65,9 +65,8 @@ SPLIT = (0.3, 0.3, 0.5, 0.5, 0.9, 1.0, 1.5, 3.0)
 class Pool:
     """KV of one layer: shared by all shapes of a context, a batch and a head size."""
 
-    k: torch.Tensor  # [slots, H_kv, D]
-    v: torch.Tensor
-    table: torch.Tensor  # [1 + batch, context + 8], request 0 is padding
+    kv: KvPool
+    contexts: Contexts  # table [1 + batch, context + 8], request 0 is padding
     order: torch.Tensor  # [batch * H_kv, context], each head's random order of the positions
 
     @classmethod
@@ -79,7 +78,15 @@ class Pool:
         table = torch.cat([torch.zeros(1, width, dtype=torch.int32, device=DEVICE), slots])
         size = (batch * width + 1, KV_HEADS, shape["dim"])
         k, v = (torch.randn(size, dtype=DTYPE, device=DEVICE) for _ in range(2))
-        return cls(k, v, table, torch.rand(batch * KV_HEADS, context, device=DEVICE).argsort(1).int())
+        reqs = torch.arange(1, batch + 1, device=DEVICE)
+        contexts = Contexts(table, reqs, torch.full((batch,), context, device=DEVICE))
+        order = torch.rand(batch * KV_HEADS, context, device=DEVICE).argsort(1).int()
+        return cls(KvPool(k, v), contexts, order)
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """Of the requests, without the padding's."""
+        return self.contexts.table[1:]
 
     @classmethod
     def several(cls, shape: Shape) -> list[Pool]:
@@ -93,8 +100,10 @@ class Case:
 
     pool: Pool
     q: torch.Tensor  # [batch, rows, H_q, D]
-    lists: torch.Tensor  # [batch * H_kv, count]
-    args: list
+    lists: Lists  # one a (request, KV head)
+    channels: torch.Tensor  # [H_kv]
+    mask: torch.Tensor  # [batch, rows, rows]
+    attended: torch.Tensor  # [2]
     plans: dict[tuple, Plan] = field(default_factory=dict)
 
     @classmethod
@@ -103,42 +112,57 @@ class Case:
         context, batch, rows, dim = shape["context"], shape["batch"], shape["rows"], shape["dim"]
         count = int(context * shape["keep"])
         chosen = pool.order[:, part * count : (part + 1) * count].sort(1).values.long()
-        lists = pool.table[1:].repeat_interleave(KV_HEADS, 0).gather(1, chosen)
+        indices = pool.slots.repeat_interleave(KV_HEADS, 0).gather(1, chosen).flatten()
         # Logits of deviation 3: attention is peaked, and a gate sees what one token does.
         q = 3 * torch.randn(batch, rows, KV_HEADS * shape["group"], dim, dtype=DTYPE, device=DEVICE)
-        start = torch.arange(batch * KV_HEADS, device=DEVICE).view(batch, KV_HEADS) * count
+        starts = torch.arange(batch * KV_HEADS, device=DEVICE).view(batch, KV_HEADS) * count
         counts = torch.full((batch, KV_HEADS), count, dtype=torch.int32, device=DEVICE)
-        heads = torch.arange(KV_HEADS, dtype=torch.int32, device=DEVICE)
-        reqs = torch.arange(1, batch + 1, device=DEVICE)
-        lens = torch.full((batch,), context, device=DEVICE)
         mask = torch.ones(rows, rows, device=DEVICE).tril().bool().expand(batch, -1, -1).contiguous()
+        channels = torch.arange(KV_HEADS, dtype=torch.int32, device=DEVICE)
         attended = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-        places = [lists.flatten(), start, counts, heads, pool.table, reqs, lens, mask]
-        return cls(pool, q, lists, [q, pool.k, pool.v, *places, dim**-0.5, attended])
+        return cls(pool, q, Lists(indices, starts, counts), channels, mask, attended)
 
     def split(self) -> Case:
         """The same list entries of a request, parted unequally between its KV heads."""
-        total = self.lists.shape[1] * KV_HEADS
+        batch = self.q.shape[0]
+        total = self.lists.indices.numel() // batch
         ends = (
             (torch.tensor(SPLIT, dtype=torch.float64).cumsum(0) / KV_HEADS * total).round().long().to(DEVICE)
         )
         counts = ends.diff(prepend=ends.new_zeros(1))
-        batch = self.q.shape[0]
-        start = torch.arange(batch, device=DEVICE)[:, None] * total + ends - counts
-        args = [*self.args]
-        args[4], args[5] = start, counts.int().expand(batch, -1).contiguous()
-        return Case(self.pool, self.q, self.lists, args)
+        starts = torch.arange(batch, device=DEVICE)[:, None] * total + ends - counts
+        counts = counts.int().expand(batch, -1).contiguous()
+        return replace(self, lists=Lists(self.lists.indices, starts, counts), plans={})
+
+    def whole(self) -> Case:
+        """The same with everybody attending to everything."""
+        return replace(self, lists=self.lists.whole(), plans={})
 
     def run(self, kernel: str = "triton") -> torch.Tensor:
         """The plan is made once, as for all layers of a round; so is FlashInfer's."""
-        how = splits(self.args[5].numel(), self.pool.table.shape[1])
+        how = self.parts()
         if how not in self.plans:
             self.plans[how] = self.plan(how, layers=1).of(0)
-        return ops(kernel).sparse_verify_attention(*self.args, self.plans[how])
+        return ops(kernel).sparse_attention(
+            self.q,
+            self.pool.kv,
+            self.lists,
+            self.channels,
+            self.pool.contexts,
+            self.mask,
+            self.attended,
+            scale=self.q.shape[-1] ** -0.5,
+            plan=self.plans[how],
+        )
+
+    def parts(self) -> tuple[int, int]:
+        """Programs, and parts of a list at most, by the knobs as they are."""
+        return splits(self.lists.counts.numel(), self.pool.contexts.table.shape[1], verify.KNOBS)
 
     def plan(self, how: tuple[int, int], layers: int, kernel: str = "triton") -> Plan:
-        _, _, _, _, start, counts, heads, _, _, lens, *_ = self.args
-        return ops(kernel).plan_verify(start, counts, heads.expand(layers, -1).contiguous(), lens, *how)
+        channels, (programs, most) = self.channels.expand(layers, -1).contiguous(), how
+        lens = self.pool.contexts.lens
+        return ops(kernel).plan_lists(self.lists, channels, lens, programs=programs, most=most)
 
 
 def kv_bytes(shape: Shape, tokens: int) -> int:
@@ -194,7 +218,7 @@ def flashinfer_plan(shape: Shape, requests: int, kv_heads: int, tokens: int, ind
 def flashinfer_dense(shape: Shape, case: Case):
     tokens = shape["context"] + shape["rows"]
     wrapper = flashinfer_plan(shape, shape["batch"], KV_HEADS, tokens, case.pool.table[1:, :tokens])
-    q, kv = case.q.flatten(0, 1), (case.pool.k[:, None], case.pool.v[:, None])
+    q, kv = case.q.flatten(0, 1), (case.pool.kv.k[:, None], case.pool.kv.v[:, None])
     return lambda: wrapper.run(q, kv).view_as(case.q)
 
 
@@ -202,11 +226,11 @@ def flashinfer_headwise(shape: Shape, case: Case):
     batch, rows, group, dim = (shape[k] for k in ("batch", "rows", "group", "dim"))
     heads = torch.arange(KV_HEADS, device="cuda").repeat(batch)[:, None]
     tail = case.pool.table[1:, shape["context"] : shape["context"] + rows].repeat_interleave(KV_HEADS, 0)
-    indices = torch.cat([case.lists, tail], 1).long() * KV_HEADS + heads
+    indices = torch.cat([case.lists.indices.view(batch * KV_HEADS, -1), tail], 1).long() * KV_HEADS + heads
     wrapper = flashinfer_plan(shape, batch * KV_HEADS, 1, indices.shape[1], indices)
     # Queries head-major; in a model this copy would cost time too, here it is not counted.
     q = case.q.view(batch, rows, KV_HEADS, group, dim).transpose(1, 2).reshape(-1, group, dim)
-    kv = (case.pool.k.view(-1, 1, 1, dim), case.pool.v.view(-1, 1, 1, dim))
+    kv = (case.pool.kv.k.view(-1, 1, 1, dim), case.pool.kv.v.view(-1, 1, 1, dim))
     turn = (batch, KV_HEADS, rows, group, dim)
     return lambda: wrapper.run(q, kv).view(turn).transpose(1, 2).flatten(2, 3)
 
@@ -218,9 +242,9 @@ def fa3_dense(shape: Shape, case: Case):
     batch, rows = shape["batch"], shape["rows"]
     options = {
         "q": case.q.flatten(0, 1),
-        "k_cache": case.pool.k[:, None],
-        "v_cache": case.pool.v[:, None],
-        "page_table": case.pool.table[1:].contiguous(),
+        "k_cache": case.pool.kv.k[:, None],
+        "v_cache": case.pool.kv.v[:, None],
+        "page_table": case.pool.slots.contiguous(),
         "cache_seqlens": torch.full((batch,), shape["context"] + rows, dtype=torch.int32, device="cuda"),
         "cu_seqlens_q": torch.arange(batch + 1, dtype=torch.int32, device="cuda") * rows,
         "max_seqlen_q": rows,
@@ -255,16 +279,15 @@ def bench(results: Results, shape: Shape, pools: list[Pool], timed_dense: set[tu
     split = [case.split() for case in cases]
     if results.gate("triton-split", shape, lambda: close(split[0].run(), split[0].run("torch"))):
         results.add("triton-split", shape, microseconds([c.run for c in split]), sparse_bytes(shape))
-    how = splits(split[0].args[5].numel(), pools[0].table.shape[1])
+    how = split[0].parts()
     plan = functools.partial(split[0].plan, how, LAYERS)
     if results.gate("plan", shape, lambda: same_plan(plan(), split[0].plan(how, 1, "torch"))):
-        results.add("plan", shape, microseconds([plan]), split[0].args[4].nbytes * LAYERS)
+        results.add("plan", shape, microseconds([plan]), split[0].lists.starts.nbytes * LAYERS)
     rivals(results, shape, cases[:8], SPARSE, sparse_bytes(shape), expected)
     whole = {k: v for k, v in shape.items() if k != "keep"}
     if tuple(whole.values()) not in timed_dense:
         timed_dense.add(tuple(whole.values()))
-        case = Case.draw(shape, pools[0], 0)
-        case.args[5] = torch.full_like(case.args[5], -1)
+        case = Case.draw(shape, pools[0], 0).whole()
         full = kv_bytes(shape, shape["context"] + shape["rows"])
         others = [Case.draw(shape, p, 0) for p in pools[1:]]
         rivals(results, whole, [case, *others], DENSE, full, case.run("torch"))
@@ -287,11 +310,13 @@ def compile_one(shape: Shape, knobs: dict) -> None:
     pool = like(batch * width + 1, KV_HEADS, dim, dtype=shape.get("dtype", torch.bfloat16))
     q = like(batch, rows, KV_HEADS * shape["group"], dim, dtype=pool.dtype)
     per_channel = (batch, KV_HEADS)
-    lists = [like(8), like(*per_channel, dtype=torch.int64), like(*per_channel), like(KV_HEADS)]
-    places = [like(batch + 1, width), like(batch, dtype=torch.int64), like(batch, dtype=torch.int64)]
+    lists = Lists(like(8), like(*per_channel, dtype=torch.int64), like(*per_channel))
+    reqs, lens = (like(batch, dtype=torch.int64) for _ in range(2))
+    contexts = Contexts(like(batch + 1, width), reqs, lens)
     mask, attended = like(batch, rows, rows, dtype=torch.bool), like(2, dtype=torch.int64)
-    with compile_only(), using(KNOBS, knobs):
-        ops("triton").sparse_verify_attention(q, pool, pool, *lists, *places, mask, dim**-0.5, attended)
+    inputs = (q, KvPool(pool, pool), lists, like(KV_HEADS), contexts, mask, attended)
+    with compile_only(), using(verify, knobs):
+        ops("triton").sparse_attention(*inputs, scale=dim**-0.5)
 
 
 def prepare(shape: Shape):
@@ -308,7 +333,7 @@ def main() -> None:
     results = Results("verify", args.out)
     if args.tune:
         for shape in QUICK:
-            tune(results, KNOBS, GRID, shape, prepare)
+            tune(results, verify, GRID, shape, prepare)
         results.finish()
     timed_dense: set[tuple] = set()
     for _, same in itertools.groupby(shapes, lambda s: (s["context"], s["batch"], s["dim"])):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -167,22 +169,22 @@ def settings(grid: dict[str, list]) -> list[Knobs]:
 
 
 @contextlib.contextmanager
-def using(table: Knobs, knobs: Knobs) -> Iterator[None]:
-    """A kernel's knobs set to these for a while."""
-    before = dict(table)
-    table.update(knobs)
+def using(module: ModuleType, knobs: Knobs) -> Iterator[None]:
+    """A kernel's `KNOBS` set to these for a while."""
+    before = module.KNOBS
+    module.KNOBS = dataclasses.replace(before, **knobs)
     try:
         yield
     finally:
-        table.update(before)
+        module.KNOBS = before
 
 
-def tune(results: Results, table: Knobs, grid: list[Knobs], shape: Shape, prepare: Callable) -> None:
+def tune(results: Results, module: ModuleType, grid: list[Knobs], shape: Shape, prepare: Callable) -> None:
     """Time every setting on one shape. `prepare` gives calls, a check of one call, and their bytes."""
     calls, check, nbytes = prepare(shape)
     found = []
     for knobs in grid:
-        with using(table, knobs):
+        with using(module, knobs):
             try:
                 if not results.gate(f"triton {knobs}", shape, check):
                     continue

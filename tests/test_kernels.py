@@ -764,7 +764,8 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
     split = bench_verify.cases_of(
         shape | {"dim": 16, "rows": 4, "group": 4}, [bench_verify.Pool.draw(shape | {"dim": 16}, 0)]
     )[0].split()
-    assert split.args[5].sum() == split.lists.numel() and split.args[5].min() < split.args[5].max()
+    counts = split.lists.counts
+    assert counts.sum() == split.lists.indices.numel() and counts.min() < counts.max()
     bench_verify.close(split.run(), split.run("torch"))
 
 
@@ -772,13 +773,17 @@ COMPILE = """
 import torch
 from benchmarks import bench_draft_attention, bench_select, bench_verify
 from benchmarks.harness import compile_only
-from sts_kernels import Rule, ops
+from sts_kernels import ops
+from sts_kernels.layout import Contexts, History, Lists, PagedLists, Room, Rule, Scores
 
 def like(*size, dtype=torch.int32):
     return torch.empty(size, dtype=dtype, device="meta")
 
+def i(*size):
+    return like(*size, dtype=torch.int64)
+
 shape = {"context": 32768, "batch": 8, "keep": 0.1, "rows": 4, "group": 4, "dim": 128}
-i64, f16, f32 = torch.int64, torch.float16, torch.float32
+f16, f32 = torch.float16, torch.float32
 with compile_only() as compiled:
     bench_verify.compile_one(shape, {})
     bench_verify.compile_one(shape | {"rows": 8, "group": 8}, {})
@@ -787,22 +792,22 @@ with compile_only() as compiled:
     bench_draft_attention.compile_one(shape | {"step": 1, "dim": 64}, {})
     bench_draft_attention.compile_one(shape | {"step": 0, "group": 8}, {})
     bench_select.compile_one(shape, {})
+    eight, two = Contexts(like(9, 4096), i(8), i(8)), Contexts(like(3, 4096), i(2), i(2))
     split, full = like(65, 128, dtype=torch.float64), like(8, dtype=torch.bool)
     for keep, *more in ((0.1, split, None), (0.1, None, full), (None, split, full)):
-        ops("triton").size_lists(
-            like(8, dtype=i64), like(8, dtype=i64), like(9, dtype=i64), like(9, dtype=torch.float64),
-            Rule(keep, 1024, 1024, 68, 1e-6), more[0], 128, 4096, 9000, like(8, dtype=i64), more[1],
-        )
-    ops("triton").spread_importance(like(128, 65536, dtype=f16), like(8, dtype=i64), like(8, dtype=i64), 0.5)
-    ops("triton").spread_importance(like(8, 4096, dtype=f16), like(2, dtype=i64), like(2, dtype=i64), 0.5)
+        rule, room = Rule(keep, 1024, 1024, 68, 1e-6), Room(128, 4096, 9000)
+        keeps = like(9, dtype=torch.float64)
+        ops("triton").size_lists(eight, i(9), keeps, rule, room, i(8), split=more[0], full=more[1])
+    for channels, columns, bs in ((128, 65536, 8), (8, 4096, 2)):
+        ops("triton").spread_importance(Scores(like(channels, columns, dtype=f16), i(bs)), i(bs), factor=0.5)
     ops("triton").blend_history(
-        like(128, 4096, dtype=f16), like(2, dtype=i64), like(2, dtype=i64), like(3, 4096), like(2, dtype=i64),
-        like(8192, 128, dtype=f16), like(8192, dtype=i64), like(1, dtype=i64), like(2, dtype=f32), 0.9,
+        Scores(like(128, 4096, dtype=f16), i(2)), two, History(like(8192, 128, dtype=f16), i(8192), i(1)),
+        like(2, dtype=f32), decay=0.9,
     )
     ops("triton").headwise_lists(
-        like(4096), like(2, 16, dtype=i64), like(2, 16), like(8), like(3, 4096), like(2, dtype=i64),
-        like(2, dtype=i64), 4, like(17), like(17), like(9000), like(5000, dtype=torch.uint8), 1,
-        like(2, dtype=i64), like(1, dtype=i64),
+        Lists(like(4096), i(2, 16), like(2, 16)), like(8), two,
+        PagedLists(like(17), like(17), like(9000), like(5000, dtype=torch.uint8)), i(2), i(1),
+        tokens=4, layers=1,
     )
 for name, kernel in compiled:
     if kernel:

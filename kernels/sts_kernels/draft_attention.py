@@ -70,8 +70,8 @@ STORED_SCALE = tl.constexpr(2.0**15)
 
 
 def shared_bytes(rows: int, head_dim: int) -> int:
-    """Bytes of shared memory that a thread block takes for the `rows` query rows of a (request, KV head); the
-    carried row's are among them."""
+    """About the bytes of shared memory that a thread block takes for the `rows` query rows of a (request, KV
+    head), the carried row's among them."""
     return split_kv.shared_bytes(rows, head_dim, BYTES_PER_DIM)
 
 
@@ -106,6 +106,15 @@ class _Rows(NamedTuple):
     def used(self) -> int:
         return self.queries * (self.q_heads // self.kv_heads)
 
+    @property
+    def padded(self) -> int:
+        return padded_rows(self.used)
+
+    def constants(self) -> dict[str, int | bool]:
+        """By their names in the first two kernels."""
+        sizes = {"H_Q": self.q_heads, "H_KV": self.kv_heads, "D": self.dim, "ROWS": self.padded}
+        return {"W": self.branches, "CARRIED": self.carried, "USED": self.used, **sizes}
+
 
 class _Stored(NamedTuple):
     """What the launches of a call leave for each other.
@@ -124,7 +133,7 @@ class _Stored(NamedTuple):
 
     @classmethod
     def empty(cls, rows: _Rows, bs: int, work: int, blocks: int, device: torch.device) -> _Stored:
-        padded, heads = padded_rows(rows.used), rows.kv_heads
+        padded, heads = rows.padded, rows.kv_heads
 
         def new(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(heads, *size, dtype=dtype, device=device)
@@ -174,16 +183,7 @@ def draft_attention(
     blocks = columns // BLOCK if capture else 0
     stored = _Stored.empty(rows, bs, work, blocks, pool.k.device)
     early = starts_early(pool.k.device) if KNOBS.early else {}
-    shape = {
-        "W": branches,
-        "CARRIED": rows.carried,
-        "H_Q": rows.q_heads,
-        "H_KV": rows.kv_heads,
-        "D": rows.dim,
-        "ROWS": padded_rows(rows.used),
-        "USED": rows.used,
-        "EARLY": bool(early),
-    }
+    shape = {**rows.constants(), "EARLY": bool(early)}
     _draft_kernel[(work, rows.kv_heads)](
         some if q is None else q,
         some if carried.q is None else carried.q,
@@ -266,7 +266,7 @@ def _pool_rows(
         SHIFT=SHIFT,
         H_Q=rows.q_heads,
         H_KV=rows.kv_heads,
-        ROWS=padded_rows(rows.used),
+        ROWS=rows.padded,
         USED=rows.used,
         PROGRAMS=KNOBS.pool_programs,
         BLOCKS=KNOBS.pool_blocks,
@@ -293,7 +293,7 @@ def _draft_kernel(
     table_ptr,  # int32 [requests, width]
     reqs_ptr,  # int [bs]
     lens_ptr,  # int [bs]
-    starts_ptr,  # int64 [bs], first columns, below 0: none
+    column_ptr,  # int64 [bs], first columns, below 0: none
     scale,  # of logits, LOG2E included
     step,
     num_steps,
@@ -312,8 +312,8 @@ def _draft_kernel(
     USED: tl.constexpr,  # (carried + W) * group: the carried row's heads come first
     SCRATCH: tl.constexpr,  # W * (step + 1), padded to a power of two of at least 16
     BLOCK: tl.constexpr,
-    CAPTURE: tl.constexpr,
-    POLICY: tl.constexpr,
+    CAPTURE: tl.constexpr,  # whether exponentials are stored
+    POLICY: tl.constexpr,  # of the cache, for them
     SHIFT: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -327,11 +327,11 @@ def _draft_kernel(
     req = tl.load(reqs_ptr + b).to(tl.int64)
     length = tl.load(lens_ptr + b).to(tl.int32)
     row_ptr = table_ptr + req * stride_table
-    column = tl.load(starts_ptr + b)
+    column = tl.load(column_ptr + b)
 
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, D)
-    query, head = rows // GROUP, h * GROUP + rows % GROUP
+    query, head = rows // GROUP, h * GROUP + rows % GROUP  # [ROWS]
     if CARRIED:
         branch = query - 1
         is_carried = (query == 0) & (tl.load(carried_lens_ptr + req).to(tl.int32) == length)
@@ -350,12 +350,13 @@ def _draft_kernel(
             other=0.0,
         )  # [ROWS, D]
         q = tl.where(in_step[:, None], own, q)
-    live = is_carried | in_step
+    live = is_carried | in_step  # [ROWS], not padding, nor a row that is a leftover
 
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D], tl.float32)
-    # Positions [SHIFT, length + SHIFT) have keys. Parts end at whole blocks, so that a block is stored once.
+    # Positions [SHIFT, length + SHIFT) have keys. A part has whole blocks, so that each is stored once. Each
+    # block has a key, so that maxima are finite.
     end = tl.where(length > 0, length + SHIFT, 0)
     first = tl.cdiv(begin, BLOCK) * BLOCK
     last = tl.where((kind & LAST_PART) != 0, end, tl.cdiv(begin + tokens, BLOCK) * BLOCK)
@@ -447,12 +448,12 @@ def _pool_kernel(
     fresh_ptr,  # bool [n]
     importance_ptr,  # float16 [channels, columns]
     lens_ptr,  # int [bs]
-    starts_ptr,  # int64 [bs], first columns, below 0: none
+    column_ptr,  # int64 [bs], first columns, below 0: none
     blocks,  # of columns
     stride_channel,
     factor,  # from a probability to importance
     QUERIES: tl.constexpr,  # carried + W
-    HEADS: tl.constexpr,
+    HEADS: tl.constexpr,  # of a member at most
     MEAN_HEADS: tl.constexpr,
     MEAN_ROWS: tl.constexpr,
     FIRST: tl.constexpr,  # this call scores the first rows of a round
@@ -461,15 +462,15 @@ def _pool_kernel(
     H_KV: tl.constexpr,
     ROWS: tl.constexpr,
     USED: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    PROGRAMS: tl.constexpr,  # that share a (request, channel)
+    BLOCKS: tl.constexpr,  # at a time
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     b, member, program = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H_Q // H_KV
     length = tl.load(lens_ptr + b).to(tl.int32)
-    column = tl.load(starts_ptr + b)
+    column = tl.load(column_ptr + b)
     if EARLY:
         gdc_wait()
     if column < 0:
@@ -487,7 +488,7 @@ def _pool_kernel(
         block = start + tl.arange(0, BLOCKS)
         here = block < total
         p = tl.zeros([BLOCKS, BLOCK], tl.float32)
-        # Unrolled, so that all loads are on their way together, and nothing is reduced across threads.
+        # Unrolled, so that all loads are issued together, and nothing is reduced across threads.
         for query in tl.static_range(QUERIES):
             row_p = tl.zeros([BLOCKS, BLOCK], tl.float32)
             for i in tl.static_range(HEADS):

@@ -14,8 +14,8 @@ from sts_kernels.layout import Contexts, Lists, PagedLists
 
 @dataclass(frozen=True)
 class HeadwiseKnobs:
-    """block: entries of a list, or bits of a mask, at a time. programs: that share a (request, KV head); the
-    grid cannot follow lengths, which are read on the device.
+    """block: entries of a list, or bits of a mask, that a program writes at a time. programs: that share a
+    (request, KV head); the grid cannot follow lengths, which are read on the device.
     """
 
     block: int = 1024

@@ -41,10 +41,11 @@ def blend_history(
 ) -> None:
     """Kernel of `sts_kernels.torch_ops.blend_history` (see there); graph-safe, no host sync, deterministic.
 
-    Requests that share a slot hold it at the same position, so they form a list: each puts itself into the
-    slot's `owner` and notes whom of this round it found there. The last one owns the slot for the round: it
-    alone reads and writes what the slot remembers, and walks the list for the others. A slot's channels lie
-    side by side, so slots in any order are read in whole lines.
+    Requests that share a slot hold it at the same position. A first kernel makes a list of them: each puts
+    itself into the slot's `owner` and notes whom of this round it found there. The last one owns the slot for
+    the round: in the second kernel it alone reads and writes what the slot remembers, and walks the list for
+    the others. A slot's channels lie side by side in memory, so that slots in any order are read in whole
+    cache lines.
     """
     check_history(scores, history, weight)
     importance, bs = scores.importance, contexts.lens.numel()
@@ -89,16 +90,16 @@ def blend_history(
 
 
 @triton.jit
-def _request(b, starts_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table, ALIGN: tl.constexpr):
-    """First column, below 0 where there is none, and length of a request; where its slots stand."""
+def _request(b, column_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table, ALIGN: tl.constexpr):
+    """First column of a request, below 0 where there is none, its length, and its row of the table."""
     slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
-    column = tl.multiple_of(tl.load(starts_ptr + b), ALIGN)
+    column = tl.multiple_of(tl.load(column_ptr + b), ALIGN)
     return column, tl.load(lens_ptr + b).to(tl.int32), slot_ptr
 
 
 @triton.jit
 def _block(block, length, slot_ptr, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
-    """Positions from `block` on, which of them the context scores, and their slots."""
+    """[BLOCK] each: positions from `block` on, which of them have scores, and their slots."""
     offs = block + tl.arange(0, BLOCK)
     ok = (offs >= SHIFT) & (offs < length)
     return offs, ok, tl.load(slot_ptr + offs, mask=ok, other=0).to(tl.int64)
@@ -106,23 +107,23 @@ def _block(block, length, slot_ptr, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _mix(place, fresh, held, w, mask, UNKNOWN: tl.constexpr):
-    """Write a request's importance with memory mixed in."""
+    """Write importance: fresh scores with those that are held mixed in; all are tiles [BLOCK, CHANNELS]."""
     mixed = tl.where(held == UNKNOWN, fresh, (1 - w) * fresh + w * held)
     tl.store(place, mixed.to(place.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _name(round_ptr, b):
-    """What `owner` says of slots of request b in this round."""
-    return tl.load(round_ptr) * 4294967296 + b  # int64: the round, the request
+    """What request b writes into `owner` of its slots in this round: int64, round * 2**32 + request."""
+    return tl.load(round_ptr) * 4294967296 + b
 
 
 @triton.jit
 def _claim_kernel(
-    before_ptr,  # int32 [columns]: 1 + the request that was the slot's owner before this one, 0: none
+    before_ptr,  # int32 [columns]: 1 + the request that owned the slot before this one in this round, 0: none
     owner_ptr,  # int64 [slots]
     round_ptr,  # int64 [1]
-    starts_ptr,  # int64 [bs], first columns, below 0: none
+    column_ptr,  # int64 [bs], first columns, below 0: none
     lens_ptr,  # int [bs]
     table_ptr,  # int32 [requests, width]
     reqs_ptr,  # int [bs]
@@ -133,14 +134,14 @@ def _claim_kernel(
     PROGRAMS: tl.constexpr,
 ):
     b, program = tl.program_id(0), tl.program_id(1)
-    column, length, slot_ptr = _request(b, starts_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table, ALIGN)
+    column, length, slot_ptr = _request(b, column_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table, ALIGN)
     if column < 0:
         return
     mine, first = _name(round_ptr, b), _name(round_ptr, 0)
     for block in range(program * BLOCK, length, PROGRAMS * BLOCK):
         offs, ok, slots = _block(block, length, slot_ptr, SHIFT, BLOCK)
         found = tl.atomic_xchg(owner_ptr + slots, tl.zeros_like(slots) + mine, mask=ok)
-        before = tl.where(found < first, 0, found - first + 1)  # of an earlier round: nobody
+        before = tl.where(found < first, 0, found - first + 1)  # an owner of an earlier round is none
         tl.store(before_ptr + column + offs, before.to(tl.int32), mask=ok)
 
 
@@ -152,7 +153,7 @@ def _remember_kernel(
     round_ptr,
     before_ptr,
     weight_ptr,  # float32 [bs]
-    starts_ptr,
+    column_ptr,
     lens_ptr,
     table_ptr,
     reqs_ptr,
@@ -163,13 +164,13 @@ def _remember_kernel(
     UNKNOWN: tl.constexpr,
     SHIFT: tl.constexpr,
     ALIGN: tl.constexpr,
-    ALONE: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    ALONE: tl.constexpr,  # there is one request, which shares with nobody
+    CHANNELS: tl.constexpr,  # at a time
     BLOCK: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
     b, program = tl.program_id(0), tl.program_id(1)
-    column, length, slot_ptr = _request(b, starts_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table, ALIGN)
+    column, length, slot_ptr = _request(b, column_ptr, lens_ptr, table_ptr, reqs_ptr, stride_table, ALIGN)
     if column < 0:
         return
     w = tl.load(weight_ptr + b)
@@ -181,11 +182,11 @@ def _remember_kernel(
         if not ALONE:
             own = own & (tl.load(owner_ptr + slots, mask=own, other=0) == _name(round_ptr, b))
             before = tl.load(before_ptr + column + offs, mask=own, other=0)
-        # Of a block that others own nothing is read.
+        # Where others own all slots of a block, nothing is read.
         end = tl.where(tl.max(own.to(tl.int32), 0) > 0, channels, 0)
         for first in range(0, end, CHANNELS):
             c = first + tl.arange(0, CHANNELS)[None, :]
-            mask = own[:, None] & (c < channels)
+            mask = own[:, None] & (c < channels)  # [BLOCK, CHANNELS], as all tiles from here on
             rows = importance_ptr + c.to(tl.int64) * columns
             place, slot = rows + (column + offs)[:, None], history_ptr + slots[:, None] * channels + c
             held = tl.load(slot, mask=mask, other=UNKNOWN).to(tl.float32)
@@ -194,10 +195,10 @@ def _remember_kernel(
                 _mix(place, fresh, held, w, mask, UNKNOWN)
             new = tl.maximum(fresh, tl.where(held == UNKNOWN, held, held * decay))
             if not ALONE:
-                other = before
+                other = before  # [BLOCK]: the next request of each slot's list, 1 + its place in the batch
                 while tl.max(other, 0) > 0:
                     some = other > 0
-                    at = tl.load(starts_ptr + other - 1, mask=some, other=0) + offs
+                    at = tl.load(column_ptr + other - 1, mask=some, other=0) + offs
                     share = tl.load(weight_ptr + other - 1, mask=some, other=0.0)[:, None]
                     theirs, there = rows + at[:, None], mask & some[:, None]
                     fresh = tl.load(theirs, mask=there, other=0.0).to(tl.float32)

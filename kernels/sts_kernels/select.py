@@ -1,8 +1,10 @@
-"""Selection in Triton: exact top-k, a program per (request, channel), without atomics.
+"""Selection in Triton: the exact top k of a row of scores, without atomics; a program per (request, channel).
 
-Each lane holds 32 neighbouring scores. Transposed, bit b of the 32 is one word, the plane b: a mask of them
-that an instruction compares and one more counts. A row of one tile, 32 x WORDS scores, is read and transposed
-once and its threshold found bit by bit in registers. A longer row is searched two bits a pass over it.
+The k-th largest score of a row, its threshold, is found bit by bit: a bit is set if enough scores have it.
+To count them fast, the 32 neighbouring scores of a lane are transposed as a matrix of bits. Word b, the plane
+b, then has bit b of all 32, and one AND and one population count do the work of 32 comparisons. A row of one
+tile, 32 x WORDS scores, is read and transposed once and stays in registers. A longer row is read again by
+each pass of the search, which finds two bits of the threshold.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ KEY_BITS = tl.constexpr(15)
 # The key of a score that is no number, above that of infinity. It ranks above every score, so that no token
 # is lost for want of a score.
 NO_SCORE = tl.constexpr(0x7C01)
-EACH_HALF = tl.constexpr(0x00010001)  # a word is two scores
+EACH_HALF = tl.constexpr(0x00010001)  # times a score: a word that has it twice
 ALL = tl.constexpr(0xFFFFFFFF)
 
 
@@ -92,7 +94,7 @@ def select_tokens(
 
 @triton.jit
 def _popcount(x):
-    """Bits set of uint32, as int32. The compiler knows this way of writing the instruction."""
+    """Bits set in each uint32, as int32. The compiler makes one instruction of this."""
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
@@ -101,29 +103,30 @@ def _popcount(x):
 
 @triton.jit
 def _lowest(number):
-    """uint32 with the lowest `number` bits set; none if negative, all from 32 on."""
+    """uint32 with the lowest `number` bits set: none if it is negative, all from 32 on."""
     some = (tl.full(number.shape, 1, tl.uint32) << (number & 31).to(tl.uint32)) - 1
     return tl.where(number >= 32, ALL, tl.where(number > 0, some, 0)).to(tl.uint32)
 
 
 @triton.jit
 def _inside(at, first, last):
-    """[WORDS, 1]: of the 32 scores from each of `at` on, those at [first, last)."""
+    """uint32 [WORDS, 1]: which of the 32 scores from `at` [WORDS, 1] on are at [first, last), a bit each."""
     return _lowest(last - at) & (_lowest(first - at) ^ ALL)
 
 
 @triton.jit
 def _bits(row_ptr, offs, last, ALIGN: tl.constexpr):
-    """float16 bits of the scores at `offs`, uint32. From `last` on 0, or others of the ALIGN columns."""
-    # Up to the end of the last ALIGN columns, which are this request's: a mask by position would split
-    # the access into single scores.
+    """uint32, the float16 bits of the scores at `offs`. Those from `last` on are not meant to be used."""
+    # Scores are read up to a multiple of ALIGN, where this request's columns end: a mask by position would
+    # split the access into single scores.
     bits = tl.load(row_ptr + offs, mask=offs // ALIGN * ALIGN < last, other=0)
     return bits.to(tl.uint16, bitcast=True).to(tl.uint32)
 
 
 @triton.jit
 def _words(row_ptr, at, last, ALIGN: tl.constexpr):
-    """The 32 scores from each of `at` on, two [WORDS, 8] of scores r and 16 + r: r < 8; r >= 8."""
+    """The 32 scores from each of `at` [WORDS, 1] on, two to a word: uint32 [WORDS, 8] twice. Column r of the
+    first has scores r and r + 16, column r of the second scores r + 8 and r + 24."""
     offs = at + tl.arange(0, 8)[None, :]
     low = _bits(row_ptr, offs, last, ALIGN) | (_bits(row_ptr, offs + 16, last, ALIGN) << 16)
     high = _bits(row_ptr, offs + 8, last, ALIGN) | (_bits(row_ptr, offs + 24, last, ALIGN) << 16)
@@ -132,13 +135,14 @@ def _words(row_ptr, at, last, ALIGN: tl.constexpr):
 
 @triton.jit
 def _swap(a, b, BY: tl.constexpr, MASK: tl.constexpr):
-    """One step of the transposition: the upper BY of every 2 BY bits of `a` for the lower ones of `b`."""
+    """One step of the transposition: of every 2 * BY bits the upper BY of `a` and the lower BY of `b` trade
+    places. MASK: the lower ones."""
     return (a & MASK) | ((b & MASK) << BY), ((a >> BY) & MASK) | (b & (MASK << BY))
 
 
 @triton.jit
 def _swap_columns(x, BY: tl.constexpr, MASK: tl.constexpr):
-    """_swap of the even columns with the odd ones: [WORDS, n] to two [WORDS, n / 2]."""
+    """`_swap` of the even columns of [WORDS, n] with the odd ones, two [WORDS, n / 2]."""
     even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
     return _swap(even, odd, BY, MASK)
 
@@ -158,17 +162,18 @@ def _eight(x):
 
 @triton.jit
 def _planes(row_ptr, at, last, ALIGN: tl.constexpr):
-    """KEY_BITS of [WORDS, 1]: bit i of plane b is bit b of the score at `at` + i; any NaN is NO_SCORE."""
+    """KEY_BITS planes [WORDS, 1]: bit i of plane b is bit b of the key at `at` [WORDS, 1] + i."""
     few, more = _words(row_ptr, at, last, ALIGN)
     few, more = _swap(few, more, 8, 0x00FF00FF)
     planes = _eight(few) + _eight(more)
-    unknown = planes[0]  # NaN: any bit below the exponent, and all of the exponent's
+    # A NaN has all bits of the exponent and any below it. Of those below, NO_SCORE has the lowest alone.
+    nan = planes[0]
     for b in tl.static_range(1, 10):
-        unknown |= planes[b]
-    unknown &= planes[10] & planes[11] & planes[12] & planes[13] & planes[14]
-    low = (planes[0] | unknown,)
+        nan |= planes[b]
+    nan &= planes[10] & planes[11] & planes[12] & planes[13] & planes[14]
+    low = (planes[0] | nan,)
     for b in tl.static_range(1, 10):
-        low += (planes[b] & (unknown ^ ALL),)
+        low += (planes[b] & (nan ^ ALL),)
     return low + planes[10:15]
 
 
@@ -177,9 +182,10 @@ def _planes(row_ptr, at, last, ALIGN: tl.constexpr):
 
 @triton.jit
 def _search_tile(planes, active, wanted):
-    """Bit by bit in registers; `active`, [WORDS, 1], are the scores to search."""
+    """Bit by bit in registers. active: uint32 [WORDS, 1], the scores to search, and then those of them whose
+    upper bits are the threshold's."""
     threshold = 0
-    above = 0  # how many are above the active ones, those with the bits of the threshold so far
+    above = 0  # how many scores are above the active ones
     reach = tl.sum(_popcount(active))
     for i in tl.static_range(KEY_BITS):
         plane = planes[KEY_BITS - 1 - i]
@@ -194,27 +200,29 @@ def _search_tile(planes, active, wanted):
 
 @triton.jit
 def _cleared(words, inside, FIRST: tl.constexpr):
-    """`words` [WORDS, 8] of scores FIRST + r and 16 more, 0 for those that `inside` [WORDS, 1] lacks."""
+    """`words` [WORDS, 8] of `_words`, whose column 0 begins with score FIRST, with 0 for scores that are not
+    `inside` [WORDS, 1]."""
     column = (FIRST + tl.arange(0, 8)[None, :]).to(tl.uint32)
     return words & (((inside >> column) & EACH_HALF) * 0xFFFF)
 
 
 @triton.jit
 def _reaching(words, key):
-    """[WORDS]: how many scores in `words` [WORDS, 8] are at least `key`, in each half of the result."""
-    # Above the 15 bits of a score, a bit that the subtraction takes where the key is higher.
+    """uint32 [WORDS], a count in each half: how many scores of `words` [WORDS, 8] are at least `key`."""
+    # A score has 15 bits: the bit above is set, and the subtraction clears it where the key is higher.
     spare: tl.constexpr = EACH_HALF << KEY_BITS
     return tl.sum((((words | spare) - key.to(tl.uint32) * EACH_HALF) >> KEY_BITS) & EACH_HALF, 1)
 
 
 @triton.jit
 def _search_row(row_ptr, first, last, wanted, ALIGN: tl.constexpr, WORDS: tl.constexpr):
-    """Two bits a pass over the row's scores, counting those that reach each of three keys."""
+    """Two bits a pass over the row, which counts the scores that reach each of three keys."""
     tiles = tl.cdiv(last, 32 * WORDS)
     threshold = 0
     reach = last - first
     for i in range(8):
         step = 1 << (14 - 2 * i)
+        # uint32 [WORDS] for each of the three keys, as `_reaching` counts.
         counts = (tl.zeros([WORDS], tl.uint32), tl.zeros([WORDS], tl.uint32), tl.zeros([WORDS], tl.uint32))
         for tile in range(tiles):
             at = (tile * WORDS + tl.arange(0, WORDS)[:, None]) * 32
@@ -231,7 +239,8 @@ def _search_row(row_ptr, first, last, wanted, ALIGN: tl.constexpr, WORDS: tl.con
         for k in tl.static_range(3):
             key = base + (k + 1) * step
             number = tl.sum((counts[k] & 0xFFFF) + (counts[k] >> 16)).to(tl.int32)
-            enough = (number >= wanted) & (key <= NO_SCORE)  # NaN is equal to NaN, as in _planes
+            # No threshold is above NO_SCORE: all NaN are equal, as in _planes.
+            enough = (number >= wanted) & (key <= NO_SCORE)
             threshold = tl.where(enough, key, threshold)
             reach = tl.where(enough, number, reach)
     return threshold, reach
@@ -239,12 +248,12 @@ def _search_row(row_ptr, first, last, wanted, ALIGN: tl.constexpr, WORDS: tl.con
 
 @triton.jit
 def _mass(row_ptr, begin, end, least, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of the scores with a key of at least `least` in [begin, end), and how many; unknown has no mass."""
+    """Sum of the scores in [begin, end) with a key of at least `least`, and how many; NaN counts as 0."""
     total = tl.zeros([BLOCK], tl.float32)
     number = tl.zeros([BLOCK], tl.int32)
     for block in range(0, end, BLOCK):
         offs = block + tl.arange(0, BLOCK)
-        key = _bits(row_ptr, offs, end, ALIGN) & 0x7FFF
+        key = _bits(row_ptr, offs, end, ALIGN) & 0x7FFF  # [BLOCK]
         inside = (offs >= begin) & (offs < end) & (key >= least)
         value = key.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         total += tl.where(inside & (key < NO_SCORE), value, 0.0)
@@ -254,14 +263,18 @@ def _mass(row_ptr, begin, end, least, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _top_p_wanted(row_ptr, length, first, last, top_p, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """Free tokens of the smallest set with `top_p` of the mass: bisects the threshold key."""
+    """How many free tokens, those at [first, last), the smallest set that holds `top_p` of the mass has.
+
+    Bisects the highest key at which the free scores that reach it bring what is missing; of those that equal
+    it only as many are taken as are needed.
+    """
     total, _ = _mass(row_ptr, 1, length, 0, ALIGN, BLOCK)
     free, free_number = _mass(row_ptr, first, last, 0, ALIGN, BLOCK)
-    above, unknown = _mass(row_ptr, first, last, NO_SCORE, ALIGN, BLOCK)
+    above, without = _mass(row_ptr, first, last, NO_SCORE, ALIGN, BLOCK)
     missing = top_p * total - (total - free)  # what the free tokens have to bring
     low = 0
     high = NO_SCORE
-    number = unknown  # of the scores that reach `high`, as `above` is their mass
+    number = without  # of the scores that reach `high`, as `above` is their mass
     for _ in range(KEY_BITS):
         middle = (low + high) // 2
         held, held_number = _mass(row_ptr, first, last, middle, ALIGN, BLOCK)
@@ -272,7 +285,7 @@ def _top_p_wanted(row_ptr, length, first, last, top_p, ALIGN: tl.constexpr, BLOC
         number = tl.where(enough, number, held_number)
     value = low.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     ties = tl.where(value > 0, tl.ceil((missing - above) / tl.maximum(value, 1e-30)), 0.0).to(tl.int32)
-    return tl.where(missing <= 0, unknown, tl.minimum(number + tl.maximum(ties, 0), free_number))
+    return tl.where(missing <= 0, without, tl.minimum(number + tl.maximum(ties, 0), free_number))
 
 
 # ---- the lists
@@ -280,7 +293,7 @@ def _top_p_wanted(row_ptr, length, first, last, top_p, ALIGN: tl.constexpr, BLOC
 
 @triton.jit
 def _split(planes, inside, threshold):
-    """[WORDS, 1]: the scores of `inside` above the threshold, and those that equal it."""
+    """uint32 [WORDS, 1] twice: the scores of `inside` above the threshold, and those that equal it."""
     above, equal = inside ^ inside, inside
     for i in tl.static_range(KEY_BITS):
         plane = planes[KEY_BITS - 1 - i]
@@ -292,7 +305,8 @@ def _split(planes, inside, threshold):
 
 @triton.jit
 def _copy_slots(slot_ptr, positions, out_ptr, places, masks):
-    """Slots at `positions` to `places` of a list. All are tuples, whose loads are on their way together."""
+    """Copy the slots at `positions` to `places` of a list. All are tuples of tiles, so that all loads are
+    issued before the first store waits."""
     slots = ()
     for k in tl.static_range(len(positions)):
         slots += (tl.load(slot_ptr + positions[k], mask=masks[k], other=0),)
@@ -302,17 +316,18 @@ def _copy_slots(slot_ptr, positions, out_ptr, places, masks):
 
 @triton.jit
 def _write_tile(above, equal, at, written, skip, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT: tl.constexpr):
-    """List the scores `above`, and those `equal` but for the first `skip`, after `written` others.
+    """List the scores `above`, and those `equal` but for the first `skip`, behind `written` others.
 
-    Returns `written` and `skip` for the next tile.
+    above, equal: uint32 [WORDS, 1], a bit for each of the 32 scores from `at` [WORDS, 1] on. Returns
+    `written` and `skip` for the next tile.
     """
     numbers = _popcount(above).to(tl.int64) | (_popcount(equal).to(tl.int64) << 32)
-    before = tl.cumsum(numbers, 0) - numbers  # both counts by one scan
+    before = tl.cumsum(numbers, 0) - numbers  # int64 [WORDS, 1]: both counts by one scan
     equal_before = (before >> 32).to(tl.int32)
     place = written + (before & ALL).to(tl.int32) + tl.maximum(equal_before - skip, 0)
     to_skip = tl.maximum(skip - equal_before, 0)
     left = above | equal
-    # Lanes go through their own bits, four in a round.
+    # Each lane goes through its own bits, from the lowest, four in a round.
     for _ in range(tl.cdiv(tl.max(_popcount(left)), 4)):
         positions, places, takes = (), (), ()
         for _ in tl.static_range(4):
@@ -328,7 +343,7 @@ def _write_tile(above, equal, at, written, skip, slot_ptr, out_ptr, draft_ptr, D
         _copy_slots(slot_ptr, positions, out_ptr, places, takes)
         if DRAFT_SHIFT:
             _copy_slots(slot_ptr - DRAFT_SHIFT, positions, draft_ptr, places, takes)
-    # Not of `numbers`: compiled for an H100, Triton 3.6 counts some of them twice or not at all.
+    # Counted anew: Triton 3.6 compiles a sum of `numbers` for an H100 so that some count twice or not at all.
     ties = tl.sum(_popcount(equal))
     taken = tl.sum(_popcount(above)) + tl.maximum(ties - skip, 0)
     return written + taken, tl.maximum(skip - ties, 0)
@@ -352,7 +367,7 @@ def _list_tile(
     planes, inside = _planes(row_ptr, at, last, ALIGN), _inside(at, first, last)
     threshold, reach = _search_tile(planes, inside, wanted)
     above, equal = _split(planes, inside, threshold)
-    # Of equal scores the later position wins: too many are the first ones.
+    # More may reach the threshold than are wanted: the first that equal it are skipped, as the later win.
     _write_tile(above, equal, at, 0, reach - wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT)
 
 
@@ -369,7 +384,7 @@ def _list_row(
     ALIGN: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Search and list a row of several tiles, read again by every pass."""
+    """Search and list a row of several tiles, which every pass reads again."""
     threshold, reach = _search_row(row_ptr, first, last, wanted, ALIGN, WORDS)
     written, skip = 0, reach - wanted
     for tile in range(0, last, 32 * WORDS):
@@ -383,24 +398,24 @@ def _list_row(
 
 @triton.jit
 def _select_kernel(
-    scores_ptr,  # float16 bits as int16 [channels, tokens]
-    ctx_start_ptr,
-    lens_ptr,
-    table_ptr,
-    reqs_ptr,
-    indices_ptr,
-    draft_ptr,  # as indices_ptr, written if DRAFT_SHIFT
-    start_ptr,  # [bs, channels]
-    count_ptr,  # [bs, channels]: in, -1 for the whole context, else the budget
+    scores_ptr,  # int16 [channels, columns], bits of float16
+    column_ptr,  # int64 [bs], first columns
+    lens_ptr,  # int [bs]
+    table_ptr,  # int32 [requests, width]
+    reqs_ptr,  # int [bs]
+    indices_ptr,  # int32 [entries], written
+    draft_ptr,  # int32 [entries], written if DRAFT_SHIFT
+    start_ptr,  # int64 [bs, channels]
+    count_ptr,  # int32 [bs, channels], below 0: WHOLE; written if TOP_P
     stride_channel,
     stride_table,
     channels,
-    top_p_ptr,
+    top_p_ptr,  # float32 [bs], if TOP_P
     TOP_P: tl.constexpr,
     DRAFT_SHIFT: tl.constexpr,
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
-    FORCED: tl.constexpr,
+    FORCED: tl.constexpr,  # of sink and recent, at a time
     ALIGN: tl.constexpr,
     WORDS: tl.constexpr,
 ):
@@ -409,7 +424,7 @@ def _select_kernel(
     if count < 0:
         return
     length = tl.load(lens_ptr + b).to(tl.int32)
-    row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(ctx_start_ptr + b) // ALIGN * ALIGN
+    row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(column_ptr + b) // ALIGN * ALIGN
     slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
     start = tl.load(start_ptr + b * channels + c)
     out_ptr, draft_ptr = indices_ptr + start, draft_ptr + start
@@ -423,12 +438,12 @@ def _select_kernel(
             tl.store(count_ptr + b * channels + c, SINK + RECENT + wanted)
 
     for begin in range(0, SINK + RECENT, FORCED):
-        forced = begin + tl.arange(0, FORCED)
+        forced = begin + tl.arange(0, FORCED)  # [FORCED], places in the list
         position = tl.where(forced < SINK, forced, last + forced - SINK)
         is_forced = forced < SINK + RECENT
         _copy_slots(slot_ptr, (position,), out_ptr, (forced,), (is_forced,))
         if DRAFT_SHIFT:
-            # No key is about the first: the bonus token's.
+            # No draft key is about position 0: the one about the bonus token takes its place.
             position = tl.where(position == 0, length, position)
             _copy_slots(slot_ptr - DRAFT_SHIFT, (position,), draft_ptr, (forced,), (is_forced,))
     if wanted <= 0:
@@ -436,7 +451,7 @@ def _select_kernel(
 
     out_ptr += SINK + RECENT
     draft_ptr += SINK + RECENT
-    if last <= 8 * WORDS:  # every tile costs the same: a short row takes a small one
+    if last <= 8 * WORDS:  # a tile costs the same whatever is in it, so that a short row takes a small one
         _list_tile(row_ptr, first, last, wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT, ALIGN, WORDS // 4)
     elif last <= 32 * WORDS:
         _list_tile(row_ptr, first, last, wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT, ALIGN, WORDS)

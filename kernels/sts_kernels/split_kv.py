@@ -58,9 +58,10 @@ def padded_rows(rows: int) -> int:
 
 
 def shared_bytes(rows: int, head_dim: int, bytes_per_dim: tuple[int, int]) -> int:
-    """Bytes of shared memory that a thread block takes for so many query rows.
+    """About the bytes of shared memory that a thread block takes for so many query rows.
 
     bytes_per_dim: for each dimension of a head, besides 2 for each query row: with 16 rows, and with more.
+    Half precision is assumed.
     """
     padded = padded_rows(rows)
     return head_dim * (bytes_per_dim[padded > 16] + 2 * padded)
@@ -212,8 +213,8 @@ def merge(
     base = (first + split) * ROWS + row  # [SPLITS_P2]
     peak = tl.load(stats_ptr + base * 2, mask=ok, other=float("-inf"))  # [SPLITS_P2]
     norm = tl.load(stats_ptr + base * 2 + 1, mask=ok, other=0.0)  # [SPLITS_P2]
-    places = base[:, None] * D + tl.arange(0, D)[None, :]
-    partial = tl.load(partial_ptr + places, mask=ok[:, None], other=0.0)  # [SPLITS_P2, D]
+    dims = tl.arange(0, D)
+    partial = tl.load(partial_ptr + base[:, None] * D + dims[None, :], mask=ok[:, None], other=0.0)
     top = tl.max(peak, 0)
     weight = tl.exp2(peak - top)
     total = tl.sum(norm * weight, 0)

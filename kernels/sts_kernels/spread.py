@@ -30,7 +30,8 @@ KNOBS = SpreadKnobs()
 def spread_importance(scores: Scores, lens: torch.Tensor, *, factor: float) -> None:
     """Kernel of `sts_kernels.torch_ops.spread_importance` (see there); graph-safe, no host sync.
 
-    Where several programs share a row, a first launch puts aside what each part passes on to the next.
+    Where several programs share a row, a first launch copies the score that each part passes on to the next,
+    before it changes.
     """
     check_spread(scores, factor)
     importance, bs, most = scores.importance, lens.numel(), KNOBS.most
@@ -47,11 +48,11 @@ def spread_importance(scores: Scores, lens: torch.Tensor, *, factor: float) -> N
 
 
 @triton.jit
-def _row(importance_ptr, edges_ptr, starts_ptr, lens_ptr, stride, PARTS, MOST: tl.constexpr, BLOCK):
-    """First column of a row, below 0 where there is none, its length, its scores, its edges, and how many
-    scores a part of it has."""
+def _row(importance_ptr, edges_ptr, column_ptr, lens_ptr, stride, PARTS, MOST: tl.constexpr, BLOCK):
+    """Of a row: first column, below 0 where there is none; length; pointers to its scores and to its edges;
+    and how many scores a part has."""
     b, c = tl.program_id(0), tl.program_id(1)
-    start = tl.load(starts_ptr + b)
+    start = tl.load(column_ptr + b)
     length = tl.load(lens_ptr + b).to(tl.int32)
     edge_ptr = edges_ptr + (b * tl.num_programs(1) + c) * MOST
     part = tl.cdiv(tl.cdiv(length, PARTS), BLOCK) * BLOCK
@@ -62,7 +63,7 @@ def _row(importance_ptr, edges_ptr, starts_ptr, lens_ptr, stride, PARTS, MOST: t
 def _edges_kernel(
     importance_ptr,  # float16 or float32 [channels, columns]
     edges_ptr,  # [bs, channels, MOST]: the last score of the part before
-    starts_ptr,  # int64 [bs], first columns, below 0: none
+    column_ptr,  # int64 [bs], first columns, below 0: none
     lens_ptr,  # int [bs]
     stride,
     PARTS: tl.constexpr,
@@ -70,11 +71,11 @@ def _edges_kernel(
     BLOCK: tl.constexpr,
 ):
     start, length, row_ptr, edge_ptr, part = _row(
-        importance_ptr, edges_ptr, starts_ptr, lens_ptr, stride, PARTS, MOST, BLOCK
+        importance_ptr, edges_ptr, column_ptr, lens_ptr, stride, PARTS, MOST, BLOCK
     )
     if start < 0:
         return
-    i = tl.arange(0, MOST)
+    i = tl.arange(0, MOST)  # parts
     last = i * part - 1
     ok = (i > 0) & (last < length)
     tl.store(edge_ptr + i, tl.load(row_ptr + last, mask=ok, other=0.0), mask=ok)
@@ -84,7 +85,7 @@ def _edges_kernel(
 def _spread_kernel(
     importance_ptr,  # as in _edges_kernel
     edges_ptr,
-    starts_ptr,
+    column_ptr,
     lens_ptr,
     stride,
     factor,
@@ -94,7 +95,7 @@ def _spread_kernel(
     BLOCK: tl.constexpr,
 ):
     start, length, row_ptr, edge_ptr, part = _row(
-        importance_ptr, edges_ptr, starts_ptr, lens_ptr, stride, PARTS, MOST, BLOCK
+        importance_ptr, edges_ptr, column_ptr, lens_ptr, stride, PARTS, MOST, BLOCK
     )
     if start < 0:
         return
@@ -109,5 +110,5 @@ def _spread_kernel(
         before = tl.load(row_ptr + offs - 1, mask=ok & (offs != first), other=0.0)
         before = tl.where(offs == first, edge, before)
         passed = (before.to(tl.float32) * factor).to(own.dtype)
-        tl.debug_barrier()  # all of a block is read before any of it is written
+        tl.debug_barrier()  # all threads have read the block before one writes to it
         tl.store(row_ptr + offs, passed, mask=ok & (passed > own))

@@ -43,7 +43,8 @@ BYTES_PER_DIM = (264, 388)
 
 
 def shared_bytes(rows: int, head_dim: int) -> int:
-    """Bytes of shared memory that a thread block takes for the `rows` query rows of a (request, KV head)."""
+    """About the bytes of shared memory that a thread block takes for the `rows` query rows of a (request, KV
+    head)."""
     return split_kv.shared_bytes(rows, head_dim, BYTES_PER_DIM)
 
 
