@@ -37,9 +37,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.harness import check_arms, commit, end_orderly_when_terminated
+from sts_sglang.host.serves import CHAIN_FLAGS
 from sts_sglang.tools.demo import shipped_pair
 from sts_sglang.tools.local_server import LocalServer, sparse_between
-from sts_sglang.host.serves import CHAIN_FLAGS
 
 HISTORY = {"sts-cold": "off", "sts-warm": "warm", "sts-blend": "blend"}
 ARMS = ("stock", "stock-spec", *HISTORY)

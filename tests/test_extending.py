@@ -1,4 +1,4 @@
-"""docs/extending.md, followed to the letter: its selector and its verifier serve a round of the real backends."""
+"""docs/extending.md to the letter: its selector and its verifier serve a round of the real backends."""
 
 from __future__ import annotations
 

@@ -37,6 +37,12 @@ class _Launch:
     cli_config: str | None = None  # --sts-config, on its way from argparse to ServerArgs
 
 
+class _Scheduler:
+    """State of a scheduler process, where forwards run."""
+
+    exporter: Exporter | None = None  # of the counters, once draft and target are bound
+
+
 def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
     """AFTER ServerArgs.add_cli_args: `--sts-config`."""
     parser.add_argument(
@@ -128,7 +134,7 @@ def init_attention_backends(result: None, self: EAGLEWorkerV2) -> None:
     if not asks_for_sts(self.server_args):
         return
     runtime = bind.bind(self, StsConfig.of_launch()).runtime
-    self.sts_exporter = Exporter(
+    _Scheduler.exporter = Exporter(
         runtime.state.totals,
         enable_metrics=self.server_args.enable_metrics,
         interval=self.server_args.decode_log_interval,
@@ -157,8 +163,8 @@ def forward_batch(self: EAGLEWorkerV2, batch: ScheduleBatch, on_publish=None) ->
 
 def verify_complete(result: None, self: EAGLEWorkerV2, *args, **kwargs) -> None:
     """AFTER EAGLEWorkerV2.on_verify_complete_cpu: publish counters; results are on the CPU already."""
-    if (exporter := getattr(self, "sts_exporter", None)) is not None:
-        exporter.on_round()
+    if _Scheduler.exporter is not None:
+        _Scheduler.exporter.on_round()
 
 
 def profile_available_bytes(result: int, self: KVCacheConfigurator, pre_model_load_memory) -> int | None:
