@@ -39,9 +39,10 @@ class DraftStepBackend(Bindable, AttentionBackend):
 
     def __init__(self, model_runner: ModelRunner, step: int, topk: int, num_steps: int):
         super().__init__()
-        # SGLang reads these two of a backend.
+        # SGLang reads these three of a backend.
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.max_context_len = model_runner.model_config.context_len
         self.pools = views.Pools(self.token_to_kv_pool)
         self.step = step
         self.round: DraftRound | None = None  # set by DraftMultiStepBackend, before the first layer

@@ -32,9 +32,10 @@ class TorchBackend(AttentionBackend):
 
     def __init__(self, model_runner: ModelRunner):
         super().__init__()
-        # SGLang reads these two of a backend.
+        # SGLang reads these three of a backend.
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.max_context_len = model_runner.model_config.context_len
         self.device = model_runner.device
         self.table = views.slots_of(self.req_to_token_pool)
         self.pools = views.Pools(self.token_to_kv_pool)
