@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import os
+import reprlib
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -39,18 +40,47 @@ CEIL_GUARD = 1e-6
 class ConfigError(ValueError):
     """A configuration or request value that is not allowed: one line, field first, then what is."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
 
 def _error(field: str, problem: str, allowed: str) -> ConfigError:
     return ConfigError(f"{field}: {problem}; allowed: {allowed}")
 
 
-def _show(value: object) -> str:
-    """`value` for a message: one line, short, and safe for integers too long to print."""
+def _shower() -> reprlib.Repr:
+    """`repr` that stops after a few levels and entries: a request may nest as deep as Python can recurse."""
+    found = reprlib.Repr()
+    found.maxlevel, found.maxdict, found.maxlist, found.maxtuple = 4, 8, 20, 20
+    found.maxstring = found.maxlong = found.maxother = 400
+    return found
+
+
+_SHOWER = _shower()
+
+
+def _show(value: object, longest: int = 80) -> str:
+    """`value` for a message: one line, short, without control characters, however deep or large it is."""
     try:
-        text = " ".join(repr(value).split())
-    except ValueError:
+        return one_line(_SHOWER.repr(value), longest)
+    except Exception:  # an int beyond Python's limit of digits, or whatever a foreign __repr__ raises
         return f"a {type(value).__name__} too long to print"
-    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def quoted(text: object, longest: int = 80) -> str:
+    """Text of a user, a file or another library for a log line or a message: in quotes, so that it cannot be
+    taken for ours, and in one line of printable characters."""
+    try:
+        return _show(str(text), longest)
+    except Exception:
+        return f"a {type(text).__name__} too long to print"
+
+
+def one_line(text: object, longest: int | None = None) -> str:
+    """Text with blanks for line breaks and escapes for what a terminal would act upon; cut if too long."""
+    words = " ".join(str(text).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    return line if longest is None or len(line) <= longest else line[: longest - 3] + "..."
 
 
 def _choice(options: tuple[str, ...]) -> Callable[[str, object], str]:
@@ -88,7 +118,7 @@ _decay = _number(lambda x: 0 < x <= 0.999 or x == 1, "a number above 0 and at mo
 
 
 def _sink(field: str, value: object) -> int:
-    if value == 0 and not isinstance(value, bool):
+    if type(value) in (int, float) and value == 0:
         raise _error(
             field,
             "got 0",
@@ -377,9 +407,9 @@ def _request_params(custom_params: Mapping[str, object] | None) -> Mapping[str, 
 
 
 def _check_key(field: str, key: object, allowed: tuple[str, ...]) -> None:
-    if key in allowed:
+    if isinstance(key, str) and key in allowed:
         return
-    nearest = difflib.get_close_matches(str(key)[:40], allowed, n=1, cutoff=0.4)
+    nearest = difflib.get_close_matches(key[:40] if isinstance(key, str) else "", allowed, n=1, cutoff=0.4)
     hint = f", did you mean {nearest[0]!r}?" if nearest else ""
     raise _error(field, f"unknown key {_show(key)}{hint}", ", ".join(allowed))
 

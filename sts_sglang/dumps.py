@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from sts_kernels import IMPORTANCE_SCALE, UNKNOWN
-from sts_sglang.config import ConfigError, request_inspect
+from sts_sglang.config import ConfigError, one_line, quoted, request_inspect
 
 if TYPE_CHECKING:
     from sts_sglang.runtime import StsRuntime
@@ -55,9 +55,9 @@ def finished(runtime: StsRuntime, req: Any, table: torch.Tensor) -> None:
         if folder is None or not request_inspect(req.sampling_params.custom_params):
             return
         path = write(Path(folder), of_request(runtime, req, table))
-        logger.info("STS: request %s dumped to %s", req.rid, path.name)
+        logger.info("STS: request %s dumped to %s", quoted(req.rid), path.name)
     except (ConfigError, OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
-        logger.warning("STS: request %s was not dumped: %s", req.rid, error)
+        logger.warning("STS: request %s was not dumped: %s", quoted(req.rid), one_line(error, 300))
 
 
 def of_request(runtime: StsRuntime, req: Any, table: torch.Tensor) -> Dump:
@@ -115,8 +115,7 @@ def read(path: Path) -> Dump:
         with np.load(path, allow_pickle=False) as file:
             dump = Dump(*(file[name] for name in ARRAYS), json.loads(str(file["meta"])))
     except Exception as error:  # numpy, zipfile and json raise of everything for what others wrote
-        reason = "".join(c if c.isprintable() else " " for c in str(error) or type(error).__name__)
-        raise ConfigError(f"{path}: not a dump ({reason[:120]})") from None
+        raise ConfigError(f"{path}: not a dump ({quoted(str(error) or type(error).__name__, 120)})") from None
     if not _is_dump(dump):
         raise ConfigError(f"{path}: not a dump of this version; allowed: files written under inspect_dir")
     if dump.channels.min() < 0 or dump.channels.max() >= len(dump.importance):

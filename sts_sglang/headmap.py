@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from sts_sglang import fingerprint
-from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig
+from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig, _show, one_line
 
 MAP_VERSION = 1
 # Draft index p holds token p + 1 in every algorithm (the draft prefill runs on input_ids[1:] plus
@@ -424,7 +424,7 @@ def _object(value: Any, field: str, keys: tuple[str, ...]) -> None:
 
 def _keys(value: dict[str, Any], prefix: str, keys: tuple[str, ...]) -> None:
     if unknown := sorted(set(value) - set(keys)):
-        raise _error(prefix + _short(unknown[0]), "unknown field", ", ".join(keys))
+        raise _error(prefix + _name(unknown[0]), "unknown field", ", ".join(keys))
 
 
 def _number(value: Any, field: str, low: float, high: float, kind: type = float) -> None:
@@ -439,7 +439,7 @@ def _is_digest(value: Any) -> bool:
 
 
 def _read(path: str) -> dict[str, Any]:
-    shown = repr(path if len(path) <= 200 else f"...{path[-200:]}")
+    shown = _short(path if len(path) <= 200 else f"...{path[-200:]}", 240)
     try:
         if not os.path.isfile(path):
             raise _error("file", f"{shown} is not a file", "a head map JSON")
@@ -462,7 +462,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise _error(_short(key), "appears twice in one object", "each key once")
+            raise _error(_name(key), "appears twice in one object", "each key once")
         result[key] = value
     return result
 
@@ -492,10 +492,18 @@ def _sources(value: Any, field: str, draft: HeadCounts) -> tuple[Source, ...]:
     return tuple(sorted((layer, head) for layer, head in value))
 
 
-def _short(value: Any) -> str:
-    text = " ".join(str(value).split()).encode("ascii", "backslashreplace").decode()
-    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _short(value: Any, longest: int = 80) -> str:
+    """`value` for a message: as `quoted`, in ASCII, since it may go to a log of any encoding."""
+    return _ascii(_show(value, longest))
+
+
+def _name(key: str) -> str:
+    """A key as part of a field's name, without quotes."""
+    return _ascii(one_line(key[:80]))[:80]
+
+
+def _ascii(text: str) -> str:
+    return text.encode("ascii", "backslashreplace").decode()
 
 
 def _error(field: str, problem: str, allowed: str) -> ConfigError:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sts_sglang.config import ConfigError
+from sts_sglang.config import ConfigError, one_line, quoted
 from sts_sglang.headmap import SHIFT
 
 if TYPE_CHECKING:
@@ -50,11 +50,11 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = None if args.tokenizer is None else _tokenizer(args.tokenizer)
     for path in args.files:
         dump = read(path)
-        print(f"{path}: {describe(dump)}")
+        print(f"{one_line(path)}: {describe(dump)}")
         print(table(dump))
         print(top(dump, args.top, tokenizer))
         if figure is not None:
-            print(f"plot: {plot(dump, path.with_suffix('.png'), figure)}")
+            print(f"plot: {one_line(plot(dump, path.with_suffix('.png'), figure))}")
     return 0
 
 
@@ -155,5 +155,5 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises of everything for a file that is no tokenizer
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = quoted(str(error) or type(error).__name__, 160)
         raise ConfigError(f"--tokenizer {folder}: {reason}; allowed: a folder with a tokenizer") from None

@@ -10,7 +10,7 @@ import torch
 
 from sts_kernels import ops
 from sts_sglang import compat, headmap, memory
-from sts_sglang.config import ConfigError, StsConfig, request_keep
+from sts_sglang.config import ConfigError, StsConfig, quoted, request_keep
 from sts_sglang.importance import RoundState
 from sts_sglang.metrics import read_counters
 from sts_sglang.selectors import SCRATCH, LayerSelector, request_bytes
@@ -149,7 +149,7 @@ class StsRuntime:
             except ConfigError as error:
                 # The tokenizer manager answers 400 to these; one that comes by another road must not
                 # take the scheduler down.
-                logger.warning("STS: request %s served with the server's keep: %s", req.rid, error)
+                logger.warning("STS: request %s served with the server's keep: %s", quoted(req.rid), error)
                 keep = None
             keeps.append(torch.nan if keep is None else keep)
         slots = torch.tensor([req.req_pool_idx for req in reqs], dtype=torch.int64)

@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sts_sglang import headmap
-from sts_sglang.config import StsConfig
+from sts_sglang.config import StsConfig, _show, one_line, quoted
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -64,7 +64,7 @@ class Refusal(ValueError):
     """Something that `sts` does not serve: one line that names the flag and says what to change."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(message))
 
 
 class _Rule(NamedTuple):
@@ -434,7 +434,8 @@ def draft_config(server_args: ServerArgs, target: ModelConfig) -> ModelConfig:
     except (OSError, ValueError) as error:
         raise Refusal(
             f"--speculative-draft-model-path {server_args.speculative_draft_model_path}: cannot draft for a "
-            f"context of {target.context_len} ({error}); give another draft or a smaller --context-length"
+            f"context of {target.context_len} ({quoted(error, 300)}); give another draft or a smaller "
+            "--context-length"
         ) from error
 
 
@@ -489,8 +490,8 @@ def _target_config(server_args: ServerArgs) -> PretrainedConfig | None:
 def _check_config(flag: str, path: str, config: PretrainedConfig, served: frozenset[str]) -> None:
     if unserved := next((name for name in config.architectures or () if name not in served), None):
         raise Refusal(
-            f"{flag} {path}: has architecture {unserved}, which sts does not serve here; give a model of "
-            f"architecture {' or '.join(sorted(served))} {OTHERWISE}"
+            f"{flag} {path}: has architecture {quoted(unserved)}, which sts does not serve here; give a model "
+            f"of architecture {' or '.join(sorted(served))} {OTHERWISE}"
         )
     if problem := _special_field(config.get_text_config()):
         raise _special(flag, path, problem)
@@ -520,12 +521,12 @@ def _special_field(text_config: PretrainedConfig) -> str | None:
     """What a Hugging Face config asks for beyond plain attention, or None."""
     kinds = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
-        return f"layer_types with {', '.join(sorted(kinds))}"
+        return f"layer_types with {', '.join(sorted(map(quoted, kinds)))}"
     windows = ("sliding_window", "sliding_window_size", "window_size")
     # Qwen2 configs name a window and switch it off.
     if getattr(text_config, "use_sliding_window", None) is False:
         windows = ()
     for field in (*windows, *_SPECIAL_FIELDS):
         if value := getattr(text_config, field, None):
-            return f"{field} = {value!r}"
+            return f"{field} = {_show(value)}"
     return None

@@ -21,6 +21,8 @@ from sts_sglang.config import (
     ConfigError,
     StsConfig,
     check_request,
+    one_line,
+    quoted,
     request_inspect,
     request_keep,
 )
@@ -437,3 +439,58 @@ def test_dumps_are_for_servers_that_write_them():
 def test_importing_the_configuration_imports_neither_torch_nor_sglang():
     code = "import sys, sts_sglang.config; print([m for m in ('torch', 'sglang') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def nested(depth: int, kind: type = list) -> object:
+    """`depth` lists or objects in each other, made without recursion."""
+    value: object = 1
+    for _ in range(depth):
+        value = [value] if kind is list else {"a": value}
+    return value
+
+
+@pytest.mark.parametrize("kind", [list, dict])
+@pytest.mark.parametrize("depth", [5, 400, 950, 1000, 100_000])
+def test_any_depth_of_nesting_is_one_line(depth, kind):
+    value = nested(depth, kind)
+    for key in ("keep", "dense_layers", "head_map", "sink", "policy"):
+        refused({key: value}, f"sts_config.{key}")
+    refused({"dense_layers": [value]}, "sts_config.dense_layers[0]")
+    for params in ({"sts": {"keep": value}}, {"sts": {"inspect": value}}, {"sts": [value]}, [value]):
+        with pytest.raises(ConfigError, match=r"^custom_params.*; allowed: ") as caught:
+            check_request(params, StsConfig())
+        assert len(str(caught.value)) < 400
+    check_request({"others": value, "sts": {"keep": 0.5}}, StsConfig())
+
+
+def test_a_nested_launch_configuration_is_one_line(tmp_path):
+    """Among the depths is the one that JSON can just be read at and Python's repr cannot."""
+    for depth in (400, *range(850, 1000), 20_000):
+        refused('{"keep": ' + "[" * depth + "]" * depth + "}", "sts_config")
+    (tmp_path / "deep.json").write_text('{"keep": ' + "[" * 900 + "]" * 900 + "}")
+    refused(tmp_path / "deep.json", "sts_config")
+
+
+class Rude:
+    def __repr__(self):
+        raise RuntimeError("no")
+
+    __str__ = __repr__
+
+
+@pytest.mark.parametrize("key", [10**5000, (1, "x"), Rude()], ids=["number", "tuple", "rude"])
+def test_keys_and_values_of_any_kind_are_shown(key):
+    refused({key: 1}, "sts_config: unknown key")
+    refused({"keep": key}, "sts_config.keep: got")
+    refused({"sink": torch.zeros(2)}, "sts_config.sink: got")
+
+
+FOREIGN = 'x\n2026 sts: all is well\x1b[2J\u202e\x07"'
+
+
+def test_foreign_text_is_one_line_in_quotes():
+    shown = quoted(FOREIGN)
+    assert shown.isprintable() and shown[0] == shown[-1] == "'" and r"\n2026" in shown and r"\x1b[2J" in shown
+    assert len(quoted("y" * 10_000)) == 80 and quoted(7) == "'7'"
+    error = ConfigError(f"head_map.{FOREIGN}: wrong")
+    assert str(error).isprintable() and one_line("a \n\t b") == "a b"

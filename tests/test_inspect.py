@@ -17,6 +17,7 @@ from sts_sglang import cli, dumps, inspection
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.dumps import Dump
 from sts_sglang.importance import RoundState
+from sts_sglang.runtime import StsRuntime
 from sts_sglang.tiny_pair import make_pair
 from sts_sglang.validate import Refusal, check_inspect
 from tests.oracle import Oracle, Rule
@@ -57,7 +58,27 @@ def test_a_dump_that_fails_ends_neither_request_nor_server(monkeypatch, caplog, 
     request = SimpleNamespace(rid="r", sampling_params=SimpleNamespace(**WANTED))
     runtime = SimpleNamespace(config=StsConfig(inspect_dir=str(tmp_path)))
     dumps.finished(runtime, request, torch.empty(0))
-    assert "r was not dumped: no room" in caplog.text
+    assert "request 'r' was not dumped: no room" in caplog.text
+
+
+RID = "r\n2026-01-01 STS: all is well\x1b[2J"
+
+
+def test_request_ids_are_quoted_in_the_log(monkeypatch, caplog, tmp_path):
+    caplog.set_level("INFO")
+    runtime = SimpleNamespace(config=StsConfig(inspect_dir=str(tmp_path)))
+    wants = SimpleNamespace(rid=RID, sampling_params=SimpleNamespace(**WANTED))
+    monkeypatch.setattr(dumps, "of_request", lambda *args: make_dump())
+    dumps.finished(runtime, wants, torch.empty(0))
+    monkeypatch.setattr(dumps, "MAX_FILES", 1)
+    dumps.finished(runtime, wants, torch.empty(0))
+    bad = SimpleNamespace(rid=RID, sampling_params=SimpleNamespace(custom_params={"sts": {"keep": 7}}))
+    bad.req_pool_idx = 0
+    state = SimpleNamespace(keeps=torch.zeros(1, dtype=torch.float64))
+    StsRuntime.admit(SimpleNamespace(state=state, device="cpu", headwise=None, selector=None), [bad])
+    assert len(caplog.messages) == 3
+    for message in caplog.messages:
+        assert message.isprintable() and "request 'r\\n2026" in message, message
 
 
 def broken(folder: Path, **members) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig
+from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig, one_line
 from sts_sglang.headmap import LATEST, MAP_VERSION, MAX_SOURCES, POOLS, SETTINGS, SHIFT
 
 TEXTS = Path(__file__).parent.parent / "texts"
@@ -275,7 +275,7 @@ def _text(path: str, flag: str) -> Text:
         raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"{flag} {path}: {getattr(error, 'strerror', None) or error}; {allowed}") from None
-    return Text(file.stem[:255], content)
+    return Text(one_line(file.stem)[:255], content)
 
 
 def _record(pair, args, config: StsConfig, texts: list[Text], flag: str):

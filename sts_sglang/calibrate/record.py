@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.nn.functional import linear, pad, rms_norm
 
-from sts_sglang.config import ConfigError
+from sts_sglang.config import ConfigError, quoted
 from sts_sglang.headmap import POOLS, SHIFT, HeadCounts
 
 VERIFY_ROWS = 4
@@ -363,4 +363,4 @@ def _weights(path: str) -> dict[str, torch.Tensor]:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+    return quoted(str(error) or type(error).__name__, 160)
