@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from sts_sglang import files
 from sts_sglang.config import ConfigError, one_line, quoted
 from sts_sglang.headmap import SHIFT
 
@@ -48,14 +49,24 @@ def run(args: argparse.Namespace) -> int:
 
     figure = None if args.no_plot else _figure()
     tokenizer = None if args.tokenizer is None else _tokenizer(args.tokenizer)
+    if figure is not None:
+        for path in args.files:
+            files.check_output("inspect:", _picture(path))
     for path in args.files:
         dump = read(path)
         print(f"{one_line(path)}: {describe(dump)}")
         print(table(dump))
         print(top(dump, args.top, tokenizer))
         if figure is not None:
-            print(f"plot: {one_line(plot(dump, path.with_suffix('.png'), figure))}")
+            print(f"plot: {one_line(plot(dump, _picture(path), figure))}")
     return 0
+
+
+def _picture(path: Path) -> Path:
+    """Where the plot of a dump goes. Raises ConfigError for a name that could be none."""
+    if path.suffix != ".npz":
+        raise ConfigError(f"{path}: not a dump; allowed: a .npz file written under inspect_dir")
+    return path.with_suffix(".png")
 
 
 class Group(NamedTuple):
@@ -132,10 +143,8 @@ def plot(dump: Dump, path: Path, figure_class: Any) -> Path:
     axes.set_ylim(bottom=0)
     axes.axvline(dump.meta["prompt_tokens"], color="grey", linewidth=0.8, linestyle=":")
     axes.legend(loc="upper center", ncols=GROUPS, fontsize=8)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); allowed: --no-plot") from None
+    with files.replacing("inspect:", path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
     return path
 
 

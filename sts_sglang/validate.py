@@ -490,8 +490,8 @@ def _target_config(server_args: ServerArgs) -> PretrainedConfig | None:
 def _check_config(flag: str, path: str, config: PretrainedConfig, served: frozenset[str]) -> None:
     if unserved := next((name for name in config.architectures or () if name not in served), None):
         raise Refusal(
-            f"{flag} {path}: has architecture {quoted(unserved)}, which sts does not serve here; give a model "
-            f"of architecture {' or '.join(sorted(served))} {OTHERWISE}"
+            f"{flag} {path}: has architecture {quoted(unserved)}, which sts does not serve here; give a "
+            f"model of architecture {' or '.join(sorted(served))} {OTHERWISE}"
         )
     if problem := _special_field(config.get_text_config()):
         raise _special(flag, path, problem)
