@@ -78,11 +78,13 @@ class Group(NamedTuple):
 
 def groups(dump: Dump) -> list[Group]:
     """The target's layers in runs of nearly equal length, at most GROUPS."""
-    known = np.maximum(dump.importance, 0)  # what is unknown is below
     found = []
     for layers in np.array_split(np.arange(len(dump.channels)), min(GROUPS, len(dump.channels))):
         name = f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
-        found.append(Group(name, known[np.unique(dump.channels[layers])].max(0)))
+        scores = np.zeros(len(dump.tokens), np.float32)  # what is unknown is below
+        for channel in np.unique(dump.channels[layers]):  # one after the other: no copy of all of them
+            np.maximum(scores, dump.importance[channel], out=scores)
+        found.append(Group(name, scores))
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sts_sglang import headmap
@@ -250,6 +251,13 @@ def check_inspect(config: StsConfig) -> None:
     folder = config.inspect_dir
     if folder is not None and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
         raise Refusal(f"sts_config.inspect_dir: {folder} is no folder that can be written; create it first")
+    # Dumps are for the server's user alone, but who may write a folder may put others in their place; where
+    # the sticky bit keeps everybody to their own files, as in /tmp, that is not so.
+    if folder is not None and (mode := os.stat(folder).st_mode) & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        raise Refusal(
+            f"sts_config.inspect_dir: everybody may write {folder}, where users' tokens would lie; "
+            "chmod o-w it, or set its sticky bit"
+        )
 
 
 def check_target(target: ModelConfig) -> None:
