@@ -31,6 +31,7 @@ History = Literal["off", "warm", "blend"]
 Selector = Literal["draft", "quest", "recent", "random", "oracle"]
 Verify = Literal["sparse", "dense"]
 Draft = Literal["dense", "steps", "all"]
+RequestKeep = Literal["any", "at_most", "off"]
 
 # A share of a token below this is float error (0.1 * 30 = 3.0000000000000004), not a token.
 # It exceeds the error of keep * context for every context up to 2**33 tokens.
@@ -90,6 +91,12 @@ def _choice(options: tuple[str, ...]) -> Callable[[str, object], str]:
         return value
 
     return read
+
+
+def _flag(field: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _error(field, f"got {_show(value)}", "true or false")
+    return value
 
 
 def _integer(low: int, high: int) -> Callable[[str, object], int]:
@@ -174,6 +181,8 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "verify": _choice(get_args(Verify)),
     "draft": _choice(get_args(Draft)),
     "full_verify_every": _integer(0, MAX_TOKENS),
+    "request_keep": _choice(get_args(RequestKeep)),
+    "request_inspect": _flag,
     "inspect_dir": _path("the path of a folder for dumps, at most 512 characters, or null for none", 512),
 }
 
@@ -235,6 +244,11 @@ class StsConfig:
     draft-extend."""
     full_verify_every: int = 0
     """Every N-th verify of a request attends to everything; 0: none does."""
+    request_keep: RequestKeep = "any"
+    """What a request may ask for by `custom_params.sts.keep`: any; `at_most`: none above `keep`, whatever
+    the policy, so that no client makes the others wait; `off`: nothing. What it may not is a 400."""
+    request_inspect: bool = True
+    """Whether requests may ask for dumps, where there is an inspect_dir; false: a 400."""
     inspect_dir: str | None = None
     """Folder for dumps of the importance of requests that ask for it, with their tokens; None: no dumps."""
 
@@ -362,33 +376,49 @@ class StsConfig:
         return Rule(self.keep if ratio else None, self.budget, least, forced, CEIL_GUARD)
 
 
-def request_keep(custom_params: Mapping[str, object] | None) -> float | None:
+def request_keep(custom_params: Mapping[str, object] | None, config: StsConfig | None = None) -> float | None:
     """The keep that a request asks for in `sampling_params.custom_params`: `{"sts": {"keep": 0.5}}`.
 
     None when it asks for none. Keys beside `sts` belong to others and are ignored. Raises `ConfigError`
-    for a keep outside 0 < keep <= 1, another type, or an unknown key under `sts`.
+    for a keep outside 0 < keep <= 1, another type, an unknown key under `sts`, or a keep that the server's
+    `config`, when given, does not leave to requests.
     """
     own = _request_params(custom_params)
-    return _share("custom_params.sts.keep", own["keep"]) if "keep" in own else None
+    if "keep" not in own:
+        return None
+    field, keep = "custom_params.sts.keep", _share("custom_params.sts.keep", own["keep"])
+    rule = "any" if config is None else config.request_keep
+    if rule == "off":
+        raise _error(
+            field, "this server lets no request choose", "no keep (sts_config.request_keep is 'off')"
+        )
+    if rule == "at_most" and keep > config.keep:
+        most = f"at most this server's {config.keep} (sts_config.request_keep is 'at_most')"
+        raise _error(field, f"got {_show(keep)}", most)
+    return keep
 
 
-def request_inspect(custom_params: Mapping[str, object] | None) -> bool:
-    """Whether a request asks for a dump: `{"sts": {"inspect": true}}`. Raises `ConfigError`."""
-    value = _request_params(custom_params).get("inspect", False)
-    if not isinstance(value, bool):
-        raise _error("custom_params.sts.inspect", f"got {_show(value)}", "true or false")
-    return value
+def request_inspect(custom_params: Mapping[str, object] | None, config: StsConfig | None = None) -> bool:
+    """Whether a request asks for a dump: `{"sts": {"inspect": true}}`.
+
+    Raises `ConfigError` for another type, or when the server's `config`, when given, allows none.
+    """
+    field = "custom_params.sts.inspect"
+    wanted = _flag(field, _request_params(custom_params).get("inspect", False))
+    if not wanted or config is None:
+        return wanted
+    if config.inspect_dir is None:
+        allowed = "false, or a server with sts_config.inspect_dir set to a folder"
+        raise _error(field, "this server writes no dumps", allowed)
+    if not config.request_inspect:
+        raise _error(field, "this server dumps for no request", "false (sts_config.request_inspect is false)")
+    return wanted
 
 
 def check_request(custom_params: Mapping[str, object] | None, config: StsConfig) -> None:
     """Raises `ConfigError` for what a request may not ask of a server with this configuration."""
-    request_keep(custom_params)
-    if request_inspect(custom_params) and config.inspect_dir is None:
-        raise _error(
-            "custom_params.sts.inspect",
-            "this server writes no dumps",
-            "false, or a server with sts_config.inspect_dir set to a folder",
-        )
+    request_keep(custom_params, config)
+    request_inspect(custom_params, config)
 
 
 def _request_params(custom_params: Mapping[str, object] | None) -> Mapping[str, object]:

@@ -62,7 +62,7 @@ def finished(runtime: StsRuntime, req: Any, table: torch.Tensor) -> None:
     """
     folder = runtime.config.inspect_dir
     try:
-        if folder is None or not request_inspect(req.sampling_params.custom_params):
+        if folder is None or not request_inspect(req.sampling_params.custom_params, runtime.config):
             return
         path = write(Path(folder), of_request(runtime, req, table))
         logger.info("STS: request %s dumped to %s", quoted(req.rid), path.name)

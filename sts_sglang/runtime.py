@@ -145,7 +145,7 @@ class StsRuntime:
         keeps = []
         for req in reqs:
             try:
-                keep = request_keep(req.sampling_params.custom_params)
+                keep = request_keep(req.sampling_params.custom_params, self.config)
             except ConfigError as error:
                 # The tokenizer manager answers 400 to these; one that comes by another road must not
                 # take the scheduler down.

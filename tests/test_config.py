@@ -48,6 +48,8 @@ EVERY_KEY = {
     "verify": "dense",
     "draft": "all",
     "full_verify_every": 16,
+    "request_keep": "at_most",
+    "request_inspect": False,
     "inspect_dir": "dumps",
 }
 
@@ -148,6 +150,8 @@ BAD_VALUES = {
     "verify": (["full", "", None, True], "sparse | dense"),
     "draft": (["sparse", "", None, False], "dense | steps | all"),
     "full_verify_every": ([-1, 1.0, True, "8", None, MAX_TOKENS + 1], INTEGER),
+    "request_keep": (["all", "", None, True, 0.5, ["any"]], "any | at_most | off"),
+    "request_inspect": ([0, 1, "true", None, [], "no"], "true or false"),
     "inspect_dir": (["", " ", 1, True, ["d"], "a\0b", "\ud800", "x" * 513], "path of a folder for dumps"),
 }
 
@@ -434,6 +438,41 @@ def test_dumps_are_for_servers_that_write_them():
         check_request(wants, StsConfig())
     with pytest.raises(ConfigError, match=r"sts\.inspect: got 1; allowed: true or false$"):
         check_request({"sts": {"inspect": 1}}, StsConfig(inspect_dir="dumps"))
+
+
+@pytest.mark.parametrize("policy", ["ratio", "fixed", "top_p"])
+def test_an_operator_bounds_what_requests_may_keep(policy):
+    def asked(keep, rule):
+        config = StsConfig(policy=policy, keep=0.25, request_keep=rule)
+        check_request({"sts": {} if keep is None else {"keep": keep}}, config)
+        check_request(None, config)
+
+    for keep in (None, 1e-9, 0.25, 1):
+        asked(keep, "any")
+    for keep in (None, 1e-9, 0.25):
+        asked(keep, "at_most")
+    asked(None, "off")
+    for keep in (0.2500001, 1):
+        with pytest.raises(
+            ConfigError, match=r"^custom_params\.sts\.keep: got .* at most this server's 0\.25 "
+        ):
+            asked(keep, "at_most")
+    for keep in (0.01, 0.25, 1):
+        with pytest.raises(
+            ConfigError, match=r"^custom_params\.sts\.keep: .*; allowed: no keep \(sts_config"
+        ):
+            asked(keep, "off")
+    for rule in ("any", "at_most", "off"):
+        with pytest.raises(ConfigError, match=r"^custom_params\.sts\.keep: got 7; allowed: a number above 0"):
+            asked(7, rule)
+
+
+def test_an_operator_closes_dumps_to_requests():
+    closed = StsConfig(inspect_dir="dumps", request_inspect=False)
+    check_request({"sts": {"inspect": False}}, closed)
+    with pytest.raises(ConfigError, match=r"^custom_params\.sts\.inspect: this server dumps for no request"):
+        check_request({"sts": {"inspect": True}}, closed)
+    check_request({"sts": {"inspect": True}}, StsConfig(inspect_dir="dumps"))
 
 
 def test_importing_the_configuration_imports_neither_torch_nor_sglang():

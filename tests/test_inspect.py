@@ -80,10 +80,26 @@ def test_request_ids_are_quoted_in_the_log(monkeypatch, caplog, tmp_path):
     bad = SimpleNamespace(rid=RID, sampling_params=SimpleNamespace(custom_params={"sts": {"keep": 7}}))
     bad.req_pool_idx = 0
     state = SimpleNamespace(keeps=torch.zeros(1, dtype=torch.float64))
-    StsRuntime.admit(SimpleNamespace(state=state, device="cpu", headwise=None, selector=None), [bad])
+    runtime = SimpleNamespace(config=StsConfig(), state=state, device="cpu", headwise=None, selector=None)
+    StsRuntime.admit(runtime, [bad])
     assert len(caplog.messages) == 3
     for message in caplog.messages:
         assert message.isprintable() and "request 'r\\n2026" in message, message
+
+
+def test_what_the_operator_closed_stays_closed_to_requests_that_come_by_another_road(tmp_path, caplog):
+    """Those are not answered with a 400: they get no dump, and the server's keep."""
+    config = StsConfig(inspect_dir=str(tmp_path), request_inspect=False, request_keep="at_most")
+    params = SimpleNamespace(custom_params={"sts": {"inspect": True, "keep": 0.5}})
+    request = SimpleNamespace(rid="r", sampling_params=params, req_pool_idx=0)
+    state = SimpleNamespace(keeps=torch.zeros(2, dtype=torch.float64))
+    runtime = SimpleNamespace(config=config, state=state, device="cpu", headwise=None, selector=None)
+    dumps.finished(runtime, request, torch.empty(0))
+    assert not list(tmp_path.iterdir()) and "sts_config.request_inspect is false" in caplog.text
+    allowed = SimpleNamespace(**vars(request))
+    allowed.sampling_params, allowed.req_pool_idx = SimpleNamespace(custom_params={"sts": {"keep": 0.05}}), 1
+    StsRuntime.admit(runtime, [request, allowed])
+    assert state.keeps[0].isnan() and state.keeps[1] == 0.05
 
 
 def broken(folder: Path, **members) -> Path:
