@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sts_sglang import headmap
+from sts_sglang import checkpoints, headmap
 from sts_sglang.config import StsConfig, _show, one_line, quoted
 
 if TYPE_CHECKING:
@@ -138,6 +140,7 @@ def check_raw(server_args: ServerArgs) -> None:
     _check_rules(server_args)
     _check_steps(server_args)
     _check_pages(server_args)
+    _check_config_files(server_args)
     if (config := _target_config(server_args)) is not None:
         _check_config("--model-path", server_args.model_path, config, TARGETS)
 
@@ -290,6 +293,7 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> None:
     draft = draft_config(server_args, target)
     check_draft(draft, target)
     _check_kv_dtype(server_args, target, draft)
+    _check_weights(server_args, target, draft)
     config.check_layers(target.num_hidden_layers)
     if server_args.device == "cuda" and config.kernel != "torch":
         check_tiles(server_args, config, target, draft)
@@ -445,6 +449,9 @@ def draft_config(server_args: ServerArgs, target: ModelConfig) -> ModelConfig:
             f"context of {target.context_len} ({quoted(error, 300)}); give another draft or a smaller "
             "--context-length"
         ) from error
+    except Exception as error:  # transformers raises of everything for values of another type
+        path = server_args.speculative_draft_model_path
+        raise _unreadable("--speculative-draft-model-path", path, error) from error
 
 
 def _check_kv_dtype(server_args: ServerArgs, target: ModelConfig, draft: ModelConfig) -> None:
@@ -473,6 +480,46 @@ def _check_equal(what: str, draft: int, target: int) -> None:
         )
 
 
+def _folders(server_args: ServerArgs) -> Iterator[tuple[str, Path]]:
+    """The flag and the folder of every model that is one; the hub's are checked as they are loaded."""
+    for flag, field in (
+        ("--model-path", "model_path"),
+        ("--speculative-draft-model-path", "speculative_draft_model_path"),
+    ):
+        path = getattr(server_args, field)
+        if path and os.path.isdir(path):
+            yield flag, Path(path)
+
+
+def _check_config_files(server_args: ServerArgs) -> None:
+    """Raises `ConfigError` for a damaged config.json, on which SGLang and transformers end in a traceback."""
+    served = TARGETS.union(*DRAFTS.values())
+    for flag, folder in _folders(server_args):
+        if server_args.decrypted_config_file or not (folder / "config.json").exists():
+            continue
+        config = checkpoints.read_config(f"{flag} {folder}", folder)
+        if served.issuperset(config.get("architectures") or ()):  # others have sizes of other kinds
+            checkpoints.check_numbers(f"{flag} {folder}", config)
+
+
+def _check_weights(server_args: ServerArgs, target: ModelConfig, draft: ModelConfig) -> None:
+    """Raises `ConfigError` for damaged weights and for missing tensors: SGLang would leave such parameters as
+    they were allocated."""
+    formats = {"--model-path": server_args.load_format}
+    formats["--speculative-draft-model-path"] = (
+        server_args.speculative_draft_load_format or server_args.load_format
+    )
+    models = {"--model-path": target, "--speculative-draft-model-path": draft}
+    for flag, folder in _folders(server_args):
+        if formats[flag] not in ("auto", "safetensors"):
+            continue
+        tensors = checkpoints.check_folder(f"{flag} {folder}", folder)
+        # ModelOpt's checkpoints say in a file of their own that their tensors are packed.
+        if tensors and not (folder / "hf_quant_config.json").exists():
+            config = models[flag].hf_config.to_dict()
+            checkpoints.check_tensors(f"{flag} {folder}", config, tensors, strict=False)
+
+
 def _target_config(server_args: ServerArgs) -> PretrainedConfig | None:
     """The target's Hugging Face config; None if it cannot be read yet."""
     from sglang.srt.environ import envs
@@ -491,8 +538,19 @@ def _target_config(server_args: ServerArgs) -> PretrainedConfig | None:
             model_config_parser=server_args.model_config_parser,
             **({"_configuration_file": file} if file else {}),
         )
-    except (OSError, ValueError):
-        return None  # SGLang fails on it next, and says why
+    except (OSError, ValueError) as error:
+        if not os.path.isdir(server_args.model_path):
+            return None  # SGLang fails on it next, and says why
+        raise _unreadable("--model-path", server_args.model_path, error) from error
+    except Exception as error:  # transformers raises of everything for values of another type
+        raise _unreadable("--model-path", server_args.model_path, error) from error
+
+
+def _unreadable(flag: str, path: str, error: Exception) -> Refusal:
+    return Refusal(
+        f"{flag} {path}: its configuration cannot be read ({quoted(error, 300)}); give a folder or hub "
+        "name that transformers loads"
+    )
 
 
 def _check_config(flag: str, path: str, config: PretrainedConfig, served: frozenset[str]) -> None:
@@ -527,9 +585,12 @@ def _special(flag: str, path: str, problem: str) -> Refusal:
 
 def _special_field(text_config: PretrainedConfig) -> str | None:
     """What a Hugging Face config asks for beyond plain attention, or None."""
-    kinds = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention"}
+    types = getattr(text_config, "layer_types", None) or ()
+    if not isinstance(types, (list, tuple)):
+        return f"layer_types = {_show(types)}"
+    kinds = {_show(kind) for kind in types if kind != "full_attention"}
     if kinds:
-        return f"layer_types with {', '.join(sorted(map(quoted, kinds)))}"
+        return f"layer_types with {', '.join(sorted(kinds))}"
     windows = ("sliding_window", "sliding_window_size", "window_size")
     # Qwen2 configs name a window and switch it off.
     if getattr(text_config, "use_sliding_window", None) is False:

@@ -105,13 +105,11 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         reports.check_plot(args.plot)
     _check_device(args.device)
-    prints = {"target": fingerprint.of_model(args.model), "draft": fingerprint.of_model(args.draft)}
+    # Checks the files; and a model of the hub is here only after it was loaded.
     pair = Pair(args.model, args.draft, args.device, args.dtype)
-    for name, flag in (("target", "--model"), ("draft", "--draft")):
-        # A model of the hub is here only after it was loaded.
-        prints[name] = prints[name] or fingerprint.of_model(
-            getattr(args, "model" if name == "target" else name)
-        )
+    prints = {}
+    for name, flag, path in (("target", "--model", args.model), ("draft", "--draft", args.draft)):
+        prints[name] = fingerprint.of_model(path)
         if prints[name] is None:
             raise ConfigError(f"{flag}: no safetensors files to fingerprint; allowed: a safetensors model")
     records = _record(pair, args, config, texts, "--text")
@@ -280,11 +278,9 @@ def _text(path: str, flag: str) -> Text:
 
 
 def _record(pair, args, config: StsConfig, texts: list[Text], flag: str):
-    from transformers import AutoTokenizer
+    from sts_sglang.calibrate.record import choose_windows, tokenizer_of
 
-    from sts_sglang.calibrate.record import choose_windows
-
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = tokenizer_of(args.model)
     # Below this the budget is sink + recent and nothing is selected.
     least = int((args.sink + args.recent + 1) / args.keep) + 1 if args.keep < 1 else 0
     records = []
