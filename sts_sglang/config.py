@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import os
+import re
 import reprlib
 import stat
 from collections.abc import Callable, Mapping
@@ -160,6 +161,12 @@ def _path(allowed: str, longest: int) -> Callable[[str, object], str | None]:
     return read
 
 
+def _digest(field: str, value: object) -> str | None:
+    if value is not None and not (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)):
+        raise _error(field, f"got {_show(value)}", "64 lower-case hex digits, or null for any map")
+    return value
+
+
 _READERS: dict[str, Callable[[str, object], object]] = {
     "policy": _choice(get_args(Policy)),
     "keep": _share,
@@ -172,6 +179,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "pool_rows": _choice(get_args(Pooling)),
     "pool_heads": _choice(get_args(Pooling)),
     "head_map": _path("the path of a head map file, or null for the proportional map", 4096),
+    "head_map_sha256": _digest,
     "kernel": _choice(get_args(Kernel)),
     "dense": _choice(get_args(Dense)),
     "history": _choice(get_args(History)),
@@ -220,6 +228,8 @@ class StsConfig:
     head_map: str | None = None
     """Path of a head map file, relative to the working directory, read at launch; None: the packaged map
     of the shipped pair, else the proportional one."""
+    head_map_sha256: str | None = None
+    """Refuse a head map file of another SHA-256. A launch fills it in: what it checked is what serves."""
     kernel: Kernel = "auto"
     """Kernels to run: `triton` on CUDA and `torch` on a CPU, unless said otherwise; `flashinfer` verifies by
     FlashInfer, on CUDA, for chains and the policies ratio and fixed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -98,6 +99,7 @@ class HeadMap:
     twice as many tokens, all of them together as many as without. Channels are then by share as well.
     dense_layers: target layers that are not to be sparse, besides the configuration's.
     draft: with it every KV head of the draft has a channel too, see `of_draft`.
+    sha256: of the file, None for one that was made here.
     """
 
     sources: tuple[tuple[tuple[Source, ...], ...], ...]
@@ -106,6 +108,7 @@ class HeadMap:
     dense_layers: tuple[int, ...] = ()
     shares: tuple[tuple[float, ...], ...] | None = None
     draft: HeadCounts | None = None
+    sha256: str | None = None
 
     @cached_property
     def _by_channel(self) -> dict[tuple[tuple[Source, ...], float], int]:
@@ -207,9 +210,25 @@ def of_config(
         head_map = load(config.head_map, target, draft, models)
     else:
         head_map = packaged(config, target, draft, models) or proportional(target, draft)
+    # Without the models' folders no packaged map is looked for, so that none can be missed.
+    if config.head_map or models is not None:
+        _check_file(config, head_map)
     if conflict := _conflict(head_map, config):
         raise conflict
     return replace(head_map, draft=draft) if config.sparse_draft else head_map
+
+
+def _check_file(config: StsConfig, head_map: HeadMap) -> None:
+    if config.head_map_sha256 not in (None, head_map.sha256):
+        raise ConfigError(
+            f"sts_config.head_map_sha256: {_short(head_map.origin)} has {head_map.sha256}, it changed "
+            f"since it was chosen; allowed: the file with {config.head_map_sha256}, or another launch"
+        )
+
+
+def pinned(config: StsConfig, head_map: HeadMap) -> StsConfig:
+    """The configuration for the schedulers, which read the file again: no other than this one will do."""
+    return replace(config, head_map_sha256=head_map.sha256)
 
 
 def served(config: StsConfig, head_map: HeadMap) -> StsConfig:
@@ -257,7 +276,7 @@ def packaged(
         return None
     found = models.fingerprints()
     for path in candidates if None not in found.values() else ():
-        if _read(str(path)).get("fingerprints") == found:
+        if _read(str(path))[0].get("fingerprints") == found:
             head_map = load(str(path), target, draft)
             suits = _conflict(head_map, config) is None
             return replace(head_map, origin=f"packaged {path.name}") if suits else None
@@ -290,7 +309,7 @@ def load(path: str, target: HeadCounts, draft: HeadCounts, models: ModelPaths | 
     Raises:
         ConfigError: one line that names the field.
     """
-    data = _read(path)
+    data, digest = _read(path)
     _keys(data, "", FIELDS)
     for field, expected in (("version", MAP_VERSION), ("shift", SHIFT), ("tp", 1)):
         if type(data.get(field)) is not int or data[field] != expected:
@@ -319,7 +338,7 @@ def load(path: str, target: HeadCounts, draft: HeadCounts, models: ModelPaths | 
     _check_best(data.get("best", {}), target)
     _check_texts(data.get("texts", []))
     _check_settings(data.get("settings", {}))
-    return HeadMap(parsed, os.path.basename(path), pool, dense, shares)
+    return HeadMap(parsed, os.path.basename(path), pool, dense, shares, sha256=digest)
 
 
 def _check_fingerprints(value: Any, models: ModelPaths | None) -> None:
@@ -438,15 +457,17 @@ def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read(path: str) -> tuple[dict[str, Any], str]:
+    """The file's object and the SHA-256 of its bytes, of one reading."""
     shown = _short(path if len(path) <= 200 else f"...{path[-200:]}", 240)
     try:
         if not os.path.isfile(path):
             raise _error("file", f"{shown} is not a file", "a head map JSON")
         if os.path.getsize(path) > MAX_FILE_BYTES:
             raise _error("file", f"{shown} is too large", f"at most {MAX_FILE_BYTES} bytes")
-        with open(path, encoding="utf-8") as f:
-            data = json.load(f, object_pairs_hook=_unique, parse_constant=_no_constant)
+        with open(path, "rb") as f:
+            content = f.read(MAX_FILE_BYTES)
+        data = json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -455,7 +476,7 @@ def _read(path: str) -> dict[str, Any]:
         ) from None
     if not isinstance(data, dict):
         raise _error("file", f"{shown} holds a {type(data).__name__}", "a JSON object")
-    return data
+    return data, hashlib.sha256(content).hexdigest()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

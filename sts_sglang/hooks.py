@@ -67,10 +67,11 @@ def args_post_init(original, self) -> None:
     config = _launch_config(given)
     check_raw(self)
     original(self)
+    checked = config
     if self.model_path.lower() not in ("none", "dummy"):  # SGLang's own placeholder: resolves nothing
-        check_all(self, config)
+        checked = check_all(self, config)
     _Launch.config = config
-    os.environ[ENV] = config.to_json()
+    os.environ[ENV] = checked.to_json()
     return None
 
 

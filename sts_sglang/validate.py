@@ -279,10 +279,11 @@ def check_draft(draft: ModelConfig, target: ModelConfig) -> None:
         _check_equal("hidden_size", reads, target.hidden_size)
 
 
-def check_all(server_args: ServerArgs, config: StsConfig) -> None:
+def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     """Every check that follows `ServerArgs.__post_init__`. Raises `Refusal`, `ConfigError`.
 
-    Reads both models' configurations as the workers will, no weights.
+    Reads both models' configurations as the workers will, no weights. Returns the configuration for the
+    schedulers: with the hash of the head map's file, which they read again.
     """
     check_resolved(server_args)
     check_device(server_args, config)
@@ -300,7 +301,8 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> None:
     models = headmap.ModelPaths.of_server(server_args)
     # Weights of a hub name may not be here yet: the map's fingerprints are compared when they are loaded.
     models = models if models.are_folders() else None
-    headmap.of_config(config, headmap.counts(target), headmap.counts(draft), models)
+    head_map = headmap.of_config(config, headmap.counts(target), headmap.counts(draft), models)
+    return headmap.pinned(config, head_map)
 
 
 def check_tiles(server_args: ServerArgs, config: StsConfig, target: ModelConfig, draft: ModelConfig) -> None:

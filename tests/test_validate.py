@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 import torch
 from sglang.srt.server_args import ServerArgs
 
-from sts_sglang import validate
+from sts_sglang import compat, hooks, validate
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.validate import BACKEND_FIELDS, DRAFTS, TARGETS, Refusal
 
@@ -150,6 +151,24 @@ SERVED = {
 @pytest.mark.parametrize("arguments", SERVED.values(), ids=SERVED)
 def test_served(launch, arguments):
     assert launch(**arguments).attention_backend == "sts"
+
+
+def test_a_launch_hands_the_hash_of_its_head_map_along(launch, monkeypatch, tmp_path):
+    shape = {"layers": 2, "q_heads": 4, "kv_heads": 2}
+    head_map = {"version": 1, "shift": 1, "tp": 1, "target": shape, "draft": shape}
+    text = json.dumps({**head_map, "sources": [[[[0, 0]], [[1, 1]]]] * 2})
+    path = tmp_path / "map.json"
+    path.write_text(text)
+    args = launch()
+    monkeypatch.setattr(compat, "unhooked", list)
+    for name, value in (("config", None), ("user_env", hooks.UNSET), ("cli_config", None)):
+        monkeypatch.setattr(hooks._Launch, name, value)
+    os.environ["STS_CONFIG"] = json.dumps({"head_map": str(path)})
+    monkeypatch.setattr(hooks, "check_raw", lambda args: None)  # these are resolved already
+    for _ in range(2):  # a second engine of the same process may have the same configuration
+        hooks.args_post_init(lambda args: None, args)
+        handed = StsConfig.of_launch()
+        assert handed.head_map_sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_every_listed_target_is_tried():
