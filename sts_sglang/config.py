@@ -14,7 +14,7 @@ import reprlib
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from sts_kernels import Rule
@@ -429,6 +429,26 @@ def check_request(custom_params: Mapping[str, object] | None, config: StsConfig)
     """Raises `ConfigError` for what a request may not ask of a server with this configuration."""
     request_keep(custom_params, config)
     request_inspect(custom_params, config)
+
+
+def check_sampling(params: Any, cpu: bool) -> None:
+    """Raises `ConfigError` for sampling parameters (SGLang's SamplingParams) that speculation would take and
+    not follow, without a word: see docs/limits_upstream.md. `cpu`: on the reference platform.
+
+    A request of one token ends with its prefill, which samples as ever.
+    """
+    if params.max_new_tokens is not None and params.max_new_tokens <= 1:
+        return
+    if params.min_p > 0:
+        raise _error(
+            "min_p", f"got {_show(params.min_p)}", "0 (verify does not apply it), or top_p and top_k"
+        )
+    if params.min_new_tokens > 1:
+        allowed = "0 or 1 (speculation counts rounds for it, not tokens), or ignore_eos"
+        raise _error("min_new_tokens", f"got {_show(params.min_new_tokens)}", allowed)
+    if cpu and params.top_k != 1:  # which SGLang makes of temperature 0
+        allowed = "0 (on the CPU platform verify takes the likeliest token, whatever is asked)"
+        raise _error("temperature", f"got {_show(params.temperature)}", allowed)
 
 
 def _request_params(custom_params: Mapping[str, object] | None) -> Mapping[str, object]:

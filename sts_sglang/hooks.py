@@ -7,8 +7,8 @@ import os
 import sys
 from typing import Any
 
-from sts_sglang import compat, dumps, runtime
-from sts_sglang.config import ENV, ConfigError, StsConfig, check_request
+from sts_sglang import compat, dumps, platform, runtime
+from sts_sglang.config import ENV, ConfigError, StsConfig, check_request, check_sampling
 from sts_sglang.metrics import Exporter
 from sts_sglang.validate import Refusal, asks_for_sts, check_all, check_raw
 
@@ -91,6 +91,7 @@ def sampling_verify(result: None, self, vocab_size: int) -> None:
     """AFTER SamplingParams.verify: what a request asks of us; ValueError becomes HTTP 400."""
     if _Launch.config is not None:
         check_request(self.custom_params, _Launch.config)
+        check_sampling(self, cpu=platform.selected())
 
 
 def create_draft_backend(original, self, backend_name: str, backend_map: dict, error_template: str):

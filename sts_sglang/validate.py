@@ -116,6 +116,7 @@ _RULES = (
     _Rule("speculative_draft_window_size", (None,), "a windowed draft does not score the whole context"),
     _Rule("is_embedding", (False,), "embeddings have no decode to verify"),
     _Rule("dllm_algorithm", (None,), "diffusion models do not verify drafts"),
+    _Rule("enable_custom_logit_processor", (False,), "under speculation it acts on the first token only"),
     _Rule("enable_mis", (False,), "scoring has no decode to verify"),
     _Rule("encoder_only", (False,), "an encoder has no decode to verify"),
     _Rule("model_impl", ("auto", "sglang"), "only SGLang's own models have been read"),
@@ -157,8 +158,27 @@ def check_resolved(server_args: ServerArgs) -> None:
             f"--speculative-algorithm: SGLang made it {server_args.speculative_algorithm} for this draft; "
             f"{_other_model('--speculative-draft-model-path')}"
         )
+    _check_unread(server_args)
     _check_rules(server_args, hint=" (SGLang sets it itself for some models: then use another model)")
     _check_pages(server_args)
+
+
+def _check_unread(server_args: ServerArgs) -> None:
+    """Flags that this algorithm's worker takes without a word and does something else with."""
+    algorithm = server_args.speculative_algorithm
+    if server_args.enable_return_hidden_states and algorithm != "EAGLE":
+        what = (
+            "drops them" if algorithm == "STANDALONE" else "returns those of the layers that the head reads"
+        )
+        raise Refusal(
+            f"--enable-return-hidden-states: with --speculative-algorithm {algorithm} SGLang {what}; "
+            "remove --enable-return-hidden-states"
+        )
+    if server_args.speculative_token_map is not None and algorithm == "STANDALONE":
+        raise Refusal(
+            "--speculative-token-map: with --speculative-algorithm STANDALONE SGLang takes the draft's tokens "
+            "for numbers in this map, which they are not; remove --speculative-token-map"
+        )
 
 
 def check_device(server_args: ServerArgs, config: StsConfig) -> None:

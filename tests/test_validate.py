@@ -137,6 +137,7 @@ SERVED = {
     "qwen2, window off": {"target": {**QWEN2, "use_sliding_window": False, "sliding_window": 128}},
     "llama, window off": {"target": {**LLAMA, "use_sliding_window": False, "sliding_window": 128}},
     "qwen3": {"target": QWEN3, "draft": QWEN3},
+    "hidden states": {"speculative_algorithm": "EAGLE", "draft": EAGLE, "enable_return_hidden_states": True},
     "all flags": dict.fromkeys(BACKEND_FIELDS, "sts"),
     "bfloat16": {"kv_cache_dtype": "bfloat16", "dtype": "bfloat16"},
     "shorter context": {"draft": {**LLAMA, "max_position_embeddings": 512}, "context_length": 512},
@@ -209,6 +210,7 @@ BAD_VALUES = {
     "speculative_draft_window_size": 512,
     "is_embedding": True,
     "dllm_algorithm": "LowConfidence",
+    "enable_custom_logit_processor": True,
     "enable_mis": True,
     "encoder_only": True,
     "model_impl": "transformers",
@@ -337,6 +339,21 @@ REFUSED = {
         {"kv_cache_dtype": "bf16"},
         "--kv-cache-dtype bf16: --model-path runs in torch.float32",
         "use --kv-cache-dtype auto or --dtype bfloat16",
+    ),
+    "hidden states, dropped": (
+        {"enable_return_hidden_states": True},
+        "--enable-return-hidden-states: with --speculative-algorithm STANDALONE",
+        "remove --enable-return-hidden-states",
+    ),
+    "hidden states of other layers": (
+        {"enable_return_hidden_states": True, "speculative_algorithm": "EAGLE3", "draft": EAGLE3},
+        "--enable-return-hidden-states: with --speculative-algorithm EAGLE3",
+        "remove --enable-return-hidden-states",
+    ),
+    "token map": (
+        {"speculative_token_map": "map.pt"},
+        "--speculative-token-map",
+        "remove --speculative-token-map",
     ),
     "torch.compile": ({"enable_torch_compile": True}, "--enable-torch-compile", "remove it"),
 }
