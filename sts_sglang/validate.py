@@ -176,8 +176,8 @@ def _check_unread(server_args: ServerArgs) -> None:
         )
     if server_args.speculative_token_map is not None and algorithm == "STANDALONE":
         raise Refusal(
-            "--speculative-token-map: with --speculative-algorithm STANDALONE SGLang takes the draft's tokens "
-            "for numbers in this map, which they are not; remove --speculative-token-map"
+            "--speculative-token-map: with --speculative-algorithm STANDALONE SGLang takes the draft's own "
+            "token ids for numbers in this map; remove --speculative-token-map"
         )
 
 
