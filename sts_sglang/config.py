@@ -9,10 +9,14 @@ import difflib
 import json
 import math
 import os
+import re
+import reprlib
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from sts_sglang import strict_json
 
 if TYPE_CHECKING:
     from sts_kernels.layout import Rule
@@ -32,6 +36,7 @@ History = Literal["off", "warm", "blend"]
 Selector = Literal["draft", "quest", "recent", "random", "oracle"]
 Verify = Literal["sparse", "dense"]
 Draft = Literal["dense", "steps", "all"]
+RequestKeep = Literal["any", "at_most", "off"]
 
 # A share of a token below this is float error (0.1 * 30 = 3.0000000000000004), not a token.
 # It exceeds the error of keep * context for every context up to 2**33 tokens.
@@ -41,18 +46,47 @@ CEIL_GUARD = 1e-6
 class ConfigError(ValueError):
     """A configuration or request value that is not allowed: one line, field first, then what is."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
 
 def _error(field: str, problem: str, allowed: str) -> ConfigError:
     return ConfigError(f"{field}: {problem}; allowed: {allowed}")
 
 
-def _show(value: object) -> str:
-    """`value` for a message: one line, short, and safe for integers too long to print."""
+def _shower() -> reprlib.Repr:
+    """`repr` that stops after a few levels and entries: a request may nest as deep as Python can recurse."""
+    found = reprlib.Repr()
+    found.maxlevel, found.maxdict, found.maxlist, found.maxtuple = 4, 8, 20, 20
+    found.maxstring = found.maxlong = found.maxother = 400
+    return found
+
+
+_SHOWER = _shower()
+
+
+def _show(value: object, longest: int = 80) -> str:
+    """`value` for a message: one line, short, without control characters, however deep or large it is."""
     try:
-        text = " ".join(repr(value).split())
-    except ValueError:
+        return one_line(_SHOWER.repr(value), longest)
+    except Exception:  # an int beyond Python's limit of digits, or whatever a foreign __repr__ raises
         return f"a {type(value).__name__} too long to print"
-    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def quoted(text: object, longest: int = 80) -> str:
+    """Text of a user, a file or another library for a log line or a message: in quotes, so that it cannot be
+    taken for ours, and in one line of printable characters."""
+    try:
+        return _show(str(text), longest)
+    except Exception:
+        return f"a {type(text).__name__} too long to print"
+
+
+def one_line(text: object, longest: int | None = None) -> str:
+    """Text with blanks for line breaks and escapes for what a terminal would act upon; cut if too long."""
+    words = " ".join(str(text).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    return line if longest is None or len(line) <= longest else line[: longest - 3] + "..."
 
 
 def _choice(options: tuple[str, ...]) -> Callable[[str, object], str]:
@@ -62,6 +96,12 @@ def _choice(options: tuple[str, ...]) -> Callable[[str, object], str]:
         return value
 
     return read
+
+
+def _flag(field: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _error(field, f"got {_show(value)}", "true or false")
+    return value
 
 
 def _integer(low: int, high: int) -> Callable[[str, object], int]:
@@ -90,7 +130,7 @@ _decay = _number(lambda x: 0 < x <= 0.999 or x == 1, "a number above 0 and at mo
 
 
 def _sink(field: str, value: object) -> int:
-    if value == 0 and not isinstance(value, bool):
+    if type(value) in (int, float) and value == 0:
         raise _error(
             field,
             "got 0",
@@ -125,6 +165,12 @@ def _path(allowed: str, longest: int) -> Callable[[str, object], str | None]:
     return read
 
 
+def _digest(field: str, value: object) -> str | None:
+    if value is not None and not (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)):
+        raise _error(field, f"got {_show(value)}", "64 lower-case hex digits, or null for any map")
+    return value
+
+
 _READERS: dict[str, Callable[[str, object], object]] = {
     "policy": _choice(get_args(Policy)),
     "keep": _share,
@@ -137,6 +183,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "pool_rows": _choice(get_args(Pooling)),
     "pool_heads": _choice(get_args(Pooling)),
     "head_map": _path("the path of a head map file, or null for the proportional map", 4096),
+    "head_map_sha256": _digest,
     "kernel": _choice(get_args(Kernel)),
     "dense": _choice(get_args(Dense)),
     "history": _choice(get_args(History)),
@@ -146,6 +193,8 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "verify": _choice(get_args(Verify)),
     "draft": _choice(get_args(Draft)),
     "full_verify_every": _integer(0, MAX_TOKENS),
+    "request_keep": _choice(get_args(RequestKeep)),
+    "request_inspect": _flag,
     "inspect_dir": _path("the path of a folder for dumps, at most 512 characters, or null for none", 512),
 }
 
@@ -183,6 +232,8 @@ class StsConfig:
     head_map: str | None = None
     """Path of a head map file, relative to the working directory, read at launch; None: the packaged map
     of the shipped pair, else the proportional one."""
+    head_map_sha256: str | None = None
+    """Refuse a head map file of another SHA-256. A launch fills it in: what it checked is what serves."""
     kernel: Kernel = "auto"
     """Kernels to run: `triton` on CUDA and `torch` on a CPU, unless said otherwise; `flashinfer` verifies by
     FlashInfer, on CUDA, for chains and the policies ratio and fixed."""
@@ -207,6 +258,11 @@ class StsConfig:
     draft-extend."""
     full_verify_every: int = 0
     """Every N-th verify of a request attends to everything; 0: none does."""
+    request_keep: RequestKeep = "any"
+    """What a request may ask for by `custom_params.sts.keep`: any; `at_most`: none above `keep`, whatever
+    the policy, so that no client makes the others wait; `off`: nothing. What it may not is a 400."""
+    request_inspect: bool = True
+    """Whether requests may ask for dumps, where there is an inspect_dir; false: a 400."""
     inspect_dir: str | None = None
     """Folder for dumps of the importance of requests that ask for it, with their tokens; None: no dumps."""
 
@@ -334,33 +390,69 @@ class StsConfig:
         return Rule(self.keep if ratio else None, self.budget, least, forced, CEIL_GUARD)
 
 
-def request_keep(custom_params: Mapping[str, object] | None) -> float | None:
+def request_keep(custom_params: Mapping[str, object] | None, config: StsConfig | None = None) -> float | None:
     """The keep that a request asks for in `sampling_params.custom_params`: `{"sts": {"keep": 0.5}}`.
 
     None when it asks for none. Keys beside `sts` belong to others and are ignored. Raises `ConfigError`
-    for a keep outside 0 < keep <= 1, another type, or an unknown key under `sts`.
+    for a keep outside 0 < keep <= 1, another type, an unknown key under `sts`, or a keep that the server's
+    `config`, when given, does not leave to requests.
     """
     own = _request_params(custom_params)
-    return _share("custom_params.sts.keep", own["keep"]) if "keep" in own else None
+    if "keep" not in own:
+        return None
+    field, keep = "custom_params.sts.keep", _share("custom_params.sts.keep", own["keep"])
+    rule = "any" if config is None else config.request_keep
+    if rule == "off":
+        raise _error(
+            field, "this server lets no request choose", "no keep (sts_config.request_keep is 'off')"
+        )
+    if rule == "at_most" and keep > config.keep:
+        most = f"at most this server's {config.keep} (sts_config.request_keep is 'at_most')"
+        raise _error(field, f"got {_show(keep)}", most)
+    return keep
 
 
-def request_inspect(custom_params: Mapping[str, object] | None) -> bool:
-    """Whether a request asks for a dump: `{"sts": {"inspect": true}}`. Raises `ConfigError`."""
-    value = _request_params(custom_params).get("inspect", False)
-    if not isinstance(value, bool):
-        raise _error("custom_params.sts.inspect", f"got {_show(value)}", "true or false")
-    return value
+def request_inspect(custom_params: Mapping[str, object] | None, config: StsConfig | None = None) -> bool:
+    """Whether a request asks for a dump: `{"sts": {"inspect": true}}`.
+
+    Raises `ConfigError` for another type, or when the server's `config`, when given, allows none.
+    """
+    field = "custom_params.sts.inspect"
+    wanted = _flag(field, _request_params(custom_params).get("inspect", False))
+    if not wanted or config is None:
+        return wanted
+    if config.inspect_dir is None:
+        allowed = "false, or a server with sts_config.inspect_dir set to a folder"
+        raise _error(field, "this server writes no dumps", allowed)
+    if not config.request_inspect:
+        raise _error(field, "this server dumps for no request", "false (sts_config.request_inspect is false)")
+    return wanted
 
 
 def check_request(custom_params: Mapping[str, object] | None, config: StsConfig) -> None:
     """Raises `ConfigError` for what a request may not ask of a server with this configuration."""
-    request_keep(custom_params)
-    if request_inspect(custom_params) and config.inspect_dir is None:
+    request_keep(custom_params, config)
+    request_inspect(custom_params, config)
+
+
+def check_sampling(params: Any, cpu: bool) -> None:
+    """Raises `ConfigError` for sampling parameters (SGLang's SamplingParams) that speculation would take and
+    not follow, without a word: see docs/limits_upstream.md. `cpu`: on the reference platform.
+
+    A request of one token ends with its prefill, which samples as ever.
+    """
+    if params.max_new_tokens is not None and params.max_new_tokens <= 1:
+        return
+    if params.min_p > 0:
         raise _error(
-            "custom_params.sts.inspect",
-            "this server writes no dumps",
-            "false, or a server with sts_config.inspect_dir set to a folder",
+            "min_p", f"got {_show(params.min_p)}", "0 (verify does not apply it), or top_p and top_k"
         )
+    if params.min_new_tokens > 1:
+        allowed = "0 or 1 (speculation counts rounds for it, not tokens), or ignore_eos"
+        raise _error("min_new_tokens", f"got {_show(params.min_new_tokens)}", allowed)
+    if cpu and params.top_k != 1:  # which SGLang makes of temperature 0
+        allowed = "0 (on the CPU platform verify takes the likeliest token, whatever is asked)"
+        raise _error("temperature", f"got {_show(params.temperature)}", allowed)
 
 
 def _request_params(custom_params: Mapping[str, object] | None) -> Mapping[str, object]:
@@ -379,9 +471,9 @@ def _request_params(custom_params: Mapping[str, object] | None) -> Mapping[str, 
 
 
 def _check_key(field: str, key: object, allowed: tuple[str, ...]) -> None:
-    if key in allowed:
+    if isinstance(key, str) and key in allowed:
         return
-    nearest = difflib.get_close_matches(str(key)[:40], allowed, n=1, cutoff=0.4)
+    nearest = difflib.get_close_matches(key[:40] if isinstance(key, str) else "", allowed, n=1, cutoff=0.4)
     hint = f", did you mean {nearest[0]!r}?" if nearest else ""
     raise _error(field, f"unknown key {_show(key)}{hint}", ", ".join(allowed))
 
@@ -413,7 +505,7 @@ def _load(text: str) -> object:
     if len(text) > MAX_SOURCE:
         raise _error("sts_config", f"{len(text)} characters", allowed)
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        return strict_json.loads(text, _repeated, _constant)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise _error("sts_config", f"not JSON ({error.msg}, {where})", allowed) from None
@@ -425,17 +517,12 @@ def _load(text: str) -> object:
         raise _error("sts_config", "holds a number with too many digits", allowed) from None
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result: dict[str, object] = {}
-    for key, value in pairs:
-        if key in result:
-            raise _error("sts_config", f"key {_show(key)} appears twice", "each key once")
-        result[key] = value
-    return result
+def _repeated(key: str) -> ConfigError:
+    return _error("sts_config", f"key {_show(key)} appears twice", "each key once")
 
 
-def _no_constant(name: str) -> None:
-    raise _error("sts_config", f"holds {name}, which JSON does not have", "finite numbers")
+def _constant(name: str) -> ConfigError:
+    return _error("sts_config", f"holds {name}, which JSON does not have", "finite numbers")
 
 
 assert set(_READERS) == {field.name for field in fields(StsConfig)}

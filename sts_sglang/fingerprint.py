@@ -12,9 +12,11 @@ import json
 import os
 from pathlib import Path
 
+from sts_sglang import checkpoints
+from sts_sglang.config import ConfigError
+
 SAMPLES = 4  # evenly spread in each tensor
 SAMPLE_BYTES = 256
-MAX_HEADER = 100 << 20  # the format's own limit
 # Where it came from and what it was saved with; not what it computes.
 _IGNORED = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 
@@ -22,38 +24,35 @@ _IGNORED = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "us
 def of_model(path: str, revision: str | None = None) -> dict[str, str] | None:
     """`{"config", "weights"}`: hex SHA-256 of a model folder or a model in the hub's local cache.
 
-    None when the files are not here, or hold no safetensors (dummy weights).
+    None when the files are not here, or hold no safetensors (dummy weights). Raises ConfigError, one line
+    that names the file, for damaged ones.
     """
     folder = _folder(path, revision)
-    if folder is None:
+    if folder is None or not checkpoints.safetensors(folder):
         return None
-    files = sorted(folder.glob("*.safetensors"))
+    what = f"model {path}"
+    config = checkpoints.read_config(what, folder)
+    kept = {key: value for key, value in config.items() if key not in _IGNORED}
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not files or not isinstance(config, dict):
-            return None
-        kept = {key: value for key, value in config.items() if key not in _IGNORED}
-        digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-        return {"config": digest, "weights": _weights(files)}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # damaged files: loading the model says more about them
+        text = json.dumps(kept, sort_keys=True)
+    except RecursionError:
+        raise ConfigError(
+            f"{what}: config.json: nested too deeply; allowed: a model's configuration"
+        ) from None
+    headers = checkpoints.read_headers(what, folder)
+    return {"config": hashlib.sha256(text.encode()).hexdigest(), "weights": _weights(folder, headers)}
 
 
-def _weights(files: list[Path]) -> str:
+def _weights(folder: Path, headers: dict[str, dict[str, checkpoints.Tensor]]) -> str:
     tensors = {}
-    for path in files:
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > MAX_HEADER:
-                raise ValueError(f"header of {size} bytes")
-            header = json.loads(file.read(size))
-            header.pop("__metadata__", None)
+    for name_of_file, header in headers.items():
+        with open(folder / name_of_file, "rb") as file:
             for name, tensor in header.items():
-                begin, end = tensor["data_offsets"]
-                digest = hashlib.sha256(json.dumps([tensor["dtype"], tensor["shape"]]).encode())
+                size = tensor.end - tensor.begin
+                digest = hashlib.sha256(json.dumps([tensor.dtype, list(tensor.shape)]).encode())
                 for i in range(SAMPLES):
-                    file.seek(8 + size + begin + i * max(end - begin - SAMPLE_BYTES, 0) // (SAMPLES - 1))
-                    digest.update(file.read(min(SAMPLE_BYTES, end - begin)))
+                    file.seek(tensor.begin + i * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
+                    digest.update(file.read(min(SAMPLE_BYTES, size)))
                 tensors[name] = digest.hexdigest()
     return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import os
 import re
@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from sts_sglang import fingerprint
-from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig
+from sts_sglang import fingerprint, strict_json
+from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig, _show, one_line
 
 MAP_VERSION = 1
 # What the draft's key at an index is about, in the format of a map file: the target's token one further on,
@@ -88,6 +88,7 @@ class HeadMap:
     twice as many tokens, all of them together as many as without. Channels are then by share as well.
     dense_layers: target layers that are not to be sparse, besides the configuration's.
     draft: with it every KV head of the draft has a channel too, see `of_draft`.
+    sha256: of the file, None for one that was made here.
     """
 
     sources: tuple[tuple[tuple[Source, ...], ...], ...]
@@ -96,6 +97,7 @@ class HeadMap:
     dense_layers: tuple[int, ...] = ()
     shares: tuple[tuple[float, ...], ...] | None = None
     draft: HeadCounts | None = None
+    sha256: str | None = None
 
     @cached_property
     def _by_channel(self) -> dict[tuple[tuple[Source, ...], float], int]:
@@ -191,9 +193,25 @@ def of_config(
         head_map = load(config.head_map, target, draft, models)
     else:
         head_map = packaged(config, target, draft, models) or proportional(target, draft)
+    # Without the models' folders no packaged map is looked for, so that none can be missed.
+    if config.head_map or models is not None:
+        _check_file(config, head_map)
     if conflict := _conflict(head_map, config):
         raise conflict
     return replace(head_map, draft=draft) if config.sparse_draft else head_map
+
+
+def _check_file(config: StsConfig, head_map: HeadMap) -> None:
+    if config.head_map_sha256 not in (None, head_map.sha256):
+        raise ConfigError(
+            f"sts_config.head_map_sha256: {_short(head_map.origin)} has {head_map.sha256}, it changed "
+            f"since it was chosen; allowed: the file with {config.head_map_sha256}, or another launch"
+        )
+
+
+def pinned(config: StsConfig, head_map: HeadMap) -> StsConfig:
+    """The configuration for the schedulers, which read the file again: no other than this one will do."""
+    return replace(config, head_map_sha256=head_map.sha256)
 
 
 def served(config: StsConfig, head_map: HeadMap) -> StsConfig:
@@ -241,7 +259,7 @@ def packaged(
         return None
     found = models.fingerprints()
     for path in candidates if None not in found.values() else ():
-        if _read(str(path)).get("fingerprints") == found:
+        if _read(str(path))[0].get("fingerprints") == found:
             head_map = load(str(path), target, draft)
             suits = _conflict(head_map, config) is None
             return replace(head_map, origin=f"packaged {path.name}") if suits else None
@@ -274,7 +292,7 @@ def load(path: str, target: HeadCounts, draft: HeadCounts, models: ModelPaths | 
     Raises:
         ConfigError: one line that names the field.
     """
-    data = _read(path)
+    data, digest = _read(path)
     _keys(data, "", FIELDS)
     for field, expected in (("version", MAP_VERSION), ("shift", MAP_SHIFT), ("tp", 1)):
         if type(data.get(field)) is not int or data[field] != expected:
@@ -303,7 +321,7 @@ def load(path: str, target: HeadCounts, draft: HeadCounts, models: ModelPaths | 
     _check_best(data.get("best", {}), target)
     _check_texts(data.get("texts", []))
     _check_settings(data.get("settings", {}))
-    return HeadMap(parsed, os.path.basename(path), pool, dense, shares)
+    return HeadMap(parsed, os.path.basename(path), pool, dense, shares, sha256=digest)
 
 
 def _check_fingerprints(value: Any, models: ModelPaths | None) -> None:
@@ -408,7 +426,7 @@ def _object(value: Any, field: str, keys: tuple[str, ...]) -> None:
 
 def _keys(value: dict[str, Any], prefix: str, keys: tuple[str, ...]) -> None:
     if unknown := sorted(set(value) - set(keys)):
-        raise _error(prefix + _short(unknown[0]), "unknown field", ", ".join(keys))
+        raise _error(prefix + _name(unknown[0]), "unknown field", ", ".join(keys))
 
 
 def _number(value: Any, field: str, low: float, high: float, kind: type = float) -> None:
@@ -422,15 +440,17 @@ def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def _read(path: str) -> dict[str, Any]:
-    shown = repr(path if len(path) <= 200 else f"...{path[-200:]}")
+def _read(path: str) -> tuple[dict[str, Any], str]:
+    """The file's object and the SHA-256 of its bytes, of one reading."""
+    shown = _short(path if len(path) <= 200 else f"...{path[-200:]}", 240)
     try:
         if not os.path.isfile(path):
             raise _error("file", f"{shown} is not a file", "a head map JSON")
         if os.path.getsize(path) > MAX_FILE_BYTES:
             raise _error("file", f"{shown} is too large", f"at most {MAX_FILE_BYTES} bytes")
-        with open(path, encoding="utf-8") as f:
-            data = json.load(f, object_pairs_hook=_unique, parse_constant=_no_constant)
+        with open(path, "rb") as f:
+            content = f.read(MAX_FILE_BYTES)
+        data = strict_json.loads(content.decode("utf-8"), _repeated, _constant)
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -439,20 +459,15 @@ def _read(path: str) -> dict[str, Any]:
         ) from None
     if not isinstance(data, dict):
         raise _error("file", f"{shown} holds a {type(data).__name__}", "a JSON object")
-    return data
+    return data, hashlib.sha256(content).hexdigest()
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise _error(_short(key), "appears twice in one object", "each key once")
-        result[key] = value
-    return result
+def _repeated(key: str) -> ConfigError:
+    return _error(_name(key), "appears twice in one object", "each key once")
 
 
-def _no_constant(name: str) -> None:
-    raise _error("file", f"holds {name}, which JSON does not have", "finite numbers")
+def _constant(name: str) -> ConfigError:
+    return _error("file", f"holds {name}, which JSON does not have", "finite numbers")
 
 
 def _list(value: Any, field: str, length: int) -> list:
@@ -476,10 +491,18 @@ def _sources(value: Any, field: str, draft: HeadCounts) -> tuple[Source, ...]:
     return tuple(sorted((layer, head) for layer, head in value))
 
 
-def _short(value: Any) -> str:
-    text = " ".join(str(value).split()).encode("ascii", "backslashreplace").decode()
-    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _short(value: Any, longest: int = 80) -> str:
+    """`value` for a message: as `quoted`, in ASCII, since it may go to a log of any encoding."""
+    return _ascii(_show(value, longest))
+
+
+def _name(key: str) -> str:
+    """A key as part of a field's name, without quotes."""
+    return _ascii(one_line(key[:80]))[:80]
+
+
+def _ascii(text: str) -> str:
+    return text.encode("ascii", "backslashreplace").decode()
 
 
 def _error(field: str, problem: str, allowed: str) -> ConfigError:

@@ -40,7 +40,7 @@ ROOMS = {
     "sts_sglang.host.views": (("sts_kernels", "sts_sglang.core", "sts_sglang.headmap"), True),
     "sts_sglang.calibrate": (
         ("sts_kernels", "sts_sglang.calibrate", "sts_sglang.config", "sts_sglang.headmap")
-        + ("sts_sglang.fingerprint", "sts_sglang.strict_json"),
+        + ("sts_sglang.checkpoints", "sts_sglang.files", "sts_sglang.fingerprint"),
         False,
     ),
 }
@@ -143,7 +143,8 @@ def reads(tree: ast.AST) -> set[tuple[str, str]]:
         for node in ast.walk(function):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 kind = annotated.get(node.value.id)
-                if kind in CLASSES and not node.attr.startswith("__"):
+                # `_sts_config` is ours, on its way from a keyword to the check of a launch.
+                if kind in CLASSES and not node.attr.startswith(("__", "_sts_")):
                     found.add((kind, node.attr))
     return found
 

@@ -56,6 +56,7 @@ class Rig:
         runner = SimpleNamespace(
             device="cpu",
             req_to_token_pool=SimpleNamespace(req_to_token=table),
+            model_config=SimpleNamespace(context_len=100),
         )
         draft = SimpleNamespace(**{**vars(runner), "token_to_kv_pool": self.draft_pool})
         target = SimpleNamespace(**{**vars(runner), "token_to_kv_pool": self.target_pool})

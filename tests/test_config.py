@@ -13,14 +13,16 @@ from types import MappingProxyType
 
 import pytest
 import torch
-from sts_kernels.torch_ops import budget_tokens
 
+from sts_kernels.torch_ops import budget_tokens
 from sts_sglang.config import (
     MAX_SOURCE,
     MAX_TOKENS,
     ConfigError,
     StsConfig,
     check_request,
+    one_line,
+    quoted,
     request_inspect,
     request_keep,
 )
@@ -37,6 +39,7 @@ EVERY_KEY = {
     "pool_rows": "mean",
     "pool_heads": "mean",
     "head_map": "maps/pair.json",
+    "head_map_sha256": "0123456789abcdef" * 4,
     "kernel": "torch",
     "dense": "flashinfer",
     "history": "blend",
@@ -46,6 +49,8 @@ EVERY_KEY = {
     "verify": "dense",
     "draft": "all",
     "full_verify_every": 16,
+    "request_keep": "at_most",
+    "request_inspect": False,
     "inspect_dir": "dumps",
 }
 
@@ -134,6 +139,7 @@ BAD_VALUES = {
     "pool_rows": (["sum", "", None, 0], "max | mean"),
     "pool_heads": (["min", "MAX", None, True], "max | mean"),
     "head_map": (["", "  ", 1, ["m.json"], "a\0b", "\ud800", "x" * 4097], "path of a head map"),
+    "head_map_sha256": (["", "0" * 63, "G" * 64, "A" * 64, "0" * 64 + chr(10), 0, True], "64 lower-case hex"),
     "kernel": (["cuda", "", None, 0], "auto | flashinfer | triton | torch"),
     "dense": (["fa2", "", None, 0], "auto | fa3 | flashinfer | torch"),
     "history": (["on", "", None, True], "off | warm | blend"),
@@ -146,6 +152,8 @@ BAD_VALUES = {
     "verify": (["full", "", None, True], "sparse | dense"),
     "draft": (["sparse", "", None, False], "dense | steps | all"),
     "full_verify_every": ([-1, 1.0, True, "8", None, MAX_TOKENS + 1], INTEGER),
+    "request_keep": (["all", "", None, True, 0.5, ["any"]], "any | at_most | off"),
+    "request_inspect": ([0, 1, "true", None, [], "no"], "true or false"),
     "inspect_dir": (["", " ", 1, True, ["d"], "a\0b", "\ud800", "x" * 513], "path of a folder for dumps"),
 }
 
@@ -434,6 +442,96 @@ def test_dumps_are_for_servers_that_write_them():
         check_request({"sts": {"inspect": 1}}, StsConfig(inspect_dir="dumps"))
 
 
+@pytest.mark.parametrize("policy", ["ratio", "fixed", "top_p"])
+def test_an_operator_bounds_what_requests_may_keep(policy):
+    def asked(keep, rule):
+        config = StsConfig(policy=policy, keep=0.25, request_keep=rule)
+        check_request({"sts": {} if keep is None else {"keep": keep}}, config)
+        check_request(None, config)
+
+    for keep in (None, 1e-9, 0.25, 1):
+        asked(keep, "any")
+    for keep in (None, 1e-9, 0.25):
+        asked(keep, "at_most")
+    asked(None, "off")
+    for keep in (0.2500001, 1):
+        with pytest.raises(
+            ConfigError, match=r"^custom_params\.sts\.keep: got .* at most this server's 0\.25 "
+        ):
+            asked(keep, "at_most")
+    for keep in (0.01, 0.25, 1):
+        with pytest.raises(
+            ConfigError, match=r"^custom_params\.sts\.keep: .*; allowed: no keep \(sts_config"
+        ):
+            asked(keep, "off")
+    for rule in ("any", "at_most", "off"):
+        with pytest.raises(ConfigError, match=r"^custom_params\.sts\.keep: got 7; allowed: a number above 0"):
+            asked(7, rule)
+
+
+def test_an_operator_closes_dumps_to_requests():
+    closed = StsConfig(inspect_dir="dumps", request_inspect=False)
+    check_request({"sts": {"inspect": False}}, closed)
+    with pytest.raises(ConfigError, match=r"^custom_params\.sts\.inspect: this server dumps for no request"):
+        check_request({"sts": {"inspect": True}}, closed)
+    check_request({"sts": {"inspect": True}}, StsConfig(inspect_dir="dumps"))
+
+
 def test_importing_the_configuration_imports_neither_torch_nor_sglang():
     code = "import sys, sts_sglang.config; print([m for m in ('torch', 'sglang') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def nested(depth: int, kind: type = list) -> object:
+    """`depth` lists or objects in each other, made without recursion."""
+    value: object = 1
+    for _ in range(depth):
+        value = [value] if kind is list else {"a": value}
+    return value
+
+
+@pytest.mark.parametrize("kind", [list, dict])
+@pytest.mark.parametrize("depth", [5, 400, 950, 1000, 100_000])
+def test_any_depth_of_nesting_is_one_line(depth, kind):
+    value = nested(depth, kind)
+    for key in ("keep", "dense_layers", "head_map", "sink", "policy"):
+        refused({key: value}, f"sts_config.{key}")
+    refused({"dense_layers": [value]}, "sts_config.dense_layers[0]")
+    for params in ({"sts": {"keep": value}}, {"sts": {"inspect": value}}, {"sts": [value]}, [value]):
+        with pytest.raises(ConfigError, match=r"^custom_params.*; allowed: ") as caught:
+            check_request(params, StsConfig())
+        assert len(str(caught.value)) < 400
+    check_request({"others": value, "sts": {"keep": 0.5}}, StsConfig())
+
+
+def test_a_nested_launch_configuration_is_one_line(tmp_path):
+    """Among the depths is the one that JSON can just be read at and Python's repr cannot."""
+    for depth in (400, *range(850, 1000), 20_000):
+        refused('{"keep": ' + "[" * depth + "]" * depth + "}", "sts_config")
+    (tmp_path / "deep.json").write_text('{"keep": ' + "[" * 900 + "]" * 900 + "}")
+    refused(tmp_path / "deep.json", "sts_config")
+
+
+class Rude:
+    def __repr__(self):
+        raise RuntimeError("no")
+
+    __str__ = __repr__
+
+
+@pytest.mark.parametrize("key", [10**5000, (1, "x"), Rude()], ids=["number", "tuple", "rude"])
+def test_keys_and_values_of_any_kind_are_shown(key):
+    refused({key: 1}, "sts_config: unknown key")
+    refused({"keep": key}, "sts_config.keep: got")
+    refused({"sink": torch.zeros(2)}, "sts_config.sink: got")
+
+
+FOREIGN = 'x\n2026 sts: all is well\x1b[2J\u202e\x07"'
+
+
+def test_foreign_text_is_one_line_in_quotes():
+    shown = quoted(FOREIGN)
+    assert shown.isprintable() and shown[0] == shown[-1] == "'" and r"\n2026" in shown and r"\x1b[2J" in shown
+    assert len(quoted("y" * 10_000)) == 80 and quoted(7) == "'7'"
+    error = ConfigError(f"head_map.{FOREIGN}: wrong")
+    assert str(error).isprintable() and one_line("a \n\t b") == "a b"

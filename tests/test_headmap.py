@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import re
 
@@ -21,6 +22,7 @@ from sts_sglang.headmap import (
     ModelPaths,
     load,
     of_config,
+    pinned,
     proportional,
     served,
 )
@@ -400,6 +402,40 @@ def test_the_dense_layers_of_a_map_are_dense_when_served(tmp_path):
         counts = rig.runtime.state.attended.tolist()
         assert counts == [before + selected * rigs.KV_HEADS, (layer + 1) * there * rigs.KV_HEADS]
         before = counts[0]
+
+
+def test_a_map_that_changed_since_the_launch_is_refused_though_valid(tmp_path):
+    path = map_for_rig(tmp_path)
+    given = StsConfig(head_map=path)
+    config = StsConfig.parse(pinned(given, of_config(given, rigs.COUNTS, rigs.COUNTS)).to_json())
+    assert of_config(config, rigs.COUNTS, rigs.COUNTS).sha256 == config.head_map_sha256 is not None
+    map_for_rig(tmp_path, pool="mean")
+    of_config(given, rigs.COUNTS, rigs.COUNTS)
+    with pytest.raises(
+        ConfigError, match=r"^sts_config\.head_map_sha256: 'map\.json' has .* changed since"
+    ) as caught:
+        of_config(config, rigs.COUNTS, rigs.COUNTS)
+    assert len(str(caught.value).splitlines()) == 1
+    map_for_rig(tmp_path)
+    of_config(config, rigs.COUNTS, rigs.COUNTS)
+
+
+def test_a_packaged_map_that_changed_since_the_launch_is_refused(tmp_path, monkeypatch):
+    prints = {"target": PRINT, "draft": PRINT}
+    monkeypatch.setattr("sts_sglang.headmap.MAPS", tmp_path)
+    monkeypatch.setattr(ModelPaths, "fingerprints", lambda self: prints)
+    models = ModelPaths("t", "d")
+    path = write(tmp_path, {**valid(), "fingerprints": prints})
+    config = pinned(StsConfig(), of_config(StsConfig(), TARGET, DRAFT, models))
+    assert of_config(config, TARGET, DRAFT, models).origin == "packaged map.json"
+    of_config(config, TARGET, DRAFT)  # as for the sizes of buffers, before the models are known
+    write(tmp_path, {**valid(), "fingerprints": prints, "pool": "max"})
+    for changed in (True, False):
+        with pytest.raises(ConfigError, match=r"^sts_config\.head_map_sha256: "):
+            of_config(config, TARGET, DRAFT, models)
+        if changed:
+            os.remove(path)
+    assert pinned(StsConfig(), of_config(StsConfig(), TARGET, DRAFT, models)) == StsConfig()
 
 
 def test_what_is_served_joins_map_and_configuration(tmp_path):

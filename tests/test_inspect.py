@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import stat
+import struct
+import tracemalloc
 import urllib.error
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +24,7 @@ from sts_sglang.core import dumps
 from sts_sglang.core.dumps import Dump
 from sts_sglang.core.request import Finished, Request
 from sts_sglang.core.round import RoundState
+from sts_sglang.core.runtime import Runtime
 from sts_sglang.host.serves import Refusal, check_inspect
 from sts_sglang.tools import inspection
 from sts_sglang.tools.tiny_pair import make_pair
@@ -60,7 +66,45 @@ def test_a_dump_that_fails_ends_neither_request_nor_server(monkeypatch, caplog, 
     ended = Finished(Request("r", 1, [], [], WANTED["custom_params"]), [], 0)
     runtime = SimpleNamespace(config=StsConfig(inspect_dir=str(tmp_path)))
     dumps.finished(runtime, ended, torch.empty(0))
-    assert "r was not dumped: no room" in caplog.text
+    assert "request 'r' was not dumped: no room" in caplog.text
+
+
+RID = "r\n2026-01-01 STS: all is well\x1b[2J"
+
+
+def asking(rid: str, row: int, **params) -> Request:
+    return Request(rid, row, [], [], {"sts": params})
+
+
+def admitting(config: StsConfig, rows: int) -> SimpleNamespace:
+    """As much of a runtime as `admit` touches."""
+    state = SimpleNamespace(keeps=torch.zeros(rows, dtype=torch.float64))
+    ignored = SimpleNamespace(admit=lambda *_: None)
+    return SimpleNamespace(config=config, state=state, device="cpu", verifier=ignored, selector=ignored)
+
+
+def test_request_ids_are_quoted_in_the_log(monkeypatch, caplog, tmp_path):
+    caplog.set_level("INFO")
+    runtime = SimpleNamespace(config=StsConfig(inspect_dir=str(tmp_path)))
+    wants = Finished(asking(RID, 0, inspect=True), [], 0)
+    monkeypatch.setattr(dumps, "of_request", lambda *args: make_dump())
+    dumps.finished(runtime, wants, torch.empty(0))
+    monkeypatch.setattr(dumps, "MAX_FILES", 1)
+    dumps.finished(runtime, wants, torch.empty(0))
+    Runtime.admit(admitting(StsConfig(), 1), [asking(RID, 0, keep=7)])
+    assert len(caplog.messages) == 3
+    for message in caplog.messages:
+        assert message.isprintable() and "request 'r\\n2026" in message, message
+
+
+def test_what_the_operator_closed_stays_closed_to_requests_that_come_by_another_road(tmp_path, caplog):
+    """Those are not answered with a 400: they get no dump, and the server's keep."""
+    config = StsConfig(inspect_dir=str(tmp_path), request_inspect=False, request_keep="at_most")
+    request, runtime = asking("r", 0, inspect=True, keep=0.5), admitting(config, 2)
+    dumps.finished(runtime, Finished(request, [], 0), torch.empty(0))
+    assert not list(tmp_path.iterdir()) and "sts_config.request_inspect is false" in caplog.text
+    Runtime.admit(runtime, [request, asking("r", 1, keep=0.05)])
+    assert runtime.state.keeps[0].isnan() and runtime.state.keeps[1] == 0.05
 
 
 def broken(folder: Path, **members) -> Path:
@@ -137,6 +181,123 @@ def test_the_folder_is_bounded(tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == sorted(first)
 
 
+def test_a_dump_is_for_the_servers_user_alone(tmp_path):
+    before = os.umask(0)
+    try:
+        path = dumps.write(tmp_path, make_dump())
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_dump_that_is_moved_away_or_a_dead_link_does_not_stop_the_next(tmp_path, monkeypatch):
+    (tmp_path / "sts-dead.npz").symlink_to(tmp_path / "none")
+    gone = SimpleNamespace(name="sts-gone.npz", stat=lambda **_: os.stat(tmp_path / "none"))
+    listed = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: [*listed(folder), gone])
+    assert dumps.read(dumps.write(tmp_path, make_dump())).meta["version"] == 1
+
+
+def peak_of_refusal(path: Path) -> int:
+    """Most bytes allocated while `read` refuses this file."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError) as caught:
+            dumps.read(path)
+        assert len(str(caught.value).splitlines()) == 1
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def archive(path: Path, **members: bytes) -> Path:
+    """An archive of raw members, those of a dump where none is given."""
+    plain = {}
+    for name, array in replaced().items():
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        plain[name] = buffer.getvalue()
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in (plain | members).items():
+            file.writestr(f"{name}.npy", content)
+    return path
+
+
+def claims(shape: str, kind: str = "<f4") -> bytes:
+    """A .npy whose header says this shape and that holds next to nothing."""
+    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}}}".ljust(117) + chr(10)
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + bytes(64)
+
+
+def test_archives_as_a_server_writes_them_are_read(tmp_path):
+    assert dumps.read(archive(tmp_path / "x.npz")).meta == make_dump().meta
+
+
+def test_what_grows_when_unpacked_is_refused_before_it_does(tmp_path):
+    bomb = tmp_path / "bomb.npz"
+    wide = {"importance": np.zeros((64, 2**18), np.float32), "tokens": np.zeros(2**18, np.int32)}
+    np.savez_compressed(bomb, **replaced(**wide))
+    assert bomb.stat().st_size < 2**18
+    assert peak_of_refusal(bomb) < 2**21
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        claims("(2, 100000000)"),
+        claims("(2, -1)"),
+        claims("(10**9, 10**9)"),
+        claims("()", "|O"),
+        claims("((2,),)"),
+    ]
+    + [claims("(4, 4)", "<f8"), claims("(" + "1, " * 3000 + ")"), b"", b"\x93NUMPY\x03\x00" + bytes(100)],
+    ids=lambda member: str(member[60:90]),
+)
+@pytest.mark.parametrize("name", ["importance", "meta"])
+def test_headers_that_say_more_than_there_is_are_refused(tmp_path, name, member):
+    assert peak_of_refusal(archive(tmp_path / "x.npz", **{name: member})) < 2**22
+
+
+def test_long_directories_and_metas_are_refused_unread(tmp_path):
+    many, long = tmp_path / "many.npz", tmp_path / "long.npz"
+    with zipfile.ZipFile(many, "w") as file:
+        for i in range(20_000):
+            file.writestr(f"{i}.npy", b"")
+    assert peak_of_refusal(many) < 2**20
+    np.savez(long, **replaced(meta=np.array(" " * 2**22 + json.dumps(make_dump().meta))))
+    assert peak_of_refusal(long) < 2**21
+    # A locator of a 64-bit directory before the end would send zipfile elsewhere.
+    plain = archive(tmp_path / "x.npz").read_bytes()
+    (tmp_path / "x.npz").write_bytes(plain[:-22] + b"PK\6\7" + bytes(16) + plain[-22:])
+    with pytest.raises(ConfigError, match="no archive that a server wrote"):
+        dumps.read(tmp_path / "x.npz")
+    huge = tmp_path / "huge.npz"
+    with huge.open("wb") as file:
+        file.truncate(dumps.MAX_FILE + 1)
+    assert peak_of_refusal(huge) < 2**20
+
+
+def test_inspecting_takes_little_more_than_the_dump(tmp_path, capsys):
+    wide = {"importance": np.full((64, 2**16), 0.25, np.float32), "tokens": np.zeros(2**16, np.int32)}
+    np.savez(tmp_path / "wide.npz", **replaced(**wide))
+    tracemalloc.start()
+    try:
+        assert cli.main(["inspect", "--no-plot", str(tmp_path / "wide.npz")]) == 0
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * wide["importance"].nbytes
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"signal": "$x$"}, {"prompt_tokens": -1}, {"prompt_tokens": 10**400}, {"config": {"history": []}}],
+)
+def test_a_meta_that_could_not_be_drawn_is_refused(tmp_path, changes):
+    np.savez(tmp_path / "x.npz", **replaced(meta=meta(**changes)))
+    with pytest.raises(ConfigError, match="of this version"):
+        dumps.read(tmp_path / "x.npz")
+
+
 def replaced(**arrays) -> dict:
     dump = make_dump()
     plain = {"importance": dump.importance, "channels": dump.channels, "tokens": dump.tokens}
@@ -211,6 +372,12 @@ def test_the_folder_must_be_there(tmp_path):
     check_inspect(StsConfig())
     with pytest.raises(Refusal, match="inspect_dir: .* create it first"):
         check_inspect(StsConfig(inspect_dir=str(tmp_path / "none")))
+    tmp_path.chmod(0o777)
+    with pytest.raises(Refusal, match="inspect_dir: everybody may write .*; chmod o-w it"):
+        check_inspect(StsConfig(inspect_dir=str(tmp_path)))
+    for mode in (0o1777, 0o770, 0o700):
+        tmp_path.chmod(mode)
+        check_inspect(StsConfig(inspect_dir=str(tmp_path)))
 
 
 def test_without_history_only_the_latest_round_is_shown():

@@ -8,6 +8,7 @@ import re
 import threading
 import time
 import urllib.error
+import urllib.request
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -327,6 +328,20 @@ def test_bad_request_keep_is_a_400(sparse, keep):
         sparse.generate([1, 2, 3], 4, sampling_params={"custom_params": {"sts": {"keep": keep}}})
     assert error.value.code == 400
     assert "custom_params.sts.keep" in error.value.read().decode()
+
+
+def test_a_keep_of_any_depth_is_a_400(sparse):
+    """As text: the client's own JSON would not nest that deep."""
+    for depth in (5, 400, 700, 950, 2000):
+        keep = "[" * depth + "]" * depth
+        body = '{"input_ids": [1], "sampling_params": {"custom_params": {"sts": {"keep": KEEP}}}}'
+        body = body.replace("KEEP", keep)
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{sparse.port}/generate", body.encode(), {"content-type": "application/json"}
+        )
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(request, timeout=60)
+        assert error.value.code == 400, depth
 
 
 def test_pages_of_16_with_retraction(pair, logs, reference):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import torch
 from sglang.srt.server_args import ServerArgs
 
 from sts_sglang.config import CHAIN_FLAGS, ConfigError, StsConfig
+from sts_sglang.host import compat, hooks
 from sts_sglang.host import serves as validate
 from sts_sglang.host.serves import BACKEND_FIELDS, DRAFTS, TARGETS, Refusal
 
@@ -136,6 +138,7 @@ SERVED = {
     "qwen2, window off": {"target": {**QWEN2, "use_sliding_window": False, "sliding_window": 128}},
     "llama, window off": {"target": {**LLAMA, "use_sliding_window": False, "sliding_window": 128}},
     "qwen3": {"target": QWEN3, "draft": QWEN3},
+    "hidden states": {"speculative_algorithm": "EAGLE", "draft": EAGLE, "enable_return_hidden_states": True},
     "all flags": dict.fromkeys(BACKEND_FIELDS, "sts"),
     "bfloat16": {"kv_cache_dtype": "bfloat16", "dtype": "bfloat16"},
     "shorter context": {"draft": {**LLAMA, "max_position_embeddings": 512}, "context_length": 512},
@@ -150,6 +153,24 @@ SERVED = {
 @pytest.mark.parametrize("arguments", SERVED.values(), ids=SERVED)
 def test_served(launch, arguments):
     assert launch(**arguments).attention_backend == "sts"
+
+
+def test_a_launch_hands_the_hash_of_its_head_map_along(launch, monkeypatch, tmp_path):
+    shape = {"layers": 2, "q_heads": 4, "kv_heads": 2}
+    head_map = {"version": 1, "shift": 1, "tp": 1, "target": shape, "draft": shape}
+    text = json.dumps({**head_map, "sources": [[[[0, 0]], [[1, 1]]]] * 2})
+    path = tmp_path / "map.json"
+    path.write_text(text)
+    args = launch()
+    monkeypatch.setattr(compat, "unhooked", list)
+    for name, value in (("config", None), ("user_env", hooks.UNSET), ("cli_config", None)):
+        monkeypatch.setattr(hooks._Launch, name, value)
+    os.environ["STS_CONFIG"] = json.dumps({"head_map": str(path)})
+    monkeypatch.setattr(hooks, "check_raw", lambda args: None)  # these are resolved already
+    for _ in range(2):  # a second engine of the same process may have the same configuration
+        hooks.args_post_init(lambda args: None, args)
+        handed = StsConfig.of_launch()
+        assert handed.head_map_sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_every_listed_target_is_tried():
@@ -190,6 +211,7 @@ BAD_VALUES = {
     "speculative_draft_window_size": 512,
     "is_embedding": True,
     "dllm_algorithm": "LowConfidence",
+    "enable_custom_logit_processor": True,
     "enable_mis": True,
     "encoder_only": True,
     "model_impl": "transformers",
@@ -327,6 +349,21 @@ REFUSED = {
         "--kv-cache-dtype bf16: --model-path runs in torch.float32",
         "use --kv-cache-dtype auto or --dtype bfloat16",
     ),
+    "hidden states, dropped": (
+        {"enable_return_hidden_states": True},
+        "--enable-return-hidden-states: with --speculative-algorithm STANDALONE",
+        "remove --enable-return-hidden-states",
+    ),
+    "hidden states of other layers": (
+        {"enable_return_hidden_states": True, "speculative_algorithm": "EAGLE3", "draft": EAGLE3},
+        "--enable-return-hidden-states: with --speculative-algorithm EAGLE3",
+        "remove --enable-return-hidden-states",
+    ),
+    "token map": (
+        {"speculative_token_map": "map.pt"},
+        "--speculative-token-map",
+        "remove --speculative-token-map",
+    ),
     "torch.compile": ({"enable_torch_compile": True}, "--enable-torch-compile", "remove it"),
 }
 
@@ -407,12 +444,12 @@ SPECIAL_FIELDS = {
     "mistral default": ({k: v for k, v in MISTRAL.items() if k != "sliding_window"}, "sliding_window = 4096"),
     "qwen2 window": (
         {**QWEN2, "use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1},
-        "layer_types with sliding_attention",
+        "layer_types with 'sliding_attention'",
     ),
     "llama window": ({**LLAMA, "sliding_window": 128}, "sliding_window = 128"),
     "window size": ({**LLAMA, "sliding_window_size": 128}, "sliding_window_size = 128"),
     "bare window size": ({**LLAMA, "window_size": 128}, "window_size = 128"),
-    "layers": ({**LLAMA, "layer_types": WINDOW, "use_sliding_window": False}, "layer_types with sliding"),
+    "layers": ({**LLAMA, "layer_types": WINDOW, "use_sliding_window": False}, "layer_types with 'sliding"),
     "soft cap": ({**LLAMA, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
     "soft cap, other name": ({**LLAMA, "attn_logit_softcap": 30.0}, "attn_logit_softcap = 30.0"),
     "chunks": ({**LLAMA, "attention_chunk_size": 512}, "attention_chunk_size = 512"),

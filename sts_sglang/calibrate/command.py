@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig
+from sts_sglang import files
+from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig, one_line
 from sts_sglang.headmap import LATEST, MAP_SHIFT, MAP_VERSION, MAX_SOURCES, POOLS, SETTINGS
 
 TEXTS = Path(__file__).parent.parent / "texts"
@@ -92,9 +93,7 @@ def run(args: argparse.Namespace) -> int:
         config = StsConfig(keep=args.keep, sink=args.sink, recent=args.recent, budget=0)
     except ConfigError as error:
         raise ConfigError(str(error).replace("sts_config.", "--")) from None
-    for flag, path in (("--out", args.out), ("--report", args.report), ("--plot", args.plot)):
-        if path:
-            _check_writable(flag, Path(path))
+    _check_outputs(args)
     texts, holdout = _texts(args.text, "calibration", "--text"), _texts(args.holdout, "heldout", "--holdout")
     if same := {t.content for t in texts} & {t.content for t in holdout}:
         raise ConfigError(f"--holdout: {len(same)} text(s) also given to --text; allowed: other texts")
@@ -106,13 +105,11 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         reports.check_plot(args.plot)
     _check_device(args.device)
-    prints = {"target": fingerprint.of_model(args.model), "draft": fingerprint.of_model(args.draft)}
+    # Checks the files; and a model of the hub is here only after it was loaded.
     pair = Pair(args.model, args.draft, args.device, args.dtype)
-    for name, flag in (("target", "--model"), ("draft", "--draft")):
-        # A model of the hub is here only after it was loaded.
-        prints[name] = prints[name] or fingerprint.of_model(
-            getattr(args, "model" if name == "target" else name)
-        )
+    prints = {}
+    for name, flag, path in (("target", "--model", args.model), ("draft", "--draft", args.draft)):
+        prints[name] = fingerprint.of_model(path)
         if prints[name] is None:
             raise ConfigError(f"{flag}: no safetensors files to fingerprint; allowed: a safetensors model")
     records = _record(pair, args, config, texts, "--text")
@@ -128,13 +125,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_writable(flag: str, path: Path) -> None:
+def _check_outputs(args: argparse.Namespace) -> None:
     """Now, not after minutes of work."""
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise ConfigError(f"{flag} {path}: no such folder; allowed: a file in a folder that exists")
-    if path.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"{flag} {path}: cannot be written; allowed: a file in a folder that is yours")
+    taken = {os.path.realpath(path): "a text" for path in (*(args.text or ()), *(args.holdout or ()))}
+    for flag, path in (("--out", args.out), ("--report", args.report), ("--plot", args.plot)):
+        if not path:
+            continue
+        files.check_output(flag, path)
+        if (other := taken.setdefault(os.path.realpath(path), flag)) is not flag:
+            raise ConfigError(f"{flag} {path}: is {other} as well; allowed: a file of its own")
 
 
 def measure(pair, args, config, records, held):
@@ -275,15 +274,13 @@ def _text(path: str, flag: str) -> Text:
         raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"{flag} {path}: {getattr(error, 'strerror', None) or error}; {allowed}") from None
-    return Text(file.stem[:255], content)
+    return Text(one_line(file.stem)[:255], content)
 
 
 def _record(pair, args, config: StsConfig, texts: list[Text], flag: str):
-    from transformers import AutoTokenizer
+    from sts_sglang.calibrate.record import choose_windows, tokenizer_of
 
-    from sts_sglang.calibrate.record import choose_windows
-
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = tokenizer_of(args.model)
     # Below this the budget is sink + recent and nothing is selected.
     least = int((args.sink + args.recent + 1) / args.keep) + 1 if args.keep < 1 else 0
     records = []
@@ -305,12 +302,8 @@ def _say(text: str) -> None:
 
 
 def _write(flag: str, path: str, data: dict[str, Any]) -> None:
-    try:
-        partial = f"{path}.partial"
-        Path(partial).write_text(json.dumps(data) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise ConfigError(f"{flag} {path}: {error.strerror}; allowed: a file to write") from None
+    with files.replacing(flag, path) as partial:
+        partial.write_text(json.dumps(data) + "\n", encoding="utf-8")
 
 
 def _rounded(values) -> list[list[float]]:

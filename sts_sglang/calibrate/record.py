@@ -13,10 +13,10 @@ number of target layers. The files of that pair, `disk_bytes`, are 0.9 GB for fo
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ import torch
 from torch.nn.functional import linear, pad, rms_norm
 
 from sts_kernels.layout import SHIFT
-from sts_sglang.config import ConfigError
+from sts_sglang import checkpoints
+from sts_sglang.config import ConfigError, _show, quoted
 from sts_sglang.headmap import POOLS, HeadCounts
 
 VERIFY_ROWS = 4
@@ -145,7 +146,8 @@ class Pair:
 
     def __init__(self, target: str, draft: str, device: str = "cpu", dtype: str = "float32"):
         self.device, self.dtype = device, getattr(torch, dtype)
-        config = read_config("--draft", draft)
+        _check("--model", target)
+        config = _check("--draft", draft)
         self.target = _load("--model", target, device, self.dtype)
         if config.get("vocab_size") != self.target.config.vocab_size:
             raise ConfigError(
@@ -206,11 +208,9 @@ class EagleHead:
         from transformers import LlamaConfig
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-        config = {"num_key_value_heads": config["num_attention_heads"], "rms_norm_eps": 1e-6, **config}
-        if config["num_hidden_layers"] != 1:
-            raise ConfigError(f"--draft: the head has {config['num_hidden_layers']} layers; allowed: 1")
-        if config.get("fc_norm") or config.get("use_aux_norm"):
-            raise ConfigError("--draft: the head norms its hidden states (fc_norm); allowed: heads without")
+        given = {key: value for key, value in config.items() if value is not None}
+        config = {"num_key_value_heads": config["num_attention_heads"], "rms_norm_eps": 1e-6, **given}
+        _check_head(config)
         self.config, self.target = config, target
         self.eagle3 = config["architectures"][0].endswith("Eagle3")
         like = target.get_input_embeddings().weight
@@ -219,12 +219,24 @@ class EagleHead:
             for name, w in _weights(path).items()
             if w.is_floating_point() and not name.startswith("lm_head")
         }
+        _check_finite(f"--draft {path}", self.w.items())
         self.dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        self.rotary = LlamaRotaryEmbedding(LlamaConfig(**config)).to(like.device)
+        try:
+            self.rotary = LlamaRotaryEmbedding(LlamaConfig(**config)).to(like.device)
+        except Exception as error:  # transformers raises of everything for values of another type
+            raise ConfigError(f"--draft {path}: config.json: {_line(error)}; allowed: a head's") from None
         self.counts = HeadCounts(1, config["num_attention_heads"], config["num_key_value_heads"])
         layers = target.config.num_hidden_layers
         # What it reads of the target, as indices into hidden states with the embeddings first.
         self.reads = self._aux(layers) if self.eagle3 else [layers]
+        # EAGLE's fc reads the token's embedding beside the target's last state.
+        width = target.config.hidden_size * (len(self.reads) if self.eagle3 else 2)
+        if self.w["fc.weight"].shape != (config["hidden_size"], width):
+            found = list(self.w["fc.weight"].shape)
+            raise ConfigError(
+                f"--draft {path}: tensor 'fc.weight' has shape {found}; allowed: "
+                f"{[config['hidden_size'], width]} for this target"
+            )
 
     def __call__(self, tokens: torch.Tensor, hidden: list[torch.Tensor]):
         """(q, k, scaling) from tokens [T] and the target's hidden states `reads`, [T, H] each."""
@@ -257,6 +269,10 @@ class EagleHead:
     def _aux(self, layers: int) -> list[int]:
         """Indices into hidden states: SGLang captures before layers [2, n / 2, n - 3] by default."""
         ids = (self.config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+        if ids and not (isinstance(ids, list) and all(type(i) is int for i in ids)):
+            raise ConfigError(
+                f"--draft: reads the target after layers {_show(ids)}; allowed: numbers of them"
+            )
         chosen = [i + 1 for i in ids] if ids else [2, layers // 2, layers - 3]
         # The last hidden state that transformers returns is normed, which SGLang's is not.
         if not all(0 <= i < layers for i in chosen):
@@ -268,6 +284,18 @@ class EagleHead:
 
     def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, x.shape[-1:], self.w[f"{name}.weight"], self.config["rms_norm_eps"])
+
+
+def _check_head(config: dict[str, Any]) -> None:
+    eps, aux = config["rms_norm_eps"], config.get("eagle_config", {})
+    if type(eps) is not float or not 0 < eps < 1:
+        raise ConfigError(f"--draft: rms_norm_eps: got {_show(eps)}; allowed: a number between 0 and 1")
+    if not isinstance(aux, dict):
+        raise ConfigError(f"--draft: eagle_config: got {_show(aux)}; allowed: an object")
+    if config["num_hidden_layers"] != 1:
+        raise ConfigError(f"--draft: the head has {config['num_hidden_layers']} layers; allowed: 1")
+    if config.get("fc_norm") or config.get("use_aux_norm"):
+        raise ConfigError("--draft: the head norms its hidden states (fc_norm); allowed: heads without")
 
 
 def head_counts(config: Any) -> HeadCounts:
@@ -314,17 +342,81 @@ def _load(flag: str, path: str, device: str, dtype: torch.dtype):
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register(ATTENTION, _collecting_attention)
+    given = {"dtype": dtype, "attn_implementation": ATTENTION, "output_loading_info": True}
+    # Weights in pickles and code from the hub would run whatever they like.
+    given |= {"use_safetensors": True, "trust_remote_code": False}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION)
-    except (OSError, ValueError, KeyError) as error:
+        with _quiet_transformers():
+            model, found = AutoModelForCausalLM.from_pretrained(path, **given)
+    except Exception as error:  # transformers raises of everything for what is no model
         raise ConfigError(
             f"{flag} {path}: {_line(error)}; allowed: a folder or hub name that transformers loads"
         ) from None
+    # transformers draws at random what is missing: a map of that would say nothing.
+    for kind in ("missing", "unexpected", "mismatched"):
+        if names := sorted(str(name) for name in found.get(f"{kind}_keys") or ()):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ConfigError(
+                f"{flag} {path}: {kind} tensor {quoted(names[0])}{more}; allowed: a checkpoint of its "
+                f"architecture, {type(model).__name__}"
+            )
+    _check_finite(f"{flag} {path}", model.named_parameters())
     model.sts_collect = [None]
     for module in model.modules():
         if hasattr(module, "layer_idx"):
             module.sts_collect = model.sts_collect
     return model.eval().to(device)
+
+
+def _check_finite(what: str, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Attention of anything else is not a number, and so would be the map's recall."""
+    for name, weight in weights:
+        if not weight.isfinite().all():
+            raise ConfigError(f"{what}: tensor {quoted(name)} holds inf or nan; allowed: finite weights")
+
+
+def _check(flag: str, path: str) -> dict[str, Any]:
+    """A folder's files, before anything of the size that they claim is loaded. Returns the config.json."""
+    config = read_config(flag, path)
+    checkpoints.check_numbers(f"{flag} {path}", config, checkpoints.NEEDED)
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or 1
+    if heads % kv_heads:
+        raise ConfigError(
+            f"{flag} {path}: config.json: num_key_value_heads: got {kv_heads}; allowed: a divisor of "
+            f"num_attention_heads, {heads}"
+        )
+    if os.path.isdir(path):
+        tensors = checkpoints.check_folder(f"{flag} {path}", Path(path))
+        if not tensors:
+            raise ConfigError(f"{flag} {path}: holds no safetensors files; allowed: a safetensors model")
+        checkpoints.check_tensors(f"{flag} {path}", config, tensors, strict=True)
+    return config
+
+
+def tokenizer_of(path: str) -> Any:
+    """The target's. Raises ConfigError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers raises of everything for a file that is no tokenizer
+        raise ConfigError(f"--model {path}: {_line(error)}; allowed: a model with its tokenizer") from None
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without its own report of what it loaded, which ours would follow."""
+    from transformers.utils import logging
+
+    before, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _collecting_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -346,9 +438,10 @@ def read_config(flag: str, path: str) -> dict[str, Any]:
     from transformers.utils import cached_file
 
     try:
-        return json.loads(Path(cached_file(path, "config.json")).read_text())
+        file = Path(path) / "config.json" if os.path.isdir(path) else Path(cached_file(path, "config.json"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{flag} {path}: {_line(error)}; allowed: a model folder or hub name") from None
+    return checkpoints.read_config(f"{flag} {path}", file.parent)
 
 
 def _weights(path: str) -> dict[str, torch.Tensor]:
@@ -356,12 +449,12 @@ def _weights(path: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path))
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    if not checkpoints.check_folder(f"--draft {path}", folder):
         raise ConfigError(f"--draft {path}: holds no safetensors files; allowed: a head saved as safetensors")
+    files = checkpoints.safetensors(folder)
     weights = {name: w for file in files for name, w in load_file(file).items()}
     return {name.removeprefix("model."): w for name, w in weights.items()}
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+    return quoted(str(error) or type(error).__name__, 160)

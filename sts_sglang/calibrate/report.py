@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sts_sglang import files
 from sts_sglang.config import ConfigError
 
 SHOWN = 20  # weak heads in the table
@@ -115,6 +116,9 @@ def plot(path: str, report: dict[str, Any], title: str) -> None:
     more = f" and {len(weak) - 12} more" if len(weak) > 12 else ""
     figure.supxlabel(f"weak heads, below {WEAK:.0%} of the oracle: {listed}{more}", fontsize=8, wrap=True)
     try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
+        with files.replacing("--plot", path) as partial:
+            figure.savefig(partial, format=Path(path).suffix[1:].lower())
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"--plot {path}: {error}; allowed: a .png, .svg or .pdf to write") from None

@@ -9,7 +9,7 @@ import torch
 
 from sts_kernels import Ops
 from sts_kernels.layout import Contexts, Lists, Plan, Pooling
-from sts_sglang.config import ConfigError, StsConfig, request_keep
+from sts_sglang.config import ConfigError, StsConfig, quoted, request_keep
 from sts_sglang.core.channels import NO_MEMBERS, Channels
 from sts_sglang.core.request import Request
 from sts_sglang.core.round import Draft, RoundState
@@ -54,22 +54,13 @@ class Runtime:
 
     def admit(self, requests: list[Request]) -> None:
         """Note the keep each request of a prefill batch asks for; its row may have had another owner."""
-        keeps = [self._keep(request) for request in requests]
+        keeps = [keep_of(request, self.config) for request in requests]
         rows = torch.tensor([request.row for request in requests], dtype=torch.int64)
         rows = rows.to(self.device, non_blocking=True)
         values = torch.tensor([torch.nan if keep is None else keep for keep in keeps], dtype=torch.float64)
         self.state.keeps[rows] = values.to(self.device, non_blocking=True)
         self.verifier.admit(requests, keeps)
         self.selector.admit(rows, [list(request.prompt) for request in requests])
-
-    def _keep(self, request: Request) -> float | None:
-        try:
-            return request_keep(request.params)
-        except ConfigError as error:
-            # The tokenizer manager answers 400 to these; one that comes by another road must not
-            # take the scheduler down.
-            logger.warning("STS: request %s served with the server's keep: %s", request.rid, error)
-            return None
 
     # ---- the draft's passes
 
@@ -167,3 +158,14 @@ class Runtime:
     def nbytes(self) -> dict[str, int]:
         """Bytes by purpose."""
         return {**self.state.nbytes(), **self.verifier.nbytes()}
+
+
+def keep_of(request: Request, config: StsConfig) -> float | None:
+    """The keep that a request asks for and may have, else None."""
+    try:
+        return request_keep(request.params, config)
+    except ConfigError as error:
+        # The tokenizer manager answers 400 to these; one that comes by another road must not
+        # take the scheduler down.
+        logger.warning("STS: request %s served with the server's keep: %s", quoted(request.rid), error)
+        return None

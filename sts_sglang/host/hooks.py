@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from sts_sglang import cpu
 from sts_sglang.backends import dense
 from sts_sglang.backends.draft import DraftMultiStepBackend
-from sts_sglang.config import BACKEND, ENV, ConfigError, StsConfig, check_request
+from sts_sglang.config import BACKEND, ENV, ConfigError, StsConfig, check_request, check_sampling
 from sts_sglang.core import dumps
 from sts_sglang.host import bind, compat, reserve, views
 from sts_sglang.host.metrics import Exporter
@@ -87,10 +88,11 @@ def args_post_init(original, self: ServerArgs) -> None:
     config = _launch_config(given)
     check_raw(self)
     original(self)
+    checked = config
     if self.model_path.lower() not in ("none", "dummy"):  # SGLang's own placeholder: resolves nothing
-        check_all(self, config)
+        checked = check_all(self, config)
     _Launch.config = config
-    os.environ[ENV] = config.to_json()
+    os.environ[ENV] = checked.to_json()
     return None
 
 
@@ -110,6 +112,7 @@ def sampling_verify(result: None, self: SamplingParams, vocab_size: int) -> None
     """AFTER SamplingParams.verify: what a request asks of us; ValueError becomes HTTP 400."""
     if _Launch.config is not None:
         check_request(self.custom_params, _Launch.config)
+        check_sampling(self, cpu=cpu.selected())
 
 
 def create_draft_backend(

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sts_sglang import cpu, headmap
-from sts_sglang.config import BACKEND, CHAIN_FLAGS, StsConfig
+from sts_sglang import checkpoints, cpu, headmap
+from sts_sglang.config import BACKEND, CHAIN_FLAGS, StsConfig, _show, one_line, quoted
 from sts_sglang.host import views
 from sts_sglang.verifiers import registry as verifiers
 
@@ -61,7 +64,7 @@ class Refusal(ValueError):
     """Something that `sts` does not serve: one line that names the flag and says what to change."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(message))
 
 
 class _Rule(NamedTuple):
@@ -110,6 +113,7 @@ _RULES = (
     _Rule("speculative_draft_window_size", (None,), "a windowed draft does not score the whole context"),
     _Rule("is_embedding", (False,), "embeddings have no decode to verify"),
     _Rule("dllm_algorithm", (None,), "diffusion models do not verify drafts"),
+    _Rule("enable_custom_logit_processor", (False,), "under speculation it acts on the first token only"),
     _Rule("enable_mis", (False,), "scoring has no decode to verify"),
     _Rule("encoder_only", (False,), "an encoder has no decode to verify"),
     _Rule("model_impl", ("auto", "sglang"), "only SGLang's own models have been read"),
@@ -134,6 +138,7 @@ def check_raw(server_args: ServerArgs) -> None:
     _check_rules(server_args)
     _check_steps(server_args)
     _check_pages(server_args)
+    _check_config_files(server_args)
     if (config := _target_config(server_args)) is not None:
         _check_config("--model-path", server_args.model_path, config, TARGETS)
 
@@ -150,8 +155,27 @@ def check_resolved(server_args: ServerArgs) -> None:
             f"--speculative-algorithm: SGLang made it {server_args.speculative_algorithm} for this draft; "
             f"{_other_model('--speculative-draft-model-path')}"
         )
+    _check_unread(server_args)
     _check_rules(server_args, hint=" (SGLang sets it itself for some models: then use another model)")
     _check_pages(server_args)
+
+
+def _check_unread(server_args: ServerArgs) -> None:
+    """Flags that this algorithm's worker takes without a word and does something else with."""
+    algorithm = server_args.speculative_algorithm
+    if server_args.enable_return_hidden_states and algorithm != "EAGLE":
+        what = (
+            "drops them" if algorithm == "STANDALONE" else "returns those of the layers that the head reads"
+        )
+        raise Refusal(
+            f"--enable-return-hidden-states: with --speculative-algorithm {algorithm} SGLang {what}; "
+            "remove --enable-return-hidden-states"
+        )
+    if server_args.speculative_token_map is not None and algorithm == "STANDALONE":
+        raise Refusal(
+            "--speculative-token-map: with --speculative-algorithm STANDALONE SGLang takes the draft's own "
+            "token ids for numbers in this map; remove --speculative-token-map"
+        )
 
 
 def check_device(server_args: ServerArgs, config: StsConfig) -> None:
@@ -230,6 +254,13 @@ def check_inspect(config: StsConfig) -> None:
     folder = config.inspect_dir
     if folder is not None and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
         raise Refusal(f"sts_config.inspect_dir: {folder} is no folder that can be written; create it first")
+    # Dumps are for the server's user alone, but who may write a folder may put others in their place; where
+    # the sticky bit keeps everybody to their own files, as in /tmp, that is not so.
+    if folder is not None and (mode := os.stat(folder).st_mode) & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        raise Refusal(
+            f"sts_config.inspect_dir: everybody may write {folder}, where users' tokens would lie; "
+            "chmod o-w it, or set its sticky bit"
+        )
 
 
 def check_target(target: ModelConfig) -> None:
@@ -248,10 +279,11 @@ def check_draft(draft: ModelConfig, target: ModelConfig) -> None:
         _check_equal("hidden_size", reads, target.hidden_size)
 
 
-def check_all(server_args: ServerArgs, config: StsConfig) -> None:
+def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     """Every check that follows `ServerArgs.__post_init__`. Raises `Refusal`, `ConfigError`.
 
-    Reads both models' configurations as the workers will, no weights.
+    Reads both models' configurations as the workers will, no weights. Returns the configuration for the
+    schedulers: with the hash of the head map's file, which they read again.
     """
     check_resolved(server_args)
     check_device(server_args, config)
@@ -262,13 +294,15 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> None:
     draft = draft_config(server_args, target)
     check_draft(draft, target)
     _check_kv_dtype(server_args, target, draft)
+    _check_weights(server_args, target, draft)
     config.check_layers(target.num_hidden_layers)
     if server_args.device == "cuda" and config.kernel != "torch":
         check_tiles(server_args, config, target, draft)
     models = views.paths(server_args)
     # Weights of a hub name may not be here yet: the map's fingerprints are compared when they are loaded.
     models = models if models.are_folders() else None
-    headmap.of_config(config, views.model(target).counts, views.model(draft).counts, models)
+    head_map = headmap.of_config(config, views.model(target).counts, views.model(draft).counts, models)
+    return headmap.pinned(config, head_map)
 
 
 def check_tiles(server_args: ServerArgs, config: StsConfig, target: ModelConfig, draft: ModelConfig) -> None:
@@ -415,8 +449,12 @@ def draft_config(server_args: ServerArgs, target: ModelConfig) -> ModelConfig:
     except (OSError, ValueError) as error:
         raise Refusal(
             f"--speculative-draft-model-path {server_args.speculative_draft_model_path}: cannot draft for a "
-            f"context of {target.context_len} ({error}); give another draft or a smaller --context-length"
+            f"context of {target.context_len} ({quoted(error, 300)}); give another draft or a smaller "
+            "--context-length"
         ) from error
+    except Exception as error:  # transformers raises of everything for values of another type
+        path = server_args.speculative_draft_model_path
+        raise _unreadable("--speculative-draft-model-path", path, error) from error
 
 
 def _check_kv_dtype(server_args: ServerArgs, target: ModelConfig, draft: ModelConfig) -> None:
@@ -445,6 +483,46 @@ def _check_equal(what: str, draft: int, target: int) -> None:
         )
 
 
+def _folders(server_args: ServerArgs) -> Iterator[tuple[str, Path]]:
+    """The flag and the folder of every model that is one; the hub's are checked as they are loaded."""
+    for flag, field in (
+        ("--model-path", "model_path"),
+        ("--speculative-draft-model-path", "speculative_draft_model_path"),
+    ):
+        path = getattr(server_args, field)
+        if path and os.path.isdir(path):
+            yield flag, Path(path)
+
+
+def _check_config_files(server_args: ServerArgs) -> None:
+    """Raises `ConfigError` for a damaged config.json, on which SGLang and transformers end in a traceback."""
+    served = TARGETS.union(*DRAFTS.values())
+    for flag, folder in _folders(server_args):
+        if server_args.decrypted_config_file or not (folder / "config.json").exists():
+            continue
+        config = checkpoints.read_config(f"{flag} {folder}", folder)
+        if served.issuperset(config.get("architectures") or ()):  # others have sizes of other kinds
+            checkpoints.check_numbers(f"{flag} {folder}", config)
+
+
+def _check_weights(server_args: ServerArgs, target: ModelConfig, draft: ModelConfig) -> None:
+    """Raises `ConfigError` for damaged weights and for missing tensors: SGLang would leave such parameters as
+    they were allocated."""
+    formats = {"--model-path": server_args.load_format}
+    formats["--speculative-draft-model-path"] = (
+        server_args.speculative_draft_load_format or server_args.load_format
+    )
+    models = {"--model-path": target, "--speculative-draft-model-path": draft}
+    for flag, folder in _folders(server_args):
+        if formats[flag] not in ("auto", "safetensors"):
+            continue
+        tensors = checkpoints.check_folder(f"{flag} {folder}", folder)
+        # ModelOpt's checkpoints say in a file of their own that their tensors are packed.
+        if tensors and not (folder / "hf_quant_config.json").exists():
+            config = models[flag].hf_config.to_dict()
+            checkpoints.check_tensors(f"{flag} {folder}", config, tensors, strict=False)
+
+
 def _target_config(server_args: ServerArgs) -> PretrainedConfig | None:
     """The target's Hugging Face config; None if it cannot be read yet."""
     from sglang.srt.environ import envs
@@ -463,15 +541,26 @@ def _target_config(server_args: ServerArgs) -> PretrainedConfig | None:
             model_config_parser=server_args.model_config_parser,
             **({"_configuration_file": file} if file else {}),
         )
-    except (OSError, ValueError):
-        return None  # SGLang fails on it next, and says why
+    except (OSError, ValueError) as error:
+        if not os.path.isdir(server_args.model_path):
+            return None  # SGLang fails on it next, and says why
+        raise _unreadable("--model-path", server_args.model_path, error) from error
+    except Exception as error:  # transformers raises of everything for values of another type
+        raise _unreadable("--model-path", server_args.model_path, error) from error
+
+
+def _unreadable(flag: str, path: str, error: Exception) -> Refusal:
+    return Refusal(
+        f"{flag} {path}: its configuration cannot be read ({quoted(error, 300)}); give a folder or hub "
+        "name that transformers loads"
+    )
 
 
 def _check_config(flag: str, path: str, config: PretrainedConfig, served: frozenset[str]) -> None:
     if unserved := next((name for name in config.architectures or () if name not in served), None):
         raise Refusal(
-            f"{flag} {path}: has architecture {unserved}, which sts does not serve here; give a model of "
-            f"architecture {' or '.join(sorted(served))} {OTHERWISE}"
+            f"{flag} {path}: has architecture {quoted(unserved)}, which sts does not serve here; give a "
+            f"model of architecture {' or '.join(sorted(served))} {OTHERWISE}"
         )
     if problem := _special_field(config.get_text_config()):
         raise _special(flag, path, problem)
@@ -499,7 +588,10 @@ def _special(flag: str, path: str, problem: str) -> Refusal:
 
 def _special_field(text_config: PretrainedConfig) -> str | None:
     """What a Hugging Face config asks for beyond plain attention, or None."""
-    kinds = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention"}
+    types = getattr(text_config, "layer_types", None) or ()
+    if not isinstance(types, (list, tuple)):
+        return f"layer_types = {_show(types)}"
+    kinds = {_show(kind) for kind in types if kind != "full_attention"}
     if kinds:
         return f"layer_types with {', '.join(sorted(kinds))}"
     windows = ("sliding_window", "sliding_window_size", "window_size")
@@ -508,5 +600,5 @@ def _special_field(text_config: PretrainedConfig) -> str | None:
         windows = ()
     for field in (*windows, *_SPECIAL_FIELDS):
         if value := getattr(text_config, field, None):
-            return f"{field} = {value!r}"
+            return f"{field} = {_show(value)}"
     return None

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sts_sglang.config import ConfigError
+from sts_sglang import files
+from sts_sglang.config import ConfigError, one_line, quoted
 from sts_sglang.headmap import MAP_SHIFT
 
 if TYPE_CHECKING:
@@ -48,14 +49,24 @@ def run(args: argparse.Namespace) -> int:
 
     figure = None if args.no_plot else _figure()
     tokenizer = None if args.tokenizer is None else _tokenizer(args.tokenizer)
+    if figure is not None:
+        for path in args.files:
+            files.check_output("inspect:", _picture(path))
     for path in args.files:
         dump = read(path)
-        print(f"{path}: {describe(dump)}")
+        print(f"{one_line(path)}: {describe(dump)}")
         print(table(dump))
         print(top(dump, args.top, tokenizer))
         if figure is not None:
-            print(f"plot: {plot(dump, path.with_suffix('.png'), figure)}")
+            print(f"plot: {one_line(plot(dump, _picture(path), figure))}")
     return 0
+
+
+def _picture(path: Path) -> Path:
+    """Where the plot of a dump goes. Raises ConfigError for a name that could be none."""
+    if path.suffix != ".npz":
+        raise ConfigError(f"{path}: not a dump; allowed: a .npz file written under inspect_dir")
+    return path.with_suffix(".png")
 
 
 class Group(NamedTuple):
@@ -67,11 +78,13 @@ class Group(NamedTuple):
 
 def groups(dump: Dump) -> list[Group]:
     """The target's layers in runs of nearly equal length, at most GROUPS."""
-    known = np.maximum(dump.importance, 0)  # what is unknown is below
     found = []
     for layers in np.array_split(np.arange(len(dump.channels)), min(GROUPS, len(dump.channels))):
         name = f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
-        found.append(Group(name, known[np.unique(dump.channels[layers])].max(0)))
+        scores = np.zeros(len(dump.tokens), np.float32)  # what is unknown is below
+        for channel in np.unique(dump.channels[layers]):  # one after the other: no copy of all of them
+            np.maximum(scores, dump.importance[channel], out=scores)
+        found.append(Group(name, scores))
     return found
 
 
@@ -132,10 +145,8 @@ def plot(dump: Dump, path: Path, figure_class: Any) -> Path:
     axes.set_ylim(bottom=0)
     axes.axvline(dump.meta["prompt_tokens"], color="grey", linewidth=0.8, linestyle=":")
     axes.legend(loc="upper center", ncols=GROUPS, fontsize=8)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); allowed: --no-plot") from None
+    with files.replacing("inspect:", path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
     return path
 
 
@@ -155,5 +166,5 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises of everything for a file that is no tokenizer
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = quoted(str(error) or type(error).__name__, 160)
         raise ConfigError(f"--tokenizer {folder}: {reason}; allowed: a folder with a tokenizer") from None

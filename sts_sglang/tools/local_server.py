@@ -14,6 +14,8 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
+ATTEMPTS = 3  # at a port that somebody else takes meanwhile
+
 
 class LocalServer:
     """`with LocalServer(model, log, *args) as server:` listens on 127.0.0.1 and a free port.
@@ -39,18 +41,19 @@ class LocalServer:
         start_seconds: int = 180,
         module: str = "sglang.launch_server",
     ):
-        self.port = _free_port()
         self.log = log
-        self.command = [sys.executable, "-m", module, "--model-path", str(model)]
-        self.command += ["--host", "127.0.0.1", "--port", str(self.port), *args]
+        self._words = [sys.executable, "-m", module, "--model-path", str(model), "--host", "127.0.0.1"]
+        self._args, self._env = args, {**os.environ, **(env or {})}
         self._start_seconds = start_seconds
-        with log.open("w") as out:
+        self._start()
+
+    def _start(self) -> None:
+        """On a port that nobody listens on now; the server binds it only when its models are loaded."""
+        self._held, self.port = _hold_port()
+        self.command = [*self._words, "--port", str(self.port), *self._args]
+        with self.log.open("w") as out:
             self._process = subprocess.Popen(
-                self.command,
-                env={**os.environ, **(env or {})},
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                self.command, env=self._env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     def shown_command(self) -> str:
@@ -58,20 +61,32 @@ class LocalServer:
         return shlex.join(Path(word).name if word.startswith("/") else word for word in self.command)
 
     def __enter__(self):
+        for left in reversed(range(ATTEMPTS)):
+            if self._wait():
+                return self
+            self.stop()
+            if not left or "address already in use" not in self.log.read_text(errors="replace").lower():
+                break
+            self._start()
+        raise RuntimeError(f"the server did not start; the end of {self.log}:\n{self.log_tail()}")
+
+    def _wait(self) -> bool:
+        """Whether it is healthy in time; else it has ended, or goes on in vain."""
         end = time.monotonic() + self._start_seconds
         while time.monotonic() < end and self._process.poll() is None:
             with suppress(OSError):
-                self.get("/health")
-                return self
+                self.get("/health", timeout=10)
+                self._held.close()
+                return True
             time.sleep(0.3)
-        self.stop()
-        raise RuntimeError(f"the server did not start; the end of {self.log}:\n{self.log_tail()}")
+        return False
 
     def __exit__(self, *exc) -> None:
         self.stop()
 
     def stop(self) -> None:
         """Ask the launcher to end (it ends its children), then end what is left of its group."""
+        self._held.close()
         self._process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(20)
@@ -83,9 +98,9 @@ class LocalServer:
         """The last lines of the log, each cut to 300 characters (SGLang prints all its arguments in one)."""
         return "\n".join(line[:300] for line in self.log.read_text().splitlines()[-lines:])
 
-    def get(self, path: str) -> bytes:
+    def get(self, path: str, timeout: float = 60) -> bytes:
         """Body of a GET; an HTTP error raises urllib.error.HTTPError (an OSError)."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=timeout) as response:
             return response.read()
 
     def post(self, path: str, body: dict, timeout: float = 600) -> dict:
@@ -123,7 +138,13 @@ def sparse_between(before: dict, after: dict) -> dict:
     return {**delta, "keep_ratio": delta["selected_tokens"] / delta["available_tokens"]}
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def _hold_port() -> tuple[socket.socket, int]:
+    """A port of ours, and the socket that keeps it: bound, but not listening.
+
+    Whoever asks the kernel for any free port gets another one, while the server, which names this one and
+    binds as servers do (SO_REUSEADDR), may have it.
+    """
+    held = socket.socket()
+    held.bind(("127.0.0.1", 0))
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return held, held.getsockname()[1]
