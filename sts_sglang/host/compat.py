@@ -90,8 +90,17 @@ def _check_target(target: Target) -> str | None:
     fn = getattr(fn, "__func__", fn)
     if not callable(fn):
         return f"{target.path} is not callable"
+    if not inspect.isfunction(fn) or _looked_up_early(target.path):
+        return f"{target.path} cannot be replaced (it is no function of SGLang's own class)"
     found = tuple(inspect.signature(fn).parameters)[: len(target.params)]
     return None if found == target.params else f"{target.path} takes {found}, not {target.params}"
+
+
+def _looked_up_early(path: str) -> bool:
+    """Of a msgspec.Struct, which looks these methods up when the class is made: a hook would do nothing."""
+    owner, _, name = path.rpartition(".")
+    struct = hasattr(pkgutil.resolve_name(owner), "__struct_fields__")
+    return struct and name in ("__init__", "__post_init__")
 
 
 def _check_symbol(path: str) -> str | None:
