@@ -24,9 +24,9 @@ def restructuring() -> str:
     kernel = json.loads((FOLDER / "verify_new.jsonl").read_text().splitlines()[0])
     note = (
         f"Tokens per second (more is better), medians of three passes, at {_commit('serving', 'old')} and "
-        f"{one['commit']}; microseconds of kernels, the geometric mean over the quick shapes of the median of "
-        f"two runs, at {_commit('verify', 'old')} and {kernel['commit']}. The spread is the largest distance "
-        f"between repeats of one side, over their median. {one['gpu']}, everything in turn on one card."
+        f"{one['commit']}; microseconds of kernels, the geometric mean over the quick shapes of the "
+        f"median of two runs, at {_commit('verify', 'old')} and {kernel['commit']}. The spread is the "
+        f"largest distance between repeats of one side, over their median. {one['gpu']}, everything in turn on one card."
     )
     return table(head, [*serving, *kernels]) + "\n\n" + note
 
