@@ -505,8 +505,8 @@ def test_both_tree_mask_layouts_give_the_same_tail():
         assert torch.equal(tail_masks(fb), tails)
 
 
-# What SGLang reads of a backend only where it is another one: recurrent models, CPU graphs of its own backends,
-# and prefill graphs of backends whose metadata they hold.
+# What SGLang reads of other backends only: of recurrent models, of CPU graphs, of prefill graphs that hold
+# the metadata of their backend.
 OF_OTHERS = {
     "update_mamba_state_after_mtp_verify",
     "init_forward_metadata_capture_cpu_graph",

@@ -21,12 +21,11 @@ def restructuring() -> str:
     kernels = [_kernel_line(op) for op in ("verify", "draft_attention")]
     head = ["", "before", "after", "after / before", "spread of one side"]
     one = json.loads((FOLDER / "serving_new.jsonl").read_text().splitlines()[0])
-    kernel = json.loads((FOLDER / "verify_new.jsonl").read_text().splitlines()[0])
     note = (
-        f"Tokens per second (more is better), medians of three passes, at {_commit('serving', 'old')} and "
-        f"{one['commit']}; microseconds of kernels, the geometric mean over the quick shapes of the "
-        f"median of two runs, at {_commit('verify', 'old')} and {kernel['commit']}. The spread is the "
-        f"largest distance between repeats of one side, over their median. {one['gpu']}, everything in turn on one card."
+        "Tokens per second (more is better), medians of three passes; microseconds of kernels, the geometric "
+        "mean over the quick shapes of the median of two runs. The spread is the largest distance between "
+        f"repeats of one side, over their median. {one['gpu']}, everything in turn on one card, commits "
+        f"{_commit('serving', 'old')} and {one['commit']}."
     )
     return table(head, [*serving, *kernels]) + "\n\n" + note
 
