@@ -523,7 +523,9 @@ def test_backends_have_whatever_sglang_reads_of_them():
     files = [*root.glob("speculative/eagle*.py"), *root.glob("speculative/base*.py")]
     files += [*root.glob("model_executor/**/*.py"), *root.glob("managers/*.py")]
     read = {
-        name for file in files for name in re.findall(r"\battn_backend\.([a-z_]+)", file.read_text())
+        name
+        for file in files
+        for name in re.findall(r"\b(?:draft_)?(?:extend_)?attn_backend\.([a-z_]+)", file.read_text())
     } - OF_OTHERS
     assert {"max_context_len", "init_forward_metadata"} <= read
     rig = Rig(CONFIG)
