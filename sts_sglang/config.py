@@ -351,8 +351,13 @@ class StsConfig:
 
     @classmethod
     def of_launch(cls) -> StsConfig:
-        """In a scheduler process: what the launcher resolved and left in the environment."""
-        return cls.parse(os.environ[ENV])
+        """In a scheduler process: what the launcher resolved and left in the environment.
+
+        Raises `ConfigError` where no launcher did.
+        """
+        if (left := os.environ.get(ENV)) is None:
+            raise _error(ENV, "not set, so nobody checked this launch", "what a launch with sts sets itself")
+        return cls.parse(left)
 
     def to_json(self) -> str:
         """Canonical JSON: every field, sorted, no spaces. `parse` gives an equal configuration back."""

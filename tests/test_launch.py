@@ -123,3 +123,80 @@ def test_engine_takes_a_dict_and_refuses_a_second_config(pair):
     assert counters["dense_verifies"] == 0
     assert 12 / 624 < counters["keep_ratio"] <= 64 / 600 + 0.001
     assert found["sts"]["config"]["policy"] == "top_p"
+
+
+PREBUILT = """
+import json, os, sys
+from sglang.srt.server_args import ServerArgs
+
+def build(**extra):
+    return ServerArgs(model_path={target!r}, device="cpu", dtype="float32", attention_backend="sts",
+        speculative_algorithm="STANDALONE", speculative_draft_model_path={draft!r}, page_size=1,
+        speculative_num_steps=3, speculative_eagle_topk=1, speculative_num_draft_tokens=4,
+        max_total_tokens=4096, max_running_requests=4, context_length=2048, skip_server_warmup=True,
+        log_level="error", **extra)
+
+# Before any plugin is loaded.
+plain = build()
+refused = build(enable_custom_logit_processor=True)
+
+import sglang as sgl
+from sglang.srt.entrypoints.engine import Engine
+found = {{}}
+
+class Unchecked(Engine):
+    @classmethod
+    def _launch_scheduler_processes(cls, *args):
+        os.environ.pop("STS_CHECKED")
+        return super(Unchecked, cls)._launch_scheduler_processes(*args)
+
+def refusal(name, engine, args):
+    try:
+        engine(server_args=args)
+    except (ValueError, RuntimeError) as error:
+        found[name] = str(error)
+
+os.environ["STS_CONFIG"] = '{{"keep": 0.5, "budget": 64}}'
+refusal("refused", sgl.Engine, refused)
+if "scheduler" in sys.argv:
+    refusal("unchecked", Unchecked, plain)
+else:
+    engine = sgl.Engine(server_args=plain)
+    greedy = dict(max_new_tokens=8, temperature=0, ignore_eos=True)
+    for name, keep in (("keep", 7), ("served", 0.25)):
+        params = {{**greedy, "custom_params": {{"sts": {{"keep": keep}}}}}}
+        try:
+            answer = engine.generate(input_ids=list(range(200)), sampling_params=params)
+            found[name] = len(answer["output_ids"])
+        except ValueError as error:
+            found[name] = str(error)
+    found["sts"] = engine.get_server_info()["internal_states"][0]["sts"]
+    engine.shutdown()
+print("FOUND " + json.dumps(found), flush=True)
+"""
+
+
+def prebuilt(pair, *argv: str) -> tuple[dict, str]:
+    """What was found, and stderr."""
+    script = PREBUILT.format(**{k: str(v) for k, v in pair.items()})
+    done = run([sys.executable, "-c", f'if __name__ == "__main__":\n    exec({script!r})', *argv])
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("FOUND ")), done.stderr
+
+
+def test_arguments_built_before_plugins_load_are_checked_all_the_same(pair):
+    found, _ = prebuilt(pair)
+    assert found["refused"].startswith("--enable-custom-logit-processor: ")
+    assert found["keep"].startswith("custom_params.sts.keep: got 7")
+    assert found["served"] == 8
+    assert found["sts"]["config"]["keep"] == 0.5
+    assert found["sts"]["counters"]["sparse_verifies"] > 0
+
+
+def test_a_scheduler_that_nobody_checked_ends_in_one_line(pair):
+    found, err = prebuilt(pair, "scheduler")
+    assert "died during initialization" in found["unchecked"]
+    ours = [line for line in err.splitlines() if "was not checked" in line]
+    assert len(ours) == 1 and ours[0].startswith("sts_sglang: --attention-backend sts: ")
+    assert "Traceback" not in err, err[-3000:]

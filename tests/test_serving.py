@@ -330,6 +330,57 @@ def test_bad_request_keep_is_a_400(sparse, keep):
     assert "custom_params.sts.keep" in error.value.read().decode()
 
 
+def refusal(ask, *args, **extra) -> str:
+    """Body of the 400 that a call is answered with."""
+    with pytest.raises(urllib.error.HTTPError) as error:
+        ask(*args, **extra)
+    body = error.value.read().decode()
+    assert error.value.code == 400, body
+    return body
+
+
+def test_updates_of_weights_are_400s_and_touch_none(sparse, pair):
+    prompt = random_ids(150, 21)
+    before = sparse.generate(prompt, 16)["output_ids"]
+    version = {"flush_cache": True, "weight_version": "2"}
+    bodies = {
+        "update_weights_from_disk": {"model_path": str(pair["target"])},
+        "update_weights_from_tensor": {"serialized_named_tensors": ["AA=="]},
+        "update_weights_from_ipc": {"zmq_handles": {}},
+        "update_weights_from_distributed": {"names": ["x"], "dtypes": ["float32"], "shapes": [[1]]},
+    }
+    for call, body in bodies.items():
+        answer = json.loads(refusal(sparse.post, f"/{call}", {**body, **version}))
+        assert answer["success"] is False
+        assert answer["message"].startswith(f"{call}: not served by sts: SGLang would ")
+    answer = json.loads(refusal(sparse.post, "/weights_checker", {"action": "reset_tensors"}))
+    assert "'reset_tensors' is not served by sts" in answer["message"]
+    assert sparse.generate(prompt, 16)["output_ids"] == before
+    assert json.loads(sparse.get("/model_info"))["weight_version"] != "2"
+
+
+@pytest.mark.parametrize("token", [-1, 512, 99999, 2**31, 2**70])
+def test_tokens_outside_the_vocabulary_are_400s(sparse, token):
+    for ids in ([token], [1, 2, token, 3]):
+        assert "input_ids" in refusal(sparse.generate, ids, 4)
+    assert len(sparse.generate([1, 2, 3], 4)["output_ids"]) == 4
+
+
+@pytest.fixture(scope="module")
+def without_radix_cache(pair, logs):
+    """SGLang itself takes embeddings only where nothing is cached by tokens."""
+    args = (*CHAIN, "--disable-radix-cache")
+    with sts_server(pair, logs, "embeddings", "STANDALONE", "draft", SPARSE, *args) as server:
+        yield server
+
+
+def test_embeddings_in_place_of_tokens_are_400s(without_radix_cache):
+    body = {"input_embeds": [[0.5] * 64] * 3, "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
+    message = refusal(without_radix_cache.post, "/generate", body)
+    assert "input_embeds: given, but the draft would read placeholders" in message
+    assert len(without_radix_cache.generate([1, 2, 3], 4)["output_ids"]) == 4
+
+
 def test_a_keep_of_any_depth_is_a_400(sparse):
     """As text: the client's own JSON would not nest that deep."""
     for depth in (5, 400, 700, 950, 2000):

@@ -115,10 +115,38 @@ _RULES = (
     _Rule("dllm_algorithm", (None,), "diffusion models do not verify drafts"),
     _Rule("enable_custom_logit_processor", (False,), "under speculation it acts on the first token only"),
     _Rule("enable_mis", (False,), "scoring has no decode to verify"),
+    _Rule("enable_memory_saver", (False,), "released weights come back by an update, and none is served"),
+    _Rule("checkpoint_engine_wait_weights_before_ready", (False,), "no update of weights is served"),
+    _Rule(
+        "enable_streaming_session",
+        (False,),
+        "from the second turn on SGLang counts a cached token under speculation that is not there, and "
+        "answers differently from one request of the same tokens",
+    ),
     _Rule("encoder_only", (False,), "an encoder has no decode to verify"),
     _Rule("model_impl", ("auto", "sglang"), "only SGLang's own models have been read"),
     _Rule("use_ray", (False,), "SGLang loads no plugins in Ray actors"),
+    _Rule("smg_grpc_mode", (False,), "its server hands requests on without SGLang's checks of them"),
+    _Rule("grpc_mode", (False,), "its server hands requests on without SGLang's checks of them"),
     _Rule("tokenizer_worker_num", (1,), "SGLang loads no plugins in further tokenizer workers"),
+)
+# What the launch's checks stand on, as far as SGLang leaves it alone until a scheduler has it: a scheduler
+# asks for the same values (host/handover.py).
+CHECKED = (
+    *BACKEND_FIELDS,
+    *(rule.field for rule in _RULES),
+    "device",
+    "enable_return_hidden_states",
+    "model_path",
+    "page_size",
+    "revision",
+    "speculative_algorithm",
+    "speculative_draft_model_path",
+    "speculative_draft_model_revision",
+    "speculative_eagle_topk",
+    "speculative_num_draft_tokens",
+    "speculative_num_steps",
+    "speculative_token_map",
 )
 _ENVIRONMENT = {
     "SGLANG_USE_HND_KVCACHE": _OTHER_LAYOUT,
