@@ -442,10 +442,13 @@ def check_request(custom_params: Mapping[str, object] | None, config: StsConfig)
 
 def check_sampling(params: Any, cpu: bool) -> None:
     """Raises `ConfigError` for sampling parameters (SGLang's SamplingParams) that speculation would take and
-    not follow, without a word: see docs/limits_upstream.md. `cpu`: on the reference platform.
+    not follow, without a word: see docs/limits.md. `cpu`: on the reference platform.
 
     A request of one token ends with its prefill, which samples as ever.
     """
+    if params.sampling_seed is not None and params.top_k != 1:  # which SGLang makes of temperature 0
+        allowed = "none (SGLang draws by it in deterministic inference only), or temperature 0"
+        raise _error("sampling_seed", f"got {_show(params.sampling_seed)}", allowed)
     if params.max_new_tokens is not None and params.max_new_tokens <= 1:
         return
     if params.min_p > 0:
@@ -455,7 +458,15 @@ def check_sampling(params: Any, cpu: bool) -> None:
     if params.min_new_tokens > 1:
         allowed = "0 or 1 (speculation counts rounds for it, not tokens), or ignore_eos"
         raise _error("min_new_tokens", f"got {_show(params.min_new_tokens)}", allowed)
-    if cpu and params.top_k != 1:  # which SGLang makes of temperature 0
+    for field, value, none in (
+        ("frequency_penalty", params.frequency_penalty, 0),
+        ("presence_penalty", params.presence_penalty, 0),
+        ("repetition_penalty", params.repetition_penalty, 1),
+    ):
+        if value != none:
+            allowed = f"{none} (speculation counts the last token of a round for it, no others)"
+            raise _error(field, f"got {_show(value)}", allowed)
+    if cpu and params.top_k != 1:
         allowed = "0 (on the CPU platform verify takes the likeliest token, whatever is asked)"
         raise _error("temperature", f"got {_show(params.temperature)}", allowed)
 

@@ -19,7 +19,7 @@ def pair(tmp_path_factory):
     return make_pair(tmp_path_factory.mktemp("tiny"))
 
 
-def run(command: list[str], **env: str) -> subprocess.CompletedProcess:
+def run(command: list[str], folder=None, **env: str) -> subprocess.CompletedProcess:
     environment = {
         **os.environ,
         "SGLANG_PLATFORM": "sts_cpu",
@@ -27,7 +27,9 @@ def run(command: list[str], **env: str) -> subprocess.CompletedProcess:
         "TRITON_INTERPRET": "0",
         **env,
     }
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240
+    )
 
 
 def flags(pair) -> list[str]:
@@ -147,7 +149,11 @@ found = {{}}
 class Unchecked(Engine):
     @classmethod
     def _launch_scheduler_processes(cls, *args):
-        os.environ.pop("STS_CHECKED")
+        if "map" in sys.argv:  # another one, and valid, when the launch has checked the first
+            with open("head_map.json", "a") as file:
+                file.write(" ")
+        else:
+            os.environ.pop("STS_CHECKED")
         return super(Unchecked, cls)._launch_scheduler_processes(*args)
 
 def refusal(name, engine, args):
@@ -156,9 +162,12 @@ def refusal(name, engine, args):
     except (ValueError, RuntimeError) as error:
         found[name] = str(error)
 
-os.environ["STS_CONFIG"] = '{{"keep": 0.5, "budget": 64}}'
+config = dict(keep=0.5, budget=64)
+if "map" in sys.argv:
+    config["head_map"] = "head_map.json"
+os.environ["STS_CONFIG"] = json.dumps(config)
 refusal("refused", sgl.Engine, refused)
-if "scheduler" in sys.argv:
+if len(sys.argv) > 1:
     refusal("unchecked", Unchecked, plain)
 else:
     engine = sgl.Engine(server_args=plain)
@@ -176,10 +185,10 @@ print("FOUND " + json.dumps(found), flush=True)
 """
 
 
-def prebuilt(pair, *argv: str) -> tuple[dict, str]:
+def prebuilt(pair, *argv: str, folder=None) -> tuple[dict, str]:
     """What was found, and stderr."""
     script = PREBUILT.format(**{k: str(v) for k, v in pair.items()})
-    done = run([sys.executable, "-c", f'if __name__ == "__main__":\n    exec({script!r})', *argv])
+    done = run([sys.executable, "-c", f'if __name__ == "__main__":\n    exec({script!r})', *argv], folder)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     assert lines, done.stderr[-3000:]
     return json.loads(lines[0].removeprefix("FOUND ")), done.stderr
@@ -199,4 +208,24 @@ def test_a_scheduler_that_nobody_checked_ends_in_one_line(pair):
     assert "died during initialization" in found["unchecked"]
     ours = [line for line in err.splitlines() if "was not checked" in line]
     assert len(ours) == 1 and ours[0].startswith("sts_sglang: --attention-backend sts: ")
+    assert "Traceback" not in err, err[-3000:]
+
+
+def test_a_head_map_that_changed_since_the_launch_ends_its_scheduler_in_one_line(pair, tmp_path):
+    shapes = {}
+    for name in ("target", "draft"):
+        read = json.loads((pair[name] / "config.json").read_text())
+        keys = {
+            "layers": "num_hidden_layers",
+            "q_heads": "num_attention_heads",
+            "kv_heads": "num_key_value_heads",
+        }
+        shapes[name] = {key: read[field] for key, field in keys.items()}
+    sources = [[[[0, 0]]] * shapes["target"]["kv_heads"]] * shapes["target"]["layers"]
+    head_map = {"version": 1, "shift": 1, "tp": 1, **shapes, "sources": sources}
+    (tmp_path / "head_map.json").write_text(json.dumps(head_map))
+    found, err = prebuilt(pair, "map", folder=tmp_path)
+    assert "died during initialization" in found["unchecked"]
+    ours = [line for line in err.splitlines() if "sts_config.head_map_sha256" in line]
+    assert len(ours) == 1 and ours[0].startswith("sts_sglang: ")
     assert "Traceback" not in err, err[-3000:]

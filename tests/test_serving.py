@@ -117,7 +117,7 @@ def scenario(server: Server) -> list[list[int]]:
 
 
 def features(server: Server, **extra) -> dict:
-    """Grammar, tool calls, penalties, stop strings, logprobs and one-token requests."""
+    """Grammar, tool calls, stop strings, logprobs and one-token requests."""
     ids = random_ids(120, 42)
 
     def run(new_tokens, **params):
@@ -146,7 +146,6 @@ def features(server: Server, **extra) -> dict:
     return {
         "grammar": json.loads(run(64, json_schema=json.dumps(SCHEMA))["text"]),
         "tools": [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in calls],
-        "penalty": run(40, frequency_penalty=1.5, presence_penalty=0.5)["output_ids"],
         "plain": plain,
         "stop": run(40, stop=[stop])["text"],
         "one": run(1)["output_ids"],
@@ -252,12 +251,25 @@ def test_features_at_full_budget_equal_stock(sparse, reference):
     found = features(sparse, custom_params={"sts": {"keep": 1.0}})
     expected = dict(reference["features"])
     assert found.pop("logprobs") == pytest.approx(expected.pop("logprobs"), abs=1e-4)
-    # SGLang's verify penalises by the tokens committed before the round, so speculation (stock too)
-    # differs from decoding token by token; that the penalty acts is what can be asked.
-    penalised, plain = found.pop("penalty"), found["plain"]
-    assert len(set(penalised)) > len(set(plain))
-    assert len(set(expected.pop("penalty"))) > len(set(plain))
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"frequency_penalty": 1.5, "presence_penalty": 0.5},
+        {"presence_penalty": 0.5},
+        {"repetition_penalty": 1.2},
+        {"temperature": 0.7, "sampling_seed": 7},
+    ],
+)
+def test_what_speculation_does_not_follow_is_a_400(sparse, params):
+    """Of the tokens of a round a penalty would count the last one alone, and a seed is not read."""
+    message = refusal(sparse.generate, random_ids(120, 42), 40, sampling_params=params)
+    assert next(reversed(params)) in message or next(iter(params)) in message
+    chat = {"model": "x", "messages": [{"role": "user", "content": "a"}], "temperature": 0, "max_tokens": 4}
+    chat |= {"seed" if key == "sampling_seed" else key: value for key, value in params.items()}
+    assert "allowed: " in refusal(sparse.post, "/v1/chat/completions", chat)
 
 
 def test_logprobs_are_of_the_sparse_distribution(sparse, pair):

@@ -754,6 +754,30 @@ def test_what_kernel_flashinfer_cannot_plan(launch, flags, config, arguments, na
     check_message(caught, flags, subject, 'set kernel to "triton"')
 
 
+@pytest.mark.parametrize(
+    "preferred, subject",
+    [
+        ({"min_p": 0.1}, "min_p: got 0.1"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty: got 0.5"),
+        ({"sampling_seed": 3, "temperature": 0.5}, "sampling_seed: got 3"),
+        ({"temperature": 0.5}, "temperature: got 0.5"),
+        ({"custom_params": {"sts": {"keep": 7}}}, "custom_params.sts.keep: got 7"),
+        ({"top_p": 2}, "top_p must be"),
+        ({"no_such_parameter": 1}, ""),
+    ],
+)
+def test_preferred_sampling_params_are_checked_like_a_request(launch, flags, preferred, subject):
+    with pytest.raises(Refusal) as caught:
+        launch(preferred_sampling_params=json.dumps(preferred))
+    check_message(caught, flags, f"--preferred-sampling-params: {subject}", "change or remove it")
+
+
+def test_preferred_sampling_params_that_a_request_may_have_are_served(launch):
+    params = {"max_new_tokens": 8, "top_p": 0.9, "custom_params": {"sts": {"keep": 0.5}}}
+    launch(preferred_sampling_params=json.dumps(params))
+    launch(preferred_sampling_params=json.dumps({**params, "temperature": 0}))
+
+
 def test_configuration_is_checked_at_launch(launch, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(Refusal, match=r"^sts_config\.kernel: 'triton'"):

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sts_sglang import checkpoints, cpu, headmap
-from sts_sglang.config import BACKEND, CHAIN_FLAGS, StsConfig, _show, one_line, quoted
+from sts_sglang.config import (
+    BACKEND,
+    CHAIN_FLAGS,
+    StsConfig,
+    _show,
+    check_request,
+    check_sampling,
+    one_line,
+    quoted,
+)
 from sts_sglang.host import views
 from sts_sglang.verifiers import registry as verifiers
 
@@ -291,6 +300,26 @@ def check_inspect(config: StsConfig) -> None:
         )
 
 
+def check_preferred(server_args: ServerArgs, config: StsConfig, vocab_size: int) -> None:
+    """What joins every request must be what a request may ask for. Raises `Refusal`."""
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    if not (preferred := server_args.preferred_sampling_params):
+        return
+    # A request says its temperature itself on the CPU platform, whose only one is not SGLang's default.
+    own = {} if server_args.device != "cpu" or "top_k" in preferred else {"temperature": 0}
+    try:
+        params = SamplingParams(**{**own, **preferred})
+        params.verify(vocab_size)
+        check_request(params.custom_params, config)
+        check_sampling(params, cpu=cpu.selected())
+    except (TypeError, ValueError) as error:
+        raise Refusal(
+            f"--preferred-sampling-params: {error}; this would be the answer to every request that does not "
+            "say otherwise; change or remove it"
+        ) from error
+
+
 def check_target(target: ModelConfig) -> None:
     """Check the target's own configuration. Raises `Refusal`."""
     _check_model("--model-path", target, TARGETS)
@@ -321,6 +350,7 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     check_target(target)
     draft = draft_config(server_args, target)
     check_draft(draft, target)
+    check_preferred(server_args, config, target.vocab_size)
     _check_kv_dtype(server_args, target, draft)
     _check_weights(server_args, target, draft)
     config.check_layers(target.num_hidden_layers)
