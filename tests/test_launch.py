@@ -27,9 +27,7 @@ def run(command: list[str], folder=None, **env: str) -> subprocess.CompletedProc
         "TRITON_INTERPRET": "0",
         **env,
     }
-    return subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240
-    )
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
 
 
 def flags(pair) -> list[str]:

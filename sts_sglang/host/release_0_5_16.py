@@ -59,6 +59,7 @@ SYMBOLS = (
     "sglang.srt.environ.envs.SGLANG_ENABLE_OVERLAP_PLAN_STREAM",
     "sglang.srt.environ.envs.SGLANG_ENABLE_UNIFIED_RADIX_TREE",
     "sglang.srt.environ.envs.SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",
+    "sglang.srt.environ.envs.SGLANG_SIMULATE_ACC_LEN",
     "sglang.srt.environ.envs.SGLANG_USE_HND_KVCACHE",
     "sglang.srt.environ.envs.SGLANG_USE_MODELSCOPE",
     "sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS",
