@@ -19,7 +19,7 @@ def pair(tmp_path_factory):
     return make_pair(tmp_path_factory.mktemp("tiny"))
 
 
-def run(command: list[str], **env: str) -> subprocess.CompletedProcess:
+def run(command: list[str], folder=None, **env: str) -> subprocess.CompletedProcess:
     environment = {
         **os.environ,
         "SGLANG_PLATFORM": "sts_cpu",
@@ -27,7 +27,7 @@ def run(command: list[str], **env: str) -> subprocess.CompletedProcess:
         "TRITON_INTERPRET": "0",
         **env,
     }
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
 
 
 def flags(pair) -> list[str]:
@@ -123,3 +123,107 @@ def test_engine_takes_a_dict_and_refuses_a_second_config(pair):
     assert counters["dense_verifies"] == 0
     assert 12 / 624 < counters["keep_ratio"] <= 64 / 600 + 0.001
     assert found["sts"]["config"]["policy"] == "top_p"
+
+
+PREBUILT = """
+import json, os, sys
+from sglang.srt.server_args import ServerArgs
+
+def build(**extra):
+    return ServerArgs(model_path={target!r}, device="cpu", dtype="float32", attention_backend="sts",
+        speculative_algorithm="STANDALONE", speculative_draft_model_path={draft!r}, page_size=1,
+        speculative_num_steps=3, speculative_eagle_topk=1, speculative_num_draft_tokens=4,
+        max_total_tokens=4096, max_running_requests=4, context_length=2048, skip_server_warmup=True,
+        log_level="error", **extra)
+
+# Before any plugin is loaded.
+plain = build()
+refused = build(enable_custom_logit_processor=True)
+
+import sglang as sgl
+from sglang.srt.entrypoints.engine import Engine
+found = {{}}
+
+class Unchecked(Engine):
+    @classmethod
+    def _launch_scheduler_processes(cls, *args):
+        if "map" in sys.argv:  # another one, and valid, when the launch has checked the first
+            with open("head_map.json", "a") as file:
+                file.write(" ")
+        else:
+            os.environ.pop("STS_CHECKED")
+        return super(Unchecked, cls)._launch_scheduler_processes(*args)
+
+def refusal(name, engine, args):
+    try:
+        engine(server_args=args)
+    except (ValueError, RuntimeError) as error:
+        found[name] = str(error)
+
+config = dict(keep=0.5, budget=64)
+if "map" in sys.argv:
+    config["head_map"] = "head_map.json"
+os.environ["STS_CONFIG"] = json.dumps(config)
+refusal("refused", sgl.Engine, refused)
+if len(sys.argv) > 1:
+    refusal("unchecked", Unchecked, plain)
+else:
+    engine = sgl.Engine(server_args=plain)
+    greedy = dict(max_new_tokens=8, temperature=0, ignore_eos=True)
+    for name, keep in (("keep", 7), ("served", 0.25)):
+        params = {{**greedy, "custom_params": {{"sts": {{"keep": keep}}}}}}
+        try:
+            answer = engine.generate(input_ids=list(range(200)), sampling_params=params)
+            found[name] = len(answer["output_ids"])
+        except ValueError as error:
+            found[name] = str(error)
+    found["sts"] = engine.get_server_info()["internal_states"][0]["sts"]
+    engine.shutdown()
+print("FOUND " + json.dumps(found), flush=True)
+"""
+
+
+def prebuilt(pair, *argv: str, folder=None) -> tuple[dict, str]:
+    """What was found, and stderr."""
+    script = PREBUILT.format(**{k: str(v) for k, v in pair.items()})
+    done = run([sys.executable, "-c", f'if __name__ == "__main__":\n    exec({script!r})', *argv], folder)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("FOUND ")), done.stderr
+
+
+def test_arguments_built_before_plugins_load_are_checked_all_the_same(pair):
+    found, _ = prebuilt(pair)
+    assert found["refused"].startswith("--enable-custom-logit-processor: ")
+    assert found["keep"].startswith("custom_params.sts.keep: got 7")
+    assert found["served"] == 8
+    assert found["sts"]["config"]["keep"] == 0.5
+    assert found["sts"]["counters"]["sparse_verifies"] > 0
+
+
+def test_a_scheduler_that_nobody_checked_ends_in_one_line(pair):
+    found, err = prebuilt(pair, "scheduler")
+    assert "died during initialization" in found["unchecked"]
+    ours = [line for line in err.splitlines() if "was not checked" in line]
+    assert len(ours) == 1 and ours[0].startswith("sts_sglang: --attention-backend sts: ")
+    assert "Traceback" not in err, err[-3000:]
+
+
+def test_a_head_map_that_changed_since_the_launch_ends_its_scheduler_in_one_line(pair, tmp_path):
+    shapes = {}
+    for name in ("target", "draft"):
+        read = json.loads((pair[name] / "config.json").read_text())
+        keys = {
+            "layers": "num_hidden_layers",
+            "q_heads": "num_attention_heads",
+            "kv_heads": "num_key_value_heads",
+        }
+        shapes[name] = {key: read[field] for key, field in keys.items()}
+    sources = [[[[0, 0]]] * shapes["target"]["kv_heads"]] * shapes["target"]["layers"]
+    head_map = {"version": 1, "shift": 1, "tp": 1, **shapes, "sources": sources}
+    (tmp_path / "head_map.json").write_text(json.dumps(head_map))
+    found, err = prebuilt(pair, "map", folder=tmp_path)
+    assert "died during initialization" in found["unchecked"]
+    ours = [line for line in err.splitlines() if "sts_config.head_map_sha256" in line]
+    assert len(ours) == 1 and ours[0].startswith("sts_sglang: ")
+    assert "Traceback" not in err, err[-3000:]

@@ -16,7 +16,7 @@ from sts_sglang.core.round import Draft, RoundState
 from sts_sglang.core.selectors import compare as selectors
 from sts_sglang.headmap import HeadCounts, proportional
 from sts_sglang.host import reserve, serves
-from sts_sglang.host.bind import check_graphs
+from sts_sglang.host.bind import _simulated, check_graphs
 
 TARGET, DRAFT = HeadCounts(32, 32, 8), HeadCounts(16, 32, 8)  # Llama 8B and 1B
 KV_BYTES = 32 * 8 * 128 * 2 * 2 + 16 * 8 * 64 * 2 * 2
@@ -168,3 +168,10 @@ def test_a_pass_without_its_graph_ends_the_launch():
     check_graphs({**everything, "draft_extend": False}, "TorchBackend")
     with pytest.raises(RuntimeError, match="verify"):
         check_graphs({**everything, "verify": False}, "TorchBackend")
+
+
+def test_the_start_up_line_says_that_accepting_is_simulated(monkeypatch):
+    monkeypatch.delenv("SGLANG_SIMULATE_ACC_LEN", raising=False)
+    assert _simulated() == {}
+    monkeypatch.setenv("SGLANG_SIMULATE_ACC_LEN", "3")
+    assert _simulated() == {"simulated_accept_length": 3}

@@ -38,6 +38,9 @@ def verify(monkeypatch):
             "min_new_tokens": 1,
         },
         {"temperature": 0.7, "top_k": 1},
+        {"temperature": 0, "sampling_seed": 7},  # greedy: any seed gives the same
+        {"temperature": 0, "frequency_penalty": 0.0, "presence_penalty": 0, "repetition_penalty": 1.0},
+        {"temperature": 0, "repetition_penalty": 1.1, "max_new_tokens": 1},
         {"temperature": 0.7, "min_p": 0.1, "max_new_tokens": 1},  # its only token is the prefill's
         {"max_new_tokens": 0},
     ],
@@ -52,6 +55,11 @@ def test_what_verify_follows_is_served(verify, on_cpu, params):
         ("min_p", {"temperature": 0, "min_p": 0.05}),
         ("min_p", {"temperature": 0.7, "min_p": 0.05, "max_new_tokens": None}),
         ("min_new_tokens", {"temperature": 0, "min_new_tokens": 2}),
+        ("frequency_penalty", {"temperature": 0, "frequency_penalty": 1.5}),
+        ("presence_penalty", {"temperature": 0, "presence_penalty": -0.5}),
+        ("repetition_penalty", {"temperature": 0, "repetition_penalty": 1.05}),
+        ("sampling_seed", {"temperature": 0.7, "sampling_seed": 7}),
+        ("sampling_seed", {"temperature": 0.7, "sampling_seed": 0, "max_new_tokens": 1}),
         ("custom_params.sts.keep", {"temperature": 0, "custom_params": {"sts": {"keep": 7}}}),
     ],
 )

@@ -117,7 +117,7 @@ def scenario(server: Server) -> list[list[int]]:
 
 
 def features(server: Server, **extra) -> dict:
-    """Grammar, tool calls, penalties, stop strings, logprobs and one-token requests."""
+    """Grammar, tool calls, stop strings, logprobs and one-token requests."""
     ids = random_ids(120, 42)
 
     def run(new_tokens, **params):
@@ -146,7 +146,6 @@ def features(server: Server, **extra) -> dict:
     return {
         "grammar": json.loads(run(64, json_schema=json.dumps(SCHEMA))["text"]),
         "tools": [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in calls],
-        "penalty": run(40, frequency_penalty=1.5, presence_penalty=0.5)["output_ids"],
         "plain": plain,
         "stop": run(40, stop=[stop])["text"],
         "one": run(1)["output_ids"],
@@ -252,12 +251,25 @@ def test_features_at_full_budget_equal_stock(sparse, reference):
     found = features(sparse, custom_params={"sts": {"keep": 1.0}})
     expected = dict(reference["features"])
     assert found.pop("logprobs") == pytest.approx(expected.pop("logprobs"), abs=1e-4)
-    # SGLang's verify penalises by the tokens committed before the round, so speculation (stock too)
-    # differs from decoding token by token; that the penalty acts is what can be asked.
-    penalised, plain = found.pop("penalty"), found["plain"]
-    assert len(set(penalised)) > len(set(plain))
-    assert len(set(expected.pop("penalty"))) > len(set(plain))
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"frequency_penalty": 1.5, "presence_penalty": 0.5},
+        {"presence_penalty": 0.5},
+        {"repetition_penalty": 1.2},
+        {"temperature": 0.7, "sampling_seed": 7},
+    ],
+)
+def test_what_speculation_does_not_follow_is_a_400(sparse, params):
+    """Of the tokens of a round a penalty would count the last one alone, and a seed is not read."""
+    message = refusal(sparse.generate, random_ids(120, 42), 40, sampling_params=params)
+    assert next(reversed(params)) in message or next(iter(params)) in message
+    chat = {"model": "x", "messages": [{"role": "user", "content": "a"}], "temperature": 0, "max_tokens": 4}
+    chat |= {"seed" if key == "sampling_seed" else key: value for key, value in params.items()}
+    assert "allowed: " in refusal(sparse.post, "/v1/chat/completions", chat)
 
 
 def test_logprobs_are_of_the_sparse_distribution(sparse, pair):
@@ -328,6 +340,57 @@ def test_bad_request_keep_is_a_400(sparse, keep):
         sparse.generate([1, 2, 3], 4, sampling_params={"custom_params": {"sts": {"keep": keep}}})
     assert error.value.code == 400
     assert "custom_params.sts.keep" in error.value.read().decode()
+
+
+def refusal(ask, *args, **extra) -> str:
+    """Body of the 400 that a call is answered with."""
+    with pytest.raises(urllib.error.HTTPError) as error:
+        ask(*args, **extra)
+    body = error.value.read().decode()
+    assert error.value.code == 400, body
+    return body
+
+
+def test_updates_of_weights_are_400s_and_touch_none(sparse, pair):
+    prompt = random_ids(150, 21)
+    before = sparse.generate(prompt, 16)["output_ids"]
+    version = {"flush_cache": True, "weight_version": "2"}
+    bodies = {
+        "update_weights_from_disk": {"model_path": str(pair["target"])},
+        "update_weights_from_tensor": {"serialized_named_tensors": ["AA=="]},
+        "update_weights_from_ipc": {"zmq_handles": {}},
+        "update_weights_from_distributed": {"names": ["x"], "dtypes": ["float32"], "shapes": [[1]]},
+    }
+    for call, body in bodies.items():
+        answer = json.loads(refusal(sparse.post, f"/{call}", {**body, **version}))
+        assert answer["success"] is False
+        assert answer["message"].startswith(f"{call}: not served by sts: SGLang would ")
+    answer = json.loads(refusal(sparse.post, "/weights_checker", {"action": "reset_tensors"}))
+    assert "'reset_tensors' is not served by sts" in answer["message"]
+    assert sparse.generate(prompt, 16)["output_ids"] == before
+    assert json.loads(sparse.get("/model_info"))["weight_version"] != "2"
+
+
+@pytest.mark.parametrize("token", [-1, 512, 99999, 2**31, 2**70])
+def test_tokens_outside_the_vocabulary_are_400s(sparse, token):
+    for ids in ([token], [1, 2, token, 3]):
+        assert "input_ids" in refusal(sparse.generate, ids, 4)
+    assert len(sparse.generate([1, 2, 3], 4)["output_ids"]) == 4
+
+
+@pytest.fixture(scope="module")
+def without_radix_cache(pair, logs):
+    """SGLang itself takes embeddings only where nothing is cached by tokens."""
+    args = (*CHAIN, "--disable-radix-cache")
+    with sts_server(pair, logs, "embeddings", "STANDALONE", "draft", SPARSE, *args) as server:
+        yield server
+
+
+def test_embeddings_in_place_of_tokens_are_400s(without_radix_cache):
+    body = {"input_embeds": [[0.5] * 64] * 3, "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
+    message = refusal(without_radix_cache.post, "/generate", body)
+    assert "input_embeds: given, but the draft would read placeholders" in message
+    assert len(without_radix_cache.generate([1, 2, 3], 4)["output_ids"]) == 4
 
 
 def test_a_keep_of_any_depth_is_a_400(sparse):

@@ -17,7 +17,7 @@ import torch
 from sglang.srt.server_args import ServerArgs
 
 from sts_sglang.config import CHAIN_FLAGS, ConfigError, StsConfig
-from sts_sglang.host import compat, hooks
+from sts_sglang.host import compat, handover, hooks
 from sts_sglang.host import serves as validate
 from sts_sglang.host.serves import BACKEND_FIELDS, DRAFTS, TARGETS, Refusal
 
@@ -155,22 +155,90 @@ def test_served(launch, arguments):
     assert launch(**arguments).attention_backend == "sts"
 
 
-def test_a_launch_hands_the_hash_of_its_head_map_along(launch, monkeypatch, tmp_path):
+def test_a_launch_hands_the_hash_of_its_head_map_along(launch, fresh_process, monkeypatch, tmp_path):
     shape = {"layers": 2, "q_heads": 4, "kv_heads": 2}
     head_map = {"version": 1, "shift": 1, "tp": 1, "target": shape, "draft": shape}
     text = json.dumps({**head_map, "sources": [[[[0, 0]], [[1, 1]]]] * 2})
     path = tmp_path / "map.json"
     path.write_text(text)
     args = launch()
-    monkeypatch.setattr(compat, "unhooked", list)
-    for name, value in (("config", None), ("user_env", hooks.UNSET), ("cli_config", None)):
-        monkeypatch.setattr(hooks._Launch, name, value)
     os.environ["STS_CONFIG"] = json.dumps({"head_map": str(path)})
     monkeypatch.setattr(hooks, "check_raw", lambda args: None)  # these are resolved already
     for _ in range(2):  # a second engine of the same process may have the same configuration
         hooks.args_post_init(lambda args: None, args)
         handed = StsConfig.of_launch()
         assert handed.head_map_sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.fixture
+def fresh_process(monkeypatch):
+    """Hooks in place, and nothing launched yet."""
+    monkeypatch.setattr(compat, "unhooked", list)
+    for name, value in (("config", None), ("user_env", hooks.UNSET), ("cli_config", None)):
+        monkeypatch.setattr(hooks._Launch, name, value)
+    for name in ("STS_CONFIG", handover.MARK):
+        os.environ.pop(name, None)
+
+
+def test_arguments_that_were_built_before_the_hooks_are_checked_when_launched(launch, fresh_process):
+    args = launch()
+    hooks.check_args(args)
+    assert hooks._Launch.config == StsConfig() and handover.fits(args)
+    hooks.scheduler_init(None, args)
+    args.page_size, args.speculative_eagle_topk = 16, 4  # changed by the caller since
+    assert not handover.fits(args)
+    with pytest.raises(Refusal, match=r"^--page-size 16: "):
+        hooks.check_args(args)
+
+
+@pytest.mark.parametrize(
+    "config, arguments, message",
+    [
+        ('{"keep": 2}', {}, r"^sts_config\.keep: got 2; .*read from the environment"),
+        ("{}", {"enable_custom_logit_processor": True}, "^--enable-custom-logit-processor: "),
+        ('{"dense_layers": [9]}', {}, r"^sts_config\.dense_layers: "),
+    ],
+)
+def test_what_they_ask_for_is_refused_like_a_command_line(launch, fresh_process, config, arguments, message):
+    args = launch()
+    for field, value in arguments.items():
+        setattr(args, field, value)
+    os.environ["STS_CONFIG"] = config
+    with pytest.raises(ValueError, match=message):
+        hooks.check_args(args)
+    assert hooks._Launch.config is None and handover.MARK not in os.environ
+
+
+def test_arguments_that_were_checked_in_another_process_are_checked_again(launch, fresh_process, monkeypatch):
+    """They come with the environment of that process; without our own checks no request would be."""
+    args = launch()
+    hooks.check_args(args)
+    monkeypatch.setattr(hooks._Launch, "config", None)
+    monkeypatch.setattr(hooks._Launch, "user_env", hooks.UNSET)
+    hooks.check_args(args)
+    assert hooks._Launch.config is not None
+
+
+@pytest.mark.parametrize(
+    "left", [{}, {"STS_CONFIG": '{"keep": 0.5}'}, {"STS_CONFIG": "{}", "STS_CHECKED": "0"}]
+)
+def test_a_scheduler_whose_launch_was_not_checked_ends_in_one_line(launch, fresh_process, left):
+    args = launch()
+    os.environ.update(left)
+    with pytest.raises(SystemExit) as ended:
+        hooks.scheduler_init(None, args)
+    assert "was not checked" in ended.value.code and "\n" not in ended.value.code
+    stock = launch()
+    stock.attention_backend = "torch_native"
+    for field in BACKEND_FIELDS:
+        setattr(stock, field, None)
+    hooks.check_args(stock)
+    hooks.scheduler_init(None, stock)
+
+
+def test_a_configuration_that_no_launch_left_is_one_line(fresh_process):
+    with pytest.raises(ConfigError, match=r"^STS_CONFIG: not set"):
+        StsConfig.of_launch()
 
 
 def test_every_listed_target_is_tried():
@@ -213,6 +281,11 @@ BAD_VALUES = {
     "dllm_algorithm": "LowConfidence",
     "enable_custom_logit_processor": True,
     "enable_mis": True,
+    "enable_memory_saver": True,
+    "checkpoint_engine_wait_weights_before_ready": True,
+    "enable_streaming_session": True,
+    "smg_grpc_mode": True,
+    "grpc_mode": True,
     "encoder_only": True,
     "model_impl": "transformers",
     "use_ray": True,
@@ -679,6 +752,30 @@ def test_what_kernel_flashinfer_cannot_plan(launch, flags, config, arguments, na
         validate.check_device(args, StsConfig(**config, kernel="flashinfer"))
     subject = f"sts_config.kernel: 'flashinfer' does not serve {named}"
     check_message(caught, flags, subject, 'set kernel to "triton"')
+
+
+@pytest.mark.parametrize(
+    "preferred, subject",
+    [
+        ({"min_p": 0.1}, "min_p: got 0.1"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty: got 0.5"),
+        ({"sampling_seed": 3, "temperature": 0.5}, "sampling_seed: got 3"),
+        ({"temperature": 0.5}, "temperature: got 0.5"),
+        ({"custom_params": {"sts": {"keep": 7}}}, "custom_params.sts.keep: got 7"),
+        ({"top_p": 2}, "top_p must be"),
+        ({"no_such_parameter": 1}, ""),
+    ],
+)
+def test_preferred_sampling_params_are_checked_like_a_request(launch, flags, preferred, subject):
+    with pytest.raises(Refusal) as caught:
+        launch(preferred_sampling_params=json.dumps(preferred))
+    check_message(caught, flags, f"--preferred-sampling-params: {subject}", "change or remove it")
+
+
+def test_preferred_sampling_params_that_a_request_may_have_are_served(launch):
+    params = {"max_new_tokens": 8, "top_p": 0.9, "custom_params": {"sts": {"keep": 0.5}}}
+    launch(preferred_sampling_params=json.dumps(params))
+    launch(preferred_sampling_params=json.dumps({**params, "temperature": 0}))
 
 
 def test_configuration_is_checked_at_launch(launch, monkeypatch):

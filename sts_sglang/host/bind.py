@@ -63,6 +63,7 @@ class Bound:
             "columns": runtime.state.importance.shape[1],
             "memory_bytes": own,
             **self._history_bytes(),
+            **_simulated(),
             "memory_share": round(sum(own.values()) / self.kv_bytes, 4),
             "counters": read_counters(runtime.state.totals, runtime.verifier.host_plans),
         }
@@ -73,6 +74,14 @@ class Bound:
         width = history.remembered.element_size()
         number = self.runtime.channels.number
         return {"history_bytes_per_token": sizes.history_bytes_per_token(number, width)}
+
+
+def _simulated() -> dict[str, float]:
+    """How many tokens a round accepts by chance, where a bench asks for that: its output means nothing."""
+    from sglang.srt.environ import envs
+
+    length = envs.SGLANG_SIMULATE_ACC_LEN.get()
+    return {"simulated_accept_length": length} if length > 0 else {}
 
 
 _bound: Bound | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from sts_sglang import cpu
 from sts_sglang.backends import dense
 from sts_sglang.backends.draft import DraftMultiStepBackend
-from sts_sglang.config import BACKEND, ENV, ConfigError, StsConfig, check_request, check_sampling
+from sts_sglang.config import BACKEND, ENV, ConfigError, StsConfig, check_request
 from sts_sglang.core import dumps
-from sts_sglang.host import bind, compat, reserve, views
+from sts_sglang.host import bind, compat, handover, refused, reserve, views
 from sts_sglang.host.metrics import Exporter
+from sts_sglang.host.sampling import check_sampling
 from sts_sglang.host.serves import Refusal, asks_for_sts, check_all, check_raw
 
 if TYPE_CHECKING:
@@ -88,12 +90,29 @@ def args_post_init(original, self: ServerArgs) -> None:
     config = _launch_config(given)
     check_raw(self)
     original(self)
-    checked = config
-    if self.model_path.lower() not in ("none", "dummy"):  # SGLang's own placeholder: resolves nothing
-        checked = check_all(self, config)
-    _Launch.config = config
-    os.environ[ENV] = checked.to_json()
+    _check(self, config)
     return None
+
+
+def check_args(self: ServerArgs) -> None:
+    """BEFORE ServerArgs.check_server_args: arguments that were built without our hooks, in another process,
+    or changed since, are checked where every launch passes."""
+    if not asks_for_sts(self) or (_Launch.config is not None and handover.fits(self)):
+        return
+    if missing := compat.unhooked():
+        raise SystemExit(f"sts_sglang: SGLang did not apply the hooks on {', '.join(missing)}; see its log")
+    config = _Launch.config or _launch_config(None)
+    check_raw(self)
+    _check(self, config)
+
+
+def _check(server_args: ServerArgs, config: StsConfig) -> None:
+    """Of resolved arguments; what passes is this process's launch."""
+    checked = config
+    if server_args.model_path.lower() not in ("none", "dummy"):  # SGLang's own placeholder: resolves nothing
+        checked = check_all(server_args, config)
+    _Launch.config = config
+    handover.leave(server_args, checked)
 
 
 def _launch_config(given: Any) -> StsConfig:
@@ -115,6 +134,26 @@ def sampling_verify(result: None, self: SamplingParams, vocab_size: int) -> None
         check_sampling(self, cpu=cpu.selected())
 
 
+def ends_in_one_line(hook: Callable) -> Callable:
+    """A scheduler ends with our reason alone: SGLang would print a traceback for an Exception."""
+
+    @functools.wraps(hook)
+    def ends(*args, **kwargs):
+        try:
+            return hook(*args, **kwargs)
+        except (ConfigError, Refusal) as error:
+            raise SystemExit(f"sts_sglang: {error}") from None
+
+    return ends
+
+
+@ends_in_one_line
+def scheduler_init(self, server_args: ServerArgs, *args, **kwargs) -> None:
+    """BEFORE Scheduler.__init__: serve nothing that no launch has checked."""
+    if asks_for_sts(server_args):
+        handover.verify(server_args)
+
+
 def create_draft_backend(
     original, self: DraftBackendFactory, backend_name: str, backend_map: dict, error_template: str
 ):
@@ -132,6 +171,7 @@ def create_draft_backend(
     return original(self, backend_name, {**backend_map, BACKEND: build}, error_template)
 
 
+@ends_in_one_line
 def init_attention_backends(result: None, self: EAGLEWorkerV2) -> None:
     """AFTER EAGLEWorkerV2.init_attention_backends: bind draft and target, before any capture."""
     if not asks_for_sts(self.server_args):
@@ -170,6 +210,7 @@ def verify_complete(result: None, self: EAGLEWorkerV2, *args, **kwargs) -> None:
         _Scheduler.exporter.on_round()
 
 
+@ends_in_one_line
 def profile_available_bytes(result: int, self: KVCacheConfigurator, pre_model_load_memory) -> int | None:
     """AFTER KVCacheConfigurator._profile_available_bytes: leave room for the buffers of a round."""
     if self.is_draft_worker or not asks_for_sts(self.server_args):
@@ -215,7 +256,15 @@ HOOKS: tuple[tuple[Callable, str], ...] = (
     (from_cli_args, "AROUND"),
     (args_init, "AROUND"),
     (args_post_init, "AROUND"),
+    (check_args, "BEFORE"),
+    (scheduler_init, "BEFORE"),
     (sampling_verify, "AFTER"),
+    (refused.validate_request, "AFTER"),
+    (refused.update_from_disk, "AROUND"),
+    (refused.update_from_tensor, "AROUND"),
+    (refused.update_from_ipc, "AROUND"),
+    (refused.update_from_distributed, "AROUND"),
+    (refused.check_weights, "AROUND"),
 )
 
 

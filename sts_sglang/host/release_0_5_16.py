@@ -13,8 +13,11 @@ Targets = dict[str, tuple[str, tuple[str, ...]]]
 _SPEC = "sglang.srt.speculative"
 _WORKER = f"{_SPEC}.eagle_worker_v2.EAGLEWorkerV2"
 _ARGS = "sglang.srt.server_args.ServerArgs"
+_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_CONTROL = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
+_CALL = ("self", "obj", "request")
 
-# By the function of host/hooks.py that hooks it.
+# By the function of host/hooks.py, or of host/refused.py, that hooks it.
 HOOKS: Targets = {
     "create_draft_backend": (
         f"{_SPEC}.draft_utils.DraftBackendFactory._create_backend",
@@ -38,7 +41,15 @@ HOOKS: Targets = {
     "from_cli_args": (f"{_ARGS}.from_cli_args", ("cls", "args")),
     "args_init": (f"{_ARGS}.__init__", ("self",)),
     "args_post_init": (f"{_ARGS}.__post_init__", ("self",)),
+    "check_args": (f"{_ARGS}.check_server_args", ("self",)),
+    "scheduler_init": ("sglang.srt.managers.scheduler.Scheduler.__init__", ("self", "server_args")),
     "sampling_verify": ("sglang.srt.sampling.sampling_params.SamplingParams.verify", ("self", "vocab_size")),
+    "validate_request": (f"{_MANAGER}._validate_one_request", ("self", "obj", "input_ids")),
+    "update_from_disk": (f"{_MANAGER}.update_weights_from_disk", _CALL),
+    "update_from_tensor": (f"{_CONTROL}.update_weights_from_tensor", _CALL),
+    "update_from_ipc": (f"{_CONTROL}.update_weights_from_ipc", _CALL),
+    "update_from_distributed": (f"{_CONTROL}.update_weights_from_distributed", _CALL),
+    "check_weights": (f"{_CONTROL}.check_weights", _CALL),
 }
 
 # Names that are called or subclassed rather than hooked.
@@ -48,6 +59,7 @@ SYMBOLS = (
     "sglang.srt.environ.envs.SGLANG_ENABLE_OVERLAP_PLAN_STREAM",
     "sglang.srt.environ.envs.SGLANG_ENABLE_UNIFIED_RADIX_TREE",
     "sglang.srt.environ.envs.SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",
+    "sglang.srt.environ.envs.SGLANG_SIMULATE_ACC_LEN",
     "sglang.srt.environ.envs.SGLANG_USE_HND_KVCACHE",
     "sglang.srt.environ.envs.SGLANG_USE_MODELSCOPE",
     "sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS",
@@ -93,6 +105,7 @@ CALLS: tuple[tuple[str, tuple[str, ...]], ...] = (
 SERVER_ARGS_READ = (
     "attention_backend",
     "attn_cp_size",
+    "checkpoint_engine_wait_weights_before_ready",
     "cuda_graph_config",
     "dcp_size",
     "decode_attention_backend",
@@ -112,6 +125,7 @@ SERVER_ARGS_READ = (
     "enable_hierarchical_cache",
     "enable_hisparse",
     "enable_lmcache",
+    "enable_memory_saver",
     "enable_metrics",
     "enable_mis",
     "enable_multi_layer_eagle",
@@ -120,12 +134,14 @@ SERVER_ARGS_READ = (
     "enable_prefill_context_parallel",
     "enable_prefill_cp",
     "enable_return_hidden_states",
+    "enable_streaming_session",
     "enable_torch_compile",
     "enable_two_batch_overlap",
     "enable_unified_memory",
     "encoder_only",
     "ep_size",
     "get_model_config",
+    "grpc_mode",
     "hicache_storage_backend",
     "is_embedding",
     "json_model_override_args",
@@ -139,10 +155,12 @@ SERVER_ARGS_READ = (
     "nnodes",
     "page_size",
     "pp_size",
+    "preferred_sampling_params",
     "prefill_attention_backend",
     "radix_cache_backend",
     "revision",
     "rl_on_policy_target",
+    "smg_grpc_mode",
     "speculative_adaptive",
     "speculative_algorithm",
     "speculative_draft_attention_backend",
@@ -206,8 +224,22 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "rid",
         "sampling_params",
     ),
+    "sglang.srt.managers.io_struct.CheckWeightsReqInput": ("action",),
+    "sglang.srt.managers.io_struct.GenerateReqInput": ("input_embeds", "positional_embed_overrides"),
     "sglang.srt.managers.io_struct.GetInternalStateReqOutput": ("internal_state",),
-    "sglang.srt.sampling.sampling_params.SamplingParams": ("custom_params",),
+    _MANAGER: ("model_config", "server_args"),
+    "sglang.srt.sampling.sampling_params.SamplingParams": (
+        "custom_params",
+        "frequency_penalty",
+        "max_new_tokens",
+        "min_new_tokens",
+        "min_p",
+        "presence_penalty",
+        "repetition_penalty",
+        "sampling_seed",
+        "temperature",
+        "top_k",
+    ),
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool": (
         "get_key_buffer",
         "get_kv_size_bytes",

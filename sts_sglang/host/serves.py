@@ -15,8 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sts_sglang import checkpoints, cpu, headmap
-from sts_sglang.config import BACKEND, CHAIN_FLAGS, StsConfig, _show, one_line, quoted
+from sts_sglang.config import (
+    BACKEND,
+    CHAIN_FLAGS,
+    StsConfig,
+    check_request,
+    one_line,
+    quoted,
+    shown,
+)
 from sts_sglang.host import views
+from sts_sglang.host.sampling import check_sampling
 from sts_sglang.verifiers import registry as verifiers
 
 if TYPE_CHECKING:
@@ -115,10 +124,38 @@ _RULES = (
     _Rule("dllm_algorithm", (None,), "diffusion models do not verify drafts"),
     _Rule("enable_custom_logit_processor", (False,), "under speculation it acts on the first token only"),
     _Rule("enable_mis", (False,), "scoring has no decode to verify"),
+    _Rule("enable_memory_saver", (False,), "released weights come back by an update, and none is served"),
+    _Rule("checkpoint_engine_wait_weights_before_ready", (False,), "no update of weights is served"),
+    _Rule(
+        "enable_streaming_session",
+        (False,),
+        "from the second turn on SGLang counts a cached token under speculation that is not there, and "
+        "answers differently from one request of the same tokens",
+    ),
     _Rule("encoder_only", (False,), "an encoder has no decode to verify"),
     _Rule("model_impl", ("auto", "sglang"), "only SGLang's own models have been read"),
     _Rule("use_ray", (False,), "SGLang loads no plugins in Ray actors"),
+    _Rule("smg_grpc_mode", (False,), "its server hands requests on without SGLang's checks of them"),
+    _Rule("grpc_mode", (False,), "its server hands requests on without SGLang's checks of them"),
     _Rule("tokenizer_worker_num", (1,), "SGLang loads no plugins in further tokenizer workers"),
+)
+# What the launch's checks stand on, as far as SGLang leaves it alone until a scheduler has it: a scheduler
+# asks for the same values (host/handover.py).
+CHECKED = (
+    *BACKEND_FIELDS,
+    *(rule.field for rule in _RULES),
+    "device",
+    "enable_return_hidden_states",
+    "model_path",
+    "page_size",
+    "revision",
+    "speculative_algorithm",
+    "speculative_draft_model_path",
+    "speculative_draft_model_revision",
+    "speculative_eagle_topk",
+    "speculative_num_draft_tokens",
+    "speculative_num_steps",
+    "speculative_token_map",
 )
 _ENVIRONMENT = {
     "SGLANG_USE_HND_KVCACHE": _OTHER_LAYOUT,
@@ -263,6 +300,26 @@ def check_inspect(config: StsConfig) -> None:
         )
 
 
+def check_preferred(server_args: ServerArgs, config: StsConfig, vocab_size: int) -> None:
+    """What joins every request must be what a request may ask for. Raises `Refusal`."""
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    if not (preferred := server_args.preferred_sampling_params):
+        return
+    # A request says its temperature itself on the CPU platform, whose only one is not SGLang's default.
+    own = {} if server_args.device != "cpu" or "top_k" in preferred else {"temperature": 0}
+    try:
+        params = SamplingParams(**{**own, **preferred})
+        params.verify(vocab_size)
+        check_request(params.custom_params, config)
+        check_sampling(params, cpu=cpu.selected())
+    except (TypeError, ValueError) as error:
+        raise Refusal(
+            f"--preferred-sampling-params: {error}; this would be the answer to every request that does not "
+            "say otherwise; change or remove it"
+        ) from error
+
+
 def check_target(target: ModelConfig) -> None:
     """Check the target's own configuration. Raises `Refusal`."""
     _check_model("--model-path", target, TARGETS)
@@ -293,6 +350,7 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     check_target(target)
     draft = draft_config(server_args, target)
     check_draft(draft, target)
+    check_preferred(server_args, config, target.vocab_size)
     _check_kv_dtype(server_args, target, draft)
     _check_weights(server_args, target, draft)
     config.check_layers(target.num_hidden_layers)
@@ -590,8 +648,8 @@ def _special_field(text_config: PretrainedConfig) -> str | None:
     """What a Hugging Face config asks for beyond plain attention, or None."""
     types = getattr(text_config, "layer_types", None) or ()
     if not isinstance(types, (list, tuple)):
-        return f"layer_types = {_show(types)}"
-    kinds = {_show(kind) for kind in types if kind != "full_attention"}
+        return f"layer_types = {shown(types)}"
+    kinds = {shown(kind) for kind in types if kind != "full_attention"}
     if kinds:
         return f"layer_types with {', '.join(sorted(kinds))}"
     windows = ("sliding_window", "sliding_window_size", "window_size")
@@ -600,5 +658,5 @@ def _special_field(text_config: PretrainedConfig) -> str | None:
         windows = ()
     for field in (*windows, *_SPECIAL_FIELDS):
         if value := getattr(text_config, field, None):
-            return f"{field} = {_show(value)}"
+            return f"{field} = {shown(value)}"
     return None
