@@ -244,7 +244,7 @@ class StsConfig:
     """What KV slots remember of earlier rounds, shared with whoever shares the prefix: unused, in the
     first verify of a request only, or in every verify."""
     history_weight: float = 0.05
-    """Part of a remembered token's score that comes from memory; the rest is this round's."""
+    """Part of a remembered token's score that comes from history; the rest is this round's."""
     history_decay: float = 0.9
     """Factor on what a slot remembers, once in every round that touches it."""
     selector: SelectorName = "draft"

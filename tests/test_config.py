@@ -535,3 +535,16 @@ def test_foreign_text_is_one_line_in_quotes():
     assert len(quoted("y" * 10_000)) == 80 and quoted(7) == "'7'"
     error = ConfigError(f"head_map.{FOREIGN}: wrong")
     assert str(error).isprintable() and one_line("a \n\t b") == "a b"
+
+
+# As the release before the code was taken apart wrote it.
+WRITTEN_BEFORE = (
+    '{"budget":1024,"dense":"auto","dense_layers":[],"draft":"dense","full_verify_every":0,"head_map":null,'
+    '"history":"off","history_decay":0.9,"history_weight":0.05,"inspect_dir":null,"keep":0.1,"kernel":"auto",'
+    '"policy":"ratio","pool_heads":"max","pool_rows":"max","recent":64,"selector":"draft","sink":4,'
+    '"spread":0.5,"top_p":0.95,"verify":"sparse"}'
+)
+
+
+def test_configurations_of_before_are_read_as_before():
+    assert StsConfig.parse(WRITTEN_BEFORE) == StsConfig()

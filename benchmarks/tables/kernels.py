@@ -15,9 +15,9 @@ OPS = {
     "selection": ("select", "triton", None),
     "sizes": ("select", "sizes", None),
     "spread": ("select", "spread", None),
-    "memory": ("remember", "warm", None),
+    "history": ("remember", "warm", None),
     "half shared": ("remember", "warm-shared", None),
-    "memory, mixed in": ("remember", "blend", None),
+    "history, mixed in": ("remember", "blend", None),
     "mixed, half shared": ("remember", "blend-shared", None),
 }
 CLASSES = {
