@@ -77,7 +77,7 @@ class Bound:
 
 
 def _simulated() -> dict[str, float]:
-    """How many tokens a round accepts by chance where a bench asks for that: the output means nothing then."""
+    """Tokens that a round accepts by chance where a bench asks for it: the output means nothing then."""
     from sglang.srt.environ import envs
 
     length = envs.SGLANG_SIMULATE_ACC_LEN.get()
