@@ -45,14 +45,14 @@ Scorer = Callable[["Window"], Tensor]  # to [rows, positions], rows being layers
 class Window:
     """All of a window in memory: small models only."""
 
-    def __init__(self, free: search.Free):
-        self.free, self.domain, n = free, free.domain, free.positions
-        self.mass = free.mass(range(free.record.mass.rows))
-        self.max, self.mean = free.scores("max"), free.scores("mean")
+    def __init__(self, window: search.Window):
+        self.window, self.domain, n = window, window.domain, window.positions
+        self.mass = window.mass(range(window.record.mass.rows))
+        self.max, self.mean = window.scores("max"), window.scores("mean")
         self.distance = CONFIG.recent + n - torch.arange(n).float()
 
     def recall(self, scores: Tensor) -> Tensor:
-        return self.free.recall(self.mass, self.free.top(scores))
+        return self.window.recall(self.mass, self.window.top(scores))
 
 
 class Bench:
@@ -101,8 +101,8 @@ class Bench:
         return score
 
 
-def frees(records: list[Record]) -> list[Window]:
-    return [Window(free) for free in search.frees(records, CONFIG)]
+def windows_of(records: list[Record]) -> list[Window]:
+    return [Window(window) for window in search.windows_of(records, CONFIG)]
 
 
 def measure(windows: list[Window], scorer: Scorer) -> dict:
@@ -119,7 +119,7 @@ def measure(windows: list[Window], scorer: Scorer) -> dict:
 def best_single(windows: list[Window], pool: str, rows: int) -> Scorer:
     total = torch.zeros(rows, windows[0].max.shape[0])
     for w in windows:
-        chosen = torch.zeros_like(w.max).scatter_(1, w.free.top(getattr(w, pool)), 1.0)
+        chosen = torch.zeros_like(w.max).scatter_(1, w.window.top(getattr(w, pool)), 1.0)
         total += w.mass @ chosen.T / w.mass.sum(1, keepdim=True)
     best = total.argmax(1)
     return lambda w: getattr(w, pool)[best]
@@ -134,7 +134,7 @@ def forward_once(windows: list[Window], rows: int, heads: int) -> Scorer:
             gain = torch.zeros(candidates)
             for w in windows:
                 joined = w.mean + w.mean[pick].sum(0)
-                gain += w.free.recall(w.mass[row].expand_as(joined), w.free.top(joined))
+                gain += w.window.recall(w.mass[row].expand_as(joined), w.window.top(joined))
             gain[pick] = 0
             if float(gain.max()) / len(windows) < best + search.LEAST_GAIN:
                 break
@@ -206,7 +206,7 @@ def network(windows: list[Window], rows: int, distance: bool) -> Scorer:
 def best_in_window(w: Window) -> Tensor:
     """The draft head that is best in this very window, for each target head."""
     every = torch.cat([w.max, w.mean])
-    chosen = torch.zeros_like(every).scatter_(1, w.free.top(every), 1.0)
+    chosen = torch.zeros_like(every).scatter_(1, w.window.top(every), 1.0)
     return every[(w.mass @ chosen.T).argmax(1)]
 
 
@@ -223,8 +223,8 @@ def main() -> None:
     bench = Bench(args.models, args.draft)
     rows, target, draft = bench.rows, bench.target, bench.draft
     records = bench.texts("calibration")
-    windows, texts = frees(records), frees(bench.texts("heldout"))
-    tasks = frees(bench.tasks(args.task_length, 3, "heldout"))
+    windows, texts = windows_of(records), windows_of(bench.texts("heldout"))
+    tasks = windows_of(bench.tasks(args.task_length, 3, "heldout"))
     lines = [
         {
             "command": " ".join(["python", *sys.argv]),
@@ -247,7 +247,7 @@ def main() -> None:
 
     def search_map(found: list[Record], pool: str | None = None, heads: int = 6) -> HeadMap:
         pools = (pool,) if pool else ("max", "mean")
-        return search.best_map(search.frees(found, CONFIG), target, draft, None, heads, pools).head_map
+        return search.best_map(search.windows_of(found, CONFIG), target, draft, None, heads, pools).head_map
 
     add("oracle: the target's own top", lambda w: w.mass, False)
     generator = torch.Generator().manual_seed(0)

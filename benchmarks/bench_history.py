@@ -35,7 +35,7 @@ from benchmarks.bench_multi_turn import Agent, library_source
 from benchmarks.harness import commit
 from sts_sglang import headmap
 from sts_sglang.calibrate.record import Pair, Record
-from sts_sglang.calibrate.search import Free
+from sts_sglang.calibrate.search import Window
 from sts_sglang.config import StsConfig
 from sts_sglang.tools.demo import MODELS
 
@@ -49,20 +49,20 @@ class Round:
     """A window with its turn; `matched` is the prefix that the turn found in the cache."""
 
     def __init__(self, record: Record, i: int, turn: int, first: bool, matched: int):
-        self.free = Free(record, i, CONFIG)
+        self.window = Window(record, i, CONFIG)
         self.turn, self.first, self.matched = turn, first, matched
         self.mass = record.mass.read(i)  # [layers * KV heads, t]
         self.total = self.mass.sum(1)
 
     def kept(self, scores: torch.Tensor) -> torch.Tensor:
         """[rows] mass outside sink and recent that the top of `scores` [rows, t] holds."""
-        values = scores[:, self.free.span].double()
+        values = scores[:, self.window.span].double()
         values = values + 1e-15 * torch.arange(values.shape[1])  # of equal scores the later position wins
-        return self.mass[:, self.free.span].gather(1, self.free.top(values)).sum(1)
+        return self.mass[:, self.window.span].gather(1, self.window.top(values)).sum(1)
 
     @property
     def outside(self) -> torch.Tensor:
-        return self.mass[:, self.free.span].sum(1)
+        return self.mass[:, self.window.span].sum(1)
 
 
 class Chat:
@@ -106,7 +106,7 @@ class Chat:
 
     def fresh(self, round_: Round) -> torch.Tensor:
         """[channels, t] importance of the round's draft rows."""
-        scores = round_.free.record.scores[self.pool].read(round_.free.i)
+        scores = round_.window.record.scores[self.pool].read(round_.window.i)
         heads, found = self.pair.draft_counts.q_heads, []
         for sources in self.map.channels:
             own = scores[[layer * heads + head for layer, head in sources]]
@@ -198,7 +198,7 @@ def main() -> None:
             line[f"{name}_error"] = round(statistics.stdev(more) / len(more) ** 0.5, 4)
         line["bytes_a_token"] = 4 * numbers.get(line["way"], channels)
         line |= {"conversations": len(conversations), "rounds": sum(map(len, conversations))}
-        line |= {"longest": max(r[-1].free.record.tokens for r in conversations)}
+        line |= {"longest": max(r[-1].window.record.tokens for r in conversations)}
         line |= {"head_map": chat.map.origin, "commit": commit(), "command": command()}
     for line in lines:
         print(json.dumps({k: v for k, v in line.items() if k != "command"}))

@@ -217,7 +217,7 @@ def flashinfer_plan(shape: Shape, requests: int, kv_heads: int, tokens: int, ind
 
 def flashinfer_dense(shape: Shape, case: Case):
     tokens = shape["context"] + shape["rows"]
-    wrapper = flashinfer_plan(shape, shape["batch"], KV_HEADS, tokens, case.pool.table[1:, :tokens])
+    wrapper = flashinfer_plan(shape, shape["batch"], KV_HEADS, tokens, case.pool.contexts.table[1:, :tokens])
     q, kv = case.q.flatten(0, 1), (case.pool.kv.k[:, None], case.pool.kv.v[:, None])
     return lambda: wrapper.run(q, kv).view_as(case.q)
 
@@ -225,7 +225,9 @@ def flashinfer_dense(shape: Shape, case: Case):
 def flashinfer_headwise(shape: Shape, case: Case):
     batch, rows, group, dim = (shape[k] for k in ("batch", "rows", "group", "dim"))
     heads = torch.arange(KV_HEADS, device="cuda").repeat(batch)[:, None]
-    tail = case.pool.table[1:, shape["context"] : shape["context"] + rows].repeat_interleave(KV_HEADS, 0)
+    tail = case.pool.contexts.table[1:, shape["context"] : shape["context"] + rows].repeat_interleave(
+        KV_HEADS, 0
+    )
     indices = torch.cat([case.lists.indices.view(batch * KV_HEADS, -1), tail], 1).long() * KV_HEADS + heads
     wrapper = flashinfer_plan(shape, batch * KV_HEADS, 1, indices.shape[1], indices)
     # Queries head-major; in a model this copy would cost time too, here it is not counted.
@@ -265,6 +267,8 @@ def rivals(results: Results, shape: Shape, cases: list[Case], which: dict, nbyte
             calls = [plan(shape, case) for case in cases]
             if results.gate(name, shape, lambda c=calls[0]: close(c(), expected)):
                 results.add(name, shape, microseconds(calls, replays=5), nbytes)
+        except (AttributeError, NameError):  # ours, not the rival's
+            raise
         except Exception as error:  # whatever is not installed, or does not compile here
             print(f"{name} is left out from {shape} on: {type(error).__name__} {str(error)[:300]}")
             del which[name]

@@ -29,13 +29,13 @@ MAX_TOKENS = 2**24
 MAX_LAYERS = 1024
 
 Policy = Literal["ratio", "fixed", "top_p"]
-Pooling = Literal["max", "mean"]
-Kernel = Literal["auto", "flashinfer", "triton", "torch"]
-Dense = Literal["auto", "fa3", "flashinfer", "torch"]
-History = Literal["off", "warm", "blend"]
-Selector = Literal["draft", "quest", "recent", "random", "oracle"]
-Verify = Literal["sparse", "dense"]
-Draft = Literal["dense", "steps", "all"]
+PoolName = Literal["max", "mean"]
+KernelName = Literal["auto", "flashinfer", "triton", "torch"]
+DenseName = Literal["auto", "fa3", "flashinfer", "torch"]
+HistoryMode = Literal["off", "warm", "blend"]
+SelectorName = Literal["draft", "quest", "recent", "random", "oracle"]
+VerifyMode = Literal["sparse", "dense"]
+DraftMode = Literal["dense", "steps", "all"]
 RequestKeep = Literal["any", "at_most", "off"]
 
 # A share of a token below this is float error (0.1 * 30 = 3.0000000000000004), not a token.
@@ -180,18 +180,18 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "recent": _integer(1, MAX_TOKENS),
     "dense_layers": _layers,
     "spread": _part,
-    "pool_rows": _choice(get_args(Pooling)),
-    "pool_heads": _choice(get_args(Pooling)),
+    "pool_rows": _choice(get_args(PoolName)),
+    "pool_heads": _choice(get_args(PoolName)),
     "head_map": _path("the path of a head map file, or null for the proportional map", 4096),
     "head_map_sha256": _digest,
-    "kernel": _choice(get_args(Kernel)),
-    "dense": _choice(get_args(Dense)),
-    "history": _choice(get_args(History)),
+    "kernel": _choice(get_args(KernelName)),
+    "dense": _choice(get_args(DenseName)),
+    "history": _choice(get_args(HistoryMode)),
     "history_weight": _share,
     "history_decay": _decay,
-    "selector": _choice(get_args(Selector)),
-    "verify": _choice(get_args(Verify)),
-    "draft": _choice(get_args(Draft)),
+    "selector": _choice(get_args(SelectorName)),
+    "verify": _choice(get_args(VerifyMode)),
+    "draft": _choice(get_args(DraftMode)),
     "full_verify_every": _integer(0, MAX_TOKENS),
     "request_keep": _choice(get_args(RequestKeep)),
     "request_inspect": _flag,
@@ -223,36 +223,37 @@ class StsConfig:
     dense_layers: tuple[int, ...] = ()
     """Target layers that attend to everything; a launch knows how many there are."""
     spread: float = 0.5
-    """Part of a token's score that the next token has at least: who reads a token reads on in the next row,
-    and the last rows of a verify have no row of the draft. 0: none."""
-    pool_rows: Pooling = "max"
+    """Part of a token's score that the next token has at least. A row that attends to a token is often
+    followed by one that attends to the token after it, and the last rows of a verify have no row of the draft
+    that could say so. 0: none."""
+    pool_rows: PoolName = "max"
     """How the draft rows of a request become one score."""
-    pool_heads: Pooling = "max"
+    pool_heads: PoolName = "max"
     """How the draft heads mapped to one target KV head become one score."""
     head_map: str | None = None
     """Path of a head map file, relative to the working directory, read at launch; None: the packaged map
     of the shipped pair, else the proportional one."""
     head_map_sha256: str | None = None
     """Refuse a head map file of another SHA-256. A launch fills it in: what it checked is what serves."""
-    kernel: Kernel = "auto"
+    kernel: KernelName = "auto"
     """Kernels to run: `triton` on CUDA and `torch` on a CPU, unless said otherwise; `flashinfer` verifies by
     FlashInfer, on CUDA, for chains and the policies ratio and fixed."""
-    dense: Dense = "auto"
+    dense: DenseName = "auto"
     """Backend of everything dense (prefill, draft-extend, dense layers); auto: fa3 where SGLang has it."""
-    history: History = "off"
+    history: HistoryMode = "off"
     """What KV slots remember of earlier rounds, shared with whoever shares the prefix: unused, in the
     first verify of a request only, or in every verify."""
     history_weight: float = 0.05
     """Part of a remembered token's score that comes from memory; the rest is this round's."""
     history_decay: float = 0.9
     """Factor on what a slot remembers, once in every round that touches it."""
-    selector: Selector = "draft"
+    selector: SelectorName = "draft"
     """What scores the context. `draft` is STS; the others are for comparison, slow, in plain torch, from
     the target layer's own queries and keys: `oracle` its attention, `quest` bounds of pages of 16,
     `recent` nothing but sink and the last tokens, `random` chance."""
-    verify: Verify = "sparse"
+    verify: VerifyMode = "sparse"
     """`dense`: draft and score as ever but attend to everything, which is stock's output."""
-    draft: Draft = "dense"
+    draft: DraftMode = "dense"
     """What the draft itself attends to sparsely. `steps`: a round scores and selects the context in its first
     draft step; the steps after it attend to the selection, as verify does, and score nothing. `all`: so does
     draft-extend."""

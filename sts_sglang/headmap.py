@@ -211,7 +211,7 @@ def _check_file(config: StsConfig, head_map: HeadMap) -> None:
 
 def pinned(config: StsConfig, head_map: HeadMap) -> StsConfig:
     """The configuration for the schedulers, which read the file again: no other than this one will do."""
-    return replace(config, head_map_sha256=head_map.sha256)
+    return replace(config, head_map_sha256=head_map.sha256 or config.head_map_sha256)
 
 
 def served(config: StsConfig, head_map: HeadMap) -> StsConfig:

@@ -18,13 +18,13 @@ def register() -> None:
     SGLang logs exceptions of plugins and serves on without them. An incompatible host therefore gets
     a backend `sts` that exits with the reason, and nothing is hooked: without `sts` it is stock.
     """
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
     try:
         compat.check(cpu_platform=cpu.selected())
     except compat.Incompatible as error:
         _refuse(str(error))
         return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
     from sts_sglang.host import hooks
 
     _register_backend(_create_backend)

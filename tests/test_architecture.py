@@ -155,6 +155,35 @@ def test_every_field_that_is_read_is_checked_at_load() -> None:
             assert field in CLASSES[kind], f"{name} reads {kind}.{field}"
 
 
+def test_backends_read_batches_and_layers_through_views() -> None:
+    """A field that is read raw there would stand in no table."""
+    for name, file in FILES.items():
+        if not within(name, ("sts_sglang.backends",)):
+            continue
+        for function in ast.walk(ast.parse(file.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                raw = {"fb", "forward_batch"} & {arg.arg for arg in function.args.args}
+                annotated = [arg for arg in function.args.args if arg.annotation is not None]
+                raw |= {a.arg for a in annotated if ast.unparse(a.annotation) == "RadixAttention"}
+                raw |= {"layer"} if function.name.startswith("forward_") else set()
+                for node in ast.walk(function):
+                    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                        assert node.value.id not in raw, f"{name}: {ast.unparse(node)}"
+
+
+def test_views_name_what_they_read_through() -> None:
+    """`batch.spec_info.topk` says of no class that it has a topk: an annotated name in between does."""
+    tree = ast.parse(FILES["sts_sglang.host.views"].read_text())
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            given = {arg.arg for arg in function.args.args if arg.annotation is not None}
+            given = {arg.arg for arg in function.args.args if arg.arg in given} - {"self"}
+            for node in ast.walk(function):
+                chain = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute)
+                if chain and isinstance(node.value.value, ast.Name):
+                    assert node.value.value.id not in given, ast.unparse(node)
+
+
 def test_every_checked_field_is_read() -> None:
     """What nobody reads any more need not end a launch."""
     everything = {

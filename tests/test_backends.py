@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sglang.srt
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
@@ -500,3 +503,31 @@ def test_both_tree_mask_layouts_give_the_same_tail():
             seq_lens=torch.tensor(lengths),
         )
         assert torch.equal(tail_masks(fb), tails)
+
+
+# What SGLang reads of other backends only: of recurrent models, of CPU graphs, of prefill graphs that hold
+# the metadata of their backend.
+OF_OTHERS = {
+    "update_mamba_state_after_mtp_verify",
+    "init_forward_metadata_capture_cpu_graph",
+    "init_cpu_graph_state",
+    "get_cpu_graph_seq_len_fill_value",
+    "forward_metadata",
+    "attn_backends",  # of the draft's steps, which has it
+}
+
+
+def test_backends_have_whatever_sglang_reads_of_them():
+    """Some of it in eager mode on a GPU only, where no test on a CPU would miss it."""
+    root = Path(sglang.srt.__path__[0])
+    files = [*root.glob("speculative/eagle*.py"), *root.glob("speculative/base*.py")]
+    files += [*root.glob("model_executor/**/*.py"), *root.glob("managers/*.py")]
+    read = {
+        name
+        for file in files
+        for name in re.findall(r"\b(?:draft_)?(?:extend_)?attn_backend\.([a-z_]+)", file.read_text())
+    } - OF_OTHERS
+    assert {"max_context_len", "init_forward_metadata"} <= read
+    rig = Rig(CONFIG)
+    for backend in (rig.target, rig.extend):
+        assert not {name for name in read if not hasattr(backend, name)}

@@ -95,7 +95,7 @@ def frees_of(t):
 def test_recall_by_brute_force(pair, pool):
     found = Pair(str(pair["target"]), str(pair["draft"]))
     record = found.record("x", TOKENS, WINDOWS)
-    scores = search.score(search.frees([record], CONFIG), found.target_counts, pool)
+    scores = search.score(search.windows_of([record], CONFIG), found.target_counts, pool)
     for row, candidate in ((0, 0), (5, 7), (7, 2)):
         recall = jaccard = 0.0
         for i, t in enumerate(WINDOWS):
@@ -114,7 +114,7 @@ def test_recall_of_a_map_by_brute_force(pair, pool):
     found = Pair(str(pair["target"]), str(pair["draft"]))
     target, draft = found.target_counts, found.draft_counts
     record = found.record("x", TOKENS, WINDOWS)
-    windows = search.frees([record], CONFIG)
+    windows = search.windows_of([record], CONFIG)
     sources = [[((0, 1), (1, 2)), ()], [((1, 3), (1, 3), (0, 0)), ((0, 2),)]] * 2
     head_map = HeadMap(tuple(map(tuple, sources)), "x", pool)
     recall = search.recall_of(head_map, windows, target, draft)
@@ -162,7 +162,7 @@ def recorded(scores, mass, domain="x"):
 def test_a_permutation_of_unequal_head_counts_is_found_and_is_near_the_oracle(pool):
     target, draft = HeadCounts(3, 6, 3), HeadCounts(2, 7, 1)
     speakers = [13, 2, 8, 0, 5, 11, 7, 12, 3]
-    windows = search.frees([recorded(*planted(0, target, draft, speakers))], CONFIG)
+    windows = search.windows_of([recorded(*planted(0, target, draft, speakers))], CONFIG)
     found = search.best_map(windows, target, draft, None, 4, (pool,))
     sources = [set(heads) for layer in found.head_map.sources for heads in layer]
     assert sources == [{divmod(s, 7)} for s in speakers] and found.head_map.pool == pool
@@ -174,7 +174,7 @@ def test_a_permutation_of_unequal_head_counts_is_found_and_is_near_the_oracle(po
 
 def test_the_band_limits_the_draft_layers():
     target, draft = HeadCounts(4, 2, 2), HeadCounts(4, 2, 2)
-    windows = search.frees([recorded(*planted(1, target, draft, list(reversed(range(8)))))], CONFIG)
+    windows = search.windows_of([recorded(*planted(1, target, draft, list(reversed(range(8)))))], CONFIG)
     head_map = search.best_map(windows, target, draft, 1).head_map
     for t, layer in enumerate(head_map.sources):
         assert all(abs(d - t) <= 1 for heads in layer for d, _ in heads)
@@ -185,7 +185,7 @@ def test_a_head_that_follows_two_gets_both_and_not_more_than_allowed():
     scores, mass, _ = planted(2, target, draft, [4])
     for score, own in zip(scores, mass, strict=True):
         own[0] = torch.maximum(score[1], score[4])
-    windows = search.frees([recorded(scores, mass)], CONFIG)
+    windows = search.windows_of([recorded(scores, mass)], CONFIG)
     for heads, expected in ((4, {1, 4}), (1, None)):
         sources = search.best_map(windows, target, draft, None, heads, ("max",)).head_map.sources[0][0]
         assert {q for _, q in sources} == expected if expected else len(sources) == 1
@@ -196,7 +196,7 @@ def test_under_the_mean_a_head_that_counts_more_is_taken_more_often():
     scores, mass, _ = planted(3, target, draft, [4])
     for score, own in zip(scores, mass, strict=True):
         own[0] = 2 * score[1] + score[4]
-    windows = search.frees([recorded(scores, mass)], CONFIG)
+    windows = search.windows_of([recorded(scores, mass)], CONFIG)
     found = search.best_map(windows, target, draft, None, 4)
     assert found.head_map.pool == "mean"  # the better of both for this
     assert [q for _, q in found.head_map.sources[0][0]] == [1, 1, 4]
@@ -209,7 +209,7 @@ def test_the_budget_goes_to_heads_whose_attention_is_spread():
     for m, s in zip(mass, scores, strict=True):
         m[[1, 2]] = torch.where(s[[1, 2]] > s[[1, 2]].quantile(0.97), 1.0, 0.0)
         m[[0, 3]] = 1.0
-    windows = search.frees([recorded(scores, mass)], CONFIG)
+    windows = search.windows_of([recorded(scores, mass)], CONFIG)
     sources = (((((0, 0)),), ((0, 1),)), (((0, 2),), ((0, 3),)))
     head_map = search.split_budget(HeadMap(sources, "x", "max"), windows, target, draft, 0.25)
     flat = [share for row in head_map.shares for share in row]
@@ -223,7 +223,7 @@ def test_lost_attention_by_brute_force(pair):
     found = Pair(str(pair["target"]), str(pair["draft"]))
     target, draft = found.target_counts, found.draft_counts
     record = found.record("x", TOKENS, WINDOWS)
-    windows = search.frees([record], CONFIG)
+    windows = search.windows_of([record], CONFIG)
     sources = [[((0, 1), (1, 2)), ()], [((1, 3), (0, 0)), ((0, 2),)]] * 2
     shares = ((0.5, 1.5), (2.0, 1.0), (0.2, 0.8), (1.0, 1.0))
     head_map = HeadMap(tuple(map(tuple, sources)), "x", "max", shares=shares)
@@ -255,7 +255,7 @@ def test_heads_take_the_latest_tokens_where_they_win_in_every_domain_and_never_a
     near_end(both[0][1])
 
     def sources():
-        windows = search.frees([recorded(*text) for text in both], CONFIG)
+        windows = search.windows_of([recorded(*text) for text in both], CONFIG)
         found = search.best_map(windows, target, draft)
         recall = search.recall_of(found.head_map, windows, target, draft)
         torch.testing.assert_close(recall.mean(0), found.recall)
@@ -315,9 +315,9 @@ for i, t in enumerate(windows):
         for layer in range(16):
             table.write(i, 32 * layer, torch.nn.functional.pad(rows.amax(1), (1, 0)).roll(7 * layer, 1))
 text = record.Record("x", windows, tokens, mass, scores)
-frees = search.frees([text] * texts, StsConfig(budget=0))
-search.search(frees, search.score(frees, few, "mean"), few, draft, None, 2, "mean")
-search.best_single(frees[:2], few)
+windows = search.windows_of([text] * texts, StsConfig(budget=0))
+search.search(windows, search.score(windows, few, "mean"), few, draft, None, 2, "mean")
+search.best_single(windows[:2], few)
 print(rss("VmHWM") - start, search.working_bytes(target, draft, tokens, texts * count, dim))
 """
 

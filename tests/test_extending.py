@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from sts_kernels.layout import WHOLE
-from sts_sglang import config
+from sts_sglang import checkpoints, config
 from sts_sglang.core.selectors.compare import RULES, Layer
 from sts_sglang.core.sizes import Need
-from sts_sglang.core.verifier import Parts
+from sts_sglang.core.verifier import VerifierParts
+from sts_sglang.host import bind, serves
 from sts_sglang.verifiers import registry
 from tests.test_backends import CONFIG, CONTEXT, DIM, LAYERS, Q_HEADS, TOKENS, Rig
 
@@ -79,18 +81,42 @@ def attention_by_definition(call, lists, channels, attended) -> Tensor:
 
 
 def test_the_verifier_of_the_page_verifies(monkeypatch, any_name) -> None:
-    names = {"Parts": Parts, "Need": Need, "attention_by_definition": attention_by_definition}
+    names = {"VerifierParts": VerifierParts, "Need": Need, "attention_by_definition": attention_by_definition}
     exec(VERIFIER, names)
     kind = SimpleNamespace(**{name: names[name] for name in ("refusal", "need", "make")})
     monkeypatch.setitem(registry.KINDS, "gather", kind)
-    monkeypatch.setattr("sts_sglang.host.bind.ops", ops_of_torch)
     found = [verified(Rig({**CONFIG, "kernel": kernel})) for kernel in ("gather", "torch")]
     for own, twin in zip(*(outputs for outputs, _ in found), strict=True):
-        torch.testing.assert_close(own, twin, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(own, twin, rtol=1e-5, atol=1e-5)
     assert found[0][1] == found[1][1]
 
 
-def ops_of_torch(kernel: str):
-    from sts_kernels import ops
+def test_every_name_of_the_configuration_has_its_kind() -> None:
+    """A kernel without one would be served by another, in its name."""
+    assert set(registry.KINDS) == set(get_args(config.KernelName))
+    assert {*RULES, "draft"} == set(get_args(config.SelectorName))
 
-    return ops("torch")
+
+def test_every_target_says_which_tensors_its_checkpoint_has() -> None:
+    """Else a launch would not see that one is missing."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    sizes |= {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 32}
+    for name in serves.TARGETS:
+        assert checkpoints._expected({"architectures": [name], **sizes}), name
+
+
+@pytest.mark.parametrize(
+    "kernel, device, ops",
+    [
+        ("torch", "cpu", "torch"),
+        ("triton", "cpu", "triton"),
+        ("flashinfer", "cpu", "torch"),
+        ("gather", "cpu", "torch"),
+        ("torch", "cuda", "torch"),
+        ("triton", "cuda", "triton"),
+        ("flashinfer", "cuda", "triton"),
+        ("gather", "cuda", "triton"),
+    ],
+)
+def test_what_runs_beside_a_verifier(kernel: str, device: str, ops: str) -> None:
+    assert bind.ops_for(kernel, device) == ops

@@ -425,7 +425,9 @@ def test_the_hook_tells_the_host_who_is_in_a_round(monkeypatch):
 
 def test_plans_are_published_and_logged(caplog):
     caplog.set_level("INFO")
-    exporter = Exporter(torch.tensor([3, 0, 5, 10, 0, 0]), enable_metrics=False, interval=1, plans=lambda: 2)
+    exporter = Exporter(
+        torch.tensor([3, 0, 5, 10, 0, 0, 0, 0]), enable_metrics=False, interval=1, plans=lambda: 2
+    )
     exporter.on_round()
     assert "3 sparse verifies, 0 dense, keep ratio 0.5000, 2 plans" in caplog.text
     exporter.on_round()

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from sts_kernels import torch_ops
-from sts_kernels.layout import Pooling
+from sts_kernels.layout import SHIFT, Pooling
+from sts_sglang import headmap
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core.channels import members_by_layer
 from sts_sglang.headmap import (
@@ -526,3 +527,13 @@ def test_a_split_budget_and_flashinfer_do_not_go_together(tmp_path):
     of_config(StsConfig(head_map=path), TARGET, DRAFT)
     with pytest.raises(ConfigError, match=r"^sts_config\.kernel: 'flashinfer' with a map that splits"):
         of_config(StsConfig(head_map=path, kernel="flashinfer"), TARGET, DRAFT)
+
+
+def test_an_operators_pin_stays_where_no_file_was_read():
+    """Weights of a hub name are not there at launch: the map is chosen when they are."""
+    config = StsConfig(head_map_sha256="a" * 64)
+    assert headmap.pinned(config, proportional(HeadCounts(4, 4, 2), HeadCounts(2, 4, 2))) == config
+
+
+def test_what_a_map_file_says_of_the_shift_is_what_the_kernels_have():
+    assert headmap.MAP_SHIFT == SHIFT

@@ -188,6 +188,10 @@ CHANGES: dict[str, tuple[Callable[[], None], str]] = {
         f"{FORWARD} takes ('self', 'schedule_batch', 'on_publish')",
     ),
     "not callable": (partial(replace, FORWARD, 7), f"{FORWARD} is not callable"),
+    "arguments a Struct": (
+        partial(replace, "sglang.srt.server_args.ServerArgs.__struct_fields__", ()),
+        "ServerArgs.__post_init__ cannot be replaced",
+    ),
     "symbol gone": (partial(delete, KV_LOC), f"{KV_LOC} is missing"),
     **{
         f"{target.path.rpartition('.')[2]} gone": (partial(delete, target.path), f"{target.path} is missing")

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from sts_kernels import ops
 from sts_kernels.layout import Contexts, KvPool, Lists
-from sts_sglang.config import Selector, StsConfig
+from sts_sglang.config import SelectorName, StsConfig
 from sts_sglang.core.selectors import compare as selectors
 from sts_sglang.core.selectors.base import LayerCall
 
@@ -149,7 +149,7 @@ def slow_quest(batch: Batch, b: int, h: int, rows: str, heads: str) -> list[floa
 
 
 def test_every_selector_of_the_configuration_has_a_rule():
-    assert set(get_args(Selector)) == {"draft", *selectors.RULES}
+    assert set(get_args(SelectorName)) == {"draft", *selectors.RULES}
 
 
 @pytest.mark.parametrize("tail", [CHAIN, TREE], ids=["chain", "tree"])

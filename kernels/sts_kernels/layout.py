@@ -30,7 +30,7 @@ UNKNOWN = -1.0
 # In place of the length of a list: the whole context is attended to, and nothing is listed.
 WHOLE = -1
 
-Pool = Literal["max", "mean"]
+PoolName = Literal["max", "mean"]
 
 
 class Count(enum.IntEnum):
@@ -138,8 +138,8 @@ class Pooling(NamedTuple):
     rows, heads: "max" or "mean". total_rows: rows that a request has in a round, the divisor of the mean.
     """
 
-    rows: Pool
-    heads: Pool
+    rows: PoolName
+    heads: PoolName
     total_rows: int
 
 

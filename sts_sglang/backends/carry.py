@@ -29,9 +29,10 @@ class CarryLastRow(Bindable):
     _rows: torch.Tensor | None = None
     _queries: list[torch.Tensor] | None = None
     _prefill = False
-    # Of the running sparse draft-extend: what the round selected, and how to part it.
+    # Of the running sparse draft-extend: what the round selected, how to part it, and the mask of its rows.
     _lists: Lists | None = None
     _plan: Plan | None = None
+    _seen: torch.Tensor | None = None
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         if self.runtime.config.draft == "all" and views.mode(forward_batch) == Mode.DRAFT_EXTEND:
@@ -67,8 +68,9 @@ class CarryLastRow(Bindable):
         if of.number == 0:
             self._lists = runtime.state.kept_lists(committed.numel())
             self._plan = runtime.plan_draft(self._lists, committed)
+            self._seen = chain_mask(tokens, q.device)
         rows = q.view(committed.numel(), -1, of.q_heads, of.head_dim)
-        seen = chain_mask(tokens, q.device).expand(rows.shape[0], -1, -1)
+        seen = self._seen.expand(rows.shape[0], -1, -1)
         pool, contexts = runtime.draft.pools.layer(of.number), runtime.contexts(reqs, committed)
         call = LayerCall(of.number, rows, pool, contexts, seen, of.scale)
         return runtime.attend_draft(call, self._lists, self._plan).view(q.shape[0], -1)

@@ -137,13 +137,13 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 
 def measure(pair, args, config, records, held):
-    """(Found, report) of recorded texts."""
+    """(Calibrated, report) of recorded texts."""
     from sts_sglang.calibrate import search
     from sts_sglang.calibrate.report import weak_heads
     from sts_sglang.headmap import proportional
 
     target, draft = pair.target_counts, pair.draft_counts
-    windows, checks = search.frees(records, config), search.frees(held, config)
+    windows, checks = search.windows_of(records, config), search.windows_of(held, config)
 
     def find(windows):
         pools = POOLS if args.pool == "auto" else (args.pool,)
@@ -171,7 +171,7 @@ def measure(pair, args, config, records, held):
     stability = {}
     for domain in dict.fromkeys(r.domain for r in records):
         _say(f"stability: {domain}")
-        own = find(search.frees([r for r in records if r.domain == domain], config)).head_map
+        own = find(search.windows_of([r for r in records if r.domain == domain], config)).head_map
         share = search.recall_of(own, checks, target, draft).mean((1, 2))
         stability[domain] = search.by_domain(checks, share)
     lost = search.lost_mass(found.head_map, checks, target, draft, args.keep)

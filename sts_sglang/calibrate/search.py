@@ -27,7 +27,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Found:
+class Calibrated:
     """A map, and the recall it has on the windows it was found on: float32 [target layers, KV heads]."""
 
     head_map: HeadMap
@@ -35,7 +35,7 @@ class Found:
     singles: Scores
 
 
-class Free:
+class Window:
     """One window's positions outside sink and recent, and how many of them the budget selects."""
 
     def __init__(self, record: Record, i: int, config: StsConfig):
@@ -82,41 +82,41 @@ def working_bytes(target: HeadCounts, draft: HeadCounts, tokens: int, windows: i
     return recording + scoring + joining
 
 
-def frees(records: Sequence[Record], config: StsConfig) -> list[Free]:
+def windows_of(records: Sequence[Record], config: StsConfig) -> list[Window]:
     """All windows of all texts."""
-    return [Free(record, i, config) for record in records for i in range(len(record.windows))]
+    return [Window(record, i, config) for record in records for i in range(len(record.windows))]
 
 
-def score(windows: list[Free], target: HeadCounts, pool: str = "max") -> Scores:
+def score(windows: list[Window], target: HeadCounts, pool: str = "max") -> Scores:
     """Every candidate draft head for every target (layer, KV head).
 
     Recall is the target's attention mass outside sink and recent on what the candidate selects; Jaccard
     (the paper's criterion) compares its selection with the target's own top of the same size.
     """
     total: torch.Tensor | float = 0.0
-    for free in windows:
-        values = free.scores(pool)
-        speaks = _mask(free.top(values), free.positions)
+    for window in windows:
+        values = window.scores(pool)
+        speaks = _mask(window.top(values), window.positions)
         del values
         layers = []
         for layer in range(target.layers):
-            mass = free.mass(_rows(layer, target))
+            mass = window.mass(_rows(layer, target))
             recall = mass @ speaks.T / mass.sum(1, keepdim=True).clamp(min=1e-30)
-            common = _mask(free.top(mass), free.positions) @ speaks.T
-            layers.append(torch.stack([recall, common / (2 * free.count - common)]))
+            common = _mask(window.top(mass), window.positions) @ speaks.T
+            layers.append(torch.stack([recall, common / (2 * window.count - common)]))
         total = total + torch.cat(layers, 1)
     recall, jaccard = total / len(windows)
     return Scores(recall, jaccard)
 
 
 def best_map(
-    windows: list[Free],
+    windows: list[Window],
     target: HeadCounts,
     draft: HeadCounts,
     band: int | None = None,
     heads: int = 6,
     pools: Sequence[str] = POOLS,
-) -> Found:
+) -> Calibrated:
     """The map whose pool has the highest recall on these windows."""
     found = [
         search(windows, score(windows, target, pool), target, draft, band, heads, pool) for pool in pools
@@ -125,14 +125,14 @@ def best_map(
 
 
 def search(
-    windows: list[Free],
+    windows: list[Window],
     scores: Scores,
     target: HeadCounts,
     draft: HeadCounts,
     band: int | None,
     heads: int,
     pool: str = "max",
-) -> Found:
+) -> Calibrated:
     """For each target head, what greedy forward selection over the best candidates gives, at most `heads`.
 
     Under the mean a head may be taken again, to weigh more. A head that the latest tokens serve better, in
@@ -148,7 +148,7 @@ def search(
         allowed = torch.tensor(
             [band is None or abs(d - near) <= band for d in range(draft.layers) for _ in range(draft.q_heads)]
         )
-        mass = [free.mass(_rows(layer, target)) for free in windows]
+        mass = [window.mass(_rows(layer, target)) for window in windows]
         sources.append([])
         for h in range(target.kv_heads):
             ranked = scores.recall[layer * target.kv_heads + h].masked_fill(~allowed, -1)
@@ -156,7 +156,7 @@ def search(
             ranked = ranked[: min(SHORTLIST, int(allowed.sum()))].sort().values.tolist()
             picks, shares = _forward(windows, [m[h] for m in mass], ranked, heads, pool)
             own = tuple(sorted(divmod(c, draft.q_heads) for c in picks))
-            latest = torch.stack([free.latest(m[h]) for free, m in zip(windows, mass, strict=True)])
+            latest = torch.stack([window.latest(m[h]) for window, m in zip(windows, mass, strict=True)])
             if min(by_domain(windows, latest - shares).values()) > LEAST_GAIN:
                 spared.append((float((latest - shares).mean()), layer, h, own))
                 own, shares = (), latest
@@ -167,32 +167,32 @@ def search(
         sources[layer][h] = own
         recall[layer, h] -= gain
     head_map = HeadMap(tuple(map(tuple, sources)), "calibrated", pool)
-    return Found(head_map, recall, scores)
+    return Calibrated(head_map, recall, scores)
 
 
-def by_domain(windows: list[Free], values: torch.Tensor) -> dict[str, float]:
+def by_domain(windows: list[Window], values: torch.Tensor) -> dict[str, float]:
     """Means of `values` [windows] over each domain."""
-    domains = dict.fromkeys(free.domain for free in windows)
+    domains = dict.fromkeys(window.domain for window in windows)
     return {
-        domain: float(values[[i for i, free in enumerate(windows) if free.domain == domain]].mean())
+        domain: float(values[[i for i, window in enumerate(windows) if window.domain == domain]].mean())
         for domain in domains
     }
 
 
 def _forward(
-    windows: list[Free], mass: list[torch.Tensor], ranked: list[int], heads: int, pool: str
+    windows: list[Window], mass: list[torch.Tensor], ranked: list[int], heads: int, pool: str
 ) -> tuple[list[int], torch.Tensor]:
     """Draft heads out of `ranked`, and the recall [windows] they have together."""
-    candidates = [free.scores(pool, ranked) for free in windows]
-    joined: list[torch.Tensor] = [torch.zeros(free.positions) for free in windows]
+    candidates = [window.scores(pool, ranked) for window in windows]
+    joined: list[torch.Tensor] = [torch.zeros(window.positions) for window in windows]
     chosen: list[int] = []
     best = torch.zeros(len(windows))
     open_ = torch.ones(len(ranked), dtype=torch.bool)
     while len(chosen) < heads and bool(open_.any()):
         shares = torch.stack(
             [
-                free.recall(own.expand(len(ranked), -1), free.top(_join(pool, values, so_far)))
-                for free, own, values, so_far in zip(windows, mass, candidates, joined, strict=True)
+                window.recall(own.expand(len(ranked), -1), window.top(_join(pool, values, so_far)))
+                for window, own, values, so_far in zip(windows, mass, candidates, joined, strict=True)
             ]
         )
         gains = (shares.mean(0) - best.mean()).masked_fill(~open_, -torch.inf)
@@ -210,38 +210,40 @@ def _join(pool: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.maximum(a, b) if pool == "max" else a + b
 
 
-def selected(head_map: HeadMap, free: Free, layer: int, draft: HeadCounts, pool: str) -> torch.Tensor:
+def selected(head_map: HeadMap, window: Window, layer: int, draft: HeadCounts, pool: str) -> torch.Tensor:
     """Indices [KV heads, count] that each head of a target layer selects."""
-    return ranked(head_map, free, layer, draft, pool)[:, : free.count]
+    return ranked(head_map, window, layer, draft, pool)[:, : window.count]
 
 
-def ranked(head_map: HeadMap, free: Free, layer: int, draft: HeadCounts, pool: str) -> torch.Tensor:
+def ranked(head_map: HeadMap, window: Window, layer: int, draft: HeadCounts, pool: str) -> torch.Tensor:
     """Indices [KV heads, positions] in the order in which each head of a target layer would select them."""
     rows = []
     for own in head_map.sources[layer]:
         if not own:
-            rows.append(torch.arange(free.positions - 1, -1, -1))
+            rows.append(torch.arange(window.positions - 1, -1, -1))
             continue
         heads = [d * draft.q_heads + q for d, q in own]
         different = sorted(set(heads))
-        values = free.scores(pool, different)[[different.index(c) for c in heads]]
+        values = window.scores(pool, different)[[different.index(c) for c in heads]]
         joined = values.amax(0) if pool == "max" else values.sum(0)
         rows.append(joined.argsort(descending=True))
     return torch.stack(rows)
 
 
-def recall_of(head_map: HeadMap, windows: list[Free], target: HeadCounts, draft: HeadCounts) -> torch.Tensor:
+def recall_of(
+    head_map: HeadMap, windows: list[Window], target: HeadCounts, draft: HeadCounts
+) -> torch.Tensor:
     """float32 [windows, target layers, KV heads] of a map's selections; a map without a pool: "max"."""
     pool = head_map.pool or "max"
     return _by_layer(
         windows,
         target,
-        lambda free, layer, mass: free.recall(mass, selected(head_map, free, layer, draft, pool)),
+        lambda window, layer, mass: window.recall(mass, selected(head_map, window, layer, draft, pool)),
     )
 
 
 def split_budget(
-    head_map: HeadMap, windows: list[Free], target: HeadCounts, draft: HeadCounts, keep: float
+    head_map: HeadMap, windows: list[Window], target: HeadCounts, draft: HeadCounts, keep: float
 ) -> HeadMap:
     """The map with shares: what each target head gets of the budget, so that most attention is selected.
 
@@ -273,27 +275,27 @@ def _best_step(lost: list, level: list[list[int]], parts: list[float], left: flo
     return found
 
 
-def _lost(head_map, windows: list[Free], target: HeadCounts, draft: HeadCounts, parts) -> torch.Tensor:
+def _lost(head_map, windows: list[Window], target: HeadCounts, draft: HeadCounts, parts) -> torch.Tensor:
     """[layers, KV heads, parts] of attention outside sink and recent that a list of that part misses."""
     pool = head_map.pool or "max"
-    domains = list(dict.fromkeys(free.domain for free in windows))
+    domains = list(dict.fromkeys(window.domain for window in windows))
     total = torch.zeros(len(domains), target.layers, target.kv_heads, len(parts))
-    for free in windows:
-        context = free.record.windows[free.i]
-        wanted = [math.ceil(part * context - CEIL_GUARD) - (context - free.positions) for part in parts]
-        counts = [min(free.positions, max(0, k)) for k in wanted]
+    for window in windows:
+        context = window.record.windows[window.i]
+        wanted = [math.ceil(part * context - CEIL_GUARD) - (context - window.positions) for part in parts]
+        counts = [min(window.positions, max(0, k)) for k in wanted]
         for layer in range(target.layers):
-            mass = free.mass(_rows(layer, target))
-            order = ranked(head_map, free, layer, draft, pool)
+            mass = window.mass(_rows(layer, target))
+            order = ranked(head_map, window, layer, draft, pool)
             kept = mass.gather(1, order).cumsum(1)
             kept = torch.nn.functional.pad(kept, (1, 0))[:, counts]
-            total[domains.index(free.domain), layer] += mass.sum(1, keepdim=True) - kept
-    number = torch.tensor([sum(free.domain == d for free in windows) for d in domains])
+            total[domains.index(window.domain), layer] += mass.sum(1, keepdim=True) - kept
+    number = torch.tensor([sum(window.domain == d for window in windows) for d in domains])
     return (total / number[:, None, None, None]).mean(0)
 
 
 def lost_mass(
-    head_map: HeadMap, windows: list[Free], target: HeadCounts, draft: HeadCounts, keep: float
+    head_map: HeadMap, windows: list[Window], target: HeadCounts, draft: HeadCounts, keep: float
 ) -> dict[str, float]:
     """Mean over heads of the attention that is not selected, with one budget for all and with shares."""
     shares = head_map.shares or [[1.0] * target.kv_heads] * target.layers
@@ -306,49 +308,49 @@ def lost_mass(
     return found
 
 
-def oracle(windows: list[Free], target: HeadCounts) -> torch.Tensor:
+def oracle(windows: list[Window], target: HeadCounts) -> torch.Tensor:
     """[windows, layers, KV heads]: recall of the target's own top at the same budget, the most there is."""
-    return _by_layer(windows, target, lambda free, layer, mass: free.recall(mass, free.top(mass)))
+    return _by_layer(windows, target, lambda window, layer, mass: window.recall(mass, window.top(mass)))
 
 
-def latest(windows: list[Free], target: HeadCounts) -> torch.Tensor:
+def latest(windows: list[Window], target: HeadCounts) -> torch.Tensor:
     """[windows, layers, KV heads]: recall of sink and a recent part as large as the budget."""
-    return _by_layer(windows, target, lambda free, layer, mass: free.latest(mass))
+    return _by_layer(windows, target, lambda window, layer, mass: window.latest(mass))
 
 
-def outside(windows: list[Free], target: HeadCounts) -> torch.Tensor:
+def outside(windows: list[Window], target: HeadCounts) -> torch.Tensor:
     """[windows, layers, KV heads]: the target's attention outside sink and recent."""
-    return _by_layer(windows, target, lambda free, layer, mass: mass.sum(-1))
+    return _by_layer(windows, target, lambda window, layer, mass: mass.sum(-1))
 
 
-def best_single(windows: list[Free], target: HeadCounts) -> torch.Tensor:
+def best_single(windows: list[Window], target: HeadCounts) -> torch.Tensor:
     """[windows, layers, KV heads]: recall of the draft head that is best in that very window.
 
     No map can choose so: it bounds what one draft head for each target head can give.
     """
     found = []
-    for free in windows:
+    for window in windows:
         best = torch.zeros(target.layers, target.kv_heads)
         for pool in POOLS:
-            speaks = _mask(free.top(free.scores(pool)), free.positions)
+            speaks = _mask(window.top(window.scores(pool)), window.positions)
             for layer in range(target.layers):
-                mass = free.mass(_rows(layer, target))
+                mass = window.mass(_rows(layer, target))
                 share = (mass @ speaks.T).amax(1) / mass.sum(1).clamp(min=1e-30)
                 best[layer] = torch.maximum(best[layer], share)
         found.append(best)
     return torch.stack(found)
 
 
-def random(windows: list[Free]) -> float:
+def random(windows: list[Window]) -> float:
     """The recall that choosing at random has in expectation."""
-    return sum(free.count / free.positions for free in windows) / len(windows)
+    return sum(window.count / window.positions for window in windows) / len(windows)
 
 
-def _by_layer(windows: list[Free], target: HeadCounts, rule) -> torch.Tensor:
+def _by_layer(windows: list[Window], target: HeadCounts, rule) -> torch.Tensor:
     return torch.stack(
         [
-            torch.stack([rule(free, t, free.mass(_rows(t, target))) for t in range(target.layers)])
-            for free in windows
+            torch.stack([rule(window, t, window.mass(_rows(t, target))) for t in range(target.layers)])
+            for window in windows
         ]
     )
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from sts_kernels.layout import IMPORTANCE_SCALE, UNKNOWN
-from sts_sglang.config import ConfigError, History, one_line, quoted, request_inspect
+from sts_sglang.config import ConfigError, HistoryMode, one_line, quoted, request_inspect
 from sts_sglang.core.request import Finished
 from sts_sglang.core.runtime import Runtime
 
@@ -214,6 +214,6 @@ def _is_meta(meta: Any) -> bool:
     if not isinstance(meta, dict) or any(type(meta.get(key)) is not kind for key, kind in expected.items()):
         return False
     history, decay = (meta["config"].get(key) for key in ("history", "history_decay"))
-    known = meta["signal"] in SIGNALS and isinstance(history, str) and history in get_args(History)
+    known = meta["signal"] in SIGNALS and isinstance(history, str) and history in get_args(HistoryMode)
     counted = 0 <= meta["prompt_tokens"] < 2**31
     return meta["version"] == VERSION and known and counted and type(decay) in (int, float)

@@ -72,7 +72,7 @@ class TargetShape(NamedTuple):
     slots: int = 0
 
 
-class Parts(NamedTuple):
+class VerifierParts(NamedTuple):
     """What a verifier is made of. width: positions in the table of slots. target: None without one."""
 
     config: StsConfig
@@ -93,5 +93,5 @@ class Kind(Protocol):
     def need(self, config: StsConfig, target: TargetShape) -> Need:
         """What it takes beside the buffers of a round."""
 
-    def make(self, parts: Parts) -> Verifier:
+    def make(self, parts: VerifierParts) -> Verifier:
         """Raises ConfigError where the models are too large for it."""

@@ -1,7 +1,7 @@
 """Torch stand-ins for the sgl_kernel CPU ops on SGLang's speculative path.
 
 The wheel for CUDA has no CPU build of sgl_kernel. SGLang's `_is_cpu` branches call these by name
-with exactly these signatures (`compat.CPU_BRANCHES`); all outputs are written in place.
+with exactly these signatures (`CPU_BRANCHES` of the release's table); all outputs are written in place.
 """
 
 from __future__ import annotations

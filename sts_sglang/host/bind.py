@@ -21,7 +21,7 @@ from sts_sglang.core.channels import Channels
 from sts_sglang.core.round import Draft, RoundState
 from sts_sglang.core.runtime import Runtime
 from sts_sglang.core.selectors import registry as selectors
-from sts_sglang.core.verifier import Parts, TargetShape
+from sts_sglang.core.verifier import TargetShape, VerifierParts
 from sts_sglang.headmap import HeadCounts, ModelPaths
 from sts_sglang.host import reserve, views
 from sts_sglang.host.metrics import read_counters
@@ -182,14 +182,15 @@ def assemble(
     head_map = headmap.of_config(config, target, draft_counts, models)
     config = headmap.served(config, head_map)
     kernel = kernel_for(config, device)
-    own = ops("torch" if kernel == "torch" else "triton")
+    own_ops = ops_for(kernel, device)
+    own = ops(own_ops)
     channels = Channels.of(head_map, device)
     # Exact on the CPU, the reference. On CUDA the torch ops stand beside the kernels, and a tenth of
     # a context reaches down to scores that only float32 tells from zero.
-    exact = device == "cpu" and kernel == "torch"
+    exact = device == "cpu" and own_ops == "torch"
     dtype = torch.float32 if exact else torch.float16
     state = RoundState(config, head_map, channels, draft, device, dtype)
-    made_of = Parts(config, head_map, channels, state, own, draft.table.shape[1], shape)
+    made_of = VerifierParts(config, head_map, channels, state, own, draft.table.shape[1], shape)
     return Runtime(
         config=config,
         head_map=head_map,
@@ -210,6 +211,11 @@ def kernel_for(config: StsConfig, device: str) -> str:
     if config.kernel != "auto":
         return config.kernel
     return "torch" if device == "cpu" else "triton"
+
+
+def ops_for(kernel: str, device: str) -> str:
+    """`triton` or `torch`: what runs everything but the verify of another kernel."""
+    return "torch" if kernel == "torch" or (device == "cpu" and kernel != "triton") else "triton"
 
 
 def _batch_limit(server_args: Any, table: torch.Tensor) -> int:

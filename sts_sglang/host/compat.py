@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import importlib.util
 import inspect
 import pkgutil
@@ -31,6 +32,7 @@ class Target(NamedTuple):
 HOOKS = {name: Target(*target) for name, target in release.HOOKS.items()}
 CPU_HOOKS = {name: Target(*target) for name, target in release.CPU_HOOKS.items()}
 HOOK_TARGETS, CPU_TARGETS = tuple(HOOKS.values()), tuple(CPU_HOOKS.values())
+CALLS = tuple(Target(*target) for target in release.CALLS)
 
 
 class Incompatible(RuntimeError):
@@ -57,6 +59,7 @@ def findings(cpu_platform: bool = False) -> dict[str, str | None]:
     return {
         "sglang": _check_version("sglang", SGLANG_VERSION),
         **{target.path: _check_target(target) for target in targets},
+        **{target.path: _check_params(target) for target in CALLS},
         **{path: _check_symbol(path) for path in symbols},
         **{f"fields of {path}": _check_fields(path, names) for path, names in release.FIELDS.items()},
     }
@@ -86,19 +89,55 @@ def _check_target(target: Target) -> str | None:
     problem = _check_symbol(target.path)
     if problem:
         return problem
-    fn = inspect.unwrap(pkgutil.resolve_name(target.path))
-    fn = getattr(fn, "__func__", fn)
+    fn = _function(target.path)
     if not callable(fn):
         return f"{target.path} is not callable"
-    found = tuple(inspect.signature(fn).parameters)[: len(target.params)]
+    if not inspect.isfunction(fn) or _looked_up_early(target.path):
+        return f"{target.path} cannot be replaced (it is no function of SGLang's own class)"
+    return _check_params(target)
+
+
+def _function(path: str) -> object:
+    """What stands there, without what wraps it."""
+    fn = inspect.unwrap(pkgutil.resolve_name(path))
+    return getattr(fn, "__func__", fn)
+
+
+def _check_params(target: Target) -> str | None:
+    """Whether it can be called, or overridden, with these parameters first."""
+    if problem := _check_symbol(target.path):
+        return problem
+    found = tuple(inspect.signature(_function(target.path)).parameters)[: len(target.params)]
     return None if found == target.params else f"{target.path} takes {found}, not {target.params}"
+
+
+def _looked_up_early(path: str) -> bool:
+    """Of a msgspec.Struct, which looks these methods up when the class is made: a hook would do nothing."""
+    owner, _, name = path.rpartition(".")
+    struct = hasattr(pkgutil.resolve_name(owner), "__struct_fields__")
+    return struct and name in ("__init__", "__post_init__")
 
 
 def _check_symbol(path: str) -> str | None:
     try:
         pkgutil.resolve_name(path)
     except (ImportError, AttributeError) as error:
-        return f"{path} is missing ({error})"
+        return f"{path} is missing ({_import_error(path) or error})"
+    return None
+
+
+def _import_error(path: str) -> ImportError | None:
+    """Why a module on the path cannot be imported: resolve_name would call it an absent attribute."""
+    parts = path.split(".")
+    for end in range(1, len(parts) + 1):
+        try:
+            importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError as error:
+            if error.name == ".".join(parts[:end]):
+                return None  # no module: an attribute from here on
+            return error
+        except ImportError as error:
+            return error
     return None
 
 

@@ -57,7 +57,7 @@ def read_counters(totals: torch.Tensor, plans: int) -> dict[str, float]:
 
 
 def _counters(totals: torch.Tensor, plans: int) -> Counters:
-    by_name = {count.name.lower(): total for count, total in zip(Count, totals.tolist(), strict=False)}
+    by_name = {count.name.lower(): total for count, total in zip(Count, totals.tolist(), strict=True)}
     return Counters(**by_name, plans=plans)
 
 

@@ -68,11 +68,37 @@ SYMBOLS = (
     "sglang.srt.mem_cache.memory_pool.KVWriteLoc",
     "sglang.srt.model_executor.cuda_graph_config.Backend.DISABLED",
     "sglang.srt.plugins.hook_registry.HookRegistry._patched",
+    "sglang.srt.plugins.hook_registry.HookType",
+    "sglang.srt.plugins.load_plugins",
     "sglang.srt.server_args.ATTENTION_BACKEND_CHOICES",
     "sglang.srt.server_args.add_attention_backend_choices",
     "sglang.srt.utils.hf_transformers_utils.get_config",
     f"{_SPEC}.eagle_utils.TreeMaskMode.QLEN_ONLY",
     f"{_SPEC}.draft_utils.DraftBackendFactory._create_triton_decode_backend",
+)
+
+# Functions that are called, and methods that are overridden, with the parameters that this relies on.
+_BACKEND = "sglang.srt.layers.attention.base_attn_backend.AttentionBackend"
+_POOL = "sglang.srt.mem_cache.memory_pool"
+CALLS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (f"{_BACKEND}.init_cuda_graph_state", ("self", "max_bs", "max_num_tokens")),
+    (f"{_BACKEND}.init_forward_metadata", ("self", "forward_batch")),
+    (f"{_BACKEND}.init_forward_metadata_in_graph", ("self", "forward_batch")),
+    (f"{_BACKEND}.init_forward_metadata_out_graph", ("self", "forward_batch", "in_capture")),
+    (f"{_BACKEND}.forward_extend", ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache")),
+    (f"{_BACKEND}.forward_decode", ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache")),
+    (f"{_POOL}.MHATokenToKVPool.set_kv_buffer", ("self", "layer", "loc_info", "cache_k", "cache_v")),
+    (f"{_POOL}.MHATokenToKVPool.get_key_buffer", ("self", "layer_id")),
+    (f"{_POOL}.MHATokenToKVPool.get_value_buffer", ("self", "layer_id")),
+    (f"{_POOL}.KVWriteLoc", ("loc", "swa_loc")),
+    (
+        "sglang.srt.configs.model_config.ModelConfig.from_server_args",
+        ("server_args", "model_path", "model_revision", "is_draft_model", "context_length"),
+    ),
+    (
+        "sglang.srt.utils.hf_transformers_utils.get_config",
+        ("model", "trust_remote_code", "revision", "model_override_args", "model_config_parser"),
+    ),
 )
 
 # Server arguments that are read, most of them by the allow-list of host/serves.py.

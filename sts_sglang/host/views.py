@@ -1,7 +1,8 @@
 """SGLang's objects as this project's plain values. Whoever needs a field of one asks here.
 
-Every class that a function below is annotated with stands in `compat.FIELDS` with the fields that are read,
-and a launch ends where one of them is gone: a `getattr` with a default would be a silent change of meaning.
+Every class that a function below is annotated with stands in `FIELDS` of the release's table, with the fields
+that are read, and a launch ends where one of them is gone: a `getattr` with a default would silently change
+what is meant.
 """
 
 from __future__ import annotations
@@ -118,6 +119,8 @@ def accepted(batch: ForwardBatch) -> Accepted:
     spec: EagleDraftExtendInput = batch.spec_info
     if spec.num_accept_tokens is None:
         raise RuntimeError("STS: SGLang runs a draft-extend without saying how many tokens were accepted")
+    if spec.num_tokens_per_req <= 0:  # what its base class says, where it does not say so itself
+        raise RuntimeError("STS: SGLang runs a draft-extend without saying how many tokens a request has")
     return Accepted(spec.num_accept_tokens, spec.num_tokens_per_req)
 
 

@@ -10,7 +10,7 @@ from sts_sglang.config import StsConfig
 from sts_sglang.core.request import Request
 from sts_sglang.core.selectors.base import LayerCall
 from sts_sglang.core.sizes import Need
-from sts_sglang.core.verifier import Parts, TargetShape
+from sts_sglang.core.verifier import TargetShape, VerifierParts
 
 
 class OpsVerifier:
@@ -74,5 +74,5 @@ def need(config: StsConfig, target: TargetShape) -> Need:
     return Need()
 
 
-def make(parts: Parts) -> OpsVerifier:
+def make(parts: VerifierParts) -> OpsVerifier:
     return OpsVerifier(parts.ops, parts.channels.of_target, parts.width)

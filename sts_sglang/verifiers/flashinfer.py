@@ -20,7 +20,7 @@ from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core.request import Request
 from sts_sglang.core.selectors.base import LayerCall
 from sts_sglang.core.sizes import OVERSUBSCRIBED, Need
-from sts_sglang.core.verifier import Parts, TargetShape
+from sts_sglang.core.verifier import TargetShape, VerifierParts
 from sts_sglang.headmap import HeadMap
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def need(config: StsConfig, target: TargetShape) -> Need:
     return Need(fixed, OVERSUBSCRIBED * shape.list_bytes(8) / 8)
 
 
-def make(parts: Parts) -> FlashInferVerifier:
+def make(parts: VerifierParts) -> FlashInferVerifier:
     config, target, state = parts.config, parts.target, parts.state
     shape = Shape.of(target)
     if target.slots * shape.kv_heads >= 2**31:
