@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from sts_sglang.config import MAX_LAYERS, ConfigError, _show, quoted
+from sts_sglang.config import MAX_LAYERS, ConfigError, quoted, shown
 
 MAX_CONFIG = 4 << 20
 MAX_INDEX = 32 << 20
@@ -59,7 +59,7 @@ def read_config(what: str, folder: Path) -> dict[str, Any]:
     config = _json(what, folder / "config.json", MAX_CONFIG)
     names = config.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise _error(what, "config.json", f"architectures: got {_show(names)}", "a list of names")
+        raise _error(what, "config.json", f"architectures: got {shown(names)}", "a list of names")
     return config
 
 
@@ -70,7 +70,7 @@ def check_numbers(what: str, config: Mapping[str, Any], needed: tuple[str, ...] 
         if value is None and key not in needed:
             continue
         if type(value) is not int or not 1 <= value <= most:
-            raise _error(what, "config.json", f"{key}: got {_show(value)}", f"an integer from 1 to {most}")
+            raise _error(what, "config.json", f"{key}: got {shown(value)}", f"an integer from 1 to {most}")
 
 
 def read_headers(what: str, folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -108,7 +108,7 @@ def header(what: str, path: Path) -> dict[str, Tensor]:
         found = _parse(what, path.name, file.read(length))
     notes = found.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
-        raise _error(what, path.name, f"__metadata__: got {_show(notes)}", "an object of strings")
+        raise _error(what, path.name, f"__metadata__: got {shown(notes)}", "an object of strings")
     tensors = {name: _tensor(what, path.name, name, entry, start) for name, entry in found.items()}
     end = start
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1][2:]):
@@ -126,13 +126,13 @@ def _tensor(what: str, file: str, name: str, entry: Any, start: int) -> Tensor:
         return _error(what, file, f"tensor {quoted(name)}: {problem}", allowed)
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise refuse(f"got {_show(entry)}")
+        raise refuse(f"got {shown(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
-        raise refuse(f"got {_show(entry)}")
+        raise refuse(f"got {shown(entry)}")
     width = WIDTHS.get(dtype)
     if offsets[1] < offsets[0] or (width and math.prod(shape) * width != offsets[1] - offsets[0]):
-        raise refuse(f"{quoted(dtype)} of shape {_show(shape)} in bytes {_show(offsets)}")
+        raise refuse(f"{quoted(dtype)} of shape {shown(shape)} in bytes {shown(offsets)}")
     return Tensor(dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 
@@ -145,7 +145,7 @@ def _is_sizes(value: Any) -> bool:
 def _check_index(what: str, folder: Path, files: dict[str, dict[str, Tensor]]) -> None:
     names = _json(what, folder / INDEX, MAX_INDEX).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-        raise _error(what, INDEX, f"weight_map: got {_show(names)}", "an object of tensors and their files")
+        raise _error(what, INDEX, f"weight_map: got {shown(names)}", "an object of tensors and their files")
     for tensor, file in names.items():
         if file not in files:
             raise _error(what, INDEX, f"names {quoted(file)}, which is not there", "a whole checkpoint")
@@ -273,7 +273,7 @@ def _parse(what: str, name: str, content: bytes) -> dict[str, Any]:
         problem = "nested too deeply" if deep else f"not JSON ({quoted(error, 120)})"
         raise _error(what, name, problem, "a JSON object") from None
     if not isinstance(value, dict):
-        raise _error(what, name, f"got {_show(value)}", "a JSON object")
+        raise _error(what, name, f"got {shown(value)}", "a JSON object")
     return value
 
 

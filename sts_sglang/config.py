@@ -14,7 +14,7 @@ import reprlib
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from sts_sglang import strict_json
 
@@ -50,7 +50,7 @@ class ConfigError(ValueError):
         super().__init__(one_line(message))
 
 
-def _error(field: str, problem: str, allowed: str) -> ConfigError:
+def not_allowed(field: str, problem: str, allowed: str) -> ConfigError:
     return ConfigError(f"{field}: {problem}; allowed: {allowed}")
 
 
@@ -65,7 +65,7 @@ def _shower() -> reprlib.Repr:
 _SHOWER = _shower()
 
 
-def _show(value: object, longest: int = 80) -> str:
+def shown(value: object, longest: int = 80) -> str:
     """`value` for a message: one line, short, without control characters, however deep or large it is."""
     try:
         return one_line(_SHOWER.repr(value), longest)
@@ -77,7 +77,7 @@ def quoted(text: object, longest: int = 80) -> str:
     """Text of a user, a file or another library for a log line or a message: in quotes, so that it cannot be
     taken for ours, and in one line of printable characters."""
     try:
-        return _show(str(text), longest)
+        return shown(str(text), longest)
     except Exception:
         return f"a {type(text).__name__} too long to print"
 
@@ -92,7 +92,7 @@ def one_line(text: object, longest: int | None = None) -> str:
 def _choice(options: tuple[str, ...]) -> Callable[[str, object], str]:
     def read(field: str, value: object) -> str:
         if not isinstance(value, str) or value not in options:
-            raise _error(field, f"got {_show(value)}", " | ".join(options))
+            raise not_allowed(field, f"got {shown(value)}", " | ".join(options))
         return value
 
     return read
@@ -100,14 +100,14 @@ def _choice(options: tuple[str, ...]) -> Callable[[str, object], str]:
 
 def _flag(field: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise _error(field, f"got {_show(value)}", "true or false")
+        raise not_allowed(field, f"got {shown(value)}", "true or false")
     return value
 
 
 def _integer(low: int, high: int) -> Callable[[str, object], int]:
     def read(field: str, value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise _error(field, f"got {_show(value)}", f"an integer from {low} to {high}")
+            raise not_allowed(field, f"got {shown(value)}", f"an integer from {low} to {high}")
         return int(value)
 
     return read
@@ -117,7 +117,7 @@ def _number(inside: Callable[[float], bool], allowed: str) -> Callable[[str, obj
     def read(field: str, value: object) -> float:
         # A comparison is false for NaN, and is done before float(): a huge int does not fit one.
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not inside(value):
-            raise _error(field, f"got {_show(value)}", allowed)
+            raise not_allowed(field, f"got {shown(value)}", allowed)
         return float(value)
 
     return read
@@ -131,7 +131,7 @@ _decay = _number(lambda x: 0 < x <= 0.999 or x == 1, "a number above 0 and at mo
 
 def _sink(field: str, value: object) -> int:
     if type(value) in (int, float) and value == 0:
-        raise _error(
+        raise not_allowed(
             field,
             "got 0",
             f"an integer from 1 to {MAX_TOKENS} (the draft never scores position 0: it must be a sink)",
@@ -142,11 +142,11 @@ def _sink(field: str, value: object) -> int:
 def _layers(field: str, value: object) -> tuple[int, ...]:
     allowed = f"a list of different layer numbers from 0 to {MAX_LAYERS - 1}"
     if not isinstance(value, (list, tuple)):
-        raise _error(field, f"got {_show(value)}", allowed)
+        raise not_allowed(field, f"got {shown(value)}", allowed)
     read = _integer(0, MAX_LAYERS - 1)
     layers = tuple(sorted(read(f"{field}[{i}]", layer) for i, layer in enumerate(value)))
     if len(set(layers)) != len(layers):
-        raise _error(field, f"got {_show(value)}, a layer twice", allowed)
+        raise not_allowed(field, f"got {shown(value)}, a layer twice", allowed)
     return layers
 
 
@@ -155,11 +155,11 @@ def _path(allowed: str, longest: int) -> Callable[[str, object], str | None]:
         if value is None:
             return None
         if not isinstance(value, str) or not value.strip() or len(value) > longest or "\0" in value:
-            raise _error(field, f"got {_show(value)}", allowed)
+            raise not_allowed(field, f"got {shown(value)}", allowed)
         try:
             os.fsencode(value)
         except UnicodeEncodeError:
-            raise _error(field, f"got {_show(value)}, which no file can be named", allowed) from None
+            raise not_allowed(field, f"got {shown(value)}, which no file can be named", allowed) from None
         return value
 
     return read
@@ -167,7 +167,7 @@ def _path(allowed: str, longest: int) -> Callable[[str, object], str | None]:
 
 def _digest(field: str, value: object) -> str | None:
     if value is not None and not (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)):
-        raise _error(field, f"got {_show(value)}", "64 lower-case hex digits, or null for any map")
+        raise not_allowed(field, f"got {shown(value)}", "64 lower-case hex digits, or null for any map")
     return value
 
 
@@ -271,13 +271,13 @@ class StsConfig:
         for name, read in _READERS.items():
             object.__setattr__(self, name, read(f"sts_config.{name}", getattr(self, name)))
         if self.policy != "ratio" and self.budget == 0:
-            raise _error(
+            raise not_allowed(
                 "sts_config.budget",
                 f"got 0 with policy {self.policy!r}",
                 f"an integer from 1 to {MAX_TOKENS} (0 is for policy 'ratio')",
             )
         if self.policy == "fixed" and self.sink + self.recent > self.budget:
-            raise _error(
+            raise not_allowed(
                 "sts_config.budget",
                 f"got {self.budget} with policy 'fixed', below sink + recent = {self.sink + self.recent}",
                 "a budget of at least sink + recent, which are always kept",
@@ -290,14 +290,14 @@ class StsConfig:
         kinds = [("policy", "top_p"), ("history", "warm"), ("history", "blend")]
         for field, value in [*kinds, ("draft", "steps"), ("draft", "all")]:
             if getattr(self, field) == value:
-                raise _error(
+                raise not_allowed(
                     "sts_config.selector",
                     f"got {self.selector!r} with {field} {value!r}",
                     f"'draft' with {field} {value!r}, or another {field}",
                 )
         if self.inspect_dir is not None:
             problem = f"got {self.selector!r} with an inspect_dir"
-            raise _error("sts_config.selector", problem, "'draft', or no inspect_dir")
+            raise not_allowed("sts_config.selector", problem, "'draft', or no inspect_dir")
 
     def dense_verify(self, layer: int) -> bool:
         """Whether a target layer attends to everything in every verify."""
@@ -328,7 +328,7 @@ class StsConfig:
         elif isinstance(source, (str, os.PathLike)):
             source = _load(_read_file(os.fsdecode(source)))
         if not isinstance(source, Mapping):
-            raise _error("sts_config", f"got {_show(source)}", "a JSON object or the path of one")
+            raise not_allowed("sts_config", f"got {shown(source)}", "a JSON object or the path of one")
         for key in source:
             _check_key("sts_config", key, tuple(_READERS))
         return cls(**source)
@@ -357,7 +357,9 @@ class StsConfig:
         Raises `ConfigError` where no launcher did.
         """
         if (left := os.environ.get(ENV)) is None:
-            raise _error(ENV, "not set, so nobody checked this launch", "what a launch with sts sets itself")
+            raise not_allowed(
+                ENV, "not set, so nobody checked this launch", "what a launch with sts sets itself"
+            )
         return cls.parse(left)
 
     def to_json(self) -> str:
@@ -367,7 +369,7 @@ class StsConfig:
     def check_layers(self, num_layers: int) -> None:
         """Raises `ConfigError` if `dense_layers` names a layer that a target of `num_layers` lacks."""
         if self.dense_layers and self.dense_layers[-1] >= num_layers:
-            raise _error(
+            raise not_allowed(
                 "sts_config.dense_layers",
                 f"got layer {self.dense_layers[-1]}, but the target has {num_layers} layers",
                 f"layer numbers from 0 to {num_layers - 1}",
@@ -409,12 +411,12 @@ def request_keep(custom_params: Mapping[str, object] | None, config: StsConfig |
     field, keep = "custom_params.sts.keep", _share("custom_params.sts.keep", own["keep"])
     rule = "any" if config is None else config.request_keep
     if rule == "off":
-        raise _error(
+        raise not_allowed(
             field, "this server lets no request choose", "no keep (sts_config.request_keep is 'off')"
         )
     if rule == "at_most" and keep > config.keep:
         most = f"at most this server's {config.keep} (sts_config.request_keep is 'at_most')"
-        raise _error(field, f"got {_show(keep)}", most)
+        raise not_allowed(field, f"got {shown(keep)}", most)
     return keep
 
 
@@ -429,9 +431,11 @@ def request_inspect(custom_params: Mapping[str, object] | None, config: StsConfi
         return wanted
     if config.inspect_dir is None:
         allowed = "false, or a server with sts_config.inspect_dir set to a folder"
-        raise _error(field, "this server writes no dumps", allowed)
+        raise not_allowed(field, "this server writes no dumps", allowed)
     if not config.request_inspect:
-        raise _error(field, "this server dumps for no request", "false (sts_config.request_inspect is false)")
+        raise not_allowed(
+            field, "this server dumps for no request", "false (sts_config.request_inspect is false)"
+        )
     return wanted
 
 
@@ -441,47 +445,16 @@ def check_request(custom_params: Mapping[str, object] | None, config: StsConfig)
     request_inspect(custom_params, config)
 
 
-def check_sampling(params: Any, cpu: bool) -> None:
-    """Raises `ConfigError` for sampling parameters (SGLang's SamplingParams) that speculation would take and
-    not follow, without a word: see docs/limits.md. `cpu`: on the reference platform.
-
-    A request of one token ends with its prefill, which samples as ever.
-    """
-    if params.sampling_seed is not None and params.top_k != 1:  # which SGLang makes of temperature 0
-        allowed = "none (SGLang draws by it in deterministic inference only), or temperature 0"
-        raise _error("sampling_seed", f"got {_show(params.sampling_seed)}", allowed)
-    if params.max_new_tokens is not None and params.max_new_tokens <= 1:
-        return
-    if params.min_p > 0:
-        raise _error(
-            "min_p", f"got {_show(params.min_p)}", "0 (verify does not apply it), or top_p and top_k"
-        )
-    if params.min_new_tokens > 1:
-        allowed = "0 or 1 (speculation counts rounds for it, not tokens), or ignore_eos"
-        raise _error("min_new_tokens", f"got {_show(params.min_new_tokens)}", allowed)
-    for field, value, none in (
-        ("frequency_penalty", params.frequency_penalty, 0),
-        ("presence_penalty", params.presence_penalty, 0),
-        ("repetition_penalty", params.repetition_penalty, 1),
-    ):
-        if value != none:
-            allowed = f"{none} (speculation counts the last token of a round for it, no others)"
-            raise _error(field, f"got {_show(value)}", allowed)
-    if cpu and params.top_k != 1:
-        allowed = "0 (on the CPU platform verify takes the likeliest token, whatever is asked)"
-        raise _error("temperature", f"got {_show(params.temperature)}", allowed)
-
-
 def _request_params(custom_params: Mapping[str, object] | None) -> Mapping[str, object]:
     if custom_params is None:
         return {}
     if not isinstance(custom_params, Mapping):
-        raise _error("custom_params", f"got {_show(custom_params)}", "an object")
+        raise not_allowed("custom_params", f"got {shown(custom_params)}", "an object")
     if "sts" not in custom_params:
         return {}
     own = custom_params["sts"]
     if not isinstance(own, Mapping):
-        raise _error("custom_params.sts", f"got {_show(own)}", 'an object such as {"keep": 0.5}')
+        raise not_allowed("custom_params.sts", f"got {shown(own)}", 'an object such as {"keep": 0.5}')
     for key in own:
         _check_key("custom_params.sts", key, ("keep", "inspect"))
     return own
@@ -492,54 +465,54 @@ def _check_key(field: str, key: object, allowed: tuple[str, ...]) -> None:
         return
     nearest = difflib.get_close_matches(key[:40] if isinstance(key, str) else "", allowed, n=1, cutoff=0.4)
     hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-    raise _error(field, f"unknown key {_show(key)}{hint}", ", ".join(allowed))
+    raise not_allowed(field, f"unknown key {shown(key)}{hint}", ", ".join(allowed))
 
 
 def _read_file(path: str) -> str:
-    field = f"sts_config (file {_show(path)})"
+    field = f"sts_config (file {shown(path)})"
     allowed = f"inline JSON that starts with '{{', or a UTF-8 JSON file of at most {MAX_SOURCE} bytes"
     try:
         # Non-blocking, so that a FIFO without a writer is refused below instead of waited for.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise _error(field, "not a regular file", allowed)
+                raise not_allowed(field, "not a regular file", allowed)
             if status.st_size > MAX_SOURCE:
-                raise _error(field, f"{status.st_size} bytes", allowed)
+                raise not_allowed(field, f"{status.st_size} bytes", allowed)
             return file.read(MAX_SOURCE + 1).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _error(field, f"not UTF-8 at byte {error.start}", allowed) from None
+        raise not_allowed(field, f"not UTF-8 at byte {error.start}", allowed) from None
     except OSError as error:
-        raise _error(field, f"cannot be read ({error.strerror})", allowed) from None
+        raise not_allowed(field, f"cannot be read ({error.strerror})", allowed) from None
     except ConfigError:
         raise
     except ValueError as error:
-        raise _error(field, f"not a path ({error})", allowed) from None
+        raise not_allowed(field, f"not a path ({error})", allowed) from None
 
 
 def _load(text: str) -> object:
     allowed = f"one JSON object of at most {MAX_SOURCE} characters"
     if len(text) > MAX_SOURCE:
-        raise _error("sts_config", f"{len(text)} characters", allowed)
+        raise not_allowed("sts_config", f"{len(text)} characters", allowed)
     try:
         return strict_json.loads(text, _repeated, _constant)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
-        raise _error("sts_config", f"not JSON ({error.msg}, {where})", allowed) from None
+        raise not_allowed("sts_config", f"not JSON ({error.msg}, {where})", allowed) from None
     except ConfigError:
         raise
     except RecursionError:
-        raise _error("sts_config", "nested too deeply", allowed) from None
+        raise not_allowed("sts_config", "nested too deeply", allowed) from None
     except ValueError:
-        raise _error("sts_config", "holds a number with too many digits", allowed) from None
+        raise not_allowed("sts_config", "holds a number with too many digits", allowed) from None
 
 
 def _repeated(key: str) -> ConfigError:
-    return _error("sts_config", f"key {_show(key)} appears twice", "each key once")
+    return not_allowed("sts_config", f"key {shown(key)} appears twice", "each key once")
 
 
 def _constant(name: str) -> ConfigError:
-    return _error("sts_config", f"holds {name}, which JSON does not have", "finite numbers")
+    return not_allowed("sts_config", f"holds {name}, which JSON does not have", "finite numbers")
 
 
 assert set(_READERS) == {field.name for field in fields(StsConfig)}

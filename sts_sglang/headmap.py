@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from sts_sglang import fingerprint, strict_json
-from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig, _show, one_line
+from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig, one_line, shown
 
 MAP_VERSION = 1
 # What the draft's key at an index is about, in the format of a map file: the target's token one further on,
@@ -493,7 +493,7 @@ def _sources(value: Any, field: str, draft: HeadCounts) -> tuple[Source, ...]:
 
 def _short(value: Any, longest: int = 80) -> str:
     """`value` for a message: as `quoted`, in ASCII, since it may go to a log of any encoding."""
-    return _ascii(_show(value, longest))
+    return _ascii(shown(value, longest))
 
 
 def _name(key: str) -> str:

@@ -27,7 +27,7 @@ from torch.nn.functional import linear, pad, rms_norm
 
 from sts_kernels.layout import SHIFT
 from sts_sglang import checkpoints
-from sts_sglang.config import ConfigError, _show, quoted
+from sts_sglang.config import ConfigError, quoted, shown
 from sts_sglang.headmap import POOLS, HeadCounts
 
 VERIFY_ROWS = 4
@@ -271,7 +271,7 @@ class EagleHead:
         ids = (self.config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
         if ids and not (isinstance(ids, list) and all(type(i) is int for i in ids)):
             raise ConfigError(
-                f"--draft: reads the target after layers {_show(ids)}; allowed: numbers of them"
+                f"--draft: reads the target after layers {shown(ids)}; allowed: numbers of them"
             )
         chosen = [i + 1 for i in ids] if ids else [2, layers // 2, layers - 3]
         # The last hidden state that transformers returns is normed, which SGLang's is not.
@@ -289,9 +289,9 @@ class EagleHead:
 def _check_head(config: dict[str, Any]) -> None:
     eps, aux = config["rms_norm_eps"], config.get("eagle_config", {})
     if type(eps) is not float or not 0 < eps < 1:
-        raise ConfigError(f"--draft: rms_norm_eps: got {_show(eps)}; allowed: a number between 0 and 1")
+        raise ConfigError(f"--draft: rms_norm_eps: got {shown(eps)}; allowed: a number between 0 and 1")
     if not isinstance(aux, dict):
-        raise ConfigError(f"--draft: eagle_config: got {_show(aux)}; allowed: an object")
+        raise ConfigError(f"--draft: eagle_config: got {shown(aux)}; allowed: an object")
     if config["num_hidden_layers"] != 1:
         raise ConfigError(f"--draft: the head has {config['num_hidden_layers']} layers; allowed: 1")
     if config.get("fc_norm") or config.get("use_aux_norm"):

@@ -77,7 +77,7 @@ class Bound:
 
 
 def _simulated() -> dict[str, float]:
-    """Tokens that a round accepts by chance where a bench asks for it: the output means nothing then."""
+    """How many tokens a round accepts by chance, where a bench asks for that: its output means nothing."""
     from sglang.srt.environ import envs
 
     length = envs.SGLANG_SIMULATE_ACC_LEN.get()

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from sts_sglang import cpu
 from sts_sglang.backends import dense
 from sts_sglang.backends.draft import DraftMultiStepBackend
-from sts_sglang.config import BACKEND, ENV, ConfigError, StsConfig, check_request, check_sampling
+from sts_sglang.config import BACKEND, ENV, ConfigError, StsConfig, check_request
 from sts_sglang.core import dumps
 from sts_sglang.host import bind, compat, handover, refused, reserve, views
 from sts_sglang.host.metrics import Exporter
+from sts_sglang.host.sampling import check_sampling
 from sts_sglang.host.serves import Refusal, asks_for_sts, check_all, check_raw
 
 if TYPE_CHECKING:

@@ -19,13 +19,13 @@ from sts_sglang.config import (
     BACKEND,
     CHAIN_FLAGS,
     StsConfig,
-    _show,
     check_request,
-    check_sampling,
     one_line,
     quoted,
+    shown,
 )
 from sts_sglang.host import views
+from sts_sglang.host.sampling import check_sampling
 from sts_sglang.verifiers import registry as verifiers
 
 if TYPE_CHECKING:
@@ -648,8 +648,8 @@ def _special_field(text_config: PretrainedConfig) -> str | None:
     """What a Hugging Face config asks for beyond plain attention, or None."""
     types = getattr(text_config, "layer_types", None) or ()
     if not isinstance(types, (list, tuple)):
-        return f"layer_types = {_show(types)}"
-    kinds = {_show(kind) for kind in types if kind != "full_attention"}
+        return f"layer_types = {shown(types)}"
+    kinds = {shown(kind) for kind in types if kind != "full_attention"}
     if kinds:
         return f"layer_types with {', '.join(sorted(kinds))}"
     windows = ("sliding_window", "sliding_window_size", "window_size")
@@ -658,5 +658,5 @@ def _special_field(text_config: PretrainedConfig) -> str | None:
         windows = ()
     for field in (*windows, *_SPECIAL_FIELDS):
         if value := getattr(text_config, field, None):
-            return f"{field} = {_show(value)}"
+            return f"{field} = {shown(value)}"
     return None
