@@ -56,6 +56,11 @@ class LocalServer:
                 self.command, env=self._env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
 
+    @property
+    def pid(self) -> int:
+        """Of the launcher, whose children are the server's other processes."""
+        return self._process.pid
+
     def shown_command(self) -> str:
         """The command for a result file: without this machine's folders."""
         return shlex.join(Path(word).name if word.startswith("/") else word for word in self.command)
