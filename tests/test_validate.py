@@ -778,6 +778,22 @@ def test_preferred_sampling_params_that_a_request_may_have_are_served(launch):
     launch(preferred_sampling_params=json.dumps({**params, "temperature": 0}))
 
 
+def test_what_a_model_asks_of_every_request_is_checked_too(launch, flags, monkeypatch):
+    """Qwen2.5-Instruct's generation_config.json has a penalty: a 400 for whoever does not say otherwise."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    def asks(**params):
+        monkeypatch.setattr(ModelConfig, "get_default_sampling_params", lambda self: params)
+
+    asks(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.0)
+    launch()
+    asks(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05)
+    with pytest.raises(Refusal) as caught:
+        launch()
+    subject = "--sampling-defaults model (generation_config.json): repetition_penalty: got 1.05"
+    check_message(caught, flags, subject, "--sampling-defaults openai")
+
+
 def test_configuration_is_checked_at_launch(launch, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(Refusal, match=r"^sts_config\.kernel: 'triton'"):

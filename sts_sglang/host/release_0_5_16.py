@@ -267,6 +267,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "sglang.srt.configs.model_config.ModelConfig": (
         "context_len",
         "dtype",
+        "get_default_sampling_params",
         "get_total_num_kv_heads",
         "head_dim",
         "hf_config",

@@ -300,23 +300,34 @@ def check_inspect(config: StsConfig) -> None:
         )
 
 
-def check_preferred(server_args: ServerArgs, config: StsConfig, vocab_size: int) -> None:
+def check_preferred(server_args: ServerArgs, config: StsConfig, target: ModelConfig) -> None:
     """What joins every request must be what a request may ask for. Raises `Refusal`."""
+    preferred = server_args.preferred_sampling_params or {}
+    _check_joining("--preferred-sampling-params", preferred, "change or remove it", config, target)
+    # Qwen2.5-Instruct comes with a repetition_penalty of 1.05. Of the others a request may have any.
+    given = target.get_default_sampling_params()
+    own = {name: given[name] for name in ("repetition_penalty", "min_p") if name in given}
+    what = "--sampling-defaults model (generation_config.json)"
+    _check_joining(what, own, "use --sampling-defaults openai", config, target)
+
+
+def _check_joining(
+    what: str, params: dict[str, Any], remedy: str, config: StsConfig, target: ModelConfig
+) -> None:
     from sglang.srt.sampling.sampling_params import SamplingParams
 
-    if not (preferred := server_args.preferred_sampling_params):
+    if not params:
         return
     # A request says its temperature itself on the CPU platform, whose only one is not SGLang's default.
-    own = {} if server_args.device != "cpu" or "top_k" in preferred else {"temperature": 0}
+    own = {"temperature": 0} if cpu.selected() and "top_k" not in params else {}
     try:
-        params = SamplingParams(**{**own, **preferred})
-        params.verify(vocab_size)
-        check_request(params.custom_params, config)
-        check_sampling(params, cpu=cpu.selected())
+        made = SamplingParams(**{**own, **params})
+        made.verify(target.vocab_size)
+        check_request(made.custom_params, config)
+        check_sampling(made, cpu=cpu.selected())
     except (TypeError, ValueError) as error:
         raise Refusal(
-            f"--preferred-sampling-params: {error}; this would be the answer to every request that does not "
-            "say otherwise; change or remove it"
+            f"{what}: {error}; so would be answered every request that does not say otherwise; {remedy}"
         ) from error
 
 
@@ -350,7 +361,7 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     check_target(target)
     draft = draft_config(server_args, target)
     check_draft(draft, target)
-    check_preferred(server_args, config, target.vocab_size)
+    check_preferred(server_args, config, target)
     _check_kv_dtype(server_args, target, draft)
     _check_weights(server_args, target, draft)
     config.check_layers(target.num_hidden_layers)
