@@ -63,7 +63,7 @@ def test_a_dump_that_fails_ends_neither_request_nor_server(monkeypatch, caplog, 
         raise error("no room")
 
     monkeypatch.setattr(dumps, "of_request", fails)
-    ended = Finished(Request("r", 1, [], [], WANTED["custom_params"]), [], 0)
+    ended = Finished(Request("r", 1, [], [], WANTED["custom_params"]), [], 0, 0)
     runtime = SimpleNamespace(config=StsConfig(inspect_dir=str(tmp_path)))
     dumps.finished(runtime, ended, torch.empty(0))
     assert "request 'r' was not dumped: no room" in caplog.text
@@ -86,7 +86,7 @@ def admitting(config: StsConfig, rows: int) -> SimpleNamespace:
 def test_request_ids_are_quoted_in_the_log(monkeypatch, caplog, tmp_path):
     caplog.set_level("INFO")
     runtime = SimpleNamespace(config=StsConfig(inspect_dir=str(tmp_path)))
-    wants = Finished(asking(RID, 0, inspect=True), [], 0)
+    wants = Finished(asking(RID, 0, inspect=True), [], 0, 0)
     monkeypatch.setattr(dumps, "of_request", lambda *args: make_dump())
     dumps.finished(runtime, wants, torch.empty(0))
     monkeypatch.setattr(dumps, "MAX_FILES", 1)
@@ -101,7 +101,7 @@ def test_what_the_operator_closed_stays_closed_to_requests_that_come_by_another_
     """Those are not answered with a 400: they get no dump, and the server's keep."""
     config = StsConfig(inspect_dir=str(tmp_path), request_inspect=False, request_keep="at_most")
     request, runtime = asking("r", 0, inspect=True, keep=0.5), admitting(config, 2)
-    dumps.finished(runtime, Finished(request, [], 0), torch.empty(0))
+    dumps.finished(runtime, Finished(request, [], 0, 0), torch.empty(0))
     assert not list(tmp_path.iterdir()) and "sts_config.request_inspect is false" in caplog.text
     Runtime.admit(runtime, [request, asking("r", 1, keep=0.05)])
     assert runtime.state.keeps[0].isnan() and runtime.state.keeps[1] == 0.05

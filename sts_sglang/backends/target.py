@@ -15,7 +15,6 @@ from sts_sglang.host import views
 from sts_sglang.host.views import Mode
 
 if TYPE_CHECKING:
-    from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
@@ -82,20 +81,20 @@ class StsTargetBackend(Bindable, AttentionBackend):
             self._begin_verify(forward_batch)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
-        runtime, number = self.runtime, views.layer(layer).number
-        if number == 0 and runtime.state.history is not None:
+        runtime, of = self.runtime, views.layer(layer)
+        if of.number == 0 and runtime.state.history is not None:
             runtime.state.history.forget(views.written(forward_batch))
         if views.mode(forward_batch) != Mode.VERIFY:
             return self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         attend, lists = runtime.verify, self._lists
-        if runtime.config.dense_verify(number):
+        if runtime.config.dense_verify(of.number):
             if self._dense_verifies(forward_batch):
-                self._count_dense(layer, forward_batch)
+                self._count_dense(of, forward_batch)
                 return self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
             attend, lists = runtime.verify_whole, self._whole
         if save_kv_cache and k is not None:
             self.pools.write(k, v, layer, forward_batch)
-        return attend(self._call(q, layer, forward_batch), lists).view(q.shape[0], -1)
+        return attend(self._call(q, of, forward_batch), lists).view(q.shape[0], -1)
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         return self.dense.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
@@ -134,12 +133,12 @@ class StsTargetBackend(Bindable, AttentionBackend):
         bs = views.requests_of(fb).size
         return self._mask_buffer[: bs * tokens * tokens].view(-1, tokens, tokens)
 
-    def _call(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> LayerCall:
-        of, batch = views.layer(layer), views.requests_of(fb)
+    def _call(self, q: torch.Tensor, of: views.Layer, fb: ForwardBatch) -> LayerCall:
+        batch = views.requests_of(fb)
         rows, contexts = q.view(batch.size, -1, of.q_heads, of.head_dim), batch.contexts(self.table)
         return LayerCall(of.number, rows, self.pools.layer(of.number), contexts, self._tail_mask, of.scale)
 
-    def _count_dense(self, layer: RadixAttention, fb: ForwardBatch) -> None:
+    def _count_dense(self, of: views.Layer, fb: ForwardBatch) -> None:
         _, reqs, lens = views.requests_of(fb)
         there = (lens * (reqs > 0)).sum()
-        self.runtime.state.attended.add_(there * views.layer(layer).kv_heads)
+        self.runtime.state.attended.add_(there * of.kv_heads)

@@ -23,10 +23,16 @@ class Request(NamedTuple):
 class Finished(NamedTuple):
     """A request that has ended and still owns its slots.
 
-    tokens: prompt and answer, as far as the KV pools hold them. cached: prompt tokens that a prefix hit
-    brought.
+    answer: token ids of it. committed: tokens of prompt and answer that the KV pools hold. cached: prompt
+    tokens that a prefix hit brought.
     """
 
     request: Request
-    tokens: Sequence[int]
+    answer: Sequence[int]
+    committed: int
     cached: int
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and answer, as far as the KV pools hold them."""
+        return [*self.request.prompt, *self.answer][: self.committed]

@@ -60,7 +60,7 @@ class Runtime:
         values = torch.tensor([torch.nan if keep is None else keep for keep in keeps], dtype=torch.float64)
         self.state.keeps[rows] = values.to(self.device, non_blocking=True)
         self.verifier.admit(requests, keeps)
-        self.selector.admit(rows, [list(request.prompt) for request in requests])
+        self.selector.admit(rows, [request.prompt for request in requests])
 
     # ---- the draft's passes
 

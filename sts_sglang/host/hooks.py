@@ -85,8 +85,7 @@ def args_post_init(original, self: ServerArgs) -> None:
         if given is not None:
             raise Refusal("--sts-config: given without --attention-backend sts; add it or drop the config")
         return original(self)
-    if missing := compat.unhooked():
-        raise SystemExit(f"sts_sglang: SGLang did not apply the hooks on {', '.join(missing)}; see its log")
+    _require_hooks()
     config = _launch_config(given)
     check_raw(self)
     original(self)
@@ -99,11 +98,16 @@ def check_args(self: ServerArgs) -> None:
     or changed since, are checked where every launch passes."""
     if not asks_for_sts(self) or (_Launch.config is not None and handover.fits(self)):
         return
-    if missing := compat.unhooked():
-        raise SystemExit(f"sts_sglang: SGLang did not apply the hooks on {', '.join(missing)}; see its log")
+    _require_hooks()
     config = _Launch.config or _launch_config(None)
     check_raw(self)
     _check(self, config)
+
+
+def _require_hooks() -> None:
+    """SGLang logs a hook that it could not apply, and goes on."""
+    if missing := compat.unhooked():
+        raise SystemExit(f"sts_sglang: SGLang did not apply the hooks on {', '.join(missing)}; see its log")
 
 
 def _check(server_args: ServerArgs, config: StsConfig) -> None:

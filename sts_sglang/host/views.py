@@ -264,8 +264,7 @@ def finished(req: Req) -> Finished | None:
     """A request that has ended and still owns its slots, else None."""
     if req.req_pool_idx is None or not req.finished():
         return None
-    tokens = [*req.origin_input_ids, *req.output_ids_through_stop][: req.kv_committed_len]
-    return Finished(request(req), tokens, req.cached_tokens)
+    return Finished(request(req), req.output_ids_through_stop, req.kv_committed_len, req.cached_tokens)
 
 
 def table_of(cache: BasePrefixCache) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -33,7 +34,7 @@ class Selector(Protocol):
 
     ahead: bool
 
-    def admit(self, rows: torch.Tensor, prompts: list[list[int]]) -> None:
+    def admit(self, rows: torch.Tensor, prompts: list[Sequence[int]]) -> None:
         """Rows of the table were given to requests with these prompts."""
 
     def select(self, sizes: Sizes, contexts: Contexts) -> Lists:

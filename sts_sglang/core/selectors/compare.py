@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import zlib
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -139,7 +139,7 @@ def _hash(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def prompt_seed(ids: list[int]) -> int:
+def prompt_seed(ids: Sequence[int]) -> int:
     """What `random` knows a request by: the same prompt draws the same tokens in every run."""
     return zlib.crc32(array("q", ids).tobytes())
 
@@ -179,7 +179,7 @@ class LayerSelector:
         self.heads = torch.arange(kv_heads, dtype=torch.int32, device=device)
         self.seeds = torch.zeros(requests, dtype=torch.int64, device=device)
 
-    def admit(self, rows: Tensor, prompts: list[list[int]]) -> None:
+    def admit(self, rows: Tensor, prompts: list[Sequence[int]]) -> None:
         if self.config.selector == "random":
             seeds = torch.tensor([prompt_seed(ids) for ids in prompts], dtype=torch.int64)
             self.seeds[rows] = seeds.to(self.seeds.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from sts_kernels import Ops
@@ -24,7 +26,7 @@ class DraftSelector:
     def __init__(self, config: StsConfig, state: RoundState, channels: Channels, ops: Ops):
         self.config, self.state, self.channels, self.ops = config, state, channels, ops
 
-    def admit(self, rows: torch.Tensor, prompts: list[list[int]]) -> None:
+    def admit(self, rows: torch.Tensor, prompts: list[Sequence[int]]) -> None:
         """What the draft attends to needs no prompt."""
 
     def select(self, sizes: Sizes, contexts: Contexts) -> Lists:
