@@ -102,13 +102,12 @@ def draw_sizes(shape: Shape) -> dict[str, Any]:
     context, batch, device = shape["context"], shape["batch"], DEVICE
     table = torch.zeros(batch + 1, 1, dtype=torch.int32, device=device)  # which nothing reads
     bends = torch.linspace(0.5, 2, CHANNELS, dtype=torch.float64, device=device)
-    columns = batch * context
     return {
         "contexts": contexts_of(shape, table),
         "carried_lens": torch.full((batch + 1,), context, device=device),
         "keeps": torch.full((batch + 1,), torch.nan, dtype=torch.float64, device=device),
         "rule": Rule(shape["keep"], 0, SINK + RECENT, SINK + RECENT, 1e-6),
-        "room": Room(CHANNELS, columns, CHANNELS * columns),
+        "room": Room(CHANNELS, context, context, CHANNELS * context),
         "totals": torch.zeros(len(Count), dtype=torch.int64, device=device),
         "split": torch.linspace(0, 1, 65, dtype=torch.float64, device=device)[:, None] ** bends,
     }

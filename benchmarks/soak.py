@@ -73,9 +73,11 @@ class Account:
     """What the counters must say, from below and above; tokens are per layer and KV head.
 
     Of an aborted request nobody knows the rounds: it adds to what may be, and to nothing that must be.
+    longest_list: of the server; who asks for more attends to everything.
     """
 
     config: StsConfig
+    longest_list: int
     least: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_COUNTED, 0.0))
     most: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_COUNTED, 0.0))
 
@@ -87,7 +89,11 @@ class Account:
             found = getattr(self, name)
             found["sparse_verifies"] += number
             found["available_tokens"] += number * context
-            found["selected_tokens"] += number * self.config.budget_for(context, ask.keep)
+            found["selected_tokens"] += number * self._budget(context, ask.keep)
+
+    def _budget(self, context: int, keep: float | None) -> int:
+        budget = self.config.budget_for(context, keep)
+        return context if budget > self.longest_list else budget
 
     def check(self, delta: dict[str, float], heads: int) -> None:
         """Raises `Off`. `heads`: layers times KV heads."""
@@ -167,7 +173,7 @@ class Soak:
         return row
 
     def part(self, pool: ThreadPoolExecutor, number: int) -> dict[str, Any]:
-        before, account = self.server.counters(), Account(self.config)
+        before, account = self.server.counters(), Account(self.config, self.server.sts()["longest_list"])
         first = self.done + self.aborted
         asks = [self.mix.ask(first + i, self.options.abort) for i in range(number)]
         for ask, answer in zip(asks, pool.map(self.answer, asks), strict=True):

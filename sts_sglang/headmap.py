@@ -155,13 +155,15 @@ class HeadMap:
             return None
         return [self._parts(i / SPLIT_STEPS) for i in range(SPLIT_STEPS + 1)]
 
-    def list_growth(self, keep: float) -> float:
-        """How much longer the lists of all channels are together than with the same budget for every head:
-        a budget is split over heads, and a channel of a large share may serve few of them. At least 1."""
+    def list_growth(self) -> float:
+        """How much longer the lists of all channels are together, at most and at whatever keep, than with the
+        same budget for every head: a budget is split over heads, and a channel of a large share may serve few
+        of them. At least 1."""
         if self.shares is None:
             return 1.0
-        parts = self._parts(keep)
-        return max(1.0, sum(parts) / len(parts) / keep)
+        # Between two steps parts are interpolated, so that the ratio is largest at one of them.
+        means = [sum(parts) / len(parts) for parts in self.split()[1:]]
+        return max(1.0, *(mean * SPLIT_STEPS / step for step, mean in enumerate(means, 1)))
 
     def _parts(self, keep: float) -> list[float]:
         """Of each channel: min(1, s * share) for the s at which their mean over heads is `keep`."""

@@ -76,7 +76,7 @@ class Rig:
             views.Pools(self.draft_pool),
             slots,
             table,
-            Capacity(256, 256),
+            Capacity.of(8, 100),
         )
         self.runtime = bind.assemble(StsConfig(**config), COUNTS, COUNTS, shape, "cpu")
         for backend in (self.target, self.extend, self.steps):
@@ -261,37 +261,56 @@ def test_a_split_budget_gives_lists_of_unequal_length(tmp_path):
     assert [len(positions) for positions in rig.plan(length)] == [3, 3, 3, 6]
 
 
-def test_what_does_not_fit_the_buffers_attends_whole():
-    for columns, lists in ((32, None), (256, 20)):
-        rig = Rig(CONFIG)
-        state = rig.runtime.state
-        state.importance = state.importance[:, :columns]
-        state.indices = state.indices[:lists]
-        rig.draft_extend(CONTEXT, 1, torch.randn(TOKENS, Q_HEADS * DIM))
-        rig.draft_steps(CONTEXT + 1, {})
-        assert all(chosen == list(range(CONTEXT + 1)) for chosen in rig.plan(CONTEXT + 1))
-        assert rig.dense_verifies() == 1
-
-
-def test_a_keep_of_its_own_costs_no_other_request_its_room():
+def test_lists_of_a_full_batch_lie_apart_and_depend_on_nobody():
+    """Every request at the longest context, with a keep of its own or without one."""
     rig = Rig({"keep": 0.25, "budget": 0, "sink": 1, "recent": 2})
-    state, reqs = rig.runtime.state, torch.arange(1, 5)
-    lens = torch.full((4,), CONTEXT)
-    state.carried_lens[reqs] = lens
-    state.keeps[reqs] = torch.tensor([0.9, torch.nan, 0.9, torch.nan], dtype=torch.float64)
+    state, reqs = rig.runtime.state, torch.arange(1, 8)
     table = torch.arange(8 * 100, dtype=torch.int32).view(8, 100)
-    for room, expected in ((1000, [36, 10, 36, 10]), (4 * 56, [36, 10, -1, 10]), (4 * 19, [-1, 10, -1, -1])):
-        state.indices = torch.zeros(room, dtype=torch.int32)
-        made = rig.runtime.begin_verify(Contexts(table, reqs, lens))
-        assert made.counts.tolist() == [[count] * 4 for count in expected]
-        taken = [
-            range(start, start + count)
-            for starts, counts in zip(made.starts.tolist(), made.counts.tolist(), strict=True)
-            for start, count in zip(starts, counts, strict=True)
-            if count > 0
-        ]
-        places = [place for part in taken for place in part]
-        assert len(set(places)) == len(places) and max(places) < room
+    keeps = torch.tensor([0.5, torch.nan, 0.9, torch.nan, 0.1, 1.0, torch.nan], dtype=torch.float64)
+    lens = torch.full((7,), 100)
+    state.carried_lens[reqs], state.keeps[reqs] = lens, keeps
+    state.importance.uniform_()
+    made = rig.runtime.begin_verify(Contexts(table, reqs, lens))
+    # A list has room for twice the keep of the longest context: who wants more attends to everything.
+    assert made.counts[:, 0].tolist() == [50, 25, -1, 25, 10, -1, 25]
+    taken = [
+        range(start, start + count)
+        for starts, counts in zip(made.starts.tolist(), made.counts.tolist(), strict=True)
+        for start, count in zip(starts, counts, strict=True)
+        if count > 0
+    ]
+    places = [place for part in taken for place in part]
+    assert len(set(places)) == len(places) and max(places) < state.indices.numel()
+    assert rig.dense_verifies() == 0
+    lists = [sorted(made.indices[part].tolist()) for part in taken]
+    alone = rig.runtime.begin_verify(Contexts(table, reqs[:1], lens[:1]))
+    parts = zip(alone.starts[0].tolist(), alone.counts[0].tolist(), strict=True)
+    assert [sorted(alone.indices[s : s + n].tolist()) for s, n in parts] == lists[:4]
+
+
+def test_a_batch_is_scored_alike_some_requests_at_a_time():
+    """Scratch bounds how many: outputs and importance are those of all at once, and nobody else's columns."""
+    rig = Rig(CONFIG)
+    runtime, state = rig.runtime, rig.runtime.state
+    lens = torch.tensor([90, 3, 64, 30, 77])
+    table = torch.randint(1, 128, (8, 100), dtype=torch.int32)
+    contexts = Contexts(table, torch.tensor([4, 1, 6, 2, 5]), lens)
+    state.carried.normal_()
+    state.carried_lens[contexts.reqs] = lens
+    q, found = torch.randn(5, Q_HEADS, DIM), []
+    for most in (5, 2):
+        state.at_once = most
+        state.importance.fill_(torch.nan)
+        shares = runtime.shares(lens)
+        assert [share.requests for share in shares] == [slice(i, min(i + most, 5)) for i in range(0, 5, most)]
+        out = runtime.score(1, q, contexts, shares, step=0, scale=DIM**-0.5)
+        found.append((out, state.importance.clone()))
+    (out, scores), (parted, parted_scores) = found
+    assert torch.equal(out, parted)
+    assert torch.equal(scores.nan_to_num(-1), parted_scores.nan_to_num(-1))
+    scored = ~scores.isnan().view(len(scores), 8, -1)
+    fed = scored.any(2).any(1)
+    assert fed.any() and scored[fed].sum(2).tolist() == [[*(lens - 1).tolist(), 0, 0, 0]] * int(fed.sum())
 
 
 def test_request_keep_overrides_the_policy_and_ends_with_its_request():

@@ -38,7 +38,7 @@ from tests.tolerances import assert_close
 
 TOKENS, LIMIT, REQUESTS = 4, 1500, 6
 NO_LIMIT = 10**9
-UNLIMITED = Limits(NO_LIMIT, NO_LIMIT, NO_LIMIT)
+UNLIMITED = Limits(NO_LIMIT, NO_LIMIT)
 RATIO = StsConfig(keep=0.1, budget=0, sink=2, recent=8)
 FIXED = StsConfig(policy="fixed", budget=71, sink=2, recent=8)  # masks of no whole bytes
 
@@ -125,7 +125,7 @@ class Verify:
             self.shape,
             self.shape.entries(config, 10**6, LIMIT),
             {0: 2, 2: 1},
-            Limits(NO_LIMIT, NO_LIMIT, LIMIT),
+            Limits(NO_LIMIT, LIMIT),
             ops("torch" if wrapper else "triton"),
             dtype,
             clipped=self.clipped,
@@ -251,34 +251,24 @@ def test_no_room_is_said_and_counted(caplog):
 )
 def test_contexts_are_planned_by_the_budget_rule_at_the_bound(config, request_, expected):
     assert planned_contexts(config, [HostRequest(*request_, True)], UNLIMITED) == [expected]
-    # Never scored, no room among the columns, no room among the lists: whole.
+    # Never scored, or more than a list can have: whole.
     whole = -(-request_[0] // 256) * 256
     assert planned_contexts(config, [HostRequest(*request_, False)], UNLIMITED) == [whole]
-    no_columns = Limits(request_[0] - 1, NO_LIMIT, NO_LIMIT)
-    assert planned_contexts(config, [HostRequest(*request_, True)], no_columns) == [whole]
     budget = config.budget_for(*request_)
     if budget < request_[0]:
-        no_lists = Limits(NO_LIMIT, budget - 1, NO_LIMIT)
+        no_lists = Limits(budget - 1, NO_LIMIT)
         assert planned_contexts(config, [HostRequest(*request_, True)], no_lists) == [whole]
-
-
-def test_a_keep_of_its_own_is_planned_behind_all_others():
-    batch = [HostRequest(2560, keep, True) for keep in (0.5, None, 0.5, None)]
-    whole = 2560
-    for room, expected in ((1791, [whole, 256, whole, 256]), (2000, [1280, 256, whole, 256])):
-        assert planned_contexts(RATIO, batch, Limits(NO_LIMIT, room, NO_LIMIT)) == expected
 
 
 def test_what_is_planned_holds_every_length_up_to_the_bound():
     for config in (RATIO, FIXED, StsConfig(keep=0.3, budget=100)):
         for _ in range(300):
             bound, keep = random.randint(1, 3000), random.choice([None, 0.03, 0.5, 1.0])
-            columns, lists = random.randint(1, 4000), random.randint(1, 1000)
-            limits = Limits(columns, lists, NO_LIMIT)
+            limits = Limits(random.randint(1, 1000), NO_LIMIT)
             (room,) = planned_contexts(config, [HostRequest(bound, keep, True)], limits)
             length = random.randint(1, bound)
             budget = config.budget_for(length, keep)
-            whole = -(-length // 64) * 64 > columns or budget == length or budget > lists
+            whole = budget == length or budget > limits.budget
             assert room >= (length if whole else budget)
 
 
@@ -442,7 +432,7 @@ def give_headwise(rig: Rig, wrapper: type) -> None:
         shape,
         shape.entries(own.config, 128, 100),
         layer_runs(own.config, own.head_map, COUNTS.layers),
-        Limits(256, 256, 100),
+        Limits(256, 100),
         SimpleNamespace(headwise_lists=own.ops.headwise_lists),  # no other op is called
         torch.float32,
         clipped=own.state.clipped,

@@ -497,10 +497,9 @@ def test_a_large_share_of_few_heads_needs_room_for_longer_lists(tmp_path):
     data["sources"] = [[[[0, 0]], [[0, 0]]]] * TARGET.layers
     shares = [[3.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.5, 1.5]]  # three channels; the mean of heads is 1
     head_map = load(write(tmp_path, {**data, "shares": shares}), TARGET, DRAFT)
-    assert head_map.list_growth(0.1) == pytest.approx((3.5 + 0.5 + 1.5) / 3)
-    assert head_map.list_growth(1.0) == 1
-    assert proportional(TARGET, DRAFT).list_growth(0.1) == 1
-    assert shared_map(tmp_path, [[1.0, 1.0]] * 4).list_growth(0.1) == 1
+    assert head_map.list_growth() == pytest.approx((3.5 + 0.5 + 1.5) / 3)
+    assert proportional(TARGET, DRAFT).list_growth() == 1
+    assert shared_map(tmp_path, [[1.0, 1.0]] * 4).list_growth() == 1
 
 
 @pytest.mark.parametrize(

@@ -795,7 +795,7 @@ with compile_only() as compiled:
     eight, two = Contexts(like(9, 4096), i(8), i(8)), Contexts(like(3, 4096), i(2), i(2))
     split, full = like(65, 128, dtype=torch.float64), like(8, dtype=torch.bool)
     for keep, *more in ((0.1, split, None), (0.1, None, full), (None, split, full)):
-        rule, room = Rule(keep, 1024, 1024, 68, 1e-6), Room(128, 4096, 9000)
+        rule, room = Rule(keep, 1024, 1024, 68, 1e-6), Room(128, 4096, 4096, 9000)
         keeps = like(9, dtype=torch.float64)
         ops("triton").size_lists(eight, i(9), keeps, rule, room, i(8), split=more[0], full=more[1])
     for channels, columns, bs in ((128, 65536, 8), (8, 4096, 2)):

@@ -15,6 +15,7 @@ from sts_kernels.layout import Contexts, KvPool, Lists
 from sts_sglang.config import SelectorName, StsConfig
 from sts_sglang.core.selectors import compare as selectors
 from sts_sglang.core.selectors.base import LayerCall
+from sts_sglang.core.sizes import Capacity
 
 SINK, RECENT, PAGE = 2, 8, 16
 HEADS, KV_HEADS, DIM, TOKENS = 4, 2, 16, 4
@@ -40,9 +41,7 @@ class Batch:
         self.reqs = torch.arange(1, len(lengths) + 1)
         self.seq_lens = torch.tensor(lengths)
         self.q = torch.randn(len(lengths), TOKENS, HEADS, DIM)
-        wide = -(-self.seq_lens // 64) * 64
-        self.columns = wide.cumsum(0) - wide
-        self.total = int(wide.sum())
+        self.capacity = Capacity.of(len(lengths), max(lengths))
 
     def context(self, b: int, kv_head: int) -> torch.Tensor:
         return self.keys[self.table[b + 1, : self.lengths[b]].long(), kv_head]
@@ -81,7 +80,7 @@ class Batch:
         of_target = torch.arange(KV_HEADS, dtype=torch.int32, device=device).expand(8, -1)
         requests = len(self.lengths) + 1
         return selectors.LayerSelector(
-            config, kernel_ops, of_target, self.total, requests, dtype, width=width
+            config, kernel_ops, of_target, self.capacity, requests, dtype, width=width
         )
 
     def arguments(self, counts: list[int], number: int, device: str, to=None) -> tuple[Lists, LayerCall]:

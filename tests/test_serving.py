@@ -419,6 +419,25 @@ def test_pages_of_16_with_retraction(pair, logs, reference):
         assert "etract" in server.log.read_text()
 
 
+@pytest.mark.parametrize("algorithm, draft", [("STANDALONE", "draft"), ("EAGLE3", "eagle3")])
+def test_many_requests_over_one_prefix_are_all_sparse(pair, logs, algorithm, draft):
+    """Contexts that are together twenty times the pool: all are sparse, and nobody depends on anybody."""
+    args = (*CHAIN, "--max-total-tokens", "4096", "--max-running-requests", "48")
+    with sts_server(pair, logs, f"shared-{draft}", algorithm, draft, SPARSE, *args) as server:
+        prefix, number, new = random_ids(1792, 7), 48, 24
+        server.generate(prefix, 1)
+        prompts = [prefix + random_ids(10 + b % 3, 1000 + b) for b in range(number)]
+        answers = server.generate_all(prompts, new)
+        counters = server.counters()
+        assert sum(map(len, prompts)) > 20 * 4096
+        assert counters["dense_verifies"] == counters["full_verifies"] == 0
+        assert counters["sparse_verifies"] > number * new / 5
+        assert counters["selected_tokens"] < 0.2 * counters["available_tokens"]
+        assert all(answer["meta_info"]["cached_tokens"] >= 1024 for answer in answers)
+        for b in range(0, number, 6):
+            assert server.generate(prompts[b], new)["output_ids"] == answers[b]["output_ids"]
+
+
 def test_eagle_head_with_a_fixed_budget(pair, logs):
     """EAGLE (not 3); K is the budget whatever the length, and dense layers count as attended whole."""
     config = {"policy": "fixed", "budget": 32, "sink": 4, "recent": 8, "dense_layers": [0]}

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from sts_kernels import ops
-from sts_kernels.layout import ALIGN, Contexts, Count, Room, Sizes
+from sts_kernels.layout import Contexts, Count, Room, Sizes
 from sts_sglang.config import CEIL_GUARD, StsConfig
+from sts_sglang.core.sizes import Capacity
+from sts_sglang.headmap import HeadMap
 
 KERNELS = ["torch", "triton"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,7 +40,16 @@ class Batch:
             self.split = (torch.arange(STEPS + 1) / STEPS)[:, None].double() ** bends
         self.counts = torch.arange(len(Count))
 
-    def run(self, kernel: str, config: StsConfig, columns: int, entries: int, full=None, list_full=False):
+    def run(
+        self,
+        kernel: str,
+        config: StsConfig,
+        columns: int,
+        budget: int,
+        entries: int,
+        full=None,
+        list_full=False,
+    ):
         """Sizes and totals, on the CPU."""
         where = {"device": DEVICE if kernel == "triton" else "cpu"}
         counts = self.counts.clone().to(**where)
@@ -49,7 +60,7 @@ class Batch:
             self.carried.to(**where),
             self.keeps.to(**where),
             config.rule(),
-            Room(self.channels, columns, entries),
+            Room(self.channels, columns, budget, entries),
             counts,
             split=None if self.split is None else self.split.to(**where),
             full=None if full is None else torch.tensor(full, dtype=torch.bool, **where),
@@ -66,31 +77,30 @@ class Batch:
         wanted = math.ceil((a + (at - low) * (z - a)) * length - CEIL_GUARD)
         return min(max(wanted, config.sink + config.recent), length)
 
-    def by_definition(self, config: StsConfig, columns: int, entries: int, full=None, list_full=False):
+    def by_definition(
+        self, config: StsConfig, columns: int, budget: int, entries: int, full=None, list_full=False
+    ):
         """The same by loops."""
-        bs, column, taken = len(self.reqs), 0, 0
+        bs = len(self.reqs)
         full = full or [False] * bs
         known, sparse = [-1] * bs, [-1] * bs
         budgets = [0] * bs
         starts, lists = [[0] * self.channels for _ in range(bs)], [[-1] * self.channels for _ in range(bs)]
-        counts, places = self.counts.tolist(), []
-        for length in self.lengths:
-            column += -(-length // ALIGN) * ALIGN
-            places.append(column - -(-length // ALIGN) * ALIGN if column <= columns else -1)
+        counts = self.counts.tolist()
         own = [not math.isnan(self.keeps[req]) for req in self.reqs]
-        for b in sorted(range(bs), key=lambda b: own[b]):
-            req, length = self.reqs[b], self.lengths[b]
+        for b, (req, length) in enumerate(zip(self.reqs, self.lengths, strict=True)):
             budgets[b] = config.budget_for(length, float(self.keeps[req]) if own[b] else None)
-            scored = places[b] >= 0 and int(self.carried[req]) == length
+            if budgets[b] > budget:
+                budgets[b] = length
+            scored = int(self.carried[req]) == length
             few = scored and budgets[b] < length and (list_full or not full[b])
             sizes = [self.list_length(config, length, budgets[b], c) for c in range(self.channels)]
             room = [size if few and size < length else 0 for size in sizes]
-            starts[b] = [taken + sum(room[:c]) for c in range(self.channels)]
-            taken += sum(room)
-            scored = scored and taken <= entries
+            assert sum(room) <= entries
+            starts[b] = [b * entries + sum(room[:c]) for c in range(self.channels)]
             if scored:
-                known[b], lists[b] = places[b], [size or -1 for size in room]
-                sparse[b] = places[b] if few else -1
+                known[b], lists[b] = b * columns, [size or -1 for size in room]
+                sparse[b] = b * columns if few else -1
             sparsely = Count.SPARSE_VERIFIES if scored else Count.DENSE_VERIFIES
             counts[Count.FULL_VERIFIES if full[b] else sparsely] += req > 0
         made = (known, sparse, budgets, starts, lists)
@@ -114,7 +124,7 @@ CONFIGS = [
     StsConfig(policy="fixed", budget=700),
     StsConfig(policy="top_p", budget=700, sink=1, recent=1),
 ]
-ROOM = (10**9, 10**9)
+ROOM = (40_000, 40_000, 10**9)  # columns, budget and entries of a request
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -127,23 +137,39 @@ def test_sizes_follow_the_definition(kernel: str, split: bool, config: StsConfig
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_what_finds_no_room_attends_to_everything(kernel: str) -> None:
-    """First columns run out, then lists; those with a keep of their own are the first to go without."""
-    batch = Batch(20, 6, True, seed=3)
-    needed, config = sum(-(-n // ALIGN) * ALIGN for n in batch.lengths), StsConfig(budget=0)
+def test_who_wants_more_than_a_list_can_have_attends_to_everything(kernel: str) -> None:
+    """By its own length and keep alone, and counted as what it asked for: its importance is known."""
+    batch, config = Batch(40, 6, True, seed=3), StsConfig(budget=0)
     everything = check(batch, config, kernel, *ROOM)
-    taken = int(everything.counts.clamp(min=0).sum())
-    for columns, entries in (
-        (needed, taken),
-        (needed // 2, taken),
-        (needed, taken // 2),
-        (needed, 0),
-        (0, 0),
-    ):
-        sizes = check(batch, config, kernel, columns, entries)
-        assert ((sizes.known < 0).sum() > (everything.known < 0).sum()) == (
-            (columns, entries) != (needed, taken)
-        )
+    limited = check(batch, config, kernel, 40_000, 3000, 10**9)
+    more = everything.budgets > 3000
+    assert more.any() and (limited.counts[more] == -1).all()
+    assert (limited.counts[~more] == everything.counts[~more]).all()
+    assert (limited.known == everything.known).all()
+
+
+@pytest.mark.parametrize("policy", ["ratio", "fixed"])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_requests_part_of_the_lists_holds_whatever_it_may_ask_for(policy: str, seed: int) -> None:
+    """With shares of heads split as head maps split them, at every keep and length."""
+    rng = random.Random(seed)
+    shares = [[rng.uniform(0.05, 4.0) for _ in range(2)] for _ in range(3)]
+    sources = tuple(tuple(((layer, 2 * h), (layer, 2 * h + 1)) for h in range(2)) for layer in range(3))
+    head_map = HeadMap(sources, "drawn", shares=tuple(map(tuple, shares)))
+    config = StsConfig(policy=policy, keep=rng.choice((0.05, 0.1, 0.4)), budget=rng.choice((80, 200)))
+    capacity, channels = Capacity.of(1, 3000), len(head_map.channels)
+    room = capacity.room(config, channels, head_map.list_growth())
+    batch = Batch(60, channels, False, seed=seed, longest=3000)
+    batch.keeps = torch.tensor([rng.choice((math.nan, rng.random())) for _ in range(REQUESTS)])
+    batch.keeps = batch.keeps.to(torch.float64)
+    batch.split = torch.tensor(head_map.split(), dtype=torch.float64)
+    sizes, _ = batch.run("torch", config, *room[1:])
+    assert sizes.counts.clamp(min=0).sum(1).max() <= room.entries
+    own_rule = batch.keeps[batch.reqs].isnan()
+    lengths = torch.tensor(batch.lengths)
+    # What the configuration asks for is never more than a list can have.
+    asked = torch.tensor([config.budget_for(n) for n in batch.lengths])
+    assert (sizes.budgets == asked)[own_rule].all() and (asked < lengths)[own_rule].any()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -164,7 +190,7 @@ def test_padding_of_a_graph_is_not_counted(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_sizes_of_an_empty_batch(kernel: str) -> None:
-    sizes, counts = Batch(0, 5, True).run(kernel, StsConfig(), 100, 100)
+    sizes, counts = Batch(0, 5, True).run(kernel, StsConfig(), 128, 100, 100)
     assert [tuple(t.shape) for t in sizes] == [(0,), (0,), (0,), (0, 5), (0, 5)]
     assert counts.tolist() == list(range(8))
 
@@ -177,10 +203,12 @@ def test_sizes_of_an_empty_batch(kernel: str) -> None:
         ({"carried": torch.zeros(3, dtype=torch.int64)}, "carried_lens must be int64"),
         ({"split": torch.zeros(65, 3, dtype=torch.float64)}, r"split must be float64 \[steps \+ 1, 4\]"),
         ({"split": torch.zeros(1, 4, dtype=torch.float64)}, "2 rows or more"),
+        ({"columns": 100}, "100 columns a request are no multiple of 64"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(kernel: str, change: dict, message: str) -> None:
-    batch = Batch(3, 4, True)
+    change = dict(change)
+    batch, room = Batch(3, 4, True), change.pop("columns", 128)
     vars(batch).update(change)
     with pytest.raises(ValueError, match=message):
-        batch.run(kernel, StsConfig(), 100, 100)
+        batch.run(kernel, StsConfig(), room, 100, 100)

@@ -30,7 +30,7 @@ def delta(**changes) -> dict:
 
 
 def test_the_account_holds_what_was_asked_and_nothing_else():
-    account = Account(CONFIG)
+    account = Account(CONFIG, 4000)
     account.add(asked(), 7)
     account.check(delta(), HEADS)
     for change in (
@@ -47,6 +47,14 @@ def test_the_account_holds_what_was_asked_and_nothing_else():
     account.add(asked(keep=1.0), None)  # aborted: may have run, need not
     account.check(delta(), HEADS)
     account.check(delta(sparse_verifies=20, available_tokens=20 * 1010 * HEADS), HEADS)
+
+
+def test_who_asks_for_more_than_a_list_holds_is_to_attend_to_everything():
+    account = Account(CONFIG, 400)
+    account.add(asked(keep=0.5), 7)
+    account.check(delta(selected_tokens=7 * HEADS * 1010), HEADS)
+    with pytest.raises(Off, match="selected_tokens"):
+        account.check(delta(selected_tokens=7 * HEADS * 505), HEADS)
 
 
 def test_a_seed_gives_the_same_requests():

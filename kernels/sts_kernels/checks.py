@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from sts_kernels.layout import (
+    ALIGN,
     Carried,
     Contexts,
     History,
@@ -67,6 +68,7 @@ def check_sizes(
     """Arguments of size_lists."""
     op = "size_lists"
     expect(op, contexts.lens.dim() == 1, f"lens must be [bs], got {tuple(contexts.lens.shape)}")
+    expect(op, room.columns % ALIGN == 0, f"{room.columns} columns a request are no multiple of {ALIGN}")
     expect(op, keeps.dtype == torch.float64, f"keeps must be float64, got {keeps.dtype}")
     ok = carried_lens.dtype == torch.int64 and carried_lens.shape == keeps.shape
     expect(op, ok, f"carried_lens must be int64 {tuple(keeps.shape)}, got {carried_lens.dtype}")

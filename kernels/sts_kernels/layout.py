@@ -159,10 +159,17 @@ class Rule(NamedTuple):
 
 
 class Room(NamedTuple):
-    """What the buffers of a round hold: channels of the head map, columns of scores, entries of lists."""
+    """What the buffers of a round hold of each request. It has a part of them to itself, by its place in the
+    batch: however many requests there are and whatever their contexts are together.
+
+    channels: of the head map. columns: of scores, a multiple of ALIGN and no less than a context can have.
+    budget: tokens of a list before a head map splits them; who wants more attends to everything. entries: of
+    all its lists together.
+    """
 
     channels: int
     columns: int
+    budget: int
     entries: int
 
 
@@ -231,10 +238,3 @@ class PagedLists(NamedTuple):
     mask_indptr: torch.Tensor
     indices: torch.Tensor
     mask: torch.Tensor
-
-
-def columns_of(lens: torch.Tensor, columns: int) -> torch.Tensor:
-    """int64 [bs] first column of each request, -1 where its context does not fit; no host sync."""
-    wide = (lens + ALIGN - 1) // ALIGN * ALIGN
-    ends = wide.cumsum(0)
-    return torch.where(ends <= columns, ends - wide, -1)

@@ -58,8 +58,7 @@ def size_lists(
         totals,
         bs,
         channels,
-        room.columns,
-        room.entries,
+        *room[1:],
         KEEP=rule.keep,
         BUDGET=rule.budget,
         LEAST=rule.least,
@@ -96,7 +95,8 @@ def _sizes_kernel(
     totals_ptr,  # int64 [by Count]
     bs,
     channels,
-    columns,
+    columns,  # from here on of Room
+    most,
     entries,
     KEEP: tl.constexpr,
     BUDGET: tl.constexpr,
@@ -116,70 +116,59 @@ def _sizes_kernel(
 ):
     c = tl.arange(0, C)[None, :]  # [1, C]
     guard = tl.full((B,), GUARD, tl.float64)  # a float that is no tensor would be a float32
-    used = tl.cast(0, tl.int64)  # entries of the lists so far
     sparsely, densely, fully = tl.cast(0, tl.int64), tl.cast(0, tl.int64), tl.cast(0, tl.int64)
-    for later in tl.static_range(2):  # requests with a keep of their own come last
-        column = tl.cast(0, tl.int64)  # where the columns of the requests so far end
-        for first in range(0, bs, B):
-            b = first + tl.arange(0, B)  # [B], and so is what is loaded by it
-            there = b < bs
-            length = tl.load(lens_ptr + b, mask=there, other=0).to(tl.int64)
-            req = tl.load(reqs_ptr + b, mask=there, other=0).to(tl.int64)
-            wide = (length + ALIGN - 1) // ALIGN * ALIGN
-            ends = column + tl.cumsum(wide, 0)
-            column += tl.sum(wide, 0)
-            start_column = tl.where(ends <= columns, ends - wide, -1)
-            # Budgets, as in torch_ops.budget_tokens.
-            context = length.to(tl.float64)
-            keep = tl.load(keeps_ptr + req)
-            own = keep == keep  # not NaN
-            if KEEP is None:
-                wanted = tl.full((B,), BUDGET, tl.float64)
-            else:
-                wanted = tl.ceil(tl.full((B,), KEEP, tl.float64) * context - guard)
-            wanted = tl.where(own, tl.ceil(keep * context - guard), wanted)
-            budget = tl.minimum(tl.maximum(wanted, LEAST), context).to(tl.int64)
-            sizes = tl.broadcast_to(budget[:, None], (B, C))  # [B, C]
-            if STEPS > 0:
-                at = budget.to(tl.float64) / tl.maximum(context, 1) * STEPS
-                low = tl.minimum(at.to(tl.int64), STEPS - 1)
-                part_ptr = split_ptr + low[:, None] * channels + c
-                a = tl.load(part_ptr, mask=c < channels, other=0)  # [B, C]
-                z = tl.load(part_ptr + channels, mask=c < channels, other=0)  # [B, C]
-                weight = (at - low.to(tl.float64))[:, None]
-                # Rounded as torch.lerp rounds, so that both implementations list the same tokens.
-                part = tl.where(weight < 0.5, a + weight * (z - a), z - (z - a) * (1 - weight))
-                sizes = tl.ceil(part * context[:, None] - guard[:, None]).to(tl.int64)
-                sizes = tl.minimum(tl.maximum(sizes, FORCED), length[:, None])
-            # Lists.
-            known = (tl.load(carried_ptr + req) == length) & (start_column >= 0)
-            sparse = known & (budget < length)
-            full = tl.zeros((B,), tl.int1)
-            if FULL:
-                full = tl.load(full_ptr + b, mask=there, other=0) != 0
-                if not LIST_FULL:
-                    sparse = sparse & (full == 0)
-            listed = sparse[:, None] & (sizes < length[:, None]) & (c < channels)
-            room = tl.where(listed, sizes, 0)  # [B, C]
-            total = tl.sum(room, 1)
-            mine = there & (own == (later == 1))  # whose turn it is in this pass
-            taken = tl.where(mine, total, 0)
-            last = used + tl.cumsum(taken, 0)
-            used += tl.sum(taken, 0)
-            known = known & (last <= entries)
-            start = (last - total)[:, None] + tl.cumsum(room, 1) - room
-            count = tl.where(listed & known[:, None], sizes, WHOLE).to(tl.int32)
-            tl.store(known_ptr + b, tl.where(known, start_column, -1), mask=mine)
-            tl.store(sparse_ptr + b, tl.where(known & sparse, start_column, -1), mask=mine)
-            tl.store(budgets_ptr + b, budget, mask=mine)
-            place = b[:, None].to(tl.int64) * channels + c
-            tl.store(start_ptr + place, start, mask=mine[:, None] & (c < channels))
-            tl.store(count_ptr + place, count, mask=mine[:, None] & (c < channels))
-            real = mine & (req > 0)  # row 0 pads the batches of CUDA graphs
-            chosen = real & (full == 0)
-            sparsely += tl.sum((known & chosen).to(tl.int64), 0)
-            densely += tl.sum(((known == 0) & chosen).to(tl.int64), 0)
-            fully += tl.sum((full & real).to(tl.int64), 0)
+    for first in range(0, bs, B):
+        b = first + tl.arange(0, B)  # [B], and so is what is loaded by it
+        there = b < bs
+        length = tl.load(lens_ptr + b, mask=there, other=0).to(tl.int64)
+        req = tl.load(reqs_ptr + b, mask=there, other=0).to(tl.int64)
+        column = b.to(tl.int64) * columns
+        # Budgets, as in torch_ops.budget_tokens.
+        context = length.to(tl.float64)
+        keep = tl.load(keeps_ptr + req)
+        own = keep == keep  # not NaN
+        if KEEP is None:
+            wanted = tl.full((B,), BUDGET, tl.float64)
+        else:
+            wanted = tl.ceil(tl.full((B,), KEEP, tl.float64) * context - guard)
+        wanted = tl.where(own, tl.ceil(keep * context - guard), wanted)
+        budget = tl.minimum(tl.maximum(wanted, LEAST), context).to(tl.int64)
+        budget = tl.where(budget > most, length, budget)
+        sizes = tl.broadcast_to(budget[:, None], (B, C))  # [B, C]
+        if STEPS > 0:
+            at = budget.to(tl.float64) / tl.maximum(context, 1) * STEPS
+            low = tl.minimum(at.to(tl.int64), STEPS - 1)
+            part_ptr = split_ptr + low[:, None] * channels + c
+            a = tl.load(part_ptr, mask=c < channels, other=0)  # [B, C]
+            z = tl.load(part_ptr + channels, mask=c < channels, other=0)  # [B, C]
+            weight = (at - low.to(tl.float64))[:, None]
+            # Rounded as torch.lerp rounds, so that both implementations list the same tokens.
+            part = tl.where(weight < 0.5, a + weight * (z - a), z - (z - a) * (1 - weight))
+            sizes = tl.ceil(part * context[:, None] - guard[:, None]).to(tl.int64)
+            sizes = tl.minimum(tl.maximum(sizes, FORCED), length[:, None])
+        # Lists.
+        known = there & (tl.load(carried_ptr + req) == length)
+        sparse = known & (budget < length)
+        full = tl.zeros((B,), tl.int1)
+        if FULL:
+            full = tl.load(full_ptr + b, mask=there, other=0) != 0
+            if not LIST_FULL:
+                sparse = sparse & (full == 0)
+        listed = sparse[:, None] & (sizes < length[:, None]) & (c < channels)
+        room = tl.where(listed, sizes, 0)  # [B, C]
+        start = (b.to(tl.int64) * entries)[:, None] + tl.cumsum(room, 1) - room
+        count = tl.where(listed, sizes, WHOLE).to(tl.int32)
+        tl.store(known_ptr + b, tl.where(known, column, -1), mask=there)
+        tl.store(sparse_ptr + b, tl.where(sparse, column, -1), mask=there)
+        tl.store(budgets_ptr + b, budget, mask=there)
+        place = b[:, None].to(tl.int64) * channels + c
+        tl.store(start_ptr + place, start, mask=there[:, None] & (c < channels))
+        tl.store(count_ptr + place, count, mask=there[:, None] & (c < channels))
+        real = there & (req > 0)  # row 0 pads the batches of CUDA graphs
+        chosen = real & (full == 0)
+        sparsely += tl.sum((known & chosen).to(tl.int64), 0)
+        densely += tl.sum(((known == 0) & chosen).to(tl.int64), 0)
+        fully += tl.sum((full & real).to(tl.int64), 0)
     tl.store(totals_ptr + SPARSE_VERIFIES, tl.load(totals_ptr + SPARSE_VERIFIES) + sparsely)
     tl.store(totals_ptr + DENSE_VERIFIES, tl.load(totals_ptr + DENSE_VERIFIES) + densely)
     tl.store(totals_ptr + FULL_VERIFIES, tl.load(totals_ptr + FULL_VERIFIES) + fully)

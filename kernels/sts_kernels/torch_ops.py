@@ -42,7 +42,6 @@ from sts_kernels.layout import (
     Rule,
     Scores,
     Sizes,
-    columns_of,
 )
 
 
@@ -181,9 +180,8 @@ def size_lists(
 ) -> Sizes:
     """Where the scores and lists of a verify batch lie and how long the lists are; no host sync.
 
-    Requests without room for their columns or for their lists attend to everything, and so do those whose
-    carried row is of another length: their importance is not known. A request with a keep of its own takes
-    what room the others leave.
+    Requests whose carried row is of another length attend to everything: their importance is not known. Each
+    request has a part of the buffers to itself, so what it attends to depends on no other.
 
     Args:
         carried_lens: int64 [requests], of `Carried`.
@@ -199,31 +197,30 @@ def size_lists(
     """
     check_sizes(contexts, carried_lens, keeps, split, room)
     reqs, lens = contexts.reqs, contexts.lens
-    columns, keeps = columns_of(lens, room.columns), keeps[reqs]
+    places = torch.arange(lens.numel(), device=lens.device)
+    columns, keeps = places * room.columns, keeps[reqs]
     full = torch.zeros_like(lens, dtype=torch.bool) if full is None else full
     budgets = budget_tokens(lens, keeps, rule)
+    budgets = torch.where(budgets > room.budget, lens, budgets)
     lengths = budgets[:, None].expand(-1, room.channels)
     if split is not None:
         lengths = _split_lengths(budgets, lens, split, rule)
-    known = (carried_lens[reqs] == lens) & (columns >= 0)
+    known = carried_lens[reqs] == lens
     sparse = known & (budgets < lens)
     if not list_full:
         sparse &= ~full
     listed = sparse[:, None] & (lengths < lens[:, None])
     entries = torch.where(listed, lengths, 0)
-    of_request = entries.sum(1)
-    ends = _ends(of_request, ~keeps.isnan())
-    known &= ends <= room.entries
     real = reqs > 0  # row 0 pads the batches of CUDA graphs
     totals[Count.SPARSE_VERIFIES] += (known & real & ~full).sum()
     totals[Count.DENSE_VERIFIES] += (~known & real & ~full).sum()
     totals[Count.FULL_VERIFIES] += (full & real).sum()
     return Sizes(
         known=torch.where(known, columns, -1),
-        sparse=torch.where(known & sparse, columns, -1),
+        sparse=torch.where(sparse, columns, -1),
         budgets=budgets,
-        starts=(ends - of_request)[:, None] + entries.cumsum(1) - entries,
-        counts=torch.where(listed & known[:, None], lengths, WHOLE).to(torch.int32),
+        starts=(places * room.entries)[:, None] + entries.cumsum(1) - entries,
+        counts=torch.where(listed, lengths, WHOLE).to(torch.int32),
     )
 
 
@@ -249,12 +246,6 @@ def _split_lengths(
     parts = torch.lerp(split[low], split[low + 1], (steps - low)[:, None])
     lengths = torch.ceil(parts * context[:, None] - rule.guard).long()
     return lengths.clamp(min=rule.forced).minimum(lens[:, None])
-
-
-def _ends(sizes: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
-    """int64 [bs] where parts of these sizes end, those that are `later` [bs] behind all others."""
-    first = torch.where(later, 0, sizes)
-    return torch.where(later, first.sum() + (sizes - first).cumsum(0), first.cumsum(0))
 
 
 # ---- what is done to scores before they select

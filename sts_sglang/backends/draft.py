@@ -10,7 +10,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from sts_kernels.layout import Contexts, Lists, Plan
 from sts_sglang.backends.bindable import Bindable
-from sts_sglang.core.runtime import Runtime
+from sts_sglang.core.runtime import Runtime, Share
 from sts_sglang.core.selectors.base import LayerCall
 from sts_sglang.host import views
 from sts_sglang.host.views import Mode
@@ -24,12 +24,11 @@ if TYPE_CHECKING:
 class DraftRound:
     """What the steps of a round share.
 
-    columns: int64 [bs], where the scores of each request start; contexts: plan of the steps that score.
-    lists: what a step selected, for the sparse steps after it; plan: of those.
+    shares: of the steps that score. lists: what a step selected, for the sparse steps after it; plan: of
+    those.
     """
 
-    columns: torch.Tensor
-    contexts: Plan | None
+    shares: list[Share]
     lists: Lists | None = None
     plan: Plan | None = None
 
@@ -61,9 +60,7 @@ class DraftStepBackend(Bindable, AttentionBackend):
         if self.step >= self.runtime.scoring_steps:
             return self._attend_sparsely(q, of, contexts)
         rows, round_ = q.view(-1, of.q_heads, of.head_dim), self.round
-        out = self.runtime.score(
-            of.number, rows, contexts, round_.columns, round_.contexts, step=self.step, scale=of.scale
-        )
+        out = self.runtime.score(of.number, rows, contexts, round_.shares, step=self.step, scale=of.scale)
         return out.flatten(1)
 
     def _attend_sparsely(self, q: torch.Tensor, of: views.Layer, contexts: Contexts) -> torch.Tensor:
@@ -104,10 +101,9 @@ class DraftMultiStepBackend(Bindable):
         """Nothing happens outside the graph."""
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
-        """Columns of the round, recorded into the graph of each batch size."""
+        """The plan of the round, recorded into the graph of each batch size."""
         if views.mode(forward_batch) == Mode.IDLE:
             return
-        runtime, lens = self.runtime, views.requests_of(forward_batch).lens
-        round_ = DraftRound(runtime.state.columns(lens), runtime.plan_contexts(lens))
+        round_ = DraftRound(self.runtime.shares(views.requests_of(forward_batch).lens))
         for backend in self.attn_backends:
             backend.round = round_

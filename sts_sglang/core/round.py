@@ -20,7 +20,6 @@ import torch
 
 from sts_kernels import Ops
 from sts_kernels.layout import (
-    ALIGN,
     SHIFT,
     UNKNOWN,
     WHOLE,
@@ -29,12 +28,11 @@ from sts_kernels.layout import (
     Count,
     KvPool,
     Lists,
-    Room,
     Scores,
     Sizes,
-    columns_of,
 )
 from sts_sglang.config import StsConfig
+from sts_sglang.core import sizes
 from sts_sglang.core.channels import Channels
 from sts_sglang.core.history import SlotHistory
 from sts_sglang.core.sizes import Capacity
@@ -52,7 +50,7 @@ class Draft(NamedTuple):
 
     num_steps, topk: of speculation. q_heads, kv_heads, head_dim, dtype: of the draft's queries. pools: its
     KV. slots: rows of a pool. table: int32 [requests, width], the slot of every position of every request.
-    capacity: of the buffers that follow the KV pool; a request that does not fit attends whole.
+    capacity: of the buffers of a round.
     """
 
     num_steps: int
@@ -92,10 +90,16 @@ class RoundState:
         self.carried_q = dict(zip(channels.members, self.carried, strict=True))
         self.carried_lens = torch.zeros(requests, dtype=torch.int64, device=device)
         self.keeps = torch.full((requests,), torch.nan, dtype=torch.float64, device=device)
-        columns = -(-draft.capacity.columns // ALIGN) * ALIGN
+        batch, self.room = (
+            draft.capacity.requests,
+            draft.capacity.room(config, channels.number, head_map.list_growth()),
+        )
+        self.first_columns = torch.arange(batch, device=device) * self.room.columns
+        columns = batch * self.room.columns
         self.importance = torch.zeros(channels.number, columns, dtype=importance_dtype, device=device)
-        entries = int(channels.number * draft.capacity.indices * head_map.list_growth(config.keep))
-        self.indices = torch.zeros(entries, dtype=torch.int32, device=device)
+        self.indices = torch.zeros(batch * self.room.entries, dtype=torch.int32, device=device)
+        rows = (1 + draft.topk) * draft.q_heads // draft.kv_heads
+        self.at_once = sizes.at_once(self.room.columns, draft.kv_heads, rows)
         # With a sparse draft: the draft's slots of the same tokens, and the lists of the round's batch,
         # which one graph makes and another one reads.
         self.draft_indices = torch.zeros_like(self.indices) if config.sparse_draft else None
@@ -139,10 +143,6 @@ class RoundState:
         """What a layer scores besides the rows of a pass: its carried ones, in the `first` of a round."""
         return Carried(self.carried_q.get(layer) if first else None, self.carried_lens)
 
-    def columns(self, lens: torch.Tensor) -> torch.Tensor:
-        """int64 [bs] first column of each request, -1 where its context does not fit."""
-        return columns_of(lens, self.importance.shape[1])
-
     def size(self, ops: Ops, contexts: Contexts) -> Sizes:
         """Where the lists of a verify batch lie; requests whose importance is not known attend whole."""
         return ops.size_lists(
@@ -150,7 +150,7 @@ class RoundState:
             self.carried_lens,
             self.keeps,
             self.rule,
-            Room(*self.importance.shape, self.indices.numel()),
+            self.room,
             self.totals,
             split=self.split,
             full=self._full_verifies(contexts.reqs),
@@ -197,8 +197,13 @@ class RoundState:
         return found
 
     def scores(self, starts: torch.Tensor) -> Scores:
-        """Importance of the requests whose columns start there."""
-        return Scores(self.importance, starts)
+        """Importance of a batch, where the columns of each request start there (-1: it has none)."""
+        return Scores(self.importance[:, : starts.numel() * self.room.columns], starts)
+
+    def scores_of(self, few: slice) -> Scores:
+        """Importance of some neighbours of a batch, as if they were one."""
+        columns = slice(few.start * self.room.columns, few.stop * self.room.columns)
+        return Scores(self.importance[:, columns], self.first_columns[: few.stop - few.start])
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by purpose."""

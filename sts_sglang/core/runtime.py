@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +19,13 @@ from sts_sglang.core.verifier import Verifier
 from sts_sglang.headmap import HeadMap
 
 logger = logging.getLogger(__name__)
+
+
+class Share(NamedTuple):
+    """Neighbours of a batch whose contexts a draft layer scores at once, and how their work is parted."""
+
+    requests: slice
+    plan: Plan | None
 
 
 @dataclass
@@ -68,10 +76,13 @@ class Runtime:
         """A batch of requests at committed lengths."""
         return Contexts(self.draft.table, reqs, lens)
 
-    def plan_contexts(self, lens: torch.Tensor) -> Plan | None:
-        """How draft steps that attend to everything part their work, alike in every layer."""
-        width = self.draft.table.shape[1]
-        return self.ops.plan_contexts(lens, kv_heads=self.draft.kv_heads, max_context=width)
+    def shares(self, lens: torch.Tensor) -> list[Share]:
+        """How draft steps that attend to everything part their work, alike in every layer: as many requests
+        at a time as there is scratch for (`sizes.SCRATCH`)."""
+        bs, most, width = lens.numel(), self.state.at_once, self.draft.table.shape[1]
+        some = [slice(first, min(first + most, bs)) for first in range(0, bs, most)]
+        plan = self.ops.plan_contexts
+        return [Share(few, plan(lens[few], kv_heads=self.draft.kv_heads, max_context=width)) for few in some]
 
     def plan_draft(self, lists: Lists, lens: torch.Tensor) -> Plan | None:
         """The same for sparse passes."""
@@ -83,27 +94,32 @@ class Runtime:
         layer: int,
         q: torch.Tensor | None,
         contexts: Contexts,
-        columns: torch.Tensor,
-        plan: Plan | None,
+        shares: list[Share],
         *,
         step: int,
         scale: float,
     ) -> torch.Tensor | None:
         """Dense attention of a draft layer in decode step `step`, whose rows' importance is pooled in; the
         first step scores the carried rows too. q: [bs * W, H_q, D], None for the carried rows alone."""
-        return self.ops.draft_attention(
-            q,
-            self.draft.pools.layer(layer),
-            contexts,
-            self.state.scores(columns),
-            self.channels.members.get(layer, NO_MEMBERS),
-            self.state.carried_of(layer, step == 0),
-            step=step,
-            num_steps=self.draft.num_steps,
-            scale=scale,
-            pooling=self.pooling,
-            plan=plan,
-        )
+        table, reqs, lens = contexts
+        rows = None if q is None else q.unflatten(0, (lens.numel(), -1))
+        found = [
+            self.ops.draft_attention(
+                None if rows is None else rows[few].flatten(0, 1),
+                self.draft.pools.layer(layer),
+                Contexts(table, reqs[few], lens[few]),
+                self.state.scores_of(few),
+                self.channels.members.get(layer, NO_MEMBERS),
+                self.state.carried_of(layer, step == 0),
+                step=step,
+                num_steps=self.draft.num_steps,
+                scale=scale,
+                pooling=self.pooling,
+                plan=plan,
+            )
+            for few, plan in shares
+        ]
+        return found[0] if q is None or len(found) == 1 else torch.cat(found)
 
     def attend_draft(self, call: LayerCall, lists: Lists, plan: Plan | None) -> torch.Tensor:
         """Attention of a draft layer over the round's selection and the tail of the call."""
@@ -151,9 +167,9 @@ class Runtime:
 
     def _score_carried(self, contexts: Contexts) -> None:
         """A round of one step has no draft decode step: nothing but the carried rows is scored."""
-        columns, plan = self.state.columns(contexts.lens), self.plan_contexts(contexts.lens)
+        shares = self.shares(contexts.lens)
         for layer in self.channels.members:
-            self.score(layer, None, contexts, columns, plan, step=0, scale=self.draft.head_dim**-0.5)
+            self.score(layer, None, contexts, shares, step=0, scale=self.draft.head_dim**-0.5)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by purpose."""

@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
+from sts_kernels.layout import ALIGN, Room
 from sts_sglang.config import StsConfig
 
-# Requests that share a prefix are scored each for itself, so a batch can have more context tokens than
-# the pool has slots. What does not fit attends whole, and is counted as a dense verify.
-OVERSUBSCRIBED = 3
-# A request's own keep may exceed the configured one: a quarter more room for the lists.
-LIST_SLACK = 1.25
-# So many requests at once may have lists of the least length, whatever their share is.
-FLOORS = 64
+# Where requests may ask for more than the configured keep, a list holds twice that of the longest context,
+# and this part of it at least. Who asks for more at its length attends to everything.
+OWN_KEEP, OWN_SLACK = 0.25, 2
+# Bytes that draft attention may take for what the rows of a call saw, until their log-sum-exps are known:
+# so many requests at a time.
+SCRATCH = 512 << 20
 
 
 class Capacity(NamedTuple):
-    """Elements of the buffers of one round."""
+    """What the buffers of a round hold. Every request has its own part of them: requests that share a prefix
+    are scored each for itself, and are together many times what the KV pool holds.
 
-    columns: int  # context tokens of a batch that can be scored
-    indices: int  # of one channel: tokens that a batch can select
+    requests: of a batch. context: tokens of the longest context, rounded up to whole blocks of scores.
+    """
+
+    requests: int
+    context: int
+
+    @classmethod
+    def of(cls, requests: int, context: int) -> Capacity:
+        return cls(requests, -(-context // ALIGN) * ALIGN)
+
+    def room(self, config: StsConfig, channels: int, list_growth: float) -> Room:
+        """Of one request. list_growth: of the head map."""
+        budget = config.budget_for(self.context)
+        if config.request_keep == "any":
+            budget = min(self.context, max(OWN_SLACK * budget, math.ceil(OWN_KEEP * self.context)))
+        # A head map's parts are rounded up, and have sink and recent at least.
+        split = 0 if list_growth == 1 else 1 + config.sink + config.recent
+        return Room(channels, self.context, budget, channels * (math.ceil(list_growth * budget) + split))
+
+    def nbytes(self, config: StsConfig, channels: int, list_growth: float) -> int:
+        """Of scores and lists, and of what remembering notes: with whom a column's slot is shared."""
+        room = self.room(config, channels, list_growth)
+        lists = room.entries * (8 if config.sparse_draft else 4)  # a sparse draft reads a list of its own
+        notes = 0 if config.history == "off" else 4 * self.context
+        return self.requests * (2 * channels * self.context + lists + notes)
 
 
 class Need(NamedTuple):
@@ -29,49 +55,15 @@ class Need(NamedTuple):
     per_token: float = 0.0  # of the KV pool
 
 
-def capacity(config: StsConfig, pool_tokens: int, requests: int, context_len: int) -> Capacity:
-    """Buffers for a KV pool of so many tokens, so many running requests and contexts up to so many tokens."""
-    columns = min(OVERSUBSCRIBED * pool_tokens, requests * context_len)
-    if config.policy == "ratio":
-        wanted = int(columns * config.keep * LIST_SLACK) + min(requests, FLOORS) * _floor(config)
-    else:
-        wanted = requests * config.budget
-    return Capacity(columns, min(columns, wanted))
+def scratch_bytes(context: int, kv_heads: int, rows: int) -> int:
+    """Of one request in draft attention: a float16 for each of a KV head's query rows in a step, which are
+    (1 + topk) * group, and their maximum in float32 by block."""
+    return kv_heads * rows * (2 * context + 4 * (context // ALIGN))
 
 
-def _floor(config: StsConfig) -> int:
-    return max(config.budget, config.sink + config.recent)
-
-
-def bytes_per_token(
-    config: StsConfig, channels: int, draft_kv_heads: int, draft_rows: int, list_growth: float = 1.0
-) -> float:
-    """Bytes that one more token of the KV pool adds.
-
-    Args:
-        channels: of the head map; draft_kv_heads: of the draft.
-        draft_rows: query rows of a draft KV head in one step, (1 + topk) * group: the draft attention
-            keeps what they saw until it knows their log-sum-exp.
-        list_growth: of the head map.
-    """
-    share = min(1.0, config.keep * LIST_SLACK) if config.policy == "ratio" else 1.0
-    remembers = config.history != "off"
-    # Remembering notes with whom a column's slot is shared.
-    scores = 2 * channels + (4 if remembers else 0)
-    scored = scores + _entry_bytes(config) * channels * share * list_growth + 2 * draft_kv_heads * draft_rows
-    return OVERSUBSCRIBED * scored + (history_bytes_per_token(channels) if remembers else 0)
-
-
-def floor_bytes(config: StsConfig, requests: int, channels: int, list_growth: float = 1.0) -> int:
-    """Bytes of the lists of contexts so short that `budget` is more than their share (see `capacity`)."""
-    if config.policy != "ratio":
-        return 0
-    return int(min(requests, FLOORS) * _floor(config) * channels * list_growth * _entry_bytes(config))
-
-
-def _entry_bytes(config: StsConfig) -> int:
-    """Of a list: int32, and one more where the draft reads a list of its own."""
-    return 8 if config.sparse_draft else 4
+def at_once(context: int, kv_heads: int, rows: int) -> int:
+    """Requests that are scored within SCRATCH bytes, and at least one."""
+    return max(1, SCRATCH // scratch_bytes(context, kv_heads, rows))
 
 
 def history_bytes_per_token(channels: int, bytes_per_score: int = 2) -> int:
@@ -79,6 +71,23 @@ def history_bytes_per_token(channels: int, bytes_per_score: int = 2) -> int:
     return bytes_per_score * channels + 8
 
 
-def reserve(available: int, kv_bytes_per_token: int, state_bytes_per_token: float) -> int:
-    """Part of `available` bytes to leave free, so that a pool of the rest and its buffers fit together."""
-    return int(available * state_bytes_per_token / (kv_bytes_per_token + state_bytes_per_token))
+def reserve(available: int, kv_bytes_per_token: int, context_len: int, need: Callable[[int], Need]) -> int:
+    """Part of `available` bytes to leave free, so that a pool of the rest and its buffers fit together.
+
+    Args:
+        need: by the longest context, which is `context_len` or what the pool holds, if that is less.
+    """
+
+    def left(context: int) -> int:
+        fixed, per_token = need(context)
+        rest = max(0, available - int(fixed))
+        return available - int(rest * kv_bytes_per_token / (kv_bytes_per_token + per_token))
+
+    def holds(context: int) -> bool:
+        return available - left(context) >= context * kv_bytes_per_token
+
+    low, high = 1, context_len
+    while low < high:  # the longest context that a pool has room for beside its buffers
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return left(low)

@@ -21,6 +21,7 @@ from sts_sglang.core.channels import Channels
 from sts_sglang.core.round import Draft, RoundState
 from sts_sglang.core.runtime import Runtime
 from sts_sglang.core.selectors import registry as selectors
+from sts_sglang.core.sizes import Capacity
 from sts_sglang.core.verifier import TargetShape, VerifierParts
 from sts_sglang.headmap import HeadCounts, ModelPaths
 from sts_sglang.host import reserve, views
@@ -60,7 +61,8 @@ class Bound:
             "kernel": runtime.kernel,
             "dense": self.dense,
             "graphs": self.graphs or "none",
-            "columns": runtime.state.importance.shape[1],
+            "longest_context": runtime.state.room.columns,
+            "longest_list": runtime.state.room.budget,
             "memory_bytes": own,
             **self._history_bytes(),
             **_simulated(),
@@ -146,7 +148,7 @@ def bind(worker: EAGLEWorkerV2, config: StsConfig) -> Bound:
         config,
         target.model.counts,
         draft.model.counts,
-        _draft_of(config, worker, draft),
+        _draft_of(worker, draft),
         target.device,
         views.paths(worker.server_args),
         _target_of(worker.server_args, target),
@@ -200,7 +202,7 @@ def assemble(
         ops=own,
         kernel=kernel,
         device=device,
-        selector=selectors.make(config, state, channels, own, draft.table),
+        selector=selectors.make(config, state, channels, own, draft),
         verifier=verifiers.of(kernel).make(made_of),
         whole=by_ops.make(made_of),
     )
@@ -228,8 +230,8 @@ def _target_of(server_args: Any, target: views.Runner) -> TargetShape:
     return shape._replace(pool_tokens=target.pools.tokens, slots=target.pools.slots)
 
 
-def _draft_of(config: StsConfig, worker: EAGLEWorkerV2, draft: views.Runner) -> Draft:
-    requests = _batch_limit(worker.server_args, draft.table)
+def _draft_of(worker: EAGLEWorkerV2, draft: views.Runner) -> Draft:
+    requests, width = draft.table.shape
     return Draft(
         num_steps=worker.speculative_num_steps,
         topk=worker.topk,
@@ -240,7 +242,7 @@ def _draft_of(config: StsConfig, worker: EAGLEWorkerV2, draft: views.Runner) -> 
         pools=draft.pools,
         slots=draft.pools.slots,
         table=draft.table,
-        capacity=sizes.capacity(config, draft.pools.tokens, requests, draft.model.context_len),
+        capacity=Capacity.of(requests, min(width, draft.pools.tokens)),
     )
 
 

@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from sts_sglang import headmap
 from sts_sglang.config import StsConfig
 from sts_sglang.core import sizes
 from sts_sglang.core.selectors import registry as selectors
-from sts_sglang.core.sizes import Need
+from sts_sglang.core.sizes import Capacity, Need
 from sts_sglang.core.verifier import TargetShape
 from sts_sglang.host import serves, views
 from sts_sglang.verifiers import registry as verifiers
 
+EXTRA = 4  # positions of the table of slots beyond a context and its draft tokens (extra_max_context_len)
 MAX_REQUESTS = 4096  # SGLang's own bound where the user gives none (resolve_max_num_reqs)
+
+
+class _Launch(NamedTuple):
+    """rows: query rows of a draft KV head in one step. requests: of a batch."""
+
+    config: StsConfig
+    target: TargetShape
+    draft: views.Model
+    head_map: headmap.HeadMap
+    rows: int
+    requests: int
+
+    def need(self, context: int) -> Need:
+        """Where no context has more tokens."""
+        config, shape = self.config, self.target._replace(context_len=context)
+        needs = [
+            self._of_round(context),
+            selectors.need(config, shape),
+            verifiers.of(config.kernel).need(config, shape),
+        ]
+        return Need(*map(sum, zip(*needs, strict=True)))
+
+    def _of_round(self, context: int) -> Need:
+        # The table of slots has a row that pads graphs, and positions for the last round of a context.
+        capacity = Capacity.of(self.requests + 1, context + EXTRA + self.target.tokens)
+        channels, draft = len(self.head_map.channels), self.draft
+        buffers = capacity.nbytes(self.config, channels, self.head_map.list_growth())
+        stored = sizes.scratch_bytes(capacity.context, draft.counts.kv_heads, self.rows)
+        scratch = min(capacity.requests * stored, max(stored, sizes.SCRATCH))
+        carried = draft.counts.layers * draft.counts.q_heads * draft.head_dim * draft.dtype.itemsize
+        remembers = self.config.history != "off"
+        per_token = sizes.history_bytes_per_token(channels) if remembers else 0
+        return Need(buffers + scratch + capacity.requests * carried, per_token)
 
 
 def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: int) -> int:
     """Bytes of `available` that a round's buffers take, given the target's ModelConfig."""
-    models = views.model(target), views.model(serves.draft_config(server_args, target))
+    of, draft = views.model(target), views.model(serves.draft_config(server_args, target))
     requests = server_args.max_running_requests or MAX_REQUESTS
-    shape = target_shape(server_args, models[0], requests)
-    needs = [
-        _of_round(config, server_args, models, requests),
-        selectors.need(config, shape),
-        verifiers.of(config.kernel).need(config, shape),
-    ]
-    fixed, per_token = (sum(parts) for parts in zip(*needs, strict=True))
-    kv = sum(model.kv_bytes for model in models)
-    return sizes.reserve(available - int(fixed), kv, per_token) + int(fixed)
-
-
-def _of_round(config, server_args, models: tuple[views.Model, views.Model], requests: int) -> Need:
-    target, draft = models
     # Fingerprints say whose map it is, not how large it is.
-    head_map = headmap.of_config(config, target.counts, draft.counts)
-    channels, growth = len(head_map.channels), head_map.list_growth(config.keep)
+    head_map = headmap.of_config(config, of.counts, draft.counts)
     rows = (1 + (server_args.speculative_eagle_topk or 1)) * draft.group
-    per_token = sizes.bytes_per_token(config, channels, draft.counts.kv_heads, rows, growth)
-    carried = draft.counts.layers * draft.counts.q_heads * draft.head_dim * draft.dtype.itemsize
-    floor = sizes.floor_bytes(config, requests, channels, growth)
-    return Need(floor + requests * carried, per_token)
+    shape = target_shape(server_args, of, requests)
+    launch = _Launch(config, shape, draft, head_map, rows, requests)
+    return sizes.reserve(available, of.kv_bytes + draft.kv_bytes, shape.context_len, launch.need)
 
 
 def target_shape(server_args: Any, target: views.Model, requests: int) -> TargetShape:

@@ -15,16 +15,18 @@ from typing import Any, NamedTuple
 import torch
 
 from sts_kernels import Ops
-from sts_kernels.layout import ALIGN, Lists, PagedLists
+from sts_kernels.layout import Lists, PagedLists
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core.request import Request
 from sts_sglang.core.selectors.base import LayerCall
-from sts_sglang.core.sizes import OVERSUBSCRIBED, Need
+from sts_sglang.core.sizes import Capacity, Need
 from sts_sglang.core.verifier import TargetShape, VerifierParts
 from sts_sglang.headmap import HeadMap
 
 logger = logging.getLogger(__name__)
 
+# Requests that attend whole need room for it; those that share a prefix may be longer than the pool together.
+OVERSUBSCRIBED = 3
 # Lists are planned in whole blocks: a plan holds until a list outgrows its last one.
 PLAN_BLOCK = 256
 # FlashInfer splits lists over two thread blocks a multiprocessor; no device has more than 160 of them.
@@ -47,7 +49,8 @@ class Shape(NamedTuple):
 
     def entries(self, config: StsConfig, pool_tokens: int, context_len: int) -> int:
         """Entries of the lists of one KV head; a batch that needs more loses tokens, and counts them."""
-        contexts = min(OVERSUBSCRIBED * pool_tokens, self.requests * context_len)
+        listed = Capacity.of(self.requests, context_len).room(config, 1, 1.0).budget
+        contexts = min(OVERSUBSCRIBED * pool_tokens + self.requests * listed, self.requests * context_len)
         fixed = config.budget if config.policy == "fixed" else 0
         return contexts + max(self.requests, self.graph_requests) * (PLAN_BLOCK + fixed + self.tokens)
 
@@ -122,13 +125,12 @@ def make(parts: VerifierParts) -> FlashInferVerifier:
             "sts_config.kernel: 'flashinfer' numbers the slots of all KV heads by int32, and the KV pool "
             "has too many; allowed: 'triton', or a smaller --max-total-tokens"
         )
-    channels, columns = state.importance.shape
     return FlashInferVerifier(
         config,
         shape,
         shape.entries(config, target.pool_tokens, target.context_len),
         layer_runs(config, parts.head_map, target.layers),
-        Limits(columns, state.indices.numel() // channels, parts.width),
+        Limits(state.room.budget, parts.width),
         parts.ops,
         target.dtype,
         clipped=state.clipped,
@@ -174,30 +176,23 @@ class HostView:
 class Limits(NamedTuple):
     """Capacities of the round's state, as far as the host must know them.
 
-    columns, lists: context tokens of a batch that can be scored, and listed. context: no request has more.
+    budget: tokens that a list can have. context: no request has more.
     """
 
-    columns: int
-    lists: int
+    budget: int
     context: int
 
 
 def planned_contexts(config: StsConfig, batch: list[HostRequest], limits: Limits) -> list[int]:
     """Context tokens to plan for each request, at least what it attends to.
 
-    The rules of `size_lists` at the bounds: a request that may find no room among the scored
-    tokens or the listed ones, or was never scored, attends whole. All of them grow with the length.
+    The rules of `size_lists` at the bounds: a request that wants more than a list can have, or was never
+    scored, attends whole. Budgets grow with the length.
     """
-    budgets = [config.budget_for(bound, keep) for bound, keep, _ in batch]
-    taken = [budget if budget < request.bound else 0 for budget, request in zip(budgets, batch, strict=True)]
-    # Those with a keep of their own come behind all others.
-    listed = {False: 0, True: sum(n for n, request in zip(taken, batch, strict=True) if request.keep is None)}
-    planned, column = [], 0
-    for budget, room, (bound, keep, scored) in zip(budgets, taken, batch, strict=True):
-        column += _round_up(bound, ALIGN)
-        own = keep is not None
-        listed[own] += room
-        whole = not scored or column > limits.columns or listed[own] > limits.lists
+    planned = []
+    for bound, keep, scored in batch:
+        budget = config.budget_for(bound, keep)
+        whole = not scored or budget > limits.budget
         constant = config.policy == "fixed" and keep is None and not whole
         planned.append(config.budget if constant else _round_up(bound if whole else budget, PLAN_BLOCK))
     return planned

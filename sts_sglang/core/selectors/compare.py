@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from sts_kernels import Ops
-from sts_kernels.layout import ALIGN, IMPORTANCE_SCALE, Contexts, Lists, Scores, Sizes, columns_of
+from sts_kernels.layout import ALIGN, IMPORTANCE_SCALE, Contexts, Lists, Scores, Sizes
 from sts_sglang.config import StsConfig
 from sts_sglang.core.selectors.base import LayerCall
-from sts_sglang.core.sizes import OVERSUBSCRIBED, Need
+from sts_sglang.core.sizes import Capacity, Need
 from sts_sglang.core.verifier import TargetShape
 
 PAGE = 16
@@ -150,7 +150,7 @@ class LayerSelector:
     Args:
         config: `selector` names the rule. ops: the ops in use.
         of_target: int32 [layers, H_kv], Channels.of_target: whose list length a KV head takes.
-        columns: context tokens of a batch that can be scored. requests: rows of the table.
+        capacity: of the buffers of a round. requests: rows of the table.
         dtype: of the scores, float16 for the kernels.
         width: positions of every request that are looked at, so that no length is read from the device;
             None: as many as the longest context of a batch has.
@@ -163,19 +163,20 @@ class LayerSelector:
         config: StsConfig,
         ops: Ops,
         of_target: Tensor,
-        columns: int,
+        capacity: Capacity,
         requests: int,
         dtype: torch.dtype,
         *,
         width: int | None = None,
     ):
         self.config, self.ops, self.rule, self.width = config, ops, RULES[config.selector], width
-        self.of_target, self.columns = of_target, columns
+        self.of_target, self.columns = of_target, capacity.requests * capacity.context
         kv_heads, device = of_target.shape[1], of_target.device
         # Behind them, in whole blocks as before, one that takes the scores of what is no context.
-        self.scores = torch.zeros(kv_heads, columns + ALIGN, dtype=dtype, device=device)
+        self.scores = torch.zeros(kv_heads, self.columns + ALIGN, dtype=dtype, device=device)
+        self.starts = torch.arange(capacity.requests, device=device) * capacity.context
         # A request's list of a head is shorter than its context: it lies where its columns do.
-        self.indices = torch.zeros(kv_heads * columns, dtype=torch.int32, device=device)
+        self.indices = torch.zeros(kv_heads * self.columns, dtype=torch.int32, device=device)
         self.heads = torch.arange(kv_heads, dtype=torch.int32, device=device)
         self.seeds = torch.zeros(requests, dtype=torch.int64, device=device)
 
@@ -191,7 +192,7 @@ class LayerSelector:
     def of_layer(self, lists: Lists, call: LayerCall) -> tuple[Lists, Tensor]:
         """Waits for the device where there is no `width`."""
         counts = lists.counts[:, self.of_target[call.layer].long()]
-        starts = columns_of(call.contexts.lens, self.columns)
+        starts = self.starts[: call.contexts.lens.numel()]
         self._score(call, counts, starts)
         own = starts[:, None] + self.heads * self.columns
         made = Lists(self.indices, own, counts.to(torch.int32).contiguous())
@@ -247,7 +248,8 @@ def request_bytes(width: int, kv_heads: int, dim: int, itemsize: int, rows: int)
 
 
 def need(target: TargetShape) -> Need:
-    """Of a LayerSelector: scores and lists by token of the pool, and what scoring a layer takes."""
+    """Of a LayerSelector: scores and lists of every request, and what scoring a layer takes."""
     rows = target.tokens * target.q_heads // target.kv_heads
     layer = request_bytes(target.context_len, target.kv_heads, target.head_dim, target.dtype.itemsize, rows)
-    return Need(max(SCRATCH, layer), OVERSUBSCRIBED * 6 * target.kv_heads)
+    own = target.requests * target.context_len * 6 * target.kv_heads
+    return Need(own + max(SCRATCH, layer))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from sts_kernels import Ops
 from sts_sglang.config import StsConfig
 from sts_sglang.core.channels import Channels
-from sts_sglang.core.round import RoundState
+from sts_sglang.core.round import Draft, RoundState
 from sts_sglang.core.selectors import compare
 from sts_sglang.core.selectors.base import Selector
 from sts_sglang.core.selectors.draft import DraftSelector
@@ -15,15 +13,15 @@ from sts_sglang.core.sizes import Need
 from sts_sglang.core.verifier import TargetShape
 
 
-def make(config: StsConfig, state: RoundState, channels: Channels, ops: Ops, table: torch.Tensor) -> Selector:
-    """The selector of a launch, over the columns that the draft's scores have."""
+def make(config: StsConfig, state: RoundState, channels: Channels, ops: Ops, draft: Draft) -> Selector:
+    """The selector of a launch."""
     if config.selector == "draft":
         return DraftSelector(config, state, channels, ops)
-    scores = state.importance
+    scores, table = state.importance, draft.table
     # On a GPU without a look at the lengths.
     width = None if scores.device.type == "cpu" else table.shape[1]
     return compare.LayerSelector(
-        config, ops, channels.of_target, scores.shape[1], table.shape[0], scores.dtype, width=width
+        config, ops, channels.of_target, draft.capacity, table.shape[0], scores.dtype, width=width
     )
 
 
