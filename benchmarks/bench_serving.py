@@ -2,7 +2,7 @@
 
 Arms (each its own server, `--repeats` times in alternating order):
   stock                the target alone
-  stock-spec           the target and a STANDALONE draft
+  stock-spec           the target and its draft (`--algorithm`)
   stock-spec-captured  the same with its draft-extend in a CUDA graph: what that graph alone brings
   sts-dense            sts with every target layer dense: what capture and selection cost
   sts                  sts with the given --sts-config
@@ -13,8 +13,9 @@ Arms (each its own server, `--repeats` times in alternating order):
 
 For every shape CONTEXTxREQUESTS the prompts are prefilled once, so that the measured requests find them
 in the prefix cache; then all requests decode `--new-tokens` at the same time, `--passes` times. Prompts of
-a shorter context begin like those of a longer one: give the longest first. An sts arm whose counters
-show no sparse verify, or a dense one, ends the benchmark.
+a shorter context begin like those of a longer one: give the longest first. With `--shared N` all begin with
+the same N tokens, as agents over one history do. An sts arm whose counters show no sparse verify, or a
+dense one, ends the benchmark.
 
 Example, on a GPU, with models that have the shapes of Llama-3.1-8B and 3.2-1B but dummy weights:
   python -m benchmarks.bench_serving --dummy --shapes 32000x8,16000x8,8000x8,4000x8 --accept-length 3 \\
@@ -45,6 +46,7 @@ CONFIGS: dict[str, dict] = {
     "sts-blend": {"history": "blend"},
     "sts-draft-blend": {"draft": "all", "history": "blend"},
 }
+DUMMY_DRAFTS = {"STANDALONE": "llama-1b", "EAGLE3": "llama-8b-eagle3"}
 ARMS = ("stock", "stock-spec", "stock-spec-captured", *CONFIGS)
 
 
@@ -53,7 +55,8 @@ def arm_args(arm: str, options: argparse.Namespace) -> list[str]:
     if arm == "stock":
         return []
     steps = options.steps
-    args = ["--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", str(options.draft)]
+    args = ["--speculative-algorithm", options.algorithm]
+    args += ["--speculative-draft-model-path", str(options.draft)]
     args += ["--speculative-num-steps", str(steps), "--speculative-eagle-topk", "1"]
     args += ["--speculative-num-draft-tokens", str(steps + 1)]
     if arm.startswith("stock-spec"):
@@ -65,10 +68,10 @@ def arm_args(arm: str, options: argparse.Namespace) -> list[str]:
     return [*args, "--attention-backend", "sts", "--sts-config", json.dumps(config)]
 
 
-def prompt(request: int, context: int, vocab: int) -> list[int]:
-    """A request's prompt; a shorter one begins like a longer one."""
-    rng = random.Random(request)
-    return [rng.randrange(5, vocab) for _ in range(context)]
+def prompt(request: int, context: int, vocab: int, shared: int = 0) -> list[int]:
+    """A request's prompt; a shorter one begins like a longer one, and all alike for `shared` tokens."""
+    common, own = random.Random(-1), random.Random(request)
+    return [(common if i < shared else own).randrange(5, vocab) for i in range(context)]
 
 
 def ask(server: LocalServer, ids: list[int], new_tokens: int) -> dict:
@@ -79,7 +82,7 @@ def ask(server: LocalServer, ids: list[int], new_tokens: int) -> dict:
 
 def run_shape(server: LocalServer, context: int, requests: int, options: argparse.Namespace) -> list[dict]:
     """One shape on a running server: prefill, then the measured batch, `passes` times."""
-    prompts = [prompt(i, context, options.vocab) for i in range(requests)]
+    prompts = [prompt(i, context, options.vocab, options.shared) for i in range(requests)]
     for ids in prompts:
         ask(server, ids, 1)
     rows = []
@@ -118,6 +121,7 @@ def run_arm(arm: str, repeat: int, shapes: list[tuple[int, int]], options: argpa
         for context, requests in shapes:
             before = server.counters() if arm.startswith("sts") else None
             shape = {"arm": arm, "repeat": repeat, "context": context, "requests": requests}
+            shape |= {"algorithm": options.algorithm, "shared": options.shared}
             passes = run_shape(server, context, requests, options)
             if before is not None:
                 delta = sparse_between(before, server.counters())
@@ -147,13 +151,21 @@ def origin() -> dict:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--target", type=Path, help="folder of the target model")
-    p.add_argument("--draft", type=Path, help="folder of the STANDALONE draft")
+    p.add_argument("--draft", type=Path, help="folder of the draft model, or of the EAGLE-3 head")
     p.add_argument(
-        "--dummy", type=Path, nargs="?", const=Path("."), help="write 8B and 1B shapes here and use those"
+        "--algorithm", choices=DUMMY_DRAFTS, default="STANDALONE", help="of speculation (%(default)s)"
+    )
+    p.add_argument(
+        "--dummy",
+        type=Path,
+        nargs="?",
+        const=Path("."),
+        help="write an 8B and its draft here, use those",
     )
     p.add_argument(
         "--shapes", default="32000x1,32000x8", help="CONTEXTxREQUESTS, comma separated (%(default)s)"
     )
+    p.add_argument("--shared", type=int, default=0, help="tokens that all prompts begin with (%(default)s)")
     p.add_argument("--arms", default=",".join(ARMS), help="comma separated (%(default)s)")
     p.add_argument("--sts-config", default='{"keep": 0.1}', help="inline JSON (%(default)s)")
     p.add_argument("--new-tokens", type=int, default=256, help="decoded per request (%(default)s)")
@@ -178,7 +190,7 @@ def prepare(options: argparse.Namespace) -> None:
     """Write the dummy models if asked for, and note where the numbers come from."""
     if options.dummy:
         options.target, options.draft = (
-            dummy_models.write(n, options.dummy) for n in ("llama-8b", "llama-1b")
+            dummy_models.write(n, options.dummy) for n in ("llama-8b", DUMMY_DRAFTS[options.algorithm])
         )
         options.server_args += " --load-format dummy --skip-tokenizer-init"
         options.vocab = 128000

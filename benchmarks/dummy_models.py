@@ -28,6 +28,16 @@ SHAPES = {
         "head_dim": 64,
         "tie_word_embeddings": True,
     },
+    # Without weights there is no map of its vocabulary: what it drafts are tokens of the target's.
+    "llama-8b-eagle3": {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 1,
+        "head_dim": 128,
+        "draft_vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
 }
 
 
