@@ -17,9 +17,10 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sts_kernels import ops
 from sts_kernels.layout import Contexts, KvPool, Lists
-from sts_sglang.config import StsConfig
+from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core.request import Request
 from sts_sglang.core.selectors.base import LayerCall
+from sts_sglang.core.verifier import TargetShape
 from sts_sglang.headmap import HeadCounts, proportional
 from sts_sglang.host import bind, hooks
 from sts_sglang.host.metrics import Exporter
@@ -31,6 +32,7 @@ from sts_sglang.verifiers.flashinfer import (
     Limits,
     Shape,
     layer_runs,
+    make,
     planned_contexts,
 )
 from tests.test_backends import CONTEXT, COUNTS, DIM, KV_HEADS, LAYERS, Q_HEADS, Rig
@@ -515,3 +517,10 @@ def test_planning_does_not_wait_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert verify.path.host_plans == 6
+
+
+@pytest.mark.parametrize("dim, slots, problem", [(96, 100, "heads of 96"), (128, 2**28, "too many")])
+def test_a_target_that_flashinfer_cannot_take_is_refused(dim, slots, problem):
+    target = TargetShape(4, 2, 32, 8, dim, torch.bfloat16, 8192, 8, 8, slots, slots)
+    with pytest.raises(ConfigError, match=f"sts_config.kernel: 'flashinfer' .*{problem}.*allowed: 'triton'"):
+        make(SimpleNamespace(config=StsConfig(), target=target, state=None))

@@ -36,7 +36,7 @@ from sts_kernels.layout import (
 from tests.tolerances import assert_close
 
 KERNELS = ["torch", "triton"]
-GROUPS = [1, 2, 4, 8]
+GROUPS = [1, 2, 4, 5, 7, 8]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LENGTHS = [13, 1, 70, 130]  # below every budget, one token, over one block of keys, over two
 KV_HEADS, DIM, TOKENS = 2, 16, 4
@@ -230,6 +230,18 @@ def check_importance(batch: Batch, base, written, found: dict, pools, carried: b
 def test_draft_attention_first_step_scores_the_carried_row_too(kernel: str, group: int) -> None:
     batch = Batch(group=group)
     check_draft(kernel, batch, branches=1, step=0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dim", [8, 24, 96])
+def test_heads_whose_dimensions_are_no_power_of_two(monkeypatch, kernel: str, dim: int) -> None:
+    """Tiles are padded; a pool's next head, or what is no head at all, is not read."""
+    monkeypatch.setattr(f"{__name__}.DIM", dim)
+    check_draft(kernel, Batch(lengths=[70, 9]), branches=2, step=1, carried=False)
+    check_draft(kernel, Batch(lengths=[70, 9], group=5), branches=1, step=0)
+    batch = Batch(lengths=[70, 9])
+    q, lists, out, _ = run_verify(kernel, batch, [65, -1])
+    check_verify(batch, q, lists, out, chain(4))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -791,6 +803,9 @@ with compile_only() as compiled:
     bench_draft_attention.compile_one(shape | {"step": 0, "dim": 64}, {})
     bench_draft_attention.compile_one(shape | {"step": 1, "dim": 64}, {})
     bench_draft_attention.compile_one(shape | {"step": 0, "group": 8}, {})
+    for odd in ({"dim": 96}, {"group": 5}, {"group": 7}):
+        bench_verify.compile_one(shape | odd, {})
+        bench_draft_attention.compile_one(shape | {"step": 0} | odd, {})
     bench_select.compile_one(shape, {})
     eight, two = Contexts(like(9, 4096), i(8), i(8)), Contexts(like(3, 4096), i(2), i(2))
     split, full = like(65, 128, dtype=torch.float64), like(8, dtype=torch.bool)

@@ -57,6 +57,11 @@ def padded_rows(rows: int) -> int:
     return max(16, triton.next_power_of_2(rows))
 
 
+def padded_dims(head_dim: int) -> int:
+    """Dimensions of a head in a tile, which has a power of two of them and at least 16."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
 def shared_bytes(rows: int, head_dim: int, bytes_per_dim: tuple[int, int]) -> int:
     """About the bytes of shared memory that a thread block takes for so many query rows.
 
@@ -64,7 +69,7 @@ def shared_bytes(rows: int, head_dim: int, bytes_per_dim: tuple[int, int]) -> in
     Half precision is assumed.
     """
     padded = padded_rows(rows)
-    return head_dim * (bytes_per_dim[padded > 16] + 2 * padded)
+    return padded_dims(head_dim) * (bytes_per_dim[padded > 16] + 2 * padded)
 
 
 @functools.cache
@@ -167,6 +172,24 @@ def _parts(total, share, most, there):
 
 
 @triton.jit
+def in_tile(ok, dims, D: tl.constexpr):
+    """Which of a tile [.., dims] there are: of the rows that are `ok` [..], the dimensions of a head."""
+    mask = ok[:, None]
+    if dims.shape[0] != D:  # padded to a power of two; else a mask by dimension would cost registers
+        mask = mask & (dims < D)[None, :]
+    return mask
+
+
+@triton.jit
+def store_head(ptr, out, dims, D: tl.constexpr):
+    """Write the dimensions that a head has of a row `out` [dims]."""
+    if dims.shape[0] == D:
+        tl.store(ptr + dims, out.to(ptr.dtype.element_ty))
+    else:
+        tl.store(ptr + dims, out.to(ptr.dtype.element_ty), mask=dims < D)
+
+
+@triton.jit
 def attend(
     q,  # [ROWS, D]
     k_ptr,  # [slots, H_kv, D]
@@ -176,16 +199,17 @@ def attend(
     seen,  # bool [ROWS, BLOCK] or [1, BLOCK], which of them a row attends to
     head_offset,  # of the KV head in a slot
     stride_slot,
-    dims,  # [D], 0 to D
+    dims,  # 0 to D, padded to a power of two
     scale,  # of logits, LOG2E included
     peak,  # float32 [ROWS], largest logit so far
     norm,  # float32 [ROWS], sum of exp2(logit - peak) so far
     acc,  # float32 [ROWS, D], the same sum of values
+    D: tl.constexpr,
 ):
     """One step of online softmax: `peak`, `norm` and `acc` after a block of slots."""
     kv_offs = slots.to(tl.int64) * stride_slot + head_offset
-    k = tl.load(k_ptr + kv_offs[:, None] + dims[None, :], mask=ok[:, None], other=0.0)  # [BLOCK, D]
-    v = tl.load(v_ptr + kv_offs[:, None] + dims[None, :], mask=ok[:, None], other=0.0)  # [BLOCK, D]
+    k = tl.load(k_ptr + kv_offs[:, None] + dims[None, :], mask=in_tile(ok, dims, D), other=0.0)  # [BLOCK, D]
+    v = tl.load(v_ptr + kv_offs[:, None] + dims[None, :], mask=in_tile(ok, dims, D), other=0.0)  # [BLOCK, D]
     s = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))  # [ROWS, BLOCK]
     new_peak = tl.maximum(peak, tl.max(s, 1))
     # A row that has seen nothing yet has no maximum: keep the exponents finite, its sum stays 0.
@@ -203,18 +227,20 @@ def merge(
     first,  # part of the list
     row,
     splits,  # parts of the list
+    dims,  # 0 to D, padded to a power of two
     D: tl.constexpr,
     ROWS: tl.constexpr,
     SPLITS_P2: tl.constexpr,
 ):
-    """Maximum (of log2), sum and output [D] of one row over the parts of its list."""
+    """Maximum (of log2), sum and output [dims] of one row over the parts of its list."""
     split = tl.arange(0, SPLITS_P2)
     ok = split < splits
     base = (first + split) * ROWS + row  # [SPLITS_P2]
     peak = tl.load(stats_ptr + base * 2, mask=ok, other=float("-inf"))  # [SPLITS_P2]
     norm = tl.load(stats_ptr + base * 2 + 1, mask=ok, other=0.0)  # [SPLITS_P2]
-    dims = tl.arange(0, D)
-    partial = tl.load(partial_ptr + base[:, None] * D + dims[None, :], mask=ok[:, None], other=0.0)
+    partial = tl.load(
+        partial_ptr + base[:, None] * D + dims[None, :], mask=in_tile(ok, dims, D), other=0.0
+    )  # [SPLITS_P2, D]
     top = tl.max(peak, 0)
     weight = tl.exp2(peak - top)
     total = tl.sum(norm * weight, 0)

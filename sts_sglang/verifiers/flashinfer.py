@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Requests that attend whole need room for it; those that share a prefix may be longer than the pool together.
 OVERSUBSCRIBED = 3
+HEAD_DIMS = (64, 128, 256)  # that its kernels are made for
 # Lists are planned in whole blocks: a plan holds until a list outgrows its last one.
 PLAN_BLOCK = 256
 # FlashInfer splits lists over two thread blocks a multiprocessor; no device has more than 160 of them.
@@ -120,6 +121,11 @@ def need(config: StsConfig, target: TargetShape) -> Need:
 def make(parts: VerifierParts) -> FlashInferVerifier:
     config, target, state = parts.config, parts.target, parts.state
     shape = Shape.of(target)
+    if shape.head_dim not in HEAD_DIMS:
+        raise ConfigError(
+            f"sts_config.kernel: 'flashinfer' has no attention for heads of {shape.head_dim} dimensions; "
+            "allowed: 'triton'"
+        )
     if target.slots * shape.kv_heads >= 2**31:
         raise ConfigError(
             "sts_config.kernel: 'flashinfer' numbers the slots of all KV heads by int32, and the KV pool "
