@@ -194,7 +194,7 @@ class LayerSelector:
         counts = lists.counts[:, self.of_target[call.layer].long()]
         starts = self.starts[: call.contexts.lens.numel()]
         self._score(call, counts, starts)
-        own = starts[:, None] + self.heads * self.columns
+        own = starts[:, None] + self.heads.long() * self.columns
         made = Lists(self.indices, own, counts.to(torch.int32).contiguous())
         self.ops.select_tokens(
             Scores(self.scores, starts),
