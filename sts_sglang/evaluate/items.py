@@ -25,7 +25,7 @@ from sts_sglang.evaluate.asking import Client, Reply
 
 GOOD_ENOUGH = 0.6  # dense score from which a task is asked
 FORCED = 64  # tokens of text that a loss item measures
-CUE = 24  # tokens of a passage that begin its copy
+CUE = 48  # tokens of a passage that begin its copy
 SPARE = 8  # positions behind the last token, for drafts of the last round
 SHOTS = 3  # questions answered before the one that is asked
 LOSS = "text"  # the task whose score is a loss
@@ -292,7 +292,8 @@ def sequence(source: Source, length: int, index: int, rng: random.Random) -> Cop
     said = [f"Words of the {n}: {' '.join(words[12 * i : 12 * i + 12])}." for i, n in enumerate(names)]
     whole = source.encode(said[0])
     begun = len(source.encode(" ".join(said[0].split()[:6])))  # the name and two words
-    ids, depth = _hidden(source, said, said[0], _completed(source, ""), length - len(whole) - SPARE, rng)
+    ends = _completed(source, f"The same words once more.\n{said[1]}\n")  # the pattern
+    ids, depth = _hidden(source, said, said[0], ends, length - len(whole) - SPARE, rng)
     return Copy([*ids, *whole[:begun]], whole[begun:], depth)
 
 
@@ -310,7 +311,7 @@ def _passage(source: Source, length: int, rng: random.Random) -> tuple[list[int]
 
 def copy(source: Source, length: int, index: int, rng: random.Random) -> Copy:
     ids, rest, depth = _passage(source, length, rng)
-    return Copy(ids, rest[: FORCED // 2], depth)
+    return Copy(ids, rest[: CUE // 2], depth)
 
 
 def recite(source: Source, length: int, index: int, rng: random.Random) -> Recital:
@@ -334,7 +335,7 @@ ABOUT = {
     "keys": "a number of one of 27 names that share their words",
     "records": "three columns of one of eleven rows",
     "sequence": "twelve words in a random order",
-    "copy": "the next 32 tokens of a passage, greedily",
+    "copy": "the next 24 tokens of a passage, greedily",
     "recite": "the probability of the next 64 tokens of a passage, forced",
     "ask": "as needle, as a question in a conversation",
     "ask_keys": "as keys, as a question in a conversation",
