@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from sts_sglang import cli
 from sts_sglang.calibrate.command import read_texts
-from sts_sglang.evaluate import asking, gate, items, pair
+from sts_sglang.config import StsConfig
+from sts_sglang.evaluate import asking, gate, items, pair, recall
 from sts_sglang.evaluate.asking import Cell, Reply
 from sts_sglang.evaluate.items import Copy, Item, Plain, Recital, Source, Text, TooShort
 from sts_sglang.tools.demo import MODELS
@@ -193,10 +194,22 @@ def test_the_smallest_keep_passes_with_every_larger_one():
 
 def test_the_table_shows_every_keep():
     found = cells({0.1: [-2.06] * 50, 1.0: DENSE_TEXT}, {"keys": {0.1: [0.0] * 10 + HIT[10:], 1.0: HIT}})
-    text = gate.table(found, [gate.judge(found, 0.1)])
+    text = gate.table(found, [gate.judge(found, 0.1)], {0.1: recall.Recall(0.5, 0.2, 0.9)})
+    assert "| attention held (by the latest, by the best; %) |  |  | 50 (20, 90) |" in text
     assert "| loss of text, 4,096 (%) | 50 | 2.000 nats | **+3.00 [+3.00, +3.00]** |" in text
     assert "| keys, 4,096 (points) | 50 | 100.0 | **-20.0 [" in text and "| fails |" in text
     assert "| tokens a round |  | 4.00 | 2.50 |" in text
+
+
+def test_recall_is_of_the_map_that_would_serve(source):
+    """More than the latest tokens hold, less than the target's own top; all of it grows with the keep."""
+    shipped = pair.Pair(str(MODELS / "target"), str(MODELS / "draft"), "STANDALONE")
+    texts = [source.window(1024, number) for number in (0, 100)]
+    config = StsConfig(budget=0, recent=16)
+    found = recall.here(shipped, texts, config, [0.01, 0.1, 0.25], "cpu")
+    assert list(found) == [0.1, 0.25], "a hundredth is sink and recent alone"
+    assert found[0.1].draft < found[0.25].draft and found[0.1].latest < found[0.1].draft < found[0.1].best < 1
+    assert recall.here(shipped, texts, config, [0.01], "cpu") == {}
 
 
 # ---- what is refused
@@ -281,6 +294,7 @@ def test_a_pair_is_evaluated(tiny, tmp_path, capsys, monkeypatch):
     given = ["--target", str(tiny["target"]), "--draft", str(tiny["eagle3"]), "--tasks", "copy", "text"]
     given += ["--lengths", "512", "--items", "4", "--keeps", "0.2", "--concurrency", "4"]
     given += ["--sts-config", '{"recent": 16}', "--out", str(tmp_path / "out"), "--device", "cpu"]
+    given += ["--no-recall"]
     assert cli.main(["evaluate", *given]) == 1
     out, err = capsys.readouterr()
     header, *rows = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())

@@ -76,7 +76,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--suite", choices=FULL, help="(shipped for the shipped target, plain for others)")
     p.add_argument("--text", nargs="+", metavar="FILE", help="plain: texts (packages installed here)")
     p.add_argument("--dense-first", type=int, metavar="N", help="items of the first look (plain: 20)")
-    p.add_argument("--arms", nargs="+", metavar="ARM", help="(all, and those of --arm)")
+    p.add_argument("--arms", nargs="+", metavar="ARM", help="(all), and those of --arm")
     p.add_argument(
         "--arm",
         action="append",
@@ -185,7 +185,8 @@ def main(argv: list[str] | None = None) -> None:
             tqdm.write(f"dense: {dense.task} of {dense.length}: {dense.score:.2f}, {said}")
         if not plan.cells():
             raise SystemExit("this model does none of the tasks, not with dense attention either")
-    arms = options.arms or list(plan.arms)
+    own = [arm for arm in plan.arms if plan.arms[arm].own]
+    arms = list(dict.fromkeys([*(options.arms or ARMS), *own]))
     tqdm.write(f"{len(arms)} arms, device {plan.device}, server logs in {logs}")
     servers: list[LocalServer] = []
     with ThreadPoolExecutor(options.parallel) as pool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sts_sglang.evaluate.gate import Judged
     from sts_sglang.evaluate.items import Plain
     from sts_sglang.evaluate.pair import Known
+    from sts_sglang.evaluate.recall import Recall
     from sts_sglang.tools.local_server import LocalServer
 
 SIZES = {"cpu": (2048, 20, 4), "cuda": (4096, 48, 8)}  # length, items, requests at a time
@@ -82,6 +83,7 @@ def add(commands: Any) -> None:
     flag("--items", type=int, help="documents of a task and length (48, on a CPU 20)")
     flag("--tasks", nargs="+", metavar="TASK", help="(all)")
     flag("--sts-config", metavar="JSON|PATH", help="what you would serve with, beside keep ({})")
+    flag("--no-recall", action="store_true", help="do not also measure what of the attention is held")
     flag("--device", choices=("auto", "cuda", "cpu"), default="auto", help="(auto)")
     flag("--concurrency", type=int, metavar="N", help="requests at a time (8, on a CPU 4)")
     flag("--out", metavar="DIR", help="also write results.jsonl, report.md and server.log there")
@@ -103,14 +105,17 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="sts-evaluate-") as spare:
         out = _folder(args.out) if args.out else None
         _say(f"the gate: {gate.GATE}")
+        held = {} if args.no_recall else _recall(plan)
         cells, left_out, about = measure(plan, (out or Path(spare)) / "server.log")
     wanted = plan.tasks != [LOSS]
     judged = [gate.judge(cells, keep, wanted) for keep in plan.keeps] if cells else []
     found = gate.smallest(judged)
-    report = report_of(plan, cells, judged, left_out, found)
+    report = report_of(plan, gate.table(cells, judged, held) if cells else "", judged, left_out, found)
     print(report)
     if out:
-        rows = [{**about, "gate": gate.GATE, "left_out": left_out}, *map(asdict, cells.values())]
+        recall = {str(keep): one._asdict() for keep, one in held.items()}
+        first = {**about, "gate": gate.GATE, "left_out": left_out, "recall": recall}
+        rows = [first, *map(asdict, cells.values())]
         _write(out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         _write(out / "report.md", report + "\n")
     return 0 if found else 1
@@ -216,15 +221,30 @@ def _ask(plan: Plan, client: Client) -> tuple[dict, list[dict]]:
     return cells, left_out
 
 
+def _recall(plan: Plan) -> dict[float, Recall]:
+    """On a few windows of the texts, of the longest length that is asked."""
+    from sts_sglang.evaluate import recall
+
+    _say("running both models for the share of attention that is held")
+    length, source = max(plan.lengths), plan.suite.source
+    most = source.tails(length)
+    texts = [source.window(length, number) for number in sorted({0, most // 2, most - 1})]
+    config = StsConfig.parse({**plan.config, "budget": 0})
+    try:
+        return recall.measure(plan.known.pair, texts, config, plan.keeps, plan.device)
+    except ConfigError as error:  # in calibrate's words, whose flag for the target is another
+        raise ConfigError(str(error).replace("--model", "--target", 1)) from None
+
+
 def report_of(
-    plan: Plan, cells: dict, judged: list[Judged], left_out: list[dict], found: Judged | None
+    plan: Plan, table: str, judged: list[Judged], left_out: list[dict], found: Judged | None
 ) -> str:
     """Markdown: the pair, the table, what was left out, and the verdict."""
     from sts_sglang.evaluate import gate
 
     pair = plan.known.pair.named()
     lines = [f"{pair['target']} with {pair['draft']}, {pair['algorithm']}; texts {plan.suite.checksum}", ""]
-    lines += [gate.table(cells, judged), ""] if cells else []
+    lines += [table, ""] if table else []
     lines += [
         f"left out, {row['task']} of {row['length']:,} tokens: dense attention scores {row['dense']:.2f}"
         for row in left_out

@@ -13,6 +13,7 @@ import numpy as np
 
 from sts_sglang.evaluate.asking import DENSE, Cell
 from sts_sglang.evaluate.items import LOSS
+from sts_sglang.evaluate.recall import Recall
 from sts_sglang.evaluate.stats import ENOUGH, Interval, interval, macro_interval
 
 LOSS_MEAN, LOSS_END = 0.01, 0.02  # most that the loss of text may rise, as a share of the dense loss
@@ -104,7 +105,7 @@ def _accept(cells: Cells, keep: float) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def table(cells: Cells, judged: Sequence[Judged]) -> str:
+def table(cells: Cells, judged: Sequence[Judged], recall: Mapping[float, Recall] | None = None) -> str:
     """Markdown: a row a task and length, a column a keep; bold where an interval excludes 0."""
     keeps = sorted(judged, key=lambda one: one.keep)
     rows = [["task, tokens", "documents", "dense", *(f"keep {100 * one.keep:g} %" for one in keeps)]]
@@ -123,6 +124,10 @@ def table(cells: Cells, judged: Sequence[Judged]) -> str:
         rows.append(["mean of the tasks (points)", "", "", *(_said(one.mean, 1) for one in keeps)])
     accept = [f"{one.accept[0]:.2f}" for one in keeps]
     rows.append(["tokens a round", "", f"{keeps[0].accept[1]:.2f}", *accept])
+    if recall:
+        held = [recall.get(one.keep) for one in keeps]
+        said = [f"{100 * r.draft:.0f} ({100 * r.latest:.0f}, {100 * r.best:.0f})" if r else "-" for r in held]
+        rows.append(["attention held (by the latest, by the best; %)", "", "", *said])
     rows.append(["**verdict**", "", "", *(verdict(one) for one in keeps)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
