@@ -74,13 +74,14 @@ def test_questions_in_a_conversation_end_where_the_answer_begins(source):
 
 @pytest.mark.parametrize("task", ["copy", "recite", "sequence"])
 def test_what_is_copied_stands_far_back(source, task):
-    for index in range(5):
+    for index in range(20):
         one = Plain(source).make(task, LENGTH, index)
         prompt, rest = (one.ids, one.expected) if isinstance(one, Copy) else (one.prefix, one.forced)
         cue = prompt[-8:]
         places = [i for i in range(len(prompt) - 8) if prompt[i : i + 8] == cue]
         assert any(prompt[i + 8 : i + 8 + len(rest)] == rest for i in places)
         at = next(i for i in places if prompt[i + 8 : i + 8 + len(rest)] == rest)
+        assert at < 0.8 * len(prompt) or task == "sequence"
         assert at < len(prompt) - 64, "not among the recent tokens, which are always kept"
 
 
