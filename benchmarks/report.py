@@ -47,8 +47,8 @@ ANSWERS = """\
   {draft_blend_text_5} on text of {first_text} tokens. `"draft": "all"` without history was asked 24
   questions only, and lost one.
 - **All this is proven only on the shipped pair, which was trained to attend to few tokens**, and there a
-  rival answers as well (Quest: {quest_10} points). Other models may lose more:
-  [measure yours](benchmarks/quality/README.md)."""
+  rival answers as well (Quest: {quest_10} points). Other models may lose more: \
+[measure yours](docs/evaluate.md)."""
 
 
 def report() -> str:
