@@ -287,5 +287,5 @@ def need(target: TargetShape) -> Need:
     """Of a LayerSelector: scores and lists of every request, and what scoring a layer takes."""
     rows = target.tokens * target.q_heads // target.kv_heads
     layer = request_bytes(target.context_len, target.kv_heads, target.head_dim, target.dtype.itemsize, rows)
-    own = target.requests * target.context_len * 6 * target.kv_heads
+    own = (target.requests * target.context_len + ALIGN) * 6 * target.kv_heads
     return Need(own + max(SCRATCH, layer))
