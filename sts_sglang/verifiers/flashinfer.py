@@ -121,8 +121,8 @@ def make(parts: VerifierParts) -> FlashInferVerifier:
     entries = shape.entries(config, state.room.columns)
     if max(target.slots, entries) * shape.kv_heads >= 2**31:
         raise ConfigError(
-            "sts_config.kernel: 'flashinfer' numbers slots and list entries of all KV heads by int32, and there "
-            "are too many; allowed: 'triton', or less of --max-total-tokens, --max-running-requests or "
+            "sts_config.kernel: 'flashinfer' numbers slots and list entries of all KV heads by int32, and "
+            "there are too many; allowed: 'triton', or less of --max-total-tokens, --max-running-requests or "
             "--context-length"
         )
     return FlashInferVerifier(
