@@ -337,6 +337,13 @@ def _pages_wanted(counts, length, SINK: tl.constexpr, RECENT: tl.constexpr, PAGE
 
 
 @triton.jit
+def _pages_listed(counts, length, unknown, real, SINK, RECENT, PAGE, WHOLE: tl.constexpr):
+    """int32, as `counts`: pages on lists of a request that has `unknown` pages without a sketch, or WHOLE."""
+    wanted, fits = _pages_wanted(counts, length, SINK, RECENT, PAGE)
+    return tl.where(fits & real & (wanted - SINK - RECENT >= unknown), wanted, WHOLE)
+
+
+@triton.jit
 def _known_kernel(
     known_ptr,  # uint8 [bs, width]
     lacking_ptr,  # int32 [bs, PROGRAMS]: pages without a sketch that each program found
@@ -411,9 +418,9 @@ def _page_sizes_kernel(
     unknown = tl.sum(lacking, 0)
     c = tl.arange(0, CHANNELS)
     counts = tl.load(count_ptr + b * channels + c, mask=c < channels, other=WHOLE)
-    wanted, fits = _pages_wanted(counts, length, SINK, RECENT, PAGE)
-    listed = fits & real & (wanted - SINK - RECENT >= unknown)
-    tokens = tl.where(listed, wanted * PAGE + length % PAGE, WHOLE)
+    pages = _pages_listed(counts, length, unknown, real, SINK, RECENT, PAGE, WHOLE)
+    listed = pages >= 0
+    tokens = tl.where(listed, pages * PAGE + length % PAGE, WHOLE)
     tl.store(out_count_ptr + b * channels + c, tokens, mask=c < channels)
     tl.store(unknown_ptr + b, unknown)
     tl.store(page_req_ptr + b, 0)
@@ -422,14 +429,12 @@ def _page_sizes_kernel(
         head = first + tl.arange(0, BLOCK)
         ok = head < heads
         place = b * channels + tl.load(channels_ptr + head, mask=ok, other=0)
-        wanted, fits = _pages_wanted(
-            tl.load(count_ptr + place, mask=ok, other=WHOLE), length, SINK, RECENT, PAGE
-        )
-        listed = fits & real & (wanted - SINK - RECENT >= unknown)
+        of_head = tl.load(count_ptr + place, mask=ok, other=WHOLE)
+        number = _pages_listed(of_head, length, unknown, real, SINK, RECENT, PAGE, WHOLE)
         start = (tl.load(start_ptr + place, mask=ok, other=0) + PAGE - 1) // PAGE
         target = (head // H_KV * bs + b) * H_KV + head % H_KV
         tl.store(page_start_ptr + target, start, mask=ok)
-        tl.store(page_count_ptr + target, tl.where(listed, wanted, WHOLE), mask=ok)
+        tl.store(page_count_ptr + target, number, mask=ok)
 
 
 @triton.jit
