@@ -1,10 +1,11 @@
 """Selection of pages by the target's own queries: Triton against its twins (gate), then time.
 
 Shapes of an 8B target: 8 KV heads of 128 dimensions, 32 layers. In every layer of a step `score` reads the
-sketches of all pages, `list` selects and writes lists, `layer` is both one after the other; `sketch` writes
-the pages that a decode step completes, of all requests at once (one step in sixteen, on average), and `chunk`
-those of a prefill chunk of 8,192 tokens. Once a step `tag` says whose sketches slots hold, and `sizes` which
-pages have one, with the plans of scores and of attention. `MiB` is what an arm must read and write.
+sketches of all pages, `list` selects and writes lists, and `layer` is both one after the other; `join` takes
+the place of `list` where a draft has scored the tokens too. `sketch` writes the pages that a decode step
+completes, of all requests at once (one step in sixteen, on average), and `chunk` those of a prefill chunk of
+8,192 tokens. Once a step `tag` says whose sketches slots hold, and `sizes` which pages have one, with the
+plans of scores and of attention. `MiB` is what an arm must read and write.
 """
 
 from __future__ import annotations
@@ -149,6 +150,19 @@ class Step:
         args = self.scores, self.contexts, self.sizes, self.lists, self.channels
         ops(kernel).list_pages(*args, layer=0, sink=SINK, recent=RECENT)
 
+    def draft(self, device: str = DEVICE) -> tuple[Scores, torch.Tensor]:
+        """Importance of all tokens by KV head, and room for what joins it with pages."""
+        bs, width = self.contexts.lens.numel(), -(-self.contexts.table.shape[1] // 64) * 64
+        drafted = torch.rand(KV_HEADS, bs * width, device=device).half()
+        return Scores(drafted, torch.arange(bs, device=device) * width), torch.empty_like(drafted)
+
+    def join(self, drafted: Scores, joined: torch.Tensor, kernel: str = "triton") -> None:
+        """And select by it: lists of the same length, of which the pages have their share."""
+        args = self.scores, drafted, joined, self.contexts, self.sizes, self.channels
+        ops(kernel).join_pages(*args, layer=0, sink=SINK, recent=RECENT)
+        by = drafted._replace(importance=joined)
+        ops(kernel).select_tokens(by, self.contexts, self.contexts.lens, self.lists, sink=SINK, recent=RECENT)
+
     def layer(self, layer: int) -> None:
         self.score(layer)
         self.list()
@@ -210,6 +224,16 @@ def same_lists(step: Step) -> None:
     assert torch.equal(*found), f"{int((found[0] != found[1]).sum())} slots differ"
 
 
+def same_joined(step: Step, drafted: Scores, joined: torch.Tensor) -> None:
+    found = []
+    for kernel in ("torch", "triton"):
+        joined.zero_()
+        args = step.scores, drafted, joined, step.contexts, step.sizes, step.channels
+        ops(kernel).join_pages(*args, layer=0, sink=SINK, recent=RECENT)
+        found.append(joined.float().nan_to_num(-1))
+    assert torch.equal(*found), f"{int((found[0] != found[1]).sum())} scores differ"
+
+
 def same_sketches(step: Step, keys: torch.Tensor, written: int) -> Callable[[], None]:
     """A gate of sketch_pages for the pages that the last `written` positions complete."""
 
@@ -257,6 +281,10 @@ def bench(results: Results, shape: Shape) -> None:
     arm("list", lambda: same_lists(step), [step.list], list_bytes(shape))
     both = score_bytes(shape) + list_bytes(shape)
     arm("layer", lambda: same_lists(step), [lambda i=i: step.layer(i) for i in layers], both)
+    drafted = step.draft()
+    tokens = 2 * KV_HEADS * batch * context
+    join = [lambda: step.join(*drafted)]
+    arm("join", lambda: same_joined(step, *drafted), join, 3 * tokens + list_bytes(shape))
     if shape["rows"] > 1:
         return
     size = (batch * context + 1, KV_HEADS, shape["dim"])
@@ -277,6 +305,7 @@ def compile_one(shape: Shape, knobs: dict) -> None:
         step.once()
         step.layer(0)
         keys = torch.empty(*step.layers[0][1].shape[:2], shape["dim"], dtype=DTYPE, device="meta")
+        step.join(*step.draft(device="meta"))
         for written in (1, CHUNK):
             step.tag(written)
             sketch(step, keys, step.layers[0][1], written)

@@ -780,6 +780,7 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
     bench_pages.same_sizes(step)
     step.layer(0)
     bench_pages.same_lists(step)
+    bench_pages.same_joined(step, *step.draft())
     bench_pages.same_sketches(step, torch.randn(2 * 320 + 1, bench_pages.KV_HEADS, 16).to(DEVICE), 40)()
     split = bench_verify.cases_of(
         shape | {"dim": 16, "rows": 4, "group": 4}, [bench_verify.Pool.draw(shape | {"dim": 16}, 0)]
@@ -860,6 +861,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
         *("_claim_pages_kernel", "_tag_kernel", "_sketch_kernel"),
         *("_known_kernel", "_page_sizes_kernel", "_list_pages_kernel"),
         *("_score_kernel", "_pool_pages_kernel"),
+        *("_copy_scores_kernel", "_mark_pages_kernel"),
     }
     for name, shared, asynchronous, single in kernels:
         assert int(shared) <= 232448

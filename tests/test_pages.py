@@ -20,6 +20,7 @@ from sts_kernels.layout import (
     PAGE,
     WHOLE,
     Contexts,
+    KvPool,
     Lists,
     PageSizes,
     Pooling,
@@ -33,6 +34,7 @@ from tests.test_kernels import (
     top_by_definition,
     tune,
 )
+from tests.tolerances import assert_close
 
 POOLS = [("max", "max"), ("mean", "mean"), ("mean", "max"), ("max", "mean")]
 
@@ -544,6 +546,46 @@ def test_a_page_without_a_sketch_is_on_every_list(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_pages_are_joined_with_what_the_draft_found(kernel: str) -> None:
+    """All chosen pages and then the top of the draft: no token twice, exactly as many as wanted."""
+    server, sink, recent = on_pages([300, 150, 40, 200], kernel), 4, 20
+    server.tags[int(server.table[1, 100])] = NO_PAGE
+    bs, columns, channels = 4, 320, [[0, 2], [1, 1]]
+    share, wanted = [[100] * 3, [90] * 3, [-1] * 3, [112] * 3], [170, 120, WHOLE, 150]
+    drafted = (torch.rand(3, bs * columns) ** 6 * 16384).half()
+    of_pages = (torch.rand(2, bs * 64) ** 6 * 16384).half()
+    of_pages[:, 6] = math.nan
+    sizes, _, heads = server.sizes(share, channels, sink, recent)
+    starts, page_starts = on_device(torch.arange(bs) * columns), on_device(torch.arange(bs) * 64)
+    contexts = on_device(server.contexts)
+    for layer in range(2):
+        joined = torch.full((2, bs * columns), -5.0).half().to(DEVICE)
+        scores = on_device(Scores(of_pages, page_starts)), on_device(Scores(drafted, starts))
+        args = *scores, joined, contexts, sizes, heads
+        ops(kernel).join_pages(*args, layer=layer, sink=sink, recent=recent)
+        assert (joined[:, 2 * columns : 2 * columns + 40] == -5).all()  # attends to everything
+        counts = torch.tensor(wanted, dtype=torch.int32, device=DEVICE)[:, None].expand(bs, 2).contiguous()
+        places = torch.arange(bs * 2, device=DEVICE).view(bs, 2) * columns
+        indices = torch.full((bs * 2 * columns,), -7, dtype=torch.int32, device=DEVICE)
+        lists = Lists(indices, places, counts)
+        ops(kernel).select_tokens(
+            Scores(joined, starts), contexts, contexts.lens, lists, sink=sink, recent=recent
+        )
+        for b, (row, length) in enumerate(server.lens.items()):
+            for h, channel in enumerate(channels[layer] if wanted[b] >= 0 else []):
+                complete = length // PAGE
+                number = (share[b][channel] - length % PAGE) // PAGE
+                page_row = of_pages[h, b * 64 : b * 64 + complete]
+                of_token = drafted[channel, b * columns : b * columns + length].clone()
+                for page in top_by_definition(page_row, number, 1, 2):
+                    of_token[page * PAGE : (page + 1) * PAGE] = math.inf
+                chosen = top_by_definition(of_token, wanted[b], sink, recent)
+                slots = indices[int(places[b, h]) :][: wanted[b]].tolist()
+                assert sorted(slots) == sorted(server.table[row, chosen].tolist())
+                assert int((of_token == math.inf).sum()) == number * PAGE < wanted[b]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_a_needle_is_found_at_any_position(kernel: str) -> None:
     """A key that the query points at is listed, wherever it is."""
     server = on_pages([160], kernel, kv_heads=1)
@@ -580,6 +622,73 @@ def test_pages_of_an_empty_batch(kernel: str) -> None:
     pooling = Pooling("max", "max", 1)
     ops(kernel).score_pages(q, server.sketches, contexts, sizes, scores, scale=1.0, pooling=pooling)
     ops(kernel).list_pages(scores, contexts, sizes, lists, heads, layer=0, sink=4, recent=20)
+    joined = scores.importance.clone()
+    ops(kernel).join_pages(scores, scores, joined, contexts, sizes, heads, layer=0, sink=4, recent=20)
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_graph_of_a_step_follows_lengths_and_slots(tokens: int) -> None:
+    """Recorded of no request and replayed for some: every step of it is the twin's."""
+    server = on_pages([1000, 700, 90], "triton", dim=64, dtype=torch.float16, width=1200, slots=8000)
+    server.admit(4, 800, like=1, shared=500)
+    op, twin, heads = ops("triton"), ops("torch"), torch.tensor([[0, 1]], dtype=torch.int32, device=DEVICE)
+    bs, room, scale = 3, 2 * 1200, 64**-0.5
+    table, reqs = server.table.to(DEVICE), torch.zeros(bs, dtype=torch.int64, device=DEVICE)
+    lens, before, counts = reqs.clone(), reqs.clone(), torch.zeros(bs, 2, dtype=torch.int32, device=DEVICE)
+    contexts, rest = Contexts(table, reqs, lens), torch.arange(bs * 2, device=DEVICE).view(bs, 2) * room
+    lists = Lists(torch.zeros(bs * 2 * room, dtype=torch.int32, device=DEVICE), rest, counts)
+    scores = Scores(torch.zeros(2, bs * 128).half().to(DEVICE), torch.arange(bs, device=DEVICE) * 128)
+    q = torch.randn(bs, tokens, 8, 64, device=DEVICE).half()
+    pool = KvPool(server.keys.nan_to_num(0), torch.randn_like(server.keys))
+    mask = torch.ones(tokens, tokens, device=DEVICE).tril().bool().expand(bs, -1, -1).contiguous()
+    attended, sketches = torch.zeros(2, dtype=torch.int64, device=DEVICE), server.sketches
+    pooling = Pooling("max", "max", tokens)
+
+    def step():
+        op.tag_pages(contexts, before, server.tags, most=16)
+        op.sketch_pages(pool.k, sketches, contexts, before, server.tags, most=16)
+        sizes = op.size_pages(contexts, server.tags, lists, heads, sink=4, recent=20)
+        plan, own = op.plan_pages(sizes, kv_heads=2), lists._replace(counts=sizes.counts)
+        op.score_pages(q, sketches, contexts, sizes, scores, scale=scale, pooling=pooling, plan=plan)
+        op.list_pages(scores, contexts, sizes, own, heads, layer=0, sink=4, recent=20)
+        return sizes, op.sparse_attention(q, pool, own, heads[0], contexts, mask, attended, scale=scale)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            sizes, out = step()
+    for rows, keep in (([1, 4, 2], 0.3), ([3, 0, 4], 0.5), ([2, 1, 0], 0.1)):
+        lengths = torch.tensor([server.lens.get(row, 16) - tokens for row in rows])
+        reqs.copy_(torch.tensor(rows))
+        lens.copy_(lengths)
+        before.copy_(lengths - 10)
+        counts.copy_(torch.maximum(lengths * keep, torch.tensor(100.0)).int()[:, None].expand(bs, 2))
+        counts.masked_fill_(counts >= lens[:, None], WHOLE)
+        graph.replay()
+        torch.cuda.synchronize()
+        tags, expected = server.tags.clone(), scores._replace(importance=scores.importance.clone())
+        twin.tag_pages(contexts, before, server.tags, most=16)
+        assert torch.equal(server.tags, tags)
+        same = twin.size_pages(contexts, server.tags, lists, heads, sink=4, recent=20)
+        assert torch.equal(sizes.counts, same.counts) and (same.counts > 0).any()
+        twin.score_pages(q, sketches, contexts, same, expected, scale=scale, pooling=pooling)
+        own = lists._replace(counts=same.counts, indices=torch.zeros_like(lists.indices))
+        found, importance = scores.importance.float(), expected.importance.float()
+        torch.testing.assert_close(found, importance, rtol=3e-3, atol=2e-3, equal_nan=True)
+        twin.list_pages(scores, contexts, same, own, heads, layer=0, sink=4, recent=20)
+        for start, count in zip(rest.flatten().tolist(), own.counts.flatten().tolist(), strict=True):
+            entries = slice(start, start + max(count, 0))
+            assert torch.equal(lists.indices[entries].sort().values, own.indices[entries].sort().values)
+        twins = twin.sparse_attention(q, pool, own, heads[0], contexts, mask, attended, scale=scale)
+        assert_close(out, twins.double())
 
 
 # ---- refusals
@@ -611,3 +720,6 @@ def test_pages_refuse_shapes_that_do_not_fit(kernel: str) -> None:
     one = scores._replace(importance=scores.importance[:1])
     with pytest.raises(ValueError, match="list_pages: 1 rows"):
         op.list_pages(one, contexts, sizes, lists, heads, layer=0, sink=4, recent=20)
+    with pytest.raises(ValueError, match="join_pages: joined"):
+        joined = scores.importance[:, :32]
+        op.join_pages(scores, scores, joined, contexts, sizes, heads, layer=0, sink=4, recent=20)

@@ -166,6 +166,20 @@ class Ops(Protocol):
         recent: int,
     ) -> None: ...
 
+    def join_pages(
+        self,
+        scores: Scores,
+        drafted: Scores,
+        joined: torch.Tensor,
+        contexts: Contexts,
+        sizes: PageSizes,
+        channels: torch.Tensor,
+        *,
+        layer: int,
+        sink: int,
+        recent: int,
+    ) -> None: ...
+
     def plan_pages(self, sizes: PageSizes, *, kv_heads: int) -> Plan | None:
         """`plan_lists` for score_pages, alike in all layers of a step; None where none is needed."""
 

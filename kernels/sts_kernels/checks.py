@@ -206,9 +206,26 @@ def check_page_scores(
 
 def check_page_lists(scores: Scores, sizes: PageSizes, lists: Lists, channels: torch.Tensor) -> None:
     """Arguments of list_pages."""
-    op = "list_pages"
+    _check_lists("list_pages", lists, tuple(sizes.counts.shape))
+    _check_pages_of_layers("list_pages", scores, sizes, channels)
+
+
+def check_join(
+    scores: Scores, drafted: Scores, joined: torch.Tensor, sizes: PageSizes, channels: torch.Tensor
+) -> None:
+    """Arguments of join_pages."""
+    op, importance = "join_pages", drafted.importance
+    _check_pages_of_layers(op, scores, sizes, channels)
+    _check_importance(op, drafted)
+    wanted = (channels.shape[1], importance.shape[1])
+    ok = tuple(joined.shape) == wanted and joined.dtype == importance.dtype and joined.is_contiguous()
+    got = f"{joined.dtype} {tuple(joined.shape)}"
+    expect(op, ok, f"joined must be contiguous {importance.dtype} {wanted}, got {got}")
+
+
+def _check_pages_of_layers(op: str, scores: Scores, sizes: PageSizes, channels: torch.Tensor) -> None:
+    """Scores of the pages of one layer, of those that sizes are about."""
     _check_importance(op, scores)
-    _check_lists(op, lists, tuple(sizes.counts.shape))
     _check_layers(op, channels)
     layers, kv_heads = channels.shape
     wanted = (layers, sizes.counts.shape[0], kv_heads)

@@ -199,8 +199,8 @@ class PageSizes(NamedTuple):
     known: uint8 [bs, pages], whether a page's sketch is the request's own. unknown: int32 [bs], of a request
     that wanted a list the pages without one, where pages are chosen (not among sink and recent). contexts:
     the pages as `select_tokens` takes positions: the slot of a page is its number, and a request that has no
-    list has no pages. counts: int32 [bs, channels], tokens of the lists, or WHOLE. starts: int64 and pages:
-    int32 [layers, bs, H_kv], where the page numbers of a list start, and how many there are, or WHOLE.
+    list has no pages. counts: int32 [bs, channels], tokens of the lists, or WHOLE. starts: int64 [bs, H_kv],
+    where the page numbers of a list start, and pages: int32 [layers, bs, H_kv], how many there are, or WHOLE.
     """
 
     known: torch.Tensor
@@ -210,9 +210,11 @@ class PageSizes(NamedTuple):
     starts: torch.Tensor
     pages: torch.Tensor
 
-    def lists(self, layer: int, indices: torch.Tensor) -> Lists:
-        """The lists of page numbers of one layer, in `indices`."""
-        return Lists(indices, self.starts[layer], self.pages[layer])
+    def lists(self, layer: int) -> Lists:
+        """Room for the lists of page numbers of one layer."""
+        room = self.starts.numel() * self.known.shape[1]
+        indices = torch.empty(room, dtype=torch.int32, device=self.starts.device)
+        return Lists(indices, self.starts, self.pages[layer])
 
 
 class History(NamedTuple):

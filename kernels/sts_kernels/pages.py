@@ -13,13 +13,14 @@ import triton
 import triton.language as tl
 
 from sts_kernels.checks import (
+    check_join,
     check_page_lists,
     check_page_sizes,
     check_sketches,
     check_tags,
     expect_half,
 )
-from sts_kernels.layout import NO_PAGE, PAGE, WHOLE, Contexts, Lists, PageSizes, Scores
+from sts_kernels.layout import ALIGN, NO_PAGE, PAGE, WHOLE, Contexts, Lists, PageSizes, Scores
 from sts_kernels.select import select_tokens
 
 
@@ -137,7 +138,7 @@ def size_pages(
         return torch.empty(shape, dtype=dtype, device=lens.device)
 
     pages = Contexts(torch.arange(width, dtype=torch.int32, device=lens.device)[None], new(bs), new(bs))
-    starts = new(layers, bs, kv_heads, dtype=torch.int64)
+    starts = new(bs, kv_heads, dtype=torch.int64)
     counts, per_head = new(*lists.counts.shape), new(layers, bs, kv_heads)
     sizes = PageSizes(new(bs, width, dtype=torch.uint8), new(bs), pages, counts, starts, per_head)
     if bs == 0:
@@ -156,10 +157,10 @@ def size_pages(
         *sizes[3:],
         lacking,
         *requests[1:4],
-        lists.starts,
         channels,
         number,
         bs,
+        width,
         layers * kv_heads,
         H_KV=kv_heads,
         PROGRAMS_P2=triton.next_power_of_2(programs),
@@ -186,17 +187,13 @@ def list_pages(
     """
     check_page_lists(scores, sizes, lists, channels)
     expect_half("list_pages", scores)
-    bs, kv_heads, entries = contexts.lens.numel(), channels.shape[1], lists.indices.numel()
+    bs, kv_heads = contexts.lens.numel(), channels.shape[1]
     if bs == 0:
         return
-    numbers = torch.empty(pages_of(entries), dtype=torch.int32, device=lists.indices.device)
-    chosen, own = sizes.lists(layer, numbers), sizes.contexts
-    select_tokens(scores, own, own.lens, chosen, sink=pages_of(sink), recent=pages_of(recent))
+    chosen = _choose(scores, sizes, layer, sink, recent)
     programs = _programs(bs * kv_heads, -(-contexts.table.shape[1] // KNOBS.list_block))
     _list_pages_kernel[(kv_heads, bs, programs)](
-        numbers,
-        chosen.starts,
-        chosen.counts,
+        *chosen,
         lists.indices,
         lists.starts,
         channels[layer],
@@ -208,6 +205,53 @@ def list_pages(
         PAGE=PAGE,
         BLOCK=KNOBS.list_block,
     )
+
+
+def join_pages(
+    scores: Scores,
+    drafted: Scores,
+    joined: torch.Tensor,
+    contexts: Contexts,
+    sizes: PageSizes,
+    channels: torch.Tensor,
+    *,
+    layer: int,
+    sink: int,
+    recent: int,
+) -> None:
+    """Kernel of `sts_kernels.torch_ops.join_pages` (see there); graph-safe, no host sync.
+
+    Starts of both scores must be multiples of ALIGN. Columns up to the next multiple of ALIGN are written
+    too: they are the request's own.
+    """
+    check_join(scores, drafted, joined, sizes, channels)
+    expect_half("join_pages", scores)
+    expect_half("join_pages", drafted)
+    bs, kv_heads, width = contexts.lens.numel(), channels.shape[1], contexts.table.shape[1]
+    if bs == 0:
+        return
+    chosen = _choose(scores, sizes, layer, sink, recent)
+    requests = [drafted.starts, contexts.lens, sizes.contexts.lens, joined.stride(0)]
+    programs = _programs(bs * kv_heads, -(-width // KNOBS.list_block))
+    _copy_scores_kernel[(kv_heads, bs, programs)](
+        joined,
+        drafted.importance,
+        channels[layer],
+        *requests,
+        drafted.importance.stride(0),
+        ALIGN=ALIGN,
+        BLOCK=KNOBS.list_block,
+    )
+    _mark_pages_kernel[(kv_heads, bs, programs)](
+        joined, *chosen, drafted.starts, joined.stride(0), PAGE=PAGE, PAGES=KNOBS.list_block // PAGE
+    )
+
+
+def _choose(scores: Scores, sizes: PageSizes, layer: int, sink: int, recent: int) -> Lists:
+    """Lists of the numbers of chosen pages."""
+    chosen, own = sizes.lists(layer), sizes.contexts
+    select_tokens(scores, own, own.lens, chosen, sink=pages_of(sink), recent=pages_of(recent))
+    return chosen
 
 
 @triton.jit
@@ -389,16 +433,16 @@ def _page_sizes_kernel(
     page_req_ptr,  # int32 [bs], zeros
     page_len_ptr,  # int32 [bs]
     out_count_ptr,  # int32 [bs, channels]
-    page_start_ptr,  # int64 [layers, bs, H_kv]
+    page_start_ptr,  # int64 [bs, H_kv]
     page_count_ptr,  # int32 [layers, bs, H_kv]
     lacking_ptr,  # int32 [bs, PROGRAMS]
     reqs_ptr,  # int [bs]
     lens_ptr,  # int [bs]
     count_ptr,  # int32 [bs, channels]
-    start_ptr,  # int64 [bs, channels]
     channels_ptr,  # int32 [layers, H_kv]
     channels,
     bs,
+    width,  # pages
     heads,  # layers * H_kv
     H_KV: tl.constexpr,
     SINK: tl.constexpr,  # from here on as in _known_kernel
@@ -431,10 +475,9 @@ def _page_sizes_kernel(
         place = b * channels + tl.load(channels_ptr + head, mask=ok, other=0)
         of_head = tl.load(count_ptr + place, mask=ok, other=WHOLE)
         number = _pages_listed(of_head, length, unknown, real, SINK, RECENT, PAGE, WHOLE)
-        start = (tl.load(start_ptr + place, mask=ok, other=0) + PAGE - 1) // PAGE
-        target = (head // H_KV * bs + b) * H_KV + head % H_KV
-        tl.store(page_start_ptr + target, start, mask=ok)
-        tl.store(page_count_ptr + target, number, mask=ok)
+        pair = b * H_KV + head % H_KV
+        tl.store(page_start_ptr + pair, pair.to(tl.int64) * width, mask=ok & (head < H_KV))
+        tl.store(page_count_ptr + head // H_KV * bs * H_KV + pair, number, mask=ok)
 
 
 @triton.jit
@@ -470,3 +513,53 @@ def _list_pages_kernel(
         position = tl.where(offs < tokens, page * PAGE + offs % PAGE, length // PAGE * PAGE + offs - tokens)
         slots = tl.load(slot_ptr + position, mask=offs < entries, other=0)
         tl.store(out_ptr + offs, slots, mask=offs < entries)
+
+
+@triton.jit
+def _copy_scores_kernel(
+    joined_ptr,  # float16 [H_kv, columns]
+    drafted_ptr,  # float16 [channels, columns]
+    channels_ptr,  # int32 [H_kv]
+    column_ptr,  # int64 [bs], first columns
+    lens_ptr,  # int [bs]
+    page_len_ptr,  # int [bs], 0: the request has no list of pages
+    stride_head,
+    stride_channel,
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    h, b, program = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    column = tl.load(column_ptr + b) // ALIGN * ALIGN
+    length, pages = tl.load(lens_ptr + b).to(tl.int32), tl.load(page_len_ptr + b)
+    source_ptr = drafted_ptr + tl.load(channels_ptr + h).to(tl.int64) * stride_channel + column
+    target_ptr = joined_ptr + h.to(tl.int64) * stride_head + column
+    end = tl.where(pages > 0, length, 0)
+    for block in range(program * BLOCK, end, tl.num_programs(2) * BLOCK):
+        offs = block + tl.arange(0, BLOCK)
+        ok = offs // ALIGN * ALIGN < end  # a mask by position would split every access into single scores
+        tl.store(target_ptr + offs, tl.load(source_ptr + offs, mask=ok, other=0.0), mask=ok)
+
+
+@triton.jit
+def _mark_pages_kernel(
+    joined_ptr,  # float16 [H_kv, columns]
+    numbers_ptr,  # int32 [..], page numbers
+    page_start_ptr,  # int64 [bs, H_kv]
+    page_count_ptr,  # int32 [bs, H_kv], below 0: WHOLE
+    column_ptr,  # int64 [bs], first columns
+    stride_head,
+    PAGE: tl.constexpr,
+    PAGES: tl.constexpr,  # at a time
+):
+    h, b, program = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    pair = b * tl.num_programs(0) + h
+    number = tl.load(page_count_ptr + pair)
+    page_ptr = numbers_ptr + tl.load(page_start_ptr + pair)
+    row_ptr = joined_ptr + h.to(tl.int64) * stride_head + tl.load(column_ptr + b)
+    none = tl.full([PAGES, PAGE], float("nan"), tl.float16)
+    for first in range(program * PAGES, number, tl.num_programs(2) * PAGES):
+        i = first + tl.arange(0, PAGES)
+        page = tl.load(page_ptr + i, mask=i < number, other=0)  # [PAGES]
+        tl.store(
+            row_ptr + page[:, None] * PAGE + tl.arange(0, PAGE)[None, :], none, mask=(i < number)[:, None]
+        )

@@ -17,6 +17,7 @@ from sts_kernels.checks import (
     check_draft,
     check_headwise,
     check_history,
+    check_join,
     check_page_lists,
     check_page_scores,
     check_page_sizes,
@@ -521,11 +522,11 @@ def size_pages(
     per_head = channels.long().flatten()
     shape = (lens.numel(), *channels.shape)
     of_pages = torch.where(listed, wanted, WHOLE)[:, per_head].view(shape).transpose(0, 1)
-    starts = ((lists.starts + PAGE - 1) // PAGE)[:, per_head].view(shape).transpose(0, 1)
+    starts = torch.arange(lens.numel() * channels.shape[1], device=device).view(shape[::2]) * width
     numbers = torch.arange(width, dtype=torch.int32, device=device)[None]
     as_tokens = Contexts(numbers, torch.zeros_like(lens), torch.where(listed.any(1), complete, 0))
     counts = torch.where(listed, wanted * PAGE + rest[:, None], WHOLE).int()
-    return PageSizes(known, unknown, as_tokens, counts, starts.contiguous(), of_pages.int().contiguous())
+    return PageSizes(known, unknown, as_tokens, counts, starts, of_pages.int().contiguous())
 
 
 def plan_pages(sizes: PageSizes, *, kv_heads: int) -> Plan | None:
@@ -609,22 +610,68 @@ def list_pages(
         ValueError: shapes do not fit each other.
     """
     check_page_lists(scores, sizes, lists, channels)
-    indices = torch.empty(-(-lists.indices.numel() // PAGE), dtype=torch.int32, device=lists.indices.device)
-    chosen = sizes.lists(layer, indices)
-    own = sizes.contexts
-    pages, last = -(-sink // PAGE), -(-recent // PAGE)
-    select_tokens(scores, own, own.lens, chosen, sink=pages, recent=last)
-    within = torch.arange(PAGE, device=indices.device)
-    for b, req, length in _requests(contexts):
-        for h, channel in enumerate(channels[layer].tolist()):
-            number, first = int(chosen.counts[b, h]), int(chosen.starts[b, h])
-            if number == WHOLE:
-                continue
-            of_pages = indices[first : first + number].long()[:, None] * PAGE + within
-            rest = torch.arange(length // PAGE * PAGE, length, device=indices.device)
-            slots = contexts.table[req, torch.cat([of_pages.flatten(), rest])]
-            start = int(lists.starts[b, channel])
-            lists.indices[start : start + slots.numel()] = slots.to(lists.indices.dtype)
+    for b, h, positions in _chosen_pages(scores, sizes, layer, sink, recent):
+        length = int(contexts.lens[b])
+        rest = torch.arange(length // PAGE * PAGE, length, device=positions.device)
+        slots = contexts.table[int(contexts.reqs[b]), torch.cat([positions, rest])]
+        start = int(lists.starts[b, int(channels[layer, h])])
+        lists.indices[start : start + slots.numel()] = slots.to(lists.indices.dtype)
+
+
+def _chosen_pages(
+    scores: Scores, sizes: PageSizes, layer: int, sink: int, recent: int
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """(place in the batch, KV head, int64 positions of the chosen pages) of every list of a layer."""
+    chosen, own = sizes.lists(layer), sizes.contexts
+    first, last = -(-sink // PAGE), -(-recent // PAGE)
+    select_tokens(scores, own, own.lens, chosen, sink=first, recent=last)
+    within = torch.arange(PAGE, device=chosen.indices.device)
+    for b, counts in enumerate(chosen.counts.tolist()):
+        for h, number in enumerate(counts):
+            if number != WHOLE:
+                start = int(chosen.starts[b, h])
+                pages = chosen.indices[start : start + number].long()
+                yield b, h, (pages[:, None] * PAGE + within).flatten()
+
+
+def join_pages(
+    scores: Scores,
+    drafted: Scores,
+    joined: torch.Tensor,
+    contexts: Contexts,
+    sizes: PageSizes,
+    channels: torch.Tensor,
+    *,
+    layer: int,
+    sink: int,
+    recent: int,
+) -> None:
+    """Importance by which `select_tokens` takes the chosen pages of a layer, and then what the draft found.
+
+    The tokens of chosen pages get NaN, which ranks above every score; other tokens keep the draft's. Lists
+    that are longer than the pages' share of them therefore have all of those pages and, of the rest, the top
+    of the draft's importance: no token twice, and as many as they were to have.
+
+    Args:
+        scores: of score_pages, for this layer.
+        drafted: by channel, in columns of tokens.
+        joined: [H_kv, columns], of drafted's dtype and in its columns; written at positions [0, L) of every
+            request that has a list of pages.
+        sizes: of size_pages, for the share of the lists that pages have.
+        channels: int32 [layers, H_kv], as in size_pages; the channel whose importance a KV head selects by.
+        layer: row of `channels`.
+
+    Raises:
+        ValueError: a dtype or shape is not the one above.
+    """
+    check_join(scores, drafted, joined, sizes, channels)
+    rows = channels[layer].long()
+    for b, (_, _, length) in enumerate(_requests(contexts)):
+        columns = slice(int(drafted.starts[b]), int(drafted.starts[b]) + length)
+        if int(sizes.contexts.lens[b]):
+            joined[:, columns] = drafted.importance[rows, columns]
+    for b, h, positions in _chosen_pages(scores, sizes, layer, sink, recent):
+        joined[h, int(drafted.starts[b]) + positions] = torch.nan
 
 
 # ---- attention over lists
