@@ -24,11 +24,9 @@ from sts_kernels.layout import (
     ALIGN,
     IMPORTANCE_SCALE,
     SHIFT,
-    WHOLE,
     Carried,
     Contexts,
     KvPool,
-    Lists,
     Members,
     Plan,
     Pooling,
@@ -43,8 +41,7 @@ from sts_kernels.split_kv import (
     merge,
     padded_dims,
     padded_rows,
-    plan_lists,
-    splits,
+    plan_whole,
     starts_early,
     store_head,
 )
@@ -84,12 +81,7 @@ def plan_contexts(lens: torch.Tensor, *, kv_heads: int, max_context: int) -> Pla
 
     lens: int [bs]. max_context: width of the table of slots. Never None.
     """
-    programs, most = splits(lens.numel() * kv_heads, max_context, KNOBS)
-    starts = torch.zeros(lens.numel(), 1, dtype=torch.int64, device=lens.device)
-    counts = torch.full_like(starts, WHOLE, dtype=torch.int32)
-    whole = Lists(starts, starts, counts)  # nothing is listed, so no entry is read
-    channel = torch.zeros(1, 1, dtype=torch.int32, device=lens.device)
-    return plan_lists(whole, channel, lens, programs=programs // kv_heads, most=most).of(0)
+    return plan_whole(lens, kv_heads=kv_heads, longest=max_context, knobs=KNOBS)
 
 
 class _Rows(NamedTuple):

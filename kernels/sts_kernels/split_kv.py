@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from sts_kernels.checks import check_plan
-from sts_kernels.layout import Lists, Part, Plan
+from sts_kernels.layout import WHOLE, Lists, Part, Plan
 
 LOG2E = 1.4426950408889634  # kernels compute exp(x) as exp2(x * LOG2E)
 MOST_PARTS = 64  # of a list: a merge holds them in registers
@@ -110,6 +110,16 @@ def plan_lists(lists: Lists, channels: torch.Tensor, lens: torch.Tensor, *, prog
             num_warps=1 if pairs <= 256 else 16,  # a warp sums without barriers
         )
     return plan
+
+
+def plan_whole(lens: torch.Tensor, *, kv_heads: int, longest: int, knobs: SplitKnobs) -> Plan:
+    """How rows of `lens` [bs] entries, at most `longest`, are parted: alike for every KV head."""
+    programs, most = splits(lens.numel() * kv_heads, longest, knobs)
+    starts = torch.zeros(lens.numel(), 1, dtype=torch.int64, device=lens.device)
+    counts = torch.full_like(starts, WHOLE, dtype=torch.int32)
+    whole = Lists(starts, starts, counts)  # nothing is listed, so no entry is read
+    channel = torch.zeros(1, 1, dtype=torch.int32, device=lens.device)
+    return plan_lists(whole, channel, lens, programs=programs // kv_heads, most=most).of(0)
 
 
 @triton.jit
