@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -165,6 +166,40 @@ def test_accept_asks_windows_of_the_whole_stream() -> None:
     assert [w[0] for w in found] == [0, 300, 600] and all(len(w) == 100 for w in found)
     with pytest.raises(SystemExit, match="--corpus: 1000 held-out tokens"):
         pretrained.windows(stream, 999, 3)
+
+
+def test_accept_length_is_the_mean_over_prompts(tmp_path, monkeypatch) -> None:
+    from sts_sglang.evaluate import asking, pair
+
+    class Client:
+        def __init__(self, server: object):
+            self.asked = 0
+
+        def generate(self, ids: list[int], keep: float, new_tokens: int, **params) -> asking.Reply:
+            assert len(ids) == 92 and keep == 1.0 and params["ignore_eos"]
+            self.asked += 1
+            return asking.Reply(0.0, new_tokens, self.asked, "")
+
+    known = pair.Known(pair.Pair("target", "draft", "EAGLE3"), None, None)
+    monkeypatch.setattr(pair, "check", lambda *_: known)
+    monkeypatch.setattr(pair, "start", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(asking, "Client", Client)
+    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "heldout.bin")
+    where = [
+        "--target",
+        "target",
+        "--drafts",
+        "draft",
+        "--corpus",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    few = ["--lengths", "100", "--tokens", "8", "--items", "2", "--concurrency", "1", "--device", "cpu"]
+    pretrained.main(["accept", *where, *few])
+    row = json.loads((tmp_path / "out").read_text())
+    assert row["accept_length"] == (8 / 1 + 8 / 2) / 2 and row["standard_error"] == 2.0
+    assert (row["draft"], row["length"], row["items"]) == ("draft", 100, 2)
 
 
 def test_what_is_not_there_is_said_in_a_line(tmp_path, monkeypatch) -> None:
