@@ -182,7 +182,8 @@ def test_accept_length_is_the_mean_over_prompts(tmp_path, monkeypatch) -> None:
 
     known = pair.Known(pair.Pair("target", "draft", "EAGLE3"), None, None)
     monkeypatch.setattr(pair, "check", lambda *_: known)
-    monkeypatch.setattr(pair, "start", lambda *_, **__: contextlib.nullcontext())
+    started = []
+    monkeypatch.setattr(pair, "start", lambda *_, **size: started.append(size) or contextlib.nullcontext())
     monkeypatch.setattr(asking, "Client", Client)
     np.arange(1000, dtype=np.uint16).tofile(tmp_path / "heldout.bin")
     where = [
@@ -197,6 +198,7 @@ def test_accept_length_is_the_mean_over_prompts(tmp_path, monkeypatch) -> None:
     ]
     few = ["--lengths", "100", "--tokens", "8", "--items", "2", "--concurrency", "1", "--device", "cpu"]
     pretrained.main(["accept", *where, *few])
+    assert started[0]["context"] >= 100 + 4, "SGLang counts the tokens of a draft as well"
     row = json.loads((tmp_path / "out").read_text())
     assert row["accept_length"] == (8 / 1 + 8 / 2) / 2 and row["standard_error"] == 2.0
     assert (row["draft"], row["length"], row["items"]) == ("draft", 100, 2)

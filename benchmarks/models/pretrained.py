@@ -64,7 +64,7 @@ KEPT = (0, 7, 15, 22, 29)  # the target's layers that a pruned draft begins with
 AUX = (1, 14, 26)  # after these layers the head reads; SGLang's own choice for 30 layers
 DRAFT_VOCAB = 8192  # most frequent tokens, which the head can draft
 LENGTHS = (2048, 4096, 8192)
-RATES = {"plain": 6e-4, "looking": 6e-4, "eagle3": 2e-3}
+RATES = {"plain": 2e-3, "looking": 2e-3, "eagle3": 2e-3}
 WARM_UP = 50  # steps: a pruned draft knows so little that a longer one is lost time
 HELD_OUT = 25  # one document of so many is never trained on
 
@@ -334,9 +334,10 @@ def accept(options: argparse.Namespace) -> None:
     stream = np.fromfile(options.corpus / "heldout.bin", np.uint16)
     prompts = {n: windows(stream, n - options.tokens, options.items) for n in options.lengths}
     for folder in options.drafts:
-        pair = pairs.check(str(options.target), str(folder), None).pair
+        pair, _, positions = pairs.check(str(options.target), str(folder), None)
+        room = max(prompts) + pairs.ROOM
         log = Path(tempfile.mkdtemp(prefix="accept-")) / "server.log"
-        size = {"context": max(prompts), "concurrency": options.concurrency}
+        size = {"context": min(room, positions or room), "concurrency": options.concurrency}
         with (
             pairs.start(pair, log, device=options.device, config={"verify": "dense"}, **size) as server,
             ThreadPoolExecutor(options.concurrency) as pool,
