@@ -519,7 +519,7 @@ def test_planning_does_not_wait_for_the_device():
 
 @pytest.mark.parametrize("dim, slots, problem", [(96, 100, "heads of 96"), (128, 2**28, "too many")])
 def test_a_target_that_flashinfer_cannot_take_is_refused(dim, slots, problem):
-    target = TargetShape(4, 2, 32, 8, dim, torch.bfloat16, 8192, 8, 8, slots, slots)
+    target = TargetShape(4, 2, 32, 8, dim, torch.bfloat16, 8192, 8, 8, slots)
     with pytest.raises(ConfigError, match=f"sts_config.kernel: 'flashinfer' .*{problem}.*allowed: 'triton'"):
         make(
             SimpleNamespace(

@@ -27,7 +27,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from functools import partial
@@ -37,19 +36,11 @@ from pathlib import Path
 import corpus as sources
 import numpy as np
 import torch
+from export import eagle_config
 from model import Config, Llama, Trace, compiled
 from optim import Optimiser
 from safetensors.torch import load_file, save_file
-from students import (
-    EAGLE_STEP_WEIGHTS,
-    EagleHead,
-    Students,
-    agreement,
-    sample_rows,
-    soft_losses,
-    take,
-    weighed,
-)
+from students import EagleHead, Students, head_loss
 from tasks import TEXT
 from tokenizers import decoders, pre_tokenizers
 from torch import Tensor, nn
@@ -176,40 +167,28 @@ class Pruned(Students):
 
 
 class Drafting(nn.Module):
-    """An EAGLE-3 head with a vocabulary of its own. words: int64 [DRAFT_VOCAB], the target's ids, rising.
-
-    As SpecForge has it, the teacher's distribution is that over `words`, and where its first choice is none
-    of them there is nothing to learn.
-    """
+    """An EAGLE-3 head with a vocabulary of its own. words: int64 [DRAFT_VOCAB], the target's ids, rising."""
 
     def __init__(self, target: Llama, words: Tensor, aux: tuple[int, ...]):
         super().__init__()
         self.words = words
-        self.known = torch.zeros(target.config.vocab_size, dtype=torch.bool, device=words.device)
-        self.known[words] = True
         self.trained = EagleHead(replace(target.config, vocab_size=words.numel()), aux).to(words.device)
         self.trained.lm_head.load_state_dict({"weight": target.model.embed_tokens.weight[words]})
 
     def losses(self, target: Llama, ids: Tensor, kinds: Tensor, trace: Trace):
-        eps, head = target.config.rms_norm_eps, self.trained
-        roots = sample_rows(kinds.roll(-2, 1), min(256, max(32, ids.shape[1] // 16)))
-        loss, values = 0.0, {}
-        teacher_head = (target.model.norm.weight, target.model.embed_tokens.weight[self.words])
-        chain = head.chains(target, ids, trace.states, roots)
-        for step, (x, weight) in enumerate(zip(chain, EAGLE_STEP_WEIGHTS, strict=True)):
-            teacher = take(trace.states[-1], roots + step + 1).flatten(0, 1)
-            known = self.known[target.logits(teacher).argmax(-1)]
-            kl, agree = soft_losses(x, head.norm.weight, head.lm_head.weight, teacher, *teacher_head, eps)
-            flat = take(kinds.flatten(), roots + step + 2).flatten()
-            loss = loss + weight * weighed(kl, flat * known)
-            values |= agreement(f"eagle{step + 1}", agree & known, flat)
+        loss, values = head_loss(self.trained, target, ids, kinds, trace, self.words)
         return loss, {name: v for name, v in values.items() if name.endswith("text")}
+
+
+def scaled(places: tuple[int, ...], layers: int) -> tuple[int, ...]:
+    """Layers of a target of 30, in one of so many."""
+    return tuple(place * layers // 30 for place in places)
 
 
 def frequent(stream: np.ndarray, vocab: int, number: int) -> list[int]:
     """The `number` most frequent ids, rising."""
-    counts = Counter(dict(enumerate(np.bincount(stream, minlength=vocab).tolist())))
-    return sorted(word for word, _ in counts.most_common(number))
+    falling = np.argsort(-np.bincount(stream, minlength=vocab), kind="stable")
+    return sorted(falling[:number].tolist())
 
 
 def batch(stream: np.ndarray, step: int, tokens: int, longest: int, seed: int) -> Tensor:
@@ -229,12 +208,12 @@ def train(options: argparse.Namespace) -> None:
     if device != "cpu":
         target.fused = compiled()
     layers = target.config.num_hidden_layers
-    kept = tuple(sorted({k * layers // 30 for k in KEPT}))
+    kept = tuple(dict.fromkeys(scaled(KEPT, layers)))
     words = torch.tensor(frequent(stream, target.config.vocab_size, DRAFT_VOCAB), device=device)
     drafts: dict[str, Pruned | Drafting] = {
         "plain": Pruned(target, kept, 0.0),
         "looking": Pruned(target, kept, options.attention),
-        "eagle3": Drafting(target, words, tuple(a * layers // 30 for a in AUX)),
+        "eagle3": Drafting(target, words, scaled(AUX, layers)),
     }
     optimisers = {name: Optimiser(draft.trained, False) for name, draft in drafts.items()}
     first = 0
@@ -288,15 +267,7 @@ def export(target: Path, models: Path, out: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if name == "eagle3":
             weights["d2t"] = words - torch.arange(words.numel())
-            own = {
-                **settings,
-                "architectures": ["LlamaForCausalLMEagle3"],
-                "num_hidden_layers": 1,
-                "tie_word_embeddings": False,
-                "draft_vocab_size": words.numel(),
-                "target_hidden_size": settings["hidden_size"],
-                "eagle_config": {"eagle_aux_hidden_state_layer_ids": [a * layers // 30 for a in AUX]},
-            }
+            own = eagle_config(settings, words.numel(), scaled(AUX, layers))
         else:
             weights = {f"model.{key}": value for key, value in weights.items()}
             weights["model.embed_tokens.weight"] = embedding.to(torch.bfloat16)

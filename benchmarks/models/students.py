@@ -221,20 +221,34 @@ class Students(nn.Module):
     def eagle_loss(
         self, target: Llama, ids: Tensor, kinds: Tensor, trace: Trace
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        B, L = ids.shape
-        roots = sample_rows(kinds.roll(-2, 1), min(256, max(32, L // 16)))
-        chain = self.eagle.chains(target, ids, trace.states, roots)
-        head = (target.model.norm.weight.detach(), target.model.embed_tokens.weight.detach())
-        loss, values = 0.0, {}
-        for step, (x, weight) in enumerate(zip(chain, EAGLE_STEP_WEIGHTS, strict=True)):
-            teacher = take(trace.states[-1], roots + step + 1).flatten(0, 1)
-            kl, agree = soft_losses(
-                x, self.eagle.norm.weight, self.eagle.lm_head.weight, teacher, *head, TARGET.rms_norm_eps
-            )
-            flat = take(kinds.flatten(), roots + step + 2).flatten()
-            loss = loss + weight * weighed(kl, flat)
-            values |= agreement(f"eagle{step + 1}", agree, flat)
-        return loss, values
+        return head_loss(self.eagle, target, ids, kinds, trace)
+
+
+def head_loss(
+    head: EagleHead, target: Llama, ids: Tensor, kinds: Tensor, trace: Trace, words: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of an EAGLE-3 head, unrolled over STEPS tokens.
+
+    words: int64, the target's ids that the head can draft, None for all. The teacher's distribution is that
+    over `words`, and where its first choice is none of them there is nothing to learn (SpecForge).
+    """
+    eps = target.config.rms_norm_eps
+    roots = sample_rows(kinds.roll(-2, 1), min(256, max(32, ids.shape[1] // 16)))
+    chain = head.chains(target, ids, trace.states, roots)
+    scale, embedding = target.model.norm.weight.detach(), target.model.embed_tokens.weight.detach()
+    own = embedding if words is None else embedding[words]
+    loss, values = 0.0, {}
+    for step, (x, weight) in enumerate(zip(chain, EAGLE_STEP_WEIGHTS, strict=True)):
+        teacher = take(trace.states[-1], roots + step + 1).flatten(0, 1)
+        kl, agree = soft_losses(x, head.norm.weight, head.lm_head.weight, teacher, scale, own, eps)
+        flat = take(kinds.flatten(), roots + step + 2).flatten()
+        learnt = flat
+        if words is not None:
+            known = torch.isin(target.logits(teacher).argmax(-1), words)
+            learnt, agree = flat * known, agree & known
+        loss = loss + weight * weighed(kl, learnt)
+        values |= agreement(f"eagle{step + 1}", agree, flat)
+    return loss, values
 
 
 def agreement(name: str, agree: Tensor, kinds: Tensor) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import random
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,29 +140,31 @@ def any_texts() -> list[str]:
     file has their checksum."""
     found = {d.name: d.metadata.get_payload() or "" for d in importlib.metadata.distributions() if d.name}
     prose = [text for _, text in sorted(found.items()) if isinstance(text, str) and len(text) > 4096]
-    code = []
-    for package in UNSEEN:
-        spec = importlib.util.find_spec(package)
-        paths = sorted(Path(spec.origin).parent.rglob("*.py")) if spec and spec.origin else ()
-        code.append("".join(path.read_text(errors="ignore") for path in paths)[:200_000])
+    code = ["".join(_sources(package))[:200_000] for package in UNSEEN]
     return [*(text[:30_000] for text in prose), *code, *(t.content for t in read_texts(None, "heldout", ""))]
 
 
 def unseen_writer(model: Path) -> tuple[Writer, str]:
     """The writer of test items, and a checksum of the text it hides facts in."""
     tok = Tokenizer.from_file(str(model / "tokenizer.json"))
-    text = np.array([token for package in UNSEEN for token in _source(package, tok)], np.uint16)
+    text = np.array([token for package in UNSEEN for token in _tokens(package, tok)], np.uint16)
     words = json.loads((MODELS / "words.json").read_text())
     return Writer(tok, words, "test", text), hashlib.sha256(text.tobytes()).hexdigest()[:12]
 
 
-def _source(package: str, tok: Tokenizer) -> list[int]:
-    spec, ids = importlib.util.find_spec(package), []
-    paths = sorted(Path(spec.origin).parent.rglob("*.py")) if spec and spec.origin else ()
-    for path in paths:
-        if len(ids) < TEXT_TOKENS:
-            source = path.read_text(errors="ignore").replace("\t", "    ")
-            ids += tok.encode(source, add_special_tokens=False).ids
+def _sources(package: str) -> Iterator[str]:
+    """Source files of an installed package, in order of their paths; none where it is not there."""
+    spec = importlib.util.find_spec(package)
+    for path in sorted(Path(spec.origin).parent.rglob("*.py")) if spec and spec.origin else ():
+        yield path.read_text(errors="ignore")
+
+
+def _tokens(package: str, tok: Tokenizer) -> list[int]:
+    ids: list[int] = []
+    for source in _sources(package):
+        ids += tok.encode(source.replace("\t", "    "), add_special_tokens=False).ids
+        if len(ids) >= TEXT_TOKENS:
+            break
     return ids[:TEXT_TOKENS]
 
 

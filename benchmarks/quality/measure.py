@@ -72,16 +72,15 @@ def try_dense(plan: Plan, suite: Suite, items: int, out: Path, logs: Path) -> tu
     asked = [cell for cell in plan.cells() if cell[0] != "text"]
     with start("sts", plan, logs) as server, tqdm(total=len(asked), desc="dense first") as bar:
         for task, length in asked:
-            cell = Cell("sts", task, length, DENSE)
-            count = suite.documents(task, items)
-            asking.measure(
+            score = asking.dense_score(
                 Client(server),
                 lambda i, t=task, n=length: make(suite, t, n, i),
-                count,
-                [cell],
+                suite.documents(task, items),
+                task,
+                length,
                 plan.concurrency,
             )
-            score = round(sum(cell.score) / len(cell.score), 3)
+            score = round(score, 3)
             found.append(Dense(task, length, score, score >= GOOD_ENOUGH))
             bar.update()
     path.write_text(json.dumps({"of": same, "found": [dense._asdict() for dense in found]}, indent=1))

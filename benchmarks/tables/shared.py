@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from benchmarks.quality.report import table
-from benchmarks.tables import MISSING, commits, rows
+from benchmarks.tables import MISSING, commits, rows, spread
 
 ARMS = {"stock-spec": "stock FA3 + EAGLE-3", "sts": "sts, `keep` 0.1"}
 
@@ -20,9 +20,8 @@ def shared_prefix() -> str:
         own = [r for r in found if r["arm"] == arm]
         speeds = [r["tokens_per_s"] for r in own]
         medians[arm] = statistics.median(speeds)
-        shown = f"{medians[arm]:,.0f} ± {(max(speeds) - min(speeds)) / 2:,.0f}"
         sparse = f"{own[0]['sparse_verifies']:,}, none dense" if arm == "sts" else "–"
-        lines.append([name, shown, sparse, f"{medians[arm] / medians['stock-spec']:.2f}x"])
+        lines.append([name, spread(speeds), sparse, f"{medians[arm] / medians['stock-spec']:.2f}x"])
     total = first["requests"] * first["context"]
     note = (
         f"{first['requests']} requests whose prompts of {first['context']:,} tokens share their first "

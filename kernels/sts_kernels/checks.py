@@ -123,9 +123,7 @@ def check_attention(
     op = "sparse_attention"
     expect(op, q.dim() == 4, f"q must be [bs, T, H_q, D], got {tuple(q.shape)}")
     bs, tokens, q_heads, dim = q.shape
-    # The stride of a dimension of one says nothing.
-    ok = (tokens == 1 or q.stride(0) == tokens * q.stride(1)) and q.stride()[2:] == (dim, 1)
-    expect(op, ok or bs == 0, f"q must be rows of contiguous heads at one distance, got strides {q.stride()}")
+    _check_distance(op, q)
     k, v = pool
     ok = k.dim() == 3 and k.shape == v.shape and k.shape[2] == dim
     expect(op, ok, f"pools {tuple(k.shape)} and {tuple(v.shape)} do not fit q {tuple(q.shape)}")
@@ -196,11 +194,8 @@ def check_page_scores(
     kv_heads, bs = scores.importance.shape[0], sizes.contexts.lens.numel()
     ok = q.dim() == 4 and q.shape[0] == bs and q.shape[2] % kv_heads == 0
     expect(op, ok, f"q must be [{bs}, T, H_q, D] for {kv_heads} KV heads, got {tuple(q.shape)}")
-    _, tokens, _, dim = q.shape
-    # The stride of a dimension of one says nothing.
-    ok = (tokens == 1 or q.stride(0) == tokens * q.stride(1)) and q.stride()[2:] == (dim, 1)
-    expect(op, ok or bs == 0, f"q must be rows of contiguous heads at one distance, got strides {q.stride()}")
-    _check_sketches(op, sketches, kv_heads, dim)
+    _check_distance(op, q)
+    _check_sketches(op, sketches, kv_heads, q.shape[3])
     _check_pooling(op, pooling)
 
 
@@ -254,6 +249,14 @@ def _check_layers(op: str, channels: torch.Tensor) -> None:
 def _check_pooling(op: str, pooling: Pooling) -> None:
     for name, how in (("rows", pooling.rows), ("heads", pooling.heads)):
         expect(op, how in ("max", "mean"), f"pooling.{name} must be 'max' or 'mean', got {how!r}")
+
+
+def _check_distance(op: str, q: torch.Tensor) -> None:
+    """Rows of [bs, T, H_q, D] lie at one distance, each of contiguous heads."""
+    bs, tokens, _, dim = q.shape
+    # The stride of a dimension of one says nothing.
+    ok = (tokens == 1 or q.stride(0) == tokens * q.stride(1)) and q.stride()[2:] == (dim, 1)
+    expect(op, ok or bs == 0, f"q must be rows of contiguous heads at one distance, got strides {q.stride()}")
 
 
 def _check_queries(op: str, name: str, rows: torch.Tensor, pool: KvPool) -> None:

@@ -39,8 +39,7 @@ from sts_kernels.split_kv import (
     attend,
     in_tile,
     merge,
-    padded_dims,
-    padded_rows,
+    padded,
     plan_whole,
     starts_early,
     store_head,
@@ -103,12 +102,12 @@ class _Rows(NamedTuple):
 
     @property
     def padded(self) -> int:
-        return padded_rows(self.used)
+        return padded(self.used)
 
     def constants(self) -> dict[str, int | bool]:
         """By their names in the first two kernels."""
         sizes = {"H_Q": self.q_heads, "H_KV": self.kv_heads, "D": self.dim, "ROWS": self.padded}
-        sizes["D_P2"] = padded_dims(self.dim)
+        sizes["D_P2"] = padded(self.dim)
         return {"W": self.branches, "CARRIED": self.carried, "USED": self.used, **sizes}
 
 

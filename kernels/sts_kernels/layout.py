@@ -38,6 +38,11 @@ NO_PAGE = -1
 PoolName = Literal["max", "mean"]
 
 
+def pages_of(positions: int) -> int:
+    """Pages of so many positions, the last of them maybe not complete."""
+    return -(-positions // PAGE)
+
+
 class Count(enum.IntEnum):
     """Places of the running totals in the int64 tensor that the ops of a round add to.
 

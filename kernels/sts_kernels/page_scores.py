@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sts_kernels.checks import check_page_scores, expect_half
 from sts_kernels.layout import IMPORTANCE_SCALE, PAGE, Contexts, PageSizes, Plan, Pooling, Scores
-from sts_kernels.split_kv import LOG2E, SplitKnobs, padded_rows, plan_whole, starts_early
+from sts_kernels.split_kv import LOG2E, SplitKnobs, padded, plan_whole, starts_early
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def score_pages(
     kv_heads, columns = scores.importance.shape
     plan = plan_pages(sizes, kv_heads=kv_heads) if plan is None else plan
     work, used = plan.work.shape[0], tokens * (q_heads // kv_heads)
-    rows, slice_p2 = padded_rows(used), triton.next_power_of_2(2 * dim // PAGE)
+    rows, slice_p2 = padded(used), triton.next_power_of_2(2 * dim // PAGE)
     logits = torch.empty(kv_heads, columns, used, dtype=torch.float32, device=q.device)
     stats = torch.empty(kv_heads, work, rows, 2, dtype=torch.float32, device=q.device)
     early = starts_early(q.device) if KNOBS.early else {}

@@ -20,7 +20,7 @@ from sts_kernels.checks import (
     check_tags,
     expect_half,
 )
-from sts_kernels.layout import ALIGN, NO_PAGE, PAGE, WHOLE, Contexts, Lists, PageSizes, Scores
+from sts_kernels.layout import ALIGN, NO_PAGE, PAGE, WHOLE, Contexts, Lists, PageSizes, Scores, pages_of
 from sts_kernels.select import select_tokens
 
 
@@ -48,11 +48,6 @@ KNOBS = PagesKnobs()
 def _programs(pairs: int, pieces: int) -> int:
     """Programs that share a request, or a (request, KV head) pair, whose work falls into so many pieces."""
     return max(1, min(KNOBS.programs // pairs, KNOBS.most_programs, pieces))
-
-
-def pages_of(positions: int) -> int:
-    """Pages of so many positions, the last of them maybe not complete."""
-    return -(-positions // PAGE)
 
 
 def tag_pages(contexts: Contexts, before: torch.Tensor, tags: torch.Tensor, *, most: int) -> None:

@@ -52,14 +52,10 @@ def splits(pairs: int, max_context: int, knobs: SplitKnobs) -> tuple[int, int]:
     return each * pairs, min(each * knobs.uneven, most)
 
 
-def padded_rows(rows: int) -> int:
-    """Query rows of the tile that holds so many: a power of two, and at least 16 for tl.dot."""
-    return max(16, triton.next_power_of_2(rows))
-
-
-def padded_dims(head_dim: int) -> int:
-    """Dimensions of a head in a tile, which has a power of two of them and at least 16."""
-    return max(16, triton.next_power_of_2(head_dim))
+def padded(size: int) -> int:
+    """Of a tile that holds so many query rows, or dimensions of a head: a power of two, and at least 16 for
+    tl.dot."""
+    return max(16, triton.next_power_of_2(size))
 
 
 def shared_bytes(rows: int, head_dim: int, bytes_per_dim: tuple[int, int]) -> int:
@@ -68,8 +64,8 @@ def shared_bytes(rows: int, head_dim: int, bytes_per_dim: tuple[int, int]) -> in
     bytes_per_dim: for each dimension of a head, besides 2 for each query row: with 16 rows, and with more.
     Half precision is assumed.
     """
-    padded = padded_rows(rows)
-    return padded_dims(head_dim) * (bytes_per_dim[padded > 16] + 2 * padded)
+    held = padded(rows)
+    return padded(head_dim) * (bytes_per_dim[held > 16] + 2 * held)
 
 
 @functools.cache

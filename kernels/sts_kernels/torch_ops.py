@@ -51,6 +51,7 @@ from sts_kernels.layout import (
     Rule,
     Scores,
     Sizes,
+    pages_of,
 )
 
 
@@ -505,10 +506,10 @@ def size_pages(
     """
     check_page_sizes(contexts, tags, lists, channels)
     (table, reqs, lens), device = contexts, contexts.lens.device
-    forced, width = -(-sink // PAGE) - (-recent // PAGE), table.shape[1] // PAGE
+    first, last, width = pages_of(sink), pages_of(recent), table.shape[1] // PAGE
     complete, rest = lens.long() // PAGE, lens.long() % PAGE
     wanted = ((lists.counts - rest[:, None]).clamp(min=0) // PAGE).int()  # pages, [bs, channels]
-    fits = (lists.counts >= PAGE * forced + rest[:, None]) & (wanted < complete[:, None])
+    fits = (lists.counts >= PAGE * (first + last) + rest[:, None]) & (wanted < complete[:, None])
     fits &= (reqs > 0)[:, None]
     known = torch.zeros(lens.numel(), width, dtype=torch.uint8, device=device)
     unknown = torch.zeros(lens.numel(), dtype=torch.int32, device=device)
@@ -517,8 +518,8 @@ def size_pages(
             pages = length // PAGE
             slots = table[req, : pages * PAGE].view(-1, PAGE)
             known[b, :pages] = (tags[slots.long()] == slots[:, -1:]).all(1)
-            unknown[b] = (known[b, -(-sink // PAGE) : pages - -(-recent // PAGE)] == 0).sum()
-    listed = fits & (wanted - forced >= unknown[:, None])
+            unknown[b] = (known[b, first : pages - last] == 0).sum()
+    listed = fits & (wanted - first - last >= unknown[:, None])
     per_head = channels.long().flatten()
     shape = (lens.numel(), *channels.shape)
     of_pages = torch.where(listed, wanted, WHOLE)[:, per_head].view(shape).transpose(0, 1)
@@ -623,8 +624,7 @@ def _chosen_pages(
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """(place in the batch, KV head, int64 positions of the chosen pages) of every list of a layer."""
     chosen, own = sizes.lists(layer), sizes.contexts
-    first, last = -(-sink // PAGE), -(-recent // PAGE)
-    select_tokens(scores, own, own.lens, chosen, sink=first, recent=last)
+    select_tokens(scores, own, own.lens, chosen, sink=pages_of(sink), recent=pages_of(recent))
     within = torch.arange(PAGE, device=chosen.indices.device)
     for b, counts in enumerate(chosen.counts.tolist()):
         for h, number in enumerate(counts):

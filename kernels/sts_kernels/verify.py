@@ -24,8 +24,7 @@ from sts_kernels.split_kv import (
     attend,
     in_tile,
     merge,
-    padded_dims,
-    padded_rows,
+    padded,
     plan_lists,
     splits,
     starts_early,
@@ -82,7 +81,7 @@ def sparse_attention(
     check_attention(q, pool, lists, channels, tail_mask)
     bs, tokens, q_heads, dim = q.shape
     kv_heads, tail, width = pool.k.shape[1], tail_mask.shape[2], contexts.table.shape[1]
-    rows = padded_rows(tokens * (q_heads // kv_heads))
+    rows = padded(tokens * (q_heads // kv_heads))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if bs == 0:
         return out
@@ -93,7 +92,7 @@ def sparse_attention(
     stats = torch.empty(number, rows, 2, dtype=torch.float32, device=q.device)
     early = starts_early(q.device) if KNOBS.early else {}
     shape = {"T": tokens, "H_Q": q_heads, "H_KV": kv_heads, "D": dim, "ROWS": rows, "EARLY": bool(early)}
-    shape["D_P2"] = padded_dims(dim)
+    shape["D_P2"] = padded(dim)
     _verify_kernel[(number,)](
         q,
         pool.k,

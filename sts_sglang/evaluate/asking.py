@@ -162,6 +162,15 @@ def measure(
                 progress(len(batch))
 
 
+def dense_score(
+    client: Client, make: Callable[[int], Asked], count: int, task: str, length: int, concurrency: int
+) -> float:
+    """Mean score of documents 0 to `count` of a task with dense attention: whether the model can do it."""
+    cell = Cell("sts", task, length, DENSE)
+    measure(client, make, count, [cell], concurrency)
+    return sum(cell.score) / len(cell.score)
+
+
 def verified_as_said(cell: Cell, dense: bool = False, some_full: bool = False) -> bool:
     """Whether the verifies of a cell were what its keep says.
 

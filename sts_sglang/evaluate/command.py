@@ -201,9 +201,8 @@ def _ask(plan: Plan, client: Client) -> tuple[dict, list[dict]]:
             return plan.suite.make(task, n, index)
 
         if task != LOSS:
-            first = asking.Cell("sts", task, n, asking.DENSE)
-            asking.measure(client, make, min(FIRST_LOOK, plan.items), [first], plan.concurrency)
-            score = sum(first.score) / len(first.score)
+            count = min(FIRST_LOOK, plan.items)
+            score = asking.dense_score(client, make, count, task, n, plan.concurrency)
             if score < GOOD_ENOUGH:
                 left_out.append({"task": task, "length": n, "dense": round(score, 3)})
                 _say(f"[{number}/{len(rows)}] {task} of {n:,} tokens: dense {score:.2f}, left out")

@@ -32,13 +32,12 @@ import torch
 from torch import Tensor
 
 from sts_kernels import Ops
-from sts_kernels.layout import ALIGN, IMPORTANCE_SCALE, Contexts, Lists, Scores, Sizes
+from sts_kernels.layout import ALIGN, IMPORTANCE_SCALE, PAGE, Contexts, Lists, Scores, Sizes
 from sts_sglang.config import StsConfig
 from sts_sglang.core.selectors.base import LayerCall
 from sts_sglang.core.sizes import Capacity, Need
 from sts_sglang.core.verifier import TargetShape
 
-PAGE = 16
 SCRATCH = 512 << 20  # bytes that scoring a layer may take: so many requests at a time
 RANKS = 0x7C00  # finite non-negative float16 values
 
