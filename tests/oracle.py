@@ -56,7 +56,7 @@ class Rule:
     def budget(self, context: int) -> int:
         forced = self.sink + self.recent
         if self.selector == "pages":
-            forced = 16 * (-(-self.sink // 16) - (-self.recent // 16)) + 15
+            forced = 16 * (-(-self.sink // 16) - (-self.recent // 16) + 2) + 15
         return min(context, max(self.floor, forced, math.ceil(self.keep * context - 1e-9)))
 
 

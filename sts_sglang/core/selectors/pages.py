@@ -192,10 +192,8 @@ class JoinedSelector:
             sink=sink,
             recent=recent,
         )
-        own = self.lists.of_layer(lists, call.layer)
-        ops.select_tokens(
-            Scores(joined, drafted.starts), contexts, own.counts.amax(1), own, sink=sink, recent=recent
-        )
+        own, longest = self.lists.of_layer(call.layer)
+        ops.select_tokens(Scores(joined, drafted.starts), contexts, longest, own, sink=sink, recent=recent)
 
 
 def page_columns(context: int) -> int:
@@ -210,7 +208,7 @@ def need(config: StsConfig, target: TargetShape, head_map: HeadMap) -> Need:
     rows = target.tokens * target.q_heads // target.kv_heads
     fixed = target.kv_heads * columns * (2 + 4 * rows)
     room = capacity.room(config, head_map)
-    fixed += list_bytes(target.layers, target.kv_heads, target.requests, room.entries // room.channels)
+    fixed += list_bytes(target.kv_heads, target.requests, room.entries // room.channels)
     if config.selector == "joined":
         fixed += 2 * target.kv_heads * target.requests * capacity.context
     layers = sum(not config.dense_verify(layer) for layer in range(target.layers))
