@@ -3,7 +3,7 @@
 Three measures of one selection, for one target KV head, mean over rows:
   mass    attention outside sink and recent that it misses, of all there
   output  squared distance of what the head adds to the residual from what it adds densely, over the squared
-          norm of that residual
+          norm of the residual after it
   logits  (g . d)^2, where d is the distance of the head's output and g the gradient, by that output, of the
           surprise of tokens drawn from the model itself: to second order the divergence of the logits
 
@@ -122,7 +122,8 @@ class Fit:
     def measured(self, i: int, at: Look, selections: Tensor) -> Tensor:
         """float32 [measures, H, N] of selections, bool [N, H or 1, V, L], in the i-th window."""
         dense, far = at.weigh(at.full), at.full * self.rows.far[:, None]
-        residual = self.windows[i].inputs[at.layer].float().square().sum(-1).view(-1, T)  # [V, T]
+        states = self.windows[i].inputs[at.layer].float().unflatten(0, (-1, T)) + at.project(dense).sum(0)
+        residual = states.square().sum(-1)  # [V, T]
         found = []
         for chosen in selections:
             apart = at.attended(chosen) - dense

@@ -119,7 +119,7 @@ def join(at: Look, scores: Tensor, counts: Tensor, share: float) -> Tensor:
 
 
 def uniform(fit: Fit, rows: Rows, scores: Tensor | None, keep: float) -> Tensor | None:
-    return rows.counts(torch.full((fit.layers, fit.kv_heads), keep))
+    return rows.counts(torch.full((fit.layers, fit.kv_heads), keep, dtype=torch.float64))
 
 
 def by_head(measure: str) -> Callable:
@@ -141,38 +141,48 @@ def dense_layers(number: int, extra: bool) -> Callable:
             return None
         part = min(range(len(PARTS)), key=lambda i: abs(math.log(PARTS[i] / keep)))
         worst = fit.by_part[fits.MEASURES.index("output"), ..., part].sum(-1).topk(number).indices
-        parts = torch.full((fit.layers, fit.kv_heads), rest)
+        parts = torch.full((fit.layers, fit.kv_heads), rest, dtype=torch.float64)
         parts[worst.cpu()] = 1.0
         return rows.counts(parts)
 
     return counts
 
 
+def as_large(sizes: Callable[[float], Tensor], most: float, rows: Rows, keep: float) -> Tensor:
+    """The least of the sizes [layers, H, V], which rise from 0 to `most`, that are `keep` in the mean."""
+    low, high = 0.0, most
+    for _ in range(24):
+        middle = (low + high) / 2
+        enough = (sizes(middle) / rows.lengths).mean() >= keep
+        low, high = (low, middle) if enough else (middle, high)
+    return sizes(high)
+
+
 def by_spread(fit: Fit, rows: Rows, scores: Tensor, keep: float) -> Tensor:
     """Half of the budget to every head, half by how many tokens its importance is spread over in this verify
-    (the exponential of its entropy), at the same mean over heads."""
+    (the exponential of its entropy)."""
     p = scores * rows.far
     p = p / p.sum(-1, keepdim=True).clamp(min=1e-20)
     tokens = torch.special.entr(p).sum(-1).exp()  # [layers, H, V]
-    wanted = keep * rows.lengths * (0.5 + 0.5 * tokens / tokens.mean((0, 1)))
-    return wanted.ceil().long().clamp(min=rows.least).minimum(rows.lengths)
+    wanted = rows.lengths * (0.5 + 0.5 * tokens / tokens.mean((0, 1)))
+
+    def sizes(factor: float) -> Tensor:
+        return (factor * wanted).ceil().long().clamp(min=rows.least).minimum(rows.lengths)
+
+    return as_large(sizes, 2.0, rows, keep)
 
 
 def top_p(fit: Fit, rows: Rows, scores: Tensor, keep: float) -> Tensor:
-    """The smallest sets that hold a part p of the importance, with the p of this window at which they are as
-    large as the budget in the mean."""
+    """The smallest sets that hold a part of the importance, the part at which they are as large as the budget
+    in the mean of this window."""
     mass = scores * rows.context
-    total, forced = mass.sum(-1), (mass * rows.forced).sum(-1)
-    held = (mass * rows.far).sort(-1, descending=True).values.cumsum(-1) + forced[..., None]
-    low, high = 0.0, 1.0
-    for _ in range(20):
-        p = (low + high) / 2
-        counts = (held < p * total[..., None]).sum(-1) + 1 + rows.least
-        counts = counts.minimum(rows.lengths)
-        low, high = (
-            (p, high) if counts.sum() < keep * rows.lengths.sum() * counts[..., 0].numel() else (low, p)
-        )
-    return counts
+    total, forced = mass.sum(-1, keepdim=True), (mass * rows.forced).sum(-1, keepdim=True)
+    held = (mass * rows.far).sort(-1, descending=True).values.cumsum(-1) + forced
+
+    def sizes(part: float) -> Tensor:
+        return ((held < part * total).sum(-1) + 1 + rows.least).minimum(rows.lengths)
+
+    return as_large(sizes, 1.01, rows, keep)  # above 1, since sums are rounded
 
 
 # ---- the variants
@@ -261,6 +271,7 @@ def mapped(draft: Variant) -> dict[str, Variant]:
         own = replace(best, family="budgets", cost="a calibration", budget=by_head(measure))
         found[f"budgets {measure} + map"] = own
         found[f"joined 0.5 + budgets {measure} + map"] = replace(own, cost=EIGHTH, share=0.5)
+    found["budgets output"] = replace(found["budgets output + map"], map=default)
     found["floor by spread + map"] = replace(
         best, family="budgets", cost="a sum over scores before selecting", budget=by_spread
     )
