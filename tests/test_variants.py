@@ -23,6 +23,7 @@ from model import Trace  # noqa: E402
 
 from sts_kernels import torch_ops  # noqa: E402
 from sts_kernels.layout import Carried, Contexts, KvPool, Members, Pooling, Scores  # noqa: E402
+from sts_sglang.headmap import HeadMap  # noqa: E402
 
 LAYERS, VOCAB, LENGTH, ROWS = 6, 300, 128, 16
 TABLE = variants.variants()
@@ -142,7 +143,7 @@ def test_a_draft_scores_as_the_ops_do(folders) -> None:
     pair, trace = study.pair, Trace([], [], [])
     pair.draft(study.window.ids[None, 1:-1], trace)
     heads, length = pair.draft.config.num_attention_heads, int(study.rows.lengths[1])
-    expected = torch.zeros(pair.draft_layers * heads, LENGTH)
+    expected = torch.zeros(pair.head_counts()[1].layers * heads, LENGTH)
     contexts = Contexts(
         torch.arange(LENGTH, dtype=torch.int32)[None],
         torch.zeros(1, dtype=torch.int64),
@@ -167,6 +168,23 @@ def test_a_draft_scores_as_the_ops_do(folders) -> None:
     )
     own = study.fit.heard(study.window)[:, 1] * study.rows.context[1]
     assert torch.allclose(own * torch_ops.IMPORTANCE_SCALE, expected, rtol=1e-4, atol=1e-2)
+
+
+def test_a_served_map_selects_as_served(study) -> None:
+    """One head of the draft for some, the latest tokens for others, twice the budget for one."""
+    target, draft = study.pair.head_counts()
+    sources = tuple(tuple(((0, 1),) if h else () for h in range(target.kv_heads)) for _ in range(LAYERS))
+    shares = tuple(tuple(2.0 if (t, h) == (1, 1) else 1.0 for h in range(2)) for t in range(LAYERS))
+    head_map = HeadMap(sources, "here", "mean", dense_layers=(2,), shares=shares)
+    variant = variants.served(head_map, study.pair)["served map"]
+    scores = variant.importance(study.fit, study.window)
+    counts = variant.budget(study.fit, study.rows, scores, 0.4)
+    assert torch.equal(counts[2], study.rows.lengths.expand(2, -1))
+    assert float(counts[1, 1, 0] / counts[1, 0, 0]) == pytest.approx(2, rel=0.05)
+    latest = study.rows.select(study.rows.place.float().expand(study.rows.verifies, -1), counts[0, 0])
+    assert torch.equal(study.rows.select(scores[0, 0], counts[0, 0]), latest)
+    one = fit.spread(study.window.heard[1, : fit.DRAFTED].mean(0), fit.SPREAD)
+    assert torch.allclose(scores[0, 1], one)
 
 
 def test_budgets_go_where_they_save_most() -> None:

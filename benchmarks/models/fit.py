@@ -1,7 +1,7 @@
 """Head maps and budgets by what a selection does, measured on windows that nothing else is measured on.
 
 Three measures of one selection, for one target KV head, mean over rows:
-  mass    attention outside sink and recent that it misses, of all there
+  mass    attention outside sink and recent that it misses
   output  squared distance of what the head adds to the residual from what it adds densely, over the squared
           norm of the residual after it
   logits  (g . d)^2, where d is the distance of the head's output and g the gradient, by that output, of the
@@ -19,7 +19,7 @@ import torch
 from replay import Look, Pair, Rows, T, Window, look, replay
 from torch import Tensor
 
-from sts_sglang.headmap import HeadCounts, proportional
+from sts_sglang.headmap import HeadMap, proportional
 
 MEASURES = ("mass", "output", "logits")
 HEADS, SHORTLIST = 4, 8  # draft heads of a target head, and how many singles the search for them tries
@@ -30,7 +30,8 @@ DRAFTED = T - 1  # rows that a round with three drafted tokens has
 
 
 class Map(NamedTuple):
-    """Draft heads of every target head: int64 [layers, H, n], flat, and their weights under pool "mean"."""
+    """Draft heads of every target head: int64 [layers, H, n], flat, and their weights under pool "mean"; a
+    head of weight 0 is none, and a target head with none selects the latest tokens."""
 
     heads: Tensor
     weights: Tensor
@@ -38,6 +39,17 @@ class Map(NamedTuple):
     @classmethod
     def of(cls, heads: Tensor) -> Map:
         return cls(heads, torch.full(heads.shape, 1 / heads.shape[-1], device=heads.device))
+
+    @classmethod
+    def served(cls, head_map: HeadMap, draft_heads: int, device: str) -> Map:
+        """A map as the server has it; `draft_heads` in each draft layer."""
+        most = max(len(own) for row in head_map.sources for own in row)
+        heads, weights = torch.zeros(2, len(head_map.sources), len(head_map.sources[0]), most)
+        for t, row in enumerate(head_map.sources):
+            for h, own in enumerate(row):
+                for i, (layer, head) in enumerate(own):
+                    heads[t, h, i], weights[t, h, i] = layer * draft_heads + head, 1 / len(own)
+        return cls(heads.long().to(device), weights.to(device))
 
 
 def pool(values: Tensor, how: str, dim: int) -> Tensor:
@@ -64,13 +76,14 @@ def importance(
 ) -> Tensor:
     """float32 [layers, H, V, L] by the first `rows` draft rows of each verify: pooled, then spread."""
     heard, found = window.heard[:, :rows], []
+    latest = 1e-20 * torch.arange(heard.shape[-1], device=heard.device)  # of equal scores the later wins
     for heads, weights in zip(*head_map, strict=True):
         own = heard[heads]  # [H, n, rows, V, L]
         if heads_pool == "max":
-            own = own.amax(1)
+            own = (own * (weights > 0)[..., None, None, None]).amax(1)
         else:
             own = torch.einsum("hn,hnrvl->hrvl", weights, own)
-        found.append(spread(pool(own, rows_pool, 1), factor, over))
+        found.append(spread(pool(own, rows_pool, 1), factor, over) + latest)
     return torch.stack(found)
 
 
@@ -127,8 +140,7 @@ class Fit:
         found = []
         for chosen in selections:
             apart = at.attended(chosen) - dense
-            held = (far * chosen[:, None, :, None]).sum((1, 2, 3, 4))
-            mass = 1 - held / far.sum((1, 2, 3, 4)).clamp(min=1e-9)
+            mass = (far * ~chosen[:, None, :, None]).sum(-1).mean((1, 2, 3))
             output = (at.project(apart).square().sum(-1) / residual).mean((1, 2))
             logits = (apart * self.slopes[i][at.layer]).sum((1, 4)).square().mean((1, 2))
             found.append(torch.stack([mass, output, logits]))
@@ -147,10 +159,8 @@ class Fit:
     @cached_property
     def proportional(self) -> Map:
         """The default of the server."""
-        draft = HeadCounts(self.pair.draft_layers, self.pair.draft.config.num_attention_heads, 0)
-        sources = proportional(HeadCounts(self.layers, 0, self.kv_heads), draft).sources
-        heads = torch.tensor([[[d * draft.q_heads + q for d, q in own] for own in row] for row in sources])
-        return Map.of(heads.to(self.pair.device))
+        target, draft = self.pair.head_counts()
+        return Map.served(proportional(target, draft), draft.q_heads, self.pair.device)
 
     def single(self, measure: str) -> Map:
         """The draft head that loses least."""

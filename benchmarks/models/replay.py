@@ -28,6 +28,8 @@ from safetensors.torch import load_file
 from students import RECENT, SINK, EagleHead
 from torch import Tensor
 
+from sts_sglang.headmap import HeadCounts
+
 T = 4  # rows of a verify: three drafted tokens and the one before them
 GUARD = 1e-9  # so that a float error above a whole number adds no token
 
@@ -86,9 +88,13 @@ class Pair:
         self.target, self.draft = target, draft
         self.device = str(target.model.norm.weight.device)
 
-    @property
-    def draft_layers(self) -> int:
-        return 1 if isinstance(self.draft, EagleHead) else self.draft.config.num_hidden_layers
+    def head_counts(self) -> tuple[HeadCounts, HeadCounts]:
+        """Of target and draft."""
+        own, draft = (
+            HeadCounts(c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads)
+            for c in (self.target.config, self.draft.config)
+        )
+        return own, draft._replace(layers=1) if isinstance(self.draft, EagleHead) else draft
 
     @cached_property
     def projections(self) -> list[Tensor]:

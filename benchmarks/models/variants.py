@@ -34,12 +34,14 @@ import numpy as np
 import torch
 from fit import PARTS, Fit, Map, contribution, importance, split
 from pretrained import windows
-from replay import Look, Rows, Window, dense, load_pair, sparse
+from replay import Look, Pair, Rows, Window, dense, load_pair, sparse
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
 from sts_kernels.layout import PAGE
+from sts_sglang import headmap
+from sts_sglang.headmap import HeadMap
 
 EIGHTH = "reads an eighth of the keys (mean and deviation of pages) in every layer, before its attention"
 FIRST = 1e30  # above every score, below what sink and recent have
@@ -128,6 +130,22 @@ def by_head(measure: str) -> Callable:
 
     def counts(fit: Fit, rows: Rows, scores: Tensor | None, keep: float) -> Tensor | None:
         return rows.counts(split(fit.by_part[which], keep, rows.least / rows.length))
+
+    return counts
+
+
+def by_map(head_map: HeadMap) -> Callable:
+    """As a served map splits it."""
+
+    def counts(fit: Fit, rows: Rows, scores: Tensor | None, keep: float) -> Tensor | None:
+        parts = torch.full((fit.layers, fit.kv_heads), keep, dtype=torch.float64)
+        if head_map.shares is not None:
+            steps = torch.tensor(head_map.split(), dtype=torch.float64)
+            low = min(int(keep * (len(steps) - 1)), len(steps) - 2)
+            own = torch.lerp(steps[low], steps[low + 1], keep * (len(steps) - 1) - low)
+            parts = own[torch.tensor([head_map.head_channels(layer) for layer in range(fit.layers)])]
+        parts[list(head_map.dense_layers)] = 1.0
+        return rows.counts(parts)
 
     return counts
 
@@ -251,6 +269,18 @@ def variants() -> dict[str, Variant]:
     return found | mapped(draft)
 
 
+def served(head_map: HeadMap, pair: Pair) -> dict[str, Variant]:
+    """Those of a map file."""
+    own = Map.served(head_map, pair.head_counts()[1].q_heads, pair.device)
+    how = tuple((f"{of}_pool", head_map.pool or "max") for of in ("heads", "rows"))
+    found = Variant("maps", "a calibration", lambda _: own, how, budget=by_map(head_map))
+    return {
+        "served map": found,
+        "joined 0.5 + served map": replace(found, family="joined", cost=EIGHTH, share=0.5),
+        "oracle + served map's budgets": replace(found, family="budgets", map=None, fresh=oracle),
+    }
+
+
 def mapped(draft: Variant) -> dict[str, Variant]:
     """Those that the fit decides."""
     found, mean = {}, (("heads_pool", "mean"), ("rows_pool", "mean"))
@@ -271,6 +301,9 @@ def mapped(draft: Variant) -> dict[str, Variant]:
         own = replace(best, family="budgets", cost="a calibration", budget=by_head(measure))
         found[f"budgets {measure} + map"] = own
         found[f"joined 0.5 + budgets {measure} + map"] = replace(own, cost=EIGHTH, share=0.5)
+    for name, logits in (("oracle", oracle), ("pages", by_page(moments_logits))):
+        cost = f"as {name}, and a calibration"
+        found[f"{name} + budgets output"] = Variant("budgets", cost, fresh=logits, budget=by_head("output"))
     found["budgets output"] = replace(found["budgets output + map"], map=default)
     found["floor by spread + map"] = replace(
         best, family="budgets", cost="a sum over scores before selecting", budget=by_spread
@@ -343,6 +376,8 @@ def measure(fit: Fit, window: Window, rows: Rows, chosen: dict, keeps: list[floa
             yield {
                 "window": window.index,
                 "variant": name,
+                "family": variant.family,
+                "cost": variant.cost,
                 "keep": keep,
                 "dense": round(whole, 6),
                 "loss": round(found.loss, 6),
@@ -355,13 +390,14 @@ def measure(fit: Fit, window: Window, rows: Rows, chosen: dict, keeps: list[floa
 
 def run(options: argparse.Namespace) -> list[dict]:
     """All rows; those found are written at once. Stops when the next window would not end in time."""
-    begin, header = time.time(), settings(options)
-    chosen = {
-        name: v for name, v in variants().items() if any(fnmatch.fnmatch(name, p) for p in options.variants)
-    }
-    found = before(options.out, header)
+    begin = time.time()
+    found = before(options.out, settings(options))
     done = {(r["window"], r["variant"], r["keep"]) for r in found}
     pair = load_pair(options.target, options.draft, options.algorithm, options.device)
+    table = variants()
+    if options.head_map:
+        table |= served(headmap.load(str(options.head_map), *pair.head_counts()), pair)
+    chosen = {name: v for name, v in table.items() if any(fnmatch.fnmatch(name, p) for p in options.variants)}
     rows = Rows(options.length, options.rows, options.device)
     to_fit, to_measure = texts(options)
     calibration = [pair.window(-1 - i, ids, rows) for i, ids in enumerate(tqdm(to_fit, desc="calibration"))]
@@ -382,7 +418,7 @@ def run(options: argparse.Namespace) -> list[dict]:
     return found
 
 
-def summary(rows: list[dict], cost: dict[str, Variant]) -> list[dict]:
+def summary(rows: list[dict]) -> list[dict]:
     """A row for each (variant, keep), over the windows that have them all."""
     cells: dict[tuple, dict[int, dict]] = {}
     for row in rows:
@@ -390,14 +426,11 @@ def summary(rows: list[dict], cost: dict[str, Variant]) -> list[dict]:
     common = sorted(set.intersection(*(set(own) for own in cells.values()))) if cells else []
     return [
         {
-            "variant": name,
-            "family": cost[name].family,
-            "keep": keep,
+            **{key: own[common[0]][key] for key in ("variant", "family", "cost", "keep")},
             "windows": len(common),
             **averages([own[i] for i in common]),
-            "cost": cost[name].cost,
         }
-        for (name, keep), own in cells.items()
+        for own in cells.values()
         if common
     ]
 
@@ -431,6 +464,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--algorithm", choices=("STANDALONE", "EAGLE3"), help="only to check what the draft is")
     add("--text", type=Path, nargs="+", required=True, help=".bin: uint16 tokens; else text")
     add("--out", type=Path, required=True, help="JSON lines")
+    add("--head-map", type=Path, help="a file of sts-sglang calibrate, compared as well")
     add("--variants", nargs="+", default=["*"], help="names, * for any characters")
     add("--length", type=int, default=4096)
     add("--rows", type=int, default=256, help="at the end of a window, a multiple of 4")
@@ -448,8 +482,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     torch.manual_seed(0)
     model.COMPUTE = getattr(torch, options.dtype)
-    table = variants()
-    found = summary(run(options), table)
+    found = summary(run(options))
     out = options.out.with_suffix(".summary.jsonl")
     out.write_text("".join(json.dumps(settings(options) | row) + "\n" for row in found))
     for r in sorted(found, key=lambda r: (r["keep"], r["loss"])):
