@@ -117,27 +117,29 @@ ALWAYS = ("oracle", "draft")  # in every panel of `variants`, in grey
 
 def variants(path: Path) -> None:
     """Loss against keep, a panel for each family of variants; beside the file, as a picture."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = sorted(map(json.loads, path.read_text().splitlines()), key=lambda row: row["keep"])
     by_name: dict[str, list[dict]] = {}
     for row in rows:
         by_name.setdefault(row["variant"], []).append(row)
     families = list(dict.fromkeys(r["family"] for r in rows))
-    figure, axes = plt.subplots(1, len(families), figsize=(5 * len(families), 6), sharey=True, squeeze=False)
-    for axis, family in zip(axes[0], families, strict=True):
+    wide = -(-len(families) // 2)
+    figure, axes = plt.subplots(2, wide, figsize=(6 * wide, 13), sharex=True, sharey=True, squeeze=False)
+    for axis, family in zip(axes.flat, families, strict=False):
+        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
         for name, own in by_name.items():
             if own[0]["family"] == family or name in ALWAYS:
-                grey = {"color": "0.6", "ls": "--"} if name in ALWAYS else {}
+                grey = {"color": "0.4", "ls": "--", "lw": 2} if name in ALWAYS else {"lw": 1}
                 line = [[r[key] for r in own] for key in ("kept", "loss", "standard_error")]
-                axis.errorbar(line[0], line[1], line[2], label=name, lw=1, marker=".", capsize=2, **grey)
+                axis.errorbar(*line, label=name, marker=".", capsize=2, **grey)
         axis.set_title(family)
         axis.set_xscale("log")
         axis.set_yscale("symlog", linthresh=1)
         axis.axhline(0, color="k", lw=0.5)
         axis.set_xlabel("share of the context kept")
-        axis.legend(fontsize=7)
-    axes[0, 0].set_ylabel("loss of text, % of dense")
+        axis.set_ylabel("loss of text, % of dense")
+        axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     figure.suptitle("{target}, {draft}: {windows} windows of {length} tokens".format(**rows[0]))
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
     figure.savefig(path.with_name(path.name.removesuffix(".summary.jsonl") + ".png"), dpi=70)
     plt.close(figure)
 
