@@ -21,6 +21,8 @@ import replay  # noqa: E402
 import variants  # noqa: E402
 from model import Trace  # noqa: E402
 
+from benchmarks import tables  # noqa: E402
+from benchmarks.tables import variants as compared  # noqa: E402
 from sts_kernels import torch_ops  # noqa: E402
 from sts_kernels.layout import Carried, Contexts, KvPool, Members, Pooling, Scores  # noqa: E402
 from sts_sglang.headmap import HeadMap  # noqa: E402
@@ -196,8 +198,9 @@ def test_budgets_go_where_they_save_most() -> None:
     assert (fit.split(lost, 1.0, 0.02) == 1).all()
 
 
-def test_a_run_goes_on_and_is_summed_up(folders, tmp_path) -> None:
-    out = tmp_path / "found.jsonl"
+def test_a_run_goes_on_and_is_summed_up(folders, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "variants" / "found.jsonl"
+    out.parent.mkdir()
 
     def run(*more: str) -> list[dict]:
         variants.main(
@@ -218,6 +221,10 @@ def test_a_run_goes_on_and_is_summed_up(folders, tmp_path) -> None:
         run("--rows", "8")
     plots.variants(out.with_suffix(".summary.jsonl"))
     assert out.with_suffix(".png").stat().st_size > 0
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    shown = compared.pair("found")
+    assert "| oracle | " in shown and f"{found[0]['loss']:+.2f} ± " in shown
+    assert compared.pair("none") == tables.MISSING
 
 
 def test_what_is_not_there_is_said_in_a_line(folders, tmp_path) -> None:

@@ -1,6 +1,6 @@
 """What each way to select costs in loss of text, on a GPU in minutes: also ways that no server has.
 
-    P="python benchmarks/models/variants.py --out FILE"
+    P="env PYTHONPATH=. python benchmarks/models/variants.py --out FILE"
     $P --target .data/smollm2 --draft .data/smollm2-drafts/plain --text .data/smollm2-text/heldout.bin
     $P --target sts_sglang/models/target --draft sts_sglang/models/eagle3 --text sts_sglang/texts/*.txt
 
@@ -39,6 +39,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.harness import commit
 from sts_kernels.layout import PAGE
 from sts_sglang import headmap
 from sts_sglang.headmap import HeadMap
@@ -484,7 +485,9 @@ def main(argv: list[str] | None = None) -> None:
     model.COMPUTE = getattr(torch, options.dtype)
     found = summary(run(options))
     out = options.out.with_suffix(".summary.jsonl")
-    out.write_text("".join(json.dumps(settings(options) | row) + "\n" for row in found))
+    name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "a CPU"
+    made = settings(options) | {"commit": commit(), "device": name}
+    out.write_text("".join(json.dumps(made | row) + "\n" for row in found))
     for r in sorted(found, key=lambda r: (r["keep"], r["loss"])):
         print(
             f"{r['keep']:<5g} {r['variant']:38} {r['loss']:+7.2f} % ± {r['standard_error']:.2f}  "
