@@ -246,12 +246,13 @@ def variants() -> dict[str, Variant]:
     """By name."""
     none = "none"
     page = EIGHTH + ", and selects layer by layer"
+    bounds = page.replace("mean and deviation", "minimum and maximum")
     found = {
         "oracle": Variant("baselines", "reads all keys twice: a bound, no method", fresh=oracle),
         "oracle contribution": Variant(
             "baselines", "reads all keys and values: a bound, no method", fresh=oracle_contribution
         ),
-        "quest": Variant("baselines", page, fresh=by_page(quest_logits)),
+        "quest": Variant("baselines", bounds, fresh=by_page(quest_logits)),
         "pages": Variant("baselines", page, fresh=by_page(moments_logits)),
         "recent": Variant("baselines", none, fresh=recent),
         "random": Variant("baselines", none, fresh=random),

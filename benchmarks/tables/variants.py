@@ -36,8 +36,8 @@ def pair(name: str) -> str:
     note = (
         f"Loss of text in percent of dense ± standard error, teacher forced, no server: {first['windows']} "
         f"windows of {first['length']:,} tokens, their last {first['rows']} in verifies of four, "
-        f"{first['dtype']}; maps and budgets fitted to {first['calibration']} other windows. Attention held is "
-        f"of that outside sink and recent. –: cannot keep so little. {first['device']}, commit "
+        f"{first['dtype']}; maps and budgets fitted to {first['calibration']} other windows. Attention held "
+        f"is of that outside sink and recent. –: cannot keep so little. {first['device']}, commit "
         f"{commits(found)}."
     )
     return table(head, lines) + "\n\n" + note
