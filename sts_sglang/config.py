@@ -325,8 +325,8 @@ class StsConfig:
 
     @property
     def forced(self) -> int:
-        """Tokens that every list has: sink and recent. Where pages alone are selected, whole pages of them and
-        what is after the last complete page, and some pages whose sketch another branch took."""
+        """Tokens that every list has: sink and recent. Where pages alone are selected, whole pages of them,
+        what is after the last complete page, and some whose sketch another branch took."""
         if self.selector != "pages":
             return self.sink + self.recent
         from sts_kernels.layout import PAGE, pages_of  # imports torch
