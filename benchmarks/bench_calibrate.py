@@ -47,12 +47,13 @@ class Window:
 
     def __init__(self, window: search.Window):
         self.window, self.domain, n = window, window.domain, window.positions
-        self.mass = window.mass(range(window.record.mass.rows))
+        rows = range(window.record.mass.rows)
+        self.mass, self.shares = window.worth(rows), window.shares(rows)
         self.max, self.mean = window.scores("max"), window.scores("mean")
         self.distance = CONFIG.recent + n - torch.arange(n).float()
 
     def recall(self, scores: Tensor) -> Tensor:
-        return self.window.recall(self.mass, self.window.top(scores))
+        return self.window.recall(self.shares, self.window.top(scores))
 
 
 class Bench:
@@ -134,7 +135,7 @@ def forward_once(windows: list[Window], rows: int, heads: int) -> Scorer:
             gain = torch.zeros(candidates)
             for w in windows:
                 joined = w.mean + w.mean[pick].sum(0)
-                gain += w.window.recall(w.mass[row].expand_as(joined), w.window.top(joined))
+                gain += w.window.recall(w.shares[row].expand_as(joined), w.window.top(joined))
             gain[pick] = 0
             if float(gain.max()) / len(windows) < best + search.LEAST_GAIN:
                 break

@@ -419,6 +419,7 @@ SETTINGS: dict[str, tuple] = {
     "dense_below": (0, 1),
     "pool": ("auto", *POOLS),
     "budget": ("split", "uniform"),
+    "measure": ("output", "mass"),
     "dtype": ("float32", "bfloat16", "float16"),
     "seed": (0, 2**63 - 1, int),
 }

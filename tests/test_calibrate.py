@@ -61,6 +61,59 @@ def test_windows_hold_the_attention_of_eager_transformers(pair):
                     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-4)
 
 
+def test_what_leaving_a_token_out_changes_by_definition(pair):
+    record = Pair(str(pair["target"]), str(pair["draft"])).record("x", TOKENS, WINDOWS, change=True)
+    model, target, hidden = attentions(pair["target"], TOKENS)
+    for layer, block in enumerate(model.model.layers):
+        with torch.no_grad():
+            values = block.self_attn.v_proj(block.input_layernorm(hidden[layer])).double()
+        output = block.self_attn.o_proj.weight.detach().double()
+        dim = output.shape[1] // 4
+        for i, t in enumerate(WINDOWS):
+            expected = torch.zeros(2, t, dtype=torch.float64)
+            for row in range(t, t + 4):
+                probs = target[layer, :, row, : row + 1].double()
+                own = [values[: row + 1, (h // 2) * dim : (h // 2 + 1) * dim] for h in range(4)]
+                parts = [output[:, h * dim : (h + 1) * dim] for h in range(4)]
+                outs = [probs[h] @ own[h] for h in range(4)]
+                added = sum(part @ out for part, out in zip(parts, outs, strict=True))
+                residual = float((hidden[layer][row].detach().double() + added).square().sum())
+                for h in range(4):
+                    apart = ((own[h] - outs[h]) @ parts[h].T).square().sum(1)
+                    expected[h // 2] += (probs[h].square() * apart)[:t] / residual / 8
+            found = record.change.read(i, range(2 * layer, 2 * layer + 2)).double()
+            # A value near the output is a difference of large numbers.
+            torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.max()), rtol=1e-3)
+
+
+def test_a_map_by_output_weighs_windows_by_what_they_change():
+    """One window that changes much decides against nine that change little; by mass every one counts."""
+    scores = [[[0.0] * 60 for _ in range(2)] for _ in range(10)]
+    worth = [[0.0] * 60 for _ in range(10)]
+    for window in range(10):
+        loud = window == 0
+        worth[window][20] = 100.0 if loud else 1.0
+        scores[window][0][20 if loud else 30] = 1.0  # head 0 finds it where it matters
+        scores[window][1][30 if loud else 20] = 1.0
+    tables = [Table.of([torch.tensor([values]) for values in worth]) for _ in range(2)]
+    heard = Table.of([torch.tensor(values) for values in scores])
+    record = Record("x", [60] * 10, 70, tables[0], {"max": heard, "mean": heard}, tables[1])
+    one, two = HeadCounts(1, 1, 1), HeadCounts(1, 2, 1)
+    config = StsConfig(keep=11 / 60, budget=0, sink=2, recent=8)
+    for measure, speaker in (("mass", 1), ("output", 0)):
+        windows = search.windows_of([record], config, measure)
+        found = search.search(windows, search.score(windows, one), one, two, None, 1)
+        assert found.head_map.sources == ((((0, speaker),),),)
+
+
+def test_a_target_without_an_output_projection_is_measured_by_mass(pair, monkeypatch):
+    found = Pair(str(pair["target"]), str(pair["draft"]))
+    for layer in found.target.model.layers:
+        layer.self_attn.out, layer.self_attn.o_proj = layer.self_attn.o_proj, torch.nn.Identity()
+    with pytest.raises(ConfigError, match="--measure output: this target's attention has no o_proj"):
+        found.record("x", TOKENS, WINDOWS, change=True)
+
+
 def test_eagle3_head_as_the_oracle_runs_it(pair):
     record = Pair(str(pair["target"]), str(pair["eagle3"])).record("x", TOKENS, WINDOWS)
     model, _, hidden = attentions(pair["target"], TOKENS)
@@ -215,7 +268,7 @@ def test_the_budget_goes_to_heads_whose_attention_is_spread():
     flat = [share for row in head_map.shares for share in row]
     assert sum(flat) / 4 == pytest.approx(1, abs=0.1) and sum(flat) <= 4 + 1e-6
     assert min(flat[0], flat[3]) > 1 > max(flat[1], flat[2])
-    lost = search.lost_mass(head_map, windows, target, draft, 0.25)
+    lost = search.lost(head_map, windows, target, draft, 0.25)
     assert lost["split budget"] < lost["uniform budget"]
 
 
@@ -227,7 +280,7 @@ def test_lost_attention_by_brute_force(pair):
     sources = [[((0, 1), (1, 2)), ()], [((1, 3), (0, 0)), ((0, 2),)]] * 2
     shares = ((0.5, 1.5), (2.0, 1.0), (0.2, 0.8), (1.0, 1.0))
     head_map = HeadMap(tuple(map(tuple, sources)), "x", "max", shares=shares)
-    lost = search.lost_mass(head_map, windows, target, draft, 0.25)
+    lost = search.lost(head_map, windows, target, draft, 0.25)
     total = {"uniform budget": 0.0, "split budget": 0.0}
     for i, t in enumerate(WINDOWS):
         mass, score = record.mass.read(i), record.scores["max"].read(i)
@@ -284,6 +337,7 @@ def test_tables_give_back_what_was_written():
             assert torch.equal(table.read(i, rows), value[list(rows)])
     counts = HeadCounts(3, 6, 3)
     assert disk_bytes(counts, HeadCounts(1, 2, 1), [5, 8, 3]) == 4 * (9 + 2 * 2) * 16
+    assert disk_bytes(counts, HeadCounts(1, 2, 1), [5, 8, 3], change=True) == 4 * (18 + 2 * 2) * 16
 
 
 PEAK = """
@@ -303,19 +357,24 @@ def rss(name):
 torch.rand(8, 8) @ torch.rand(8, 8); torch.rand(9).topk(2); torch.rand(9).sort()  # libraries load
 open("/proc/self/clear_refs", "w").write("5")  # the peak so far, imports included, is forgotten
 start = rss("VmRSS")
-mass = record.Table(few.layers * 8, windows)
+mass, change = (record.Table(few.layers * 8, windows) for _ in range(2))
+states, output = torch.randn(2, tokens, 4096, dtype=torch.bfloat16)
+start = rss("VmRSS")
 scores = {pool: record.Table(16 * 32, windows) for pool in ("max", "mean")}
 for layer in range(2):
     for i, t in enumerate(windows):
-        rows = record._attention(q, k, range(t, t + 4), dim**-0.5)[:, :, :t].mean(1)
-        mass.write(i, 8 * layer, rows.view(8, -1, t).mean(1))
+        probs = record._attention(q, k, range(t, t + 4), dim**-0.5)
+        mass.write(i, 8 * layer, probs[:, :, :t].mean(1).view(8, -1, t).mean(1))
+        seen = record.Seen(layer, q, k, k, dim**-0.5, states, output)
+        change.write(i, 8 * layer, record._changes(seen, range(t, t + 4), probs)[:, :t])
+        del probs
 for i, t in enumerate(windows):
     rows = record._attention(q, k, range(t - 1, t + 2), dim**-0.5)[..., : t - 1]
     for table in scores.values():
         for layer in range(16):
             table.write(i, 32 * layer, torch.nn.functional.pad(rows.amax(1), (1, 0)).roll(7 * layer, 1))
-text = record.Record("x", windows, tokens, mass, scores)
-windows = search.windows_of([text] * texts, StsConfig(budget=0))
+text = record.Record("x", windows, tokens, mass, scores, change)
+windows = search.windows_of([text] * texts, StsConfig(budget=0), "output")
 search.search(windows, search.score(windows, few, "mean"), few, draft, None, 2, "mean")
 search.best_single(windows[:2], few)
 print(rss("VmHWM") - start, search.working_bytes(target, draft, tokens, texts * count, dim))

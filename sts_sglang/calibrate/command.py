@@ -8,12 +8,16 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sts_sglang import files
 from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig, one_line
 from sts_sglang.headmap import LATEST, MAP_SHIFT, MAP_VERSION, MAX_SOURCES, POOLS, SETTINGS
+
+if TYPE_CHECKING:
+    from sts_sglang.calibrate.record import Record
 
 TEXTS = Path(__file__).parent.parent / "texts"
 DOMAINS = ("prose", "code", "dialogue", "recall")
@@ -26,13 +30,20 @@ class Text(NamedTuple):
     content: str
 
 
+class Recorded(NamedTuple):
+    """A text that both models ran over."""
+
+    ids: list[int]
+    record: Record
+
+
 def add(commands) -> None:
     """Register the subcommand."""
     parser = commands.add_parser(
         "calibrate",
         help="find which draft heads speak for which target heads, and say how well",
         description="Runs both models over a few texts, takes for every target (layer, KV head) the draft\n"
-        "heads that select most of what it attends to, and writes the head map. Then measures\n"
+        "heads whose selection changes its output least, and writes the head map. Then measures\n"
         "the map on texts that were not used for it.",
         epilog="example:\n"
         "  sts-sglang calibrate --model TARGET --draft DRAFT --out map.json --plot map.png\n"
@@ -53,6 +64,13 @@ def add(commands) -> None:
     flag("--recent", type=int, default=64, help="last tokens always kept (default 64)")
     flag(
         "--heads", type=_count(MAX_SOURCES), default=6, help="most draft heads for a target head (default 6)"
+    )
+    flag(
+        "--measure",
+        choices=("output", "mass"),
+        default="output",
+        help="what a map is good by: how little the target's output changes (default), or the attention\n"
+        "that it holds, which diffuse heads own",
     )
     flag(
         "--pool",
@@ -115,11 +133,11 @@ def run(args: argparse.Namespace) -> int:
         prints[name] = fingerprint.of_model(path)
         if prints[name] is None:
             raise ConfigError(f"{flag}: no safetensors files to fingerprint; allowed: a safetensors model")
-    records = _record(pair, args, config, texts, "--text")
+    recorded = _record(pair, args, config, texts, "--text")
     held = _record(pair, args, config, holdout, "--holdout")
-    found, report = measure(pair, args, config, records, held)
+    found, report = measure(pair, args, config, recorded, held)
     print(reports.table(report))
-    _write("--out", args.out, _map(pair, args, found, report, prints, texts, records))
+    _write("--out", args.out, _map(pair, args, found, report, prints, texts, recorded))
     if args.report:
         _write("--report", args.report, report)
     if args.plot:
@@ -139,23 +157,41 @@ def _check_outputs(args: argparse.Namespace) -> None:
             raise ConfigError(f"{flag} {path}: is {other} as well; allowed: a file of its own")
 
 
-def measure(pair, args, config, records, held):
+def measure(pair, args, config, recorded: list[Recorded], held: list[Recorded]):
     """(Calibrated, report) of recorded texts."""
+    import torch
+
     from sts_sglang.calibrate import search
     from sts_sglang.calibrate.report import weak_heads
     from sts_sglang.headmap import proportional
 
     target, draft = pair.target_counts, pair.draft_counts
-    windows, checks = search.windows_of(records, config), search.windows_of(held, config)
+    records = [text.record for text in recorded]
+    checks = search.windows_of([text.record for text in held], config)
+
+    def windows_to_find_by(records):
+        return search.windows_of(records, config, args.measure)
+
+    def errors(head_map):
+        if args.measure == "mass":
+            return None
+        parts = torch.tensor(search.parts_of(args.keep), dtype=torch.float64).expand(target.kv_heads, -1)
+
+        def kept(window, layer):
+            return search.kept_by_part(head_map, window, layer, draft, parts)
+
+        return output_errors(pair, recorded, windows, parts.shape[1], kept)
 
     def find(windows):
         pools = POOLS if args.pool == "auto" else (args.pool,)
         return search.best_map(windows, target, draft, args.band, args.heads, pools)
 
     _say("searching")
+    windows = windows_to_find_by(records)
     found = find(windows)
     if args.budget == "split":
-        split = search.split_budget(found.head_map, windows, target, draft, args.keep)
+        _say("splitting the budget")
+        split = search.split_budget(found.head_map, windows, target, draft, args.keep, errors(found.head_map))
         found = replace(found, head_map=split)
     _say("checking on held-out texts")
     mass = search.outside(checks, target)
@@ -174,10 +210,13 @@ def measure(pair, args, config, records, held):
     stability = {}
     for domain in dict.fromkeys(r.domain for r in records):
         _say(f"stability: {domain}")
-        own = find(search.windows_of([r for r in records if r.domain == domain], config)).head_map
+        own = find(windows_to_find_by([r for r in records if r.domain == domain])).head_map
         share = search.recall_of(own, checks, target, draft).mean((1, 2))
         stability[domain] = search.by_domain(checks, share)
-    lost = search.lost_mass(found.head_map, checks, target, draft, args.keep)
+    lost = search.lost(found.head_map, checks, target, draft, args.keep)
+    saved = None
+    if args.measure == "output":
+        saved = _saved(pair, held, checks, found.head_map, args.keep)
     weighted |= {f"calibrated, {name}": 1 - share / float(mass.mean()) for name, share in lost.items()}
     by_head, best = ways["calibrated"].mean(0), ways["oracle"].mean(0)
     latest = sum(not own for layer in found.head_map.sources for own in layer)
@@ -188,6 +227,7 @@ def measure(pair, args, config, records, held):
         "gap_closed": _closed(recall, "calibrated"),
         "share_outside": float(mass.mean()),
         "lost": lost,
+        "saved": saved,
         "gap_closed_by_mass": _closed(weighted, f"calibrated, {args.budget} budget"),
         "pool": found.head_map.pool,
         "latest_heads": latest,
@@ -206,13 +246,56 @@ def measure(pair, args, config, records, held):
     }
 
 
+def output_errors(pair, texts: list[Recorded], windows, ways: int, kept) -> Any:
+    """[layers, KV heads, ways] of `Pair.output_errors` over all texts, every domain counting the same.
+
+    kept: of a search.Window and a layer, bool [KV heads, ways, t].
+    """
+    import torch
+
+    from sts_sglang.calibrate import search
+
+    found = []
+    for ids, record in texts:
+        own = [window for window in windows if window.record is record]
+        by_layer = partial(_of_window, kept, own)
+        found.append(pair.output_errors(ids, record.windows, by_layer, ways))
+    return search.by_domains(windows, torch.cat(found))
+
+
+def _of_window(kept, windows, i: int, layer: int):
+    return kept(windows[i], layer)
+
+
+def _saved(pair, texts, windows, head_map, keep: float) -> dict[str, float]:
+    """Of the error of the target's output that sink and recent leave, the part that a map takes away."""
+    import torch
+
+    from sts_sglang.calibrate import search
+    from sts_sglang.headmap import proportional
+
+    target, draft = pair.target_counts, pair.draft_counts
+    maps = {"proportional default": proportional(target, draft), "calibrated": head_map}
+
+    def kept(window, layer):
+        ways = []
+        for own in maps.values():
+            shares = own.shares[layer] if own.shares else [1.0] * target.kv_heads
+            parts = torch.tensor([[0.0, keep * share] for share in shares], dtype=torch.float64)
+            ways.append(search.kept_by_part(own, window, layer, draft, parts.clamp(max=1.0)))
+        return torch.cat(ways, 1)
+
+    errors = output_errors(pair, texts, windows, 4, kept).mean((0, 1)).tolist()
+    return {name: 1 - errors[1 + 2 * i] / errors[0] for i, name in enumerate(maps)}
+
+
 def _closed(recall: dict[str, float], way: str) -> float | None:
     """Part of the gap between the proportional default and the oracle, None where there is hardly one."""
     gap = recall["oracle"] - recall["proportional default"]
     return (recall[way] - recall["proportional default"]) / gap if gap > 0.005 else None
 
 
-def _map(pair, args, found, report: dict[str, Any], prints, texts: list[Text], records) -> dict[str, Any]:
+def _map(pair, args, found, report: dict[str, Any], prints, texts: list[Text], recorded) -> dict[str, Any]:
     heads = pair.target_counts.kv_heads
     best = {
         key: [
@@ -236,8 +319,12 @@ def _map(pair, args, found, report: dict[str, Any], prints, texts: list[Text], r
         "dense_layers": report["dense_layers"],
         "best": best,
         "texts": [
-            {"domain": t.domain, "sha256": hashlib.sha256(t.content.encode()).hexdigest(), "tokens": r.tokens}
-            for t, r in zip(texts, records, strict=True)
+            {
+                "domain": t.domain,
+                "sha256": hashlib.sha256(t.content.encode()).hexdigest(),
+                "tokens": len(r.ids),
+            }
+            for t, r in zip(texts, recorded, strict=True)
         ],
         "settings": {name: getattr(args, name) for name in SETTINGS},
     }
@@ -297,7 +384,7 @@ def _record(pair, args, config: StsConfig, texts: list[Text], flag: str):
                 f"{pair.positions}; allowed: at most {pair.positions}"
             )
         windows = choose_windows(len(ids), args.windows, least, args.seed + i, flag)
-        records.append(pair.record(text.domain, ids, windows))
+        records.append(Recorded(ids, pair.record(text.domain, ids, windows, args.measure == "output")))
     return records
 
 

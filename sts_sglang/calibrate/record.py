@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,25 @@ VERIFY_ROWS = 4
 DRAFT_ROWS = 3
 ATTENTION = "sts_calibrate"
 
-Collector = Callable[[int, torch.Tensor, torch.Tensor, float], None]  # layer, q, k [heads, T, D], scaling
+
+class Seen(NamedTuple):
+    """Attention of one layer over one text: q [H_q, T, D], k and v [H_kv, T, D], after positions.
+
+    states: [T, hidden], what the layer reads, None of a head. output: [hidden, H_q * D], of the output
+    projection, None of a head or of a model that names it otherwise.
+    """
+
+    layer: int
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scaling: float
+    states: torch.Tensor | None = None
+    output: torch.Tensor | None = None
+
+
+Collector = Callable[[Seen], None]
+Kept = Callable[[int, int], torch.Tensor]
 
 
 class Table:
@@ -103,6 +121,8 @@ class Record:
         tokens: length of the text.
         mass: [layers * KV heads, t], the target's attention to committed positions, mean over the verify
             rows and the query heads of the group.
+        change: as mass, what leaving that token out changes: the squared distance of what a query head then
+            adds to the residual, over the squared norm of the residual; None unless asked for.
         scores: [draft layers * query heads, t] by how the draft rows are pooled, importance by target
             position.
     """
@@ -112,11 +132,12 @@ class Record:
     tokens: int
     mass: Table
     scores: dict[str, Table]
+    change: Table | None = None
 
 
-def disk_bytes(target: HeadCounts, draft: HeadCounts, lengths: Sequence[int]) -> int:
+def disk_bytes(target: HeadCounts, draft: HeadCounts, lengths: Sequence[int], change: bool = False) -> int:
     """Of the temporary files of windows of these lengths."""
-    rows = target.layers * target.kv_heads + len(POOLS) * draft.layers * draft.q_heads
+    rows = (1 + change) * target.layers * target.kv_heads + len(POOLS) * draft.layers * draft.q_heads
     return 4 * rows * sum(lengths)
 
 
@@ -171,22 +192,37 @@ class Pair:
         self.positions = min((n for n in positions if n), default=None)
 
     @torch.no_grad()
-    def record(self, domain: str, tokens: list[int], windows: list[int]) -> Record:
-        """Run both models over `tokens` and keep what the windows need; see Record."""
+    def record(self, domain: str, tokens: list[int], windows: list[int], change: bool = False) -> Record:
+        """Run both models over `tokens` and keep what the windows need; see Record.
+
+        Raises:
+            ConfigError: `change` of a target without an output projection that is known.
+        """
         draft, target = self.draft_counts, self.target_counts
         scores = {pool: Table(draft.layers * draft.q_heads, windows) for pool in POOLS}
         mass = Table(target.layers * target.kv_heads, windows)
 
-        def score(layer, q, k, scaling):
-            for i, t in enumerate(windows):
-                rows = _attention(q, k, range(t - SHIFT, t - SHIFT + DRAFT_ROWS), scaling)[..., : t - SHIFT]
-                for pool, pooled in (("max", rows.amax(1)), ("mean", rows.mean(1))):
-                    scores[pool].write(i, layer * draft.q_heads, pad(pooled, (SHIFT, 0)))
+        changed = Table(target.layers * target.kv_heads, windows) if change else None
 
-        def weigh(layer, q, k, scaling):
+        def score(seen: Seen) -> None:
             for i, t in enumerate(windows):
-                rows = _attention(q, k, range(t, t + VERIFY_ROWS), scaling)[:, :, :t].mean(1)
-                mass.write(i, layer * target.kv_heads, rows.view(target.kv_heads, -1, t).mean(1))
+                rows = range(t - SHIFT, t - SHIFT + DRAFT_ROWS)
+                probs = _attention(seen.q, seen.k, rows, seen.scaling)[..., : t - SHIFT]
+                for pool, pooled in (("max", probs.amax(1)), ("mean", probs.mean(1))):
+                    scores[pool].write(i, seen.layer * draft.q_heads, pad(pooled, (SHIFT, 0)))
+
+        def weigh(seen: Seen) -> None:
+            if change and seen.output is None:
+                raise ConfigError(
+                    "--measure output: this target's attention has no o_proj; allowed: --measure mass"
+                )
+            for i, t in enumerate(windows):
+                rows = range(t, t + VERIFY_ROWS)
+                probs = _attention(seen.q, seen.k, rows, seen.scaling)
+                own = probs[:, :, :t].mean(1)
+                mass.write(i, seen.layer * target.kv_heads, own.view(target.kv_heads, -1, t).mean(1))
+                if change:
+                    changed.write(i, seen.layer * target.kv_heads, _changes(seen, rows, probs)[:, :t])
 
         ids = torch.tensor([tokens], device=self.device)
         wanted = self.head.reads if self.head else ()
@@ -194,8 +230,30 @@ class Pair:
         if self.head is None:
             _run(self.draft_model, ids[:, SHIFT:], score)
         else:
-            score(0, *self.head(ids[0, SHIFT:], [h[0, :-SHIFT] for h in hidden]))
-        return Record(domain, windows, len(tokens), mass, scores)
+            q, k, scaling = self.head(ids[0, SHIFT:], [h[0, :-SHIFT] for h in hidden])
+            score(Seen(0, q, k, k, scaling))
+        return Record(domain, windows, len(tokens), mass, scores, changed)
+
+    @torch.no_grad()
+    def output_errors(self, tokens: list[int], windows: list[int], kept: Kept, ways: int) -> torch.Tensor:
+        """float32 [windows, layers, KV heads, ways]: how far what a KV head's query heads add to the residual
+        is from what they add over the whole context, in squares, over the squared norm of the residual; mean
+        over the verify rows.
+
+        Args:
+            kept: of a window's number and a layer, bool [KV heads, ways, t], the tokens attended to.
+        """
+        target = self.target_counts
+        found = torch.zeros(len(windows), target.layers, target.kv_heads, ways)
+
+        def weigh(seen: Seen) -> None:
+            for i, t in enumerate(windows):
+                rows = range(t, t + VERIFY_ROWS)
+                probs = _attention(seen.q, seen.k, rows, seen.scaling)
+                found[i, seen.layer] = _errors(seen, rows, probs, kept(i, seen.layer).to(probs.device)).cpu()
+
+        _run(self.target, torch.tensor([tokens], device=self.device), weigh)
+        return found
 
 
 class EagleHead:
@@ -314,22 +372,70 @@ def _attention(q: torch.Tensor, k: torch.Tensor, rows: range, scaling: float) ->
     return logits.masked_fill_(later, -torch.inf).softmax(-1)
 
 
+def _changes(seen: Seen, rows: range, probs: torch.Tensor) -> torch.Tensor:
+    """float32 [H_kv, L] of probabilities [H_q, rows, L]: see `Record.change`; mean over rows and heads.
+
+    Without token i a head adds p_i / (1 - p_i) times the distance of its value from the head's output; what
+    many tokens change is taken as the sum of what each does, and the divisor as 1.
+    """
+    (q_heads, number, length), kv_heads = probs.shape, seen.k.shape[0]
+    group, (heads, outs, residual) = q_heads // kv_heads, _added(seen, rows, probs)
+    found = torch.zeros(kv_heads, length, device=probs.device)
+    for h, (out, own) in enumerate(zip(outs, heads, strict=True)):
+        values, metric = seen.v[h // group, :length].float(), own.float().T @ own.float()
+        squares = ((values @ metric) * values).sum(-1)  # [L]
+        apart = squares - 2 * (out @ metric) @ values.T + ((out @ metric) * out).sum(-1, keepdim=True)
+        found[h // group] += (probs[h].square() * apart.clamp(min=0) / residual[:, None]).sum(0)
+    return found / (group * number)
+
+
+def _added(
+    seen: Seen, rows: range, probs: torch.Tensor
+) -> tuple[Sequence[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """Of probabilities [H_q, rows, L], by query head: its part of the output projection [hidden, D] and its
+    output [rows, D]; and [rows], the squared norm of the residual after this attention."""
+    (q_heads, _, length), group = probs.shape, seen.q.shape[0] // seen.k.shape[0]
+    heads = seen.output.split(seen.v.shape[2], 1)
+    outs = [probs[h] @ seen.v[h // group, :length].float() for h in range(q_heads)]
+    added = sum(out @ own.float().T for out, own in zip(outs, heads, strict=True))
+    return heads, outs, (seen.states[rows[0] : rows[-1] + 1].float() + added).square().sum(-1)
+
+
+def _errors(seen: Seen, rows: range, probs: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """float32 [H_kv, ways], see `Pair.output_errors`; kept: bool [H_kv, ways, t]."""
+    kv_heads, ways, t = kept.shape
+    group, (heads, outs, residual) = probs.shape[0] // kv_heads, _added(seen, rows, probs)
+    found = torch.zeros(kv_heads, ways, device=probs.device)
+    for kv in range(kv_heads):
+        seen_too = pad(kept[kv], (0, probs.shape[2] - t), value=True)[:, None]  # [ways, 1, L]: the tail is
+        values, apart = seen.v[kv, : probs.shape[2]].float(), 0.0
+        for h in range(kv * group, (kv + 1) * group):
+            left = probs[h] * seen_too  # [ways, rows, L]
+            out = (left / left.sum(-1, keepdim=True)) @ values
+            apart = apart + (out - outs[h]) @ heads[h].float().T
+        found[kv] = (apart.square().sum(-1) / residual).mean(-1)
+    return found
+
+
 def _run(model: Any, ids: torch.Tensor, collect: Collector, hidden: Sequence[int] = ()) -> list[torch.Tensor]:
     """The decoder without its output matrix, whose logits would be the largest tensor of all.
 
     Returns the hidden states of these indices (embeddings first, the last one normed); no others are kept.
     """
-    model.sts_collect[0] = collect
     decoder, found = model.base_model, {}
+    running = model.sts_running
+    running["collect"] = collect
 
     def keep(i):
         def hook(module, args, kwargs):
-            found[i] = args[0] if args else kwargs["hidden_states"]
+            running["states"] = args[0] if args else kwargs["hidden_states"]
+            if i in hidden:
+                found[i] = running["states"]
 
         return hook
 
-    inner = [i for i in hidden if i < len(decoder.layers)]
-    hooks = [decoder.layers[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in inner]
+    layers = enumerate(decoder.layers)
+    hooks = [layer.register_forward_pre_hook(keep(i), with_kwargs=True) for i, layer in layers]
     try:
         found[len(decoder.layers)] = decoder(ids, use_cache=False).last_hidden_state
     finally:
@@ -361,10 +467,10 @@ def _load(flag: str, path: str, device: str, dtype: torch.dtype):
                 f"architecture, {type(model).__name__}"
             )
     _check_finite(f"{flag} {path}", model.named_parameters())
-    model.sts_collect = [None]
+    model.sts_running = {}  # of `_run`: who collects, and what the running layer reads
     for module in model.modules():
         if hasattr(module, "layer_idx"):
-            module.sts_collect = model.sts_collect
+            module.sts_running = model.sts_running
     return model.eval().to(device)
 
 
@@ -421,7 +527,9 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _collecting_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """transformers' attention function: plain causal attention of one sequence, shown to the collector."""
-    module.sts_collect[0](module.layer_idx, query[0], key[0], scaling)
+    output = getattr(getattr(module, "o_proj", None), "weight", None)
+    states = module.sts_running["states"][0]
+    module.sts_running["collect"](Seen(module.layer_idx, query[0], key[0], value[0], scaling, states, output))
     group = query.shape[1] // key.shape[1]
     out = torch.nn.functional.scaled_dot_product_attention(
         query,

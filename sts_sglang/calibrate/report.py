@@ -34,6 +34,9 @@ def table(report: dict[str, Any]) -> str:
         for name, share in report["lost"].items()
     ]
     lines += [f"  of all its attention, the map leaves out {' and '.join(lost)}"]
+    if saved := report["saved"]:
+        ways = " and ".join(f"the {name} {part:.1%}" for name, part in saved.items())
+        lines += [f"  of the error of its output that sink and recent leave, {ways} takes away"]
     gaps = ((report["gap_closed"], ""), (report["gap_closed_by_mass"], " by mass, with its budgets"))
     if closed := [f"{part:.0%}{how}" for part, how in gaps if part is not None]:
         gap = "of the gap between the proportional default and the oracle"

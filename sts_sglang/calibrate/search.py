@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sts_sglang.calibrate.record import VERIFY_ROWS, Record
+from sts_sglang.calibrate.record import VERIFY_ROWS, Record, Table
 from sts_sglang.config import CEIL_GUARD, StsConfig
 from sts_sglang.headmap import POOLS, HeadCounts, HeadMap, Source
 
@@ -36,18 +36,37 @@ class Calibrated:
 
 
 class Window:
-    """One window's positions outside sink and recent, and how many of them the budget selects."""
+    """One window's positions outside sink and recent, and how many of them the budget selects.
 
-    def __init__(self, record: Record, i: int, config: StsConfig):
+    table: of what its tokens are worth, `Record.mass` or `Record.change`. whole: float32 [rows], what the
+    tokens of a window are worth together, in the mean of all windows; None: in each by itself, so that every
+    window counts the same.
+    """
+
+    def __init__(
+        self,
+        record: Record,
+        i: int,
+        config: StsConfig,
+        table: Table | None = None,
+        whole: torch.Tensor | None = None,
+    ):
         t = record.windows[i]
         self.record, self.i, self.domain = record, i, record.domain
+        self.table, self.whole = record.mass if table is None else table, whole
         self.span = slice(config.sink, t - config.recent)
         self.count = config.budget_for(t) - config.sink - config.recent
         self.positions = t - config.recent - config.sink
 
-    def mass(self, rows: Sequence[int]) -> torch.Tensor:
-        """[rows, positions] of the target's attention."""
-        return self.record.mass.read(self.i, rows)[:, self.span]
+    def worth(self, rows: Sequence[int]) -> torch.Tensor:
+        """[rows, positions] of the target's tokens."""
+        return self.table.read(self.i, rows)[:, self.span]
+
+    def shares(self, rows: Sequence[int]) -> torch.Tensor:
+        """The same as parts of all."""
+        worth = self.worth(rows)
+        whole = worth.sum(1, keepdim=True) if self.whole is None else self.whole[list(rows), None]
+        return worth / whole.clamp(min=1e-30)
 
     def scores(self, pool: str, rows: Sequence[int] | None = None) -> torch.Tensor:
         """[rows, positions] of the draft's, None for every draft head."""
@@ -57,13 +76,13 @@ class Window:
         """Indices [..., count] of the highest `values` [..., positions]."""
         return values.topk(self.count, -1, sorted=False).indices
 
-    def recall(self, mass: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Share [...] of `mass` [..., positions] on the `chosen` [..., count]."""
-        return mass.gather(-1, chosen).sum(-1) / mass.sum(-1).clamp(min=1e-30)
+    def recall(self, shares: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Sum [...] of `shares` [..., positions] on the `chosen` [..., count]."""
+        return shares.gather(-1, chosen).sum(-1)
 
-    def latest(self, mass: torch.Tensor) -> torch.Tensor:
-        """Share [...] of `mass` on the last positions, as many as the budget selects."""
-        return mass[..., -self.count :].sum(-1) / mass.sum(-1).clamp(min=1e-30)
+    def latest(self, shares: torch.Tensor) -> torch.Tensor:
+        """Sum [...] of `shares` on the last positions, as many as the budget selects."""
+        return shares[..., -self.count :].sum(-1)
 
 
 def working_bytes(target: HeadCounts, draft: HeadCounts, tokens: int, windows: int, head_dim: int) -> int:
@@ -71,9 +90,11 @@ def working_bytes(target: HeadCounts, draft: HeadCounts, tokens: int, windows: i
 
     `windows` of all texts of a part together, none longer than `tokens`. Independent of the target's layers.
     """
-    # One window of one layer: logits, mask, probabilities and a temporary; the keys in float32.
+    # One window of one layer: logits, mask, probabilities and a temporary; the keys in float32. Then one
+    # head's values, twice, and what is worked out of them by row.
     recording = 4 * tokens * (4 * VERIFY_ROWS * max(target.q_heads, draft.q_heads))
     recording += 2 * 4 * tokens * max(target.kv_heads, draft.kv_heads) * head_dim
+    recording += 4 * tokens * (2 * head_dim + target.kv_heads)
     # One window of the draft: values, mask, the top's values and indices; of one target layer as many.
     scoring = 4 * tokens * 4 * (draft.layers * draft.q_heads + target.kv_heads)
     # All windows of one target layer, the shortlist of one of its heads, and what joins it.
@@ -82,16 +103,28 @@ def working_bytes(target: HeadCounts, draft: HeadCounts, tokens: int, windows: i
     return recording + scoring + joining
 
 
-def windows_of(records: Sequence[Record], config: StsConfig) -> list[Window]:
-    """All windows of all texts."""
-    return [Window(record, i, config) for record in records for i in range(len(record.windows))]
+def windows_of(records: Sequence[Record], config: StsConfig, measure: str = "mass") -> list[Window]:
+    """All windows of all texts, whose tokens are worth their mass, or by measure "output" what leaving them
+    out changes. There a window in which nothing much would change says little, and counts little."""
+    tables = [record.mass if measure == "mass" else record.change for record in records]
+    windows = [
+        Window(record, i, config, table)
+        for record, table in zip(records, tables, strict=True)
+        for i in range(len(record.windows))
+    ]
+    if measure == "output":
+        rows = range(tables[0].rows)
+        whole = torch.stack([window.worth(rows).sum(1) for window in windows]).mean(0)
+        for window in windows:
+            window.whole = whole
+    return windows
 
 
 def score(windows: list[Window], target: HeadCounts, pool: str = "max") -> Scores:
     """Every candidate draft head for every target (layer, KV head).
 
-    Recall is the target's attention mass outside sink and recent on what the candidate selects; Jaccard
-    (the paper's criterion) compares its selection with the target's own top of the same size.
+    Recall is what the tokens outside sink and recent that the candidate selects are worth; Jaccard (the
+    paper's criterion) compares its selection with the target's own top of the same size.
     """
     total: torch.Tensor | float = 0.0
     for window in windows:
@@ -100,9 +133,9 @@ def score(windows: list[Window], target: HeadCounts, pool: str = "max") -> Score
         del values
         layers = []
         for layer in range(target.layers):
-            mass = window.mass(_rows(layer, target))
-            recall = mass @ speaks.T / mass.sum(1, keepdim=True).clamp(min=1e-30)
-            common = _mask(window.top(mass), window.positions) @ speaks.T
+            shares = window.shares(_rows(layer, target))
+            recall = shares @ speaks.T
+            common = _mask(window.top(shares), window.positions) @ speaks.T
             layers.append(torch.stack([recall, common / (2 * window.count - common)]))
         total = total + torch.cat(layers, 1)
     recall, jaccard = total / len(windows)
@@ -148,20 +181,20 @@ def search(
         allowed = torch.tensor(
             [band is None or abs(d - near) <= band for d in range(draft.layers) for _ in range(draft.q_heads)]
         )
-        mass = [window.mass(_rows(layer, target)) for window in windows]
+        shares = [window.shares(_rows(layer, target)) for window in windows]
         sources.append([])
         for h in range(target.kv_heads):
             ranked = scores.recall[layer * target.kv_heads + h].masked_fill(~allowed, -1)
             ranked = ranked.argsort(descending=True, stable=True)
             ranked = ranked[: min(SHORTLIST, int(allowed.sum()))].sort().values.tolist()
-            picks, shares = _forward(windows, [m[h] for m in mass], ranked, heads, pool)
+            picks, held = _forward(windows, [s[h] for s in shares], ranked, heads, pool)
             own = tuple(sorted(divmod(c, draft.q_heads) for c in picks))
-            latest = torch.stack([window.latest(m[h]) for window, m in zip(windows, mass, strict=True)])
-            if min(by_domain(windows, latest - shares).values()) > LEAST_GAIN:
-                spared.append((float((latest - shares).mean()), layer, h, own))
-                own, shares = (), latest
+            latest = torch.stack([window.latest(s[h]) for window, s in zip(windows, shares, strict=True)])
+            if min(by_domain(windows, latest - held).values()) > LEAST_GAIN:
+                spared.append((float((latest - held).mean()), layer, h, own))
+                own, held = (), latest
             sources[layer].append(own)
-            recall[layer, h] = shares.mean()
+            recall[layer, h] = held.mean()
     if not any(own for row in sources for own in row):  # a map without a draft head is none
         gain, layer, h, own = min(spared)
         sources[layer][h] = own
@@ -180,7 +213,7 @@ def by_domain(windows: list[Window], values: torch.Tensor) -> dict[str, float]:
 
 
 def _forward(
-    windows: list[Window], mass: list[torch.Tensor], ranked: list[int], heads: int, pool: str
+    windows: list[Window], worth: list[torch.Tensor], ranked: list[int], heads: int, pool: str
 ) -> tuple[list[int], torch.Tensor]:
     """Draft heads out of `ranked`, and the recall [windows] they have together."""
     candidates = [window.scores(pool, ranked) for window in windows]
@@ -192,7 +225,7 @@ def _forward(
         shares = torch.stack(
             [
                 window.recall(own.expand(len(ranked), -1), window.top(_join(pool, values, so_far)))
-                for window, own, values, so_far in zip(windows, mass, candidates, joined, strict=True)
+                for window, own, values, so_far in zip(windows, worth, candidates, joined, strict=True)
             ]
         )
         gains = (shares.mean(0) - best.mean()).masked_fill(~open_, -torch.inf)
@@ -238,20 +271,36 @@ def recall_of(
     return _by_layer(
         windows,
         target,
-        lambda window, layer, mass: window.recall(mass, selected(head_map, window, layer, draft, pool)),
+        lambda window, layer, rows: window.recall(
+            window.shares(rows), selected(head_map, window, layer, draft, pool)
+        ),
     )
 
 
+def parts_of(keep: float) -> list[float]:
+    """Parts of the context that a head may be given."""
+    return sorted({min(1.0, keep * part) for part in PARTS})
+
+
 def split_budget(
-    head_map: HeadMap, windows: list[Window], target: HeadCounts, draft: HeadCounts, keep: float
+    head_map: HeadMap,
+    windows: list[Window],
+    target: HeadCounts,
+    draft: HeadCounts,
+    keep: float,
+    lost: torch.Tensor | None = None,
 ) -> HeadMap:
-    """The map with shares: what each target head gets of the budget, so that most attention is selected.
+    """The map with shares: what each target head gets of the budget, so that least is lost.
 
     A head whose attention outside sink and recent is little, or gathered in few tokens that its sources
     find, gives up what serves it least to one that loses much. Every domain counts the same.
+
+    Args:
+        lost: [layers, KV heads, parts] at each of `parts_of`; None: what the tokens are worth that a list of
+            that part misses.
     """
-    parts = sorted({min(1.0, keep * part) for part in PARTS})
-    lost = _lost(head_map, windows, target, draft, parts).tolist()
+    parts = parts_of(keep)
+    lost = (_lost(head_map, windows, target, draft, parts) if lost is None else lost).tolist()
     level = [[0] * target.kv_heads for _ in range(target.layers)]
     left = (keep - parts[0]) * target.layers * target.kv_heads
     while (step := _best_step(lost, level, parts, left)) is not None:
@@ -275,6 +324,27 @@ def _best_step(lost: list, level: list[list[int]], parts: list[float], left: flo
     return found
 
 
+def kept_by_part(
+    head_map: HeadMap, window: Window, layer: int, draft: HeadCounts, parts: torch.Tensor
+) -> torch.Tensor:
+    """bool [KV heads, ways, t]: sink, recent and what each head of a layer selects for a list of these parts
+    of the context, float64 [KV heads, ways]."""
+    context = window.record.windows[window.i]
+    order = ranked(head_map, window, layer, draft, head_map.pool or "max")
+    place = torch.empty_like(order).scatter_(1, order, torch.arange(window.positions).expand_as(order))
+    wanted = torch.ceil(parts * context - CEIL_GUARD) - (context - window.positions)
+    kept = torch.ones(*parts.shape, context, dtype=torch.bool)
+    kept[..., window.span] = place[:, None] < wanted[..., None]
+    return kept
+
+
+def by_domains(windows: list[Window], values: torch.Tensor) -> torch.Tensor:
+    """Mean of `values` [windows, ..] over windows, where every domain counts the same."""
+    domains = list(dict.fromkeys(window.domain for window in windows))
+    found = [values[[i for i, w in enumerate(windows) if w.domain == domain]].mean(0) for domain in domains]
+    return torch.stack(found).mean(0)
+
+
 def _lost(head_map, windows: list[Window], target: HeadCounts, draft: HeadCounts, parts) -> torch.Tensor:
     """[layers, KV heads, parts] of attention outside sink and recent that a list of that part misses."""
     pool = head_map.pool or "max"
@@ -285,42 +355,48 @@ def _lost(head_map, windows: list[Window], target: HeadCounts, draft: HeadCounts
         wanted = [math.ceil(part * context - CEIL_GUARD) - (context - window.positions) for part in parts]
         counts = [min(window.positions, max(0, k)) for k in wanted]
         for layer in range(target.layers):
-            mass = window.mass(_rows(layer, target))
+            worth = window.worth(_rows(layer, target))
             order = ranked(head_map, window, layer, draft, pool)
-            kept = mass.gather(1, order).cumsum(1)
+            kept = worth.gather(1, order).cumsum(1)
             kept = torch.nn.functional.pad(kept, (1, 0))[:, counts]
-            total[domains.index(window.domain), layer] += mass.sum(1, keepdim=True) - kept
+            total[domains.index(window.domain), layer] += worth.sum(1, keepdim=True) - kept
     number = torch.tensor([sum(window.domain == d for window in windows) for d in domains])
     return (total / number[:, None, None, None]).mean(0)
 
 
-def lost_mass(
+def lost(
     head_map: HeadMap, windows: list[Window], target: HeadCounts, draft: HeadCounts, keep: float
 ) -> dict[str, float]:
-    """Mean over heads of the attention that is not selected, with one budget for all and with shares."""
+    """Mean over heads of what the tokens are worth that are not selected, with one budget for all and then,
+    where the map has them, with shares."""
     shares = head_map.shares or [[1.0] * target.kv_heads] * target.layers
     parts = sorted({keep, *(min(1.0, share * keep) for row in shares for share in row)})
-    lost = _lost(head_map, windows, target, draft, parts)
-    found = {"uniform budget": float(lost[..., parts.index(keep)].mean())}
+    by_part = _lost(head_map, windows, target, draft, parts)
+    found = {"uniform budget": float(by_part[..., parts.index(keep)].mean())}
     if head_map.shares:
         index = torch.tensor([[parts.index(min(1.0, share * keep)) for share in row] for row in shares])
-        found["split budget"] = float(lost.gather(-1, index[..., None]).mean())
+        found["split budget"] = float(by_part.gather(-1, index[..., None]).mean())
     return found
 
 
 def oracle(windows: list[Window], target: HeadCounts) -> torch.Tensor:
     """[windows, layers, KV heads]: recall of the target's own top at the same budget, the most there is."""
-    return _by_layer(windows, target, lambda window, layer, mass: window.recall(mass, window.top(mass)))
+    return _by_layer(windows, target, lambda window, layer, rows: _best(window, rows))
+
+
+def _best(window: Window, rows: range) -> torch.Tensor:
+    shares = window.shares(rows)
+    return window.recall(shares, window.top(shares))
 
 
 def latest(windows: list[Window], target: HeadCounts) -> torch.Tensor:
     """[windows, layers, KV heads]: recall of sink and a recent part as large as the budget."""
-    return _by_layer(windows, target, lambda window, layer, mass: window.latest(mass))
+    return _by_layer(windows, target, lambda window, layer, rows: window.latest(window.shares(rows)))
 
 
 def outside(windows: list[Window], target: HeadCounts) -> torch.Tensor:
     """[windows, layers, KV heads]: the target's attention outside sink and recent."""
-    return _by_layer(windows, target, lambda window, layer, mass: mass.sum(-1))
+    return _by_layer(windows, target, lambda window, layer, rows: window.worth(rows).sum(-1))
 
 
 def best_single(windows: list[Window], target: HeadCounts) -> torch.Tensor:
@@ -334,9 +410,8 @@ def best_single(windows: list[Window], target: HeadCounts) -> torch.Tensor:
         for pool in POOLS:
             speaks = _mask(window.top(window.scores(pool)), window.positions)
             for layer in range(target.layers):
-                mass = window.mass(_rows(layer, target))
-                share = (mass @ speaks.T).amax(1) / mass.sum(1).clamp(min=1e-30)
-                best[layer] = torch.maximum(best[layer], share)
+                held = (window.shares(_rows(layer, target)) @ speaks.T).amax(1)
+                best[layer] = torch.maximum(best[layer], held)
         found.append(best)
     return torch.stack(found)
 
@@ -348,10 +423,7 @@ def random(windows: list[Window]) -> float:
 
 def _by_layer(windows: list[Window], target: HeadCounts, rule) -> torch.Tensor:
     return torch.stack(
-        [
-            torch.stack([rule(window, t, window.mass(_rows(t, target))) for t in range(target.layers)])
-            for window in windows
-        ]
+        [torch.stack([rule(window, t, _rows(t, target)) for t in range(target.layers)]) for window in windows]
     )
 
 
