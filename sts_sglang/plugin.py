@@ -23,6 +23,7 @@ def register() -> None:
     except compat.Incompatible as error:
         _refuse(str(error))
         return
+    from sglang.srt.entrypoints.engine import Engine
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sts_sglang.host import hooks
@@ -30,6 +31,7 @@ def register() -> None:
     _register_backend(_create_backend)
     for target, hook, kind in hooks.table():
         HookRegistry.register(target.path, hook, HookType[kind])
+    Engine.server_args_class = staticmethod(hooks.engine_args)
     if cpu.selected():
         cpu.install_branches()
 

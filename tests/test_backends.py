@@ -433,7 +433,7 @@ def test_dense_layers_attend_whole_where_their_backend_cannot_verify(dense, grap
     rig.target.dense_name = dense
     rig.runtime.verifier = NoVerify(begin=lambda lists, lens: None)
     if graphs:
-        rig.target._mask_buffer = torch.ones(8 * TOKENS * TOKENS, dtype=torch.bool)
+        rig.target.tree_mask_buffer = torch.ones(8 * TOKENS * TOKENS, dtype=torch.bool)
     fb = rig.verify_batch(CONTEXT)
     fb.spec_info.topk = topk
     assert rig.target._dense_plans(fb) == by_dense
