@@ -21,7 +21,7 @@ from sts_sglang.config import StsConfig
 from sts_sglang.core.request import Request
 from sts_sglang.core.selectors.base import LayerCall
 from sts_sglang.headmap import HeadCounts, proportional
-from sts_sglang.host import bind, hooks
+from sts_sglang.host import bind, hooks, views
 from sts_sglang.host.metrics import Exporter
 from sts_sglang.verifiers.flashinfer import (
     PLAN_GRID,

@@ -59,7 +59,7 @@ def environment():
 
 @pytest.fixture
 def launch(tmp_path, monkeypatch):
-    """launch(**arguments) -> resolved arguments of tiny models, with the checks where the plugin puts them."""
+    """launch(**arguments) -> resolved arguments of tiny models, as the plugin checks them."""
 
     def model(name: str, config: dict) -> str:
         # A new path each time: SGLang caches configurations by path.
@@ -439,7 +439,7 @@ REFUSED = {
         {
             "draft kv of another dtype": (
                 {"speculative_draft_kv_cache_dtype": "bf16"},
-                "--speculative-draft-kv-cache-dtype bf16: --speculative-draft-model-path runs in torch.float32",
+                "--speculative-draft-kv-cache-dtype bf16: --speculative-draft-model-path runs in",
                 "use --speculative-draft-kv-cache-dtype auto or --dtype bfloat16",
             )
         }

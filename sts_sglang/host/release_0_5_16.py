@@ -1,8 +1,8 @@
-"""SGLang 0.5.16: the names that are hooked, called or subclassed, and the fields that are read; at the end, as
-functions, what other releases mean something else by.
+"""SGLang 0.5.16: the names that are hooked, called or subclassed, and the fields that are read; at the end,
+as functions, where other releases mean something else.
 
-Another release is another file of this kind (docs/extending.md). Nothing here imports SGLang before a function
-is called.
+Another release is another file of this kind (docs/extending.md). Nothing here imports SGLang before a
+function is called.
 """
 
 from __future__ import annotations
@@ -407,7 +407,7 @@ def model_config(args: ServerArgs) -> ModelConfig:
 
 
 def draft_kv_dtype(args: ServerArgs) -> tuple[str, str] | None:
-    """The flag for the draft's KV alone and its value, None where --kv-cache-dtype is the draft's too: always."""
+    """The flag for the draft's KV alone and its value; None: --kv-cache-dtype is the draft's too."""
 
 
 def pool_row(req: Req) -> int | None:

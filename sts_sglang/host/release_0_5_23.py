@@ -1,7 +1,7 @@
 """SGLang 0.5.23: what is otherwise than in 0.5.16, of names, fields and what is meant by them.
 
-What is public here and was private there is used as what it is: the mask of a verify, the list of backends whose
-draft-extend is captured, where a backend's reads of shared tables end, what a platform can do.
+What is public here and was private there is used as what it is: the mask of a verify, the list of backends
+whose draft-extend is captured, where a backend's reads of shared tables end, what a platform can do.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def model_config(args: ServerArgs | ResolvingConfig) -> ModelConfig:
 
 
 def draft_kv_dtype(args: ServerArgs) -> tuple[str, str] | None:
-    """The flag for the draft's KV alone and its value, None where --kv-cache-dtype is the draft's too."""
+    """The flag for the draft's KV alone and its value; None: --kv-cache-dtype is the draft's too."""
     value = args.speculative_draft_kv_cache_dtype
     return None if value is None else ("--speculative-draft-kv-cache-dtype", value)
 
@@ -191,8 +191,8 @@ def use_qlen_tree_mask(draft: EagleDraftWorker) -> None:
 
 
 def reads_table_to_the_end(cls: type) -> type:
-    """Decorator of backends that read the table of slots in every layer, beyond what SGLang takes for granted of
-    decode and verify: the scheduler may write it when the forward is over, no earlier."""
+    """Decorator of backends that read the table of slots in every layer, where SGLang takes for granted that
+    metadata is all that reads it: the scheduler may write it when the forward is over, no earlier."""
 
     def shared_read_ends(self, fm):
         from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds

@@ -84,6 +84,7 @@ class _Rule(NamedTuple):
 
 
 _ONE_PROCESS = "one process must see all heads and all tokens"
+_DTYPE = "KV must have the model's dtype"
 _OTHER_LAYOUT = "it reads KV as [slot, head, dim]"
 _DRAFT_KV_LOST = "this cache may bring a prefix back without the draft's KV, which the selection is made from"
 _ALL_RULES = (
