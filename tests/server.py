@@ -16,8 +16,8 @@ def random_ids(count: int, seed: int) -> list[int]:
     return [rng.randrange(0, 256) for _ in range(count)]
 
 
-# Where warmup is skipped SGLang 0.5.23 asks itself to freeze its garbage collector before it listens, and says
-# with a traceback that this failed.
+# Where warmup is skipped SGLang 0.5.23 asks itself to freeze its garbage collector before it listens, and
+# says with a traceback that this failed.
 _FROZEN = re.compile(r"post-warmup freeze_gc failed\n(?:(?!\[20).*\n)*")
 
 
