@@ -490,7 +490,13 @@ def test_llama_with_eagle_and_no_steps_is_the_tree_that_pages_refuse(launch):
         validate.check_resolved(args)
 
 
-@pytest.mark.parametrize("name", ["SGLANG_USE_HND_KVCACHE", "SGLANG_ENABLE_OVERLAP_PLAN_STREAM"])
+def test_a_variable_is_left_out_only_where_sglang_has_none() -> None:
+    from sglang.srt.environ import envs
+
+    assert set(validate._ENVIRONMENT) == {name for name in validate._ALL_ENVIRONMENT if hasattr(envs, name)}
+
+
+@pytest.mark.parametrize("name", validate._ENVIRONMENT)
 def test_environment_variable_is_refused(launch, flags, monkeypatch, name):
     monkeypatch.setenv(name, "0")
     launch()

@@ -49,6 +49,7 @@ TREES_THAT_REMEMBER: tuple[str, ...] = ()
 SYMBOLS = (
     *(name for name in before.SYMBOLS if name.rpartition(".")[2] not in before.TREES_THAT_REMEMBER),
     f"{_ATTENTION}.base_attn_backend.SharedReadEnds.POST_REPLAY",
+    "sglang.srt.environ.envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH",
     f"{_OVERRIDES}.model_config_of",
     f"{_OVERRIDES}.resolving_view",
 )

@@ -170,9 +170,15 @@ CHECKED = (
     "speculative_num_steps",
     "speculative_token_map",
 )
-_ENVIRONMENT = {
+_ALL_ENVIRONMENT = {
     "SGLANG_USE_HND_KVCACHE": _OTHER_LAYOUT,
     "SGLANG_ENABLE_OVERLAP_PLAN_STREAM": "the selection is only known when the draft has run",
+    "SGLANG_ENABLE_METADATA_GLUE_GRAPH": "it would replay the plan of the round that it recorded",
+}
+_ENVIRONMENT = {
+    name: why
+    for name, why in _ALL_ENVIRONMENT.items()
+    if f"sglang.srt.environ.envs.{name}" in release.SYMBOLS
 }
 
 
