@@ -180,6 +180,12 @@ else:
     found["sts"] = engine.get_server_info()["internal_states"][0]["sts"]
     engine.shutdown()
 print("FOUND " + json.dumps(found), flush=True)
+if len(sys.argv) > 1:
+    # At exit SGLang may wait for ever for messages to the scheduler that is not there (zmq's Context.term).
+    from sglang.srt.utils import kill_process_tree
+
+    kill_process_tree(os.getpid(), include_parent=False)
+    os._exit(0)
 """
 
 
