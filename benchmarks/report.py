@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks import facts, pictures, tables
 from benchmarks.quality.report import folder_digest
-from benchmarks.tables import answers, kernels, recall, restructuring, serving
+from benchmarks.tables import answers, kernels, recall, restructuring, serving, shared
 
 HERE = Path(__file__).parent
 README, REPORT, TEMPLATE = HERE.parent / "README.md", HERE / "REPORT.md", HERE / "report_template.md"
@@ -35,6 +35,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibration": recall.calibration,
     "ways": recall.ways,
     "restructuring": restructuring.restructuring,
+    "shared-prefix": shared.shared_prefix,
+    "soak": shared.soak,
 }
 ANSWERS = """\
 - At `keep` 0.1 answers over {lengths} tokens differ from the same server's dense verify by
@@ -45,8 +47,8 @@ ANSWERS = """\
   {draft_blend_text_5} on text of {first_text} tokens. `"draft": "all"` without history was asked 24
   questions only, and lost one.
 - **All this is proven only on the shipped pair, which was trained to attend to few tokens**, and there a
-  rival answers as well (Quest: {quest_10} points). Other models may lose more:
-  [measure yours](benchmarks/quality/README.md)."""
+  rival answers as well (Quest: {quest_10} points). Other models may lose more: \
+[measure yours](docs/evaluate.md)."""
 
 
 def report() -> str:

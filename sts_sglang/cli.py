@@ -18,6 +18,7 @@ from pathlib import Path
 from sts_sglang import __version__, cpu
 from sts_sglang.calibrate import command as calibrate
 from sts_sglang.config import BACKEND, CHAIN_FLAGS, ENV, ConfigError, StsConfig
+from sts_sglang.evaluate import command as evaluate
 from sts_sglang.host import compat
 from sts_sglang.tools import inspection
 
@@ -28,7 +29,7 @@ LAUNCH = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 for a host that cannot serve, 2 for bad input."""
+    """Returns the exit code: 0; 1: this host cannot serve, or no keep passes; 2: bad input."""
     parser = argparse.ArgumentParser(
         prog="sts-sglang",
         description="Tools around SGLang's `--attention-backend sts`: what is attached, what is configured.",
@@ -77,7 +78,7 @@ def _add_config(commands) -> None:
     parser.set_defaults(run=_config)
 
 
-COMMANDS: tuple[Callable, ...] = (_add_doctor, _add_config, calibrate.add, inspection.add)
+COMMANDS: tuple[Callable, ...] = (_add_doctor, _add_config, calibrate.add, evaluate.add, inspection.add)
 
 
 def _config(args: argparse.Namespace) -> int:

@@ -33,7 +33,7 @@ PoolName = Literal["max", "mean"]
 KernelName = Literal["auto", "flashinfer", "triton", "torch"]
 DenseName = Literal["auto", "fa3", "flashinfer", "torch"]
 HistoryMode = Literal["off", "warm", "blend"]
-SelectorName = Literal["draft", "quest", "recent", "random", "oracle"]
+SelectorName = Literal["draft", "quest", "pages", "recent", "random", "oracle"]
 VerifyMode = Literal["sparse", "dense"]
 DraftMode = Literal["dense", "steps", "all"]
 RequestKeep = Literal["any", "at_most", "off"]
@@ -250,7 +250,7 @@ class StsConfig:
     selector: SelectorName = "draft"
     """What scores the context. `draft` is STS; the others are for comparison, slow, in plain torch, from
     the target layer's own queries and keys: `oracle` its attention, `quest` bounds of pages of 16,
-    `recent` nothing but sink and the last tokens, `random` chance."""
+    `pages` their mean and deviation, `recent` nothing but sink and the last tokens, `random` chance."""
     verify: VerifyMode = "sparse"
     """`dense`: draft and score as ever but attend to everything, which is stock's output."""
     draft: DraftMode = "dense"

@@ -151,6 +151,10 @@ class HeadMap:
         In proportion to the shares as long as no head has its whole context; what such heads cannot use
         goes to the others, so that the mean over heads is the keep. None without shares.
         """
+        return self._split
+
+    @cached_property
+    def _split(self) -> list[list[float]] | None:
         if self.shares is None:
             return None
         return [self._parts(i / SPLIT_STEPS) for i in range(SPLIT_STEPS + 1)]

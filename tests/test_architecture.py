@@ -47,6 +47,11 @@ ROOMS = {
         + ("sts_sglang.checkpoints", "sts_sglang.files", "sts_sglang.fingerprint"),
         False,
     ),
+    "sts_sglang.evaluate": (
+        ("sts_sglang.evaluate", "sts_sglang.calibrate", "sts_sglang.config", "sts_sglang.headmap")
+        + ("sts_sglang.files", "sts_sglang.host.serves", "sts_sglang.tools.local_server"),
+        False,
+    ),
 }
 
 

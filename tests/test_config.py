@@ -148,7 +148,7 @@ BAD_VALUES = {
         [0, 2, 0.9999, True, "0.9", None, math.inf],
         "a number above 0 and at most 0.999, or 1",
     ),
-    "selector": (["sts", "", None, True, ["quest"]], "draft | quest | recent | random | oracle"),
+    "selector": (["sts", "", None, True, ["quest"]], "draft | quest | pages | recent | random | oracle"),
     "verify": (["full", "", None, True], "sparse | dense"),
     "draft": (["sparse", "", None, False], "dense | steps | all"),
     "full_verify_every": ([-1, 1.0, True, "8", None, MAX_TOKENS + 1], INTEGER),

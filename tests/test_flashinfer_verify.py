@@ -16,10 +16,11 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sts_kernels import ops
-from sts_kernels.layout import Contexts, KvPool, Lists
-from sts_sglang.config import StsConfig
+from sts_kernels.layout import Contexts, KvPool, Lists, Room
+from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core.request import Request
 from sts_sglang.core.selectors.base import LayerCall
+from sts_sglang.core.verifier import TargetShape
 from sts_sglang.headmap import HeadCounts, proportional
 from sts_sglang.host import bind, hooks, views
 from sts_sglang.host.metrics import Exporter
@@ -31,6 +32,7 @@ from sts_sglang.verifiers.flashinfer import (
     Limits,
     Shape,
     layer_runs,
+    make,
     planned_contexts,
 )
 from tests.test_backends import CONTEXT, COUNTS, DIM, KV_HEADS, LAYERS, Q_HEADS, Rig
@@ -123,7 +125,7 @@ class Verify:
         self.path = FlashInferVerifier(
             config,
             self.shape,
-            self.shape.entries(config, 10**6, LIMIT),
+            self.shape.entries(config, LIMIT),
             {0: 2, 2: 1},
             Limits(NO_LIMIT, LIMIT),
             ops("torch" if wrapper else "triton"),
@@ -222,17 +224,15 @@ def test_padded_graph_rows_are_harmless(config, group):
                 verify.check(verify.attend(), len(requests))
 
 
-def test_no_room_is_said_and_counted(caplog):
-    """Lists for 1,000 tokens of two contexts of 1,400: the last ones lose, and nothing breaks."""
+def test_a_full_batch_of_whole_contexts_has_room():
+    """Also at the rounding of what the host has not seen: nothing is clipped."""
     verify = Verify(RATIO, Wrapper)
-    verify.batch(2)
-    verify.fill([(900, 1.0), (500, 1.0)])
-    verify.path.entries = 1000 + 2 * TOKENS
-    verify.path.before_eager(2)
-    verify.path.before_eager(2)
-    assert caplog.text.count("has no room for the lists") == 1
-    assert all(out.isfinite().all() for out in verify.attend())
-    assert verify.clipped.item() == 3 * verify.shape.kv_heads * 500  # layers, heads; 900 is planned as 1,024
+    verify.batch(REQUESTS)
+    verify.fill([(LIMIT - 2 * TOKENS, 1.0)] * REQUESTS)
+    verify.path.before_eager(REQUESTS)
+    assert int(verify.path._active.indptr[-1]) <= verify.path.indices.numel()
+    verify.check(verify.attend(), REQUESTS)
+    assert verify.clipped.item() == 0
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_an_8b_target_keeps_its_lists_small():
     shape = Shape(4, 32, 8, 128, requests=48, graph_requests=32)
     pool = 450_000
     kv = pool * (32 * 8 * 128 * 2 * 2 + 16 * 8 * 64 * 2 * 2)
-    assert shape.list_bytes(shape.entries(StsConfig(), pool, 131_072)) < 0.002 * kv
+    assert shape.list_bytes(shape.entries(StsConfig(), 131_072)) < 0.004 * kv
     assert shape.float_workspace() < 128 << 20
 
 
@@ -431,7 +431,7 @@ def give_headwise(rig: Rig, wrapper: type) -> None:
     own.verifier = FlashInferVerifier(
         own.config,
         shape,
-        shape.entries(own.config, 128, 100),
+        shape.entries(own.config, 100),
         layer_runs(own.config, own.head_map, COUNTS.layers),
         Limits(256, 100),
         SimpleNamespace(headwise_lists=own.ops.headwise_lists),  # no other op is called
@@ -516,3 +516,14 @@ def test_planning_does_not_wait_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert verify.path.host_plans == 6
+
+
+@pytest.mark.parametrize("dim, slots, problem", [(96, 100, "heads of 96"), (128, 2**28, "too many")])
+def test_a_target_that_flashinfer_cannot_take_is_refused(dim, slots, problem):
+    target = TargetShape(4, 2, 32, 8, dim, torch.bfloat16, 8192, 8, 8, slots)
+    with pytest.raises(ConfigError, match=f"sts_config.kernel: 'flashinfer' .*{problem}.*allowed: 'triton'"):
+        make(
+            SimpleNamespace(
+                config=StsConfig(), target=target, state=SimpleNamespace(room=Room(8, 8192, 8, 8))
+            )
+        )

@@ -60,6 +60,7 @@ SERVERS = {
     "eagle3-bfloat16": sts("EAGLE3", CHAIN, dense_layers=[1]),
     "oracle-bfloat16": sts("STANDALONE", CHAIN, selector="oracle"),
     "quest-bfloat16": sts("STANDALONE", CHAIN, selector="quest"),
+    "pages-bfloat16": sts("STANDALONE", CHAIN, selector="pages"),
     "prefill-graphs-bfloat16": sts("STANDALONE", CHAIN),  # breakable, SGLang's default
     "eager-bfloat16": [*sts("STANDALONE", CHAIN), *EAGER],
     "torch-bfloat16": [*sts("STANDALONE", CHAIN, kernel="torch", dense="fa3"), *EAGER],
@@ -229,7 +230,7 @@ def test_sampling_accepts_drafts_and_stays_sparse(servers, prompts, name):
     "name",
     [
         *("history-bfloat16", "sparse-draft-bfloat16", "tree-bfloat16", "eagle3-bfloat16"),
-        *("flashinfer-verify-bfloat16", "oracle-bfloat16", "quest-bfloat16"),
+        *("flashinfer-verify-bfloat16", "oracle-bfloat16", "quest-bfloat16", "pages-bfloat16"),
     ],
 )
 def test_the_host_waits_no_more_than_in_stock(servers, prompts, stock_profile, name):

@@ -36,7 +36,7 @@ from sts_kernels.layout import (
 from tests.tolerances import assert_close
 
 KERNELS = ["torch", "triton"]
-GROUPS = [1, 2, 4, 8]
+GROUPS = [1, 2, 4, 5, 7, 8]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LENGTHS = [13, 1, 70, 130]  # below every budget, one token, over one block of keys, over two
 KV_HEADS, DIM, TOKENS = 2, 16, 4
@@ -230,6 +230,18 @@ def check_importance(batch: Batch, base, written, found: dict, pools, carried: b
 def test_draft_attention_first_step_scores_the_carried_row_too(kernel: str, group: int) -> None:
     batch = Batch(group=group)
     check_draft(kernel, batch, branches=1, step=0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dim", [8, 24, 96])
+def test_heads_whose_dimensions_are_no_power_of_two(monkeypatch, kernel: str, dim: int) -> None:
+    """Tiles are padded; a pool's next head, or what is no head at all, is not read."""
+    monkeypatch.setattr(f"{__name__}.DIM", dim)
+    check_draft(kernel, Batch(lengths=[70, 9]), branches=2, step=1, carried=False)
+    check_draft(kernel, Batch(lengths=[70, 9], group=5), branches=1, step=0)
+    batch = Batch(lengths=[70, 9])
+    q, lists, out, _ = run_verify(kernel, batch, [65, -1])
+    check_verify(batch, q, lists, out, chain(4))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -744,7 +756,7 @@ def test_unknown_implementations_and_pools_are_refused() -> None:
 
 def test_benches_gate_what_they_time(monkeypatch) -> None:
     """At sizes the interpreter can do."""
-    from benchmarks import bench_draft_attention, bench_remember, bench_select, bench_verify
+    from benchmarks import bench_draft_attention, bench_pages, bench_remember, bench_select, bench_verify
 
     monkeypatch.setattr(bench_select, "CHANNELS", 4)
     monkeypatch.setattr(bench_remember, "CHANNELS", 4)
@@ -756,11 +768,20 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
         (bench_verify.prepare, {"dim": 16, "rows": 4, "group": 4}),
         (bench_select.prepare, {}),
         (bench_draft_attention.prepare, {"step": 0, "dim": 16, "group": 4}),
+        (bench_pages.prepare, {"dim": 16, "rows": 2, "group": 4}),
     ):
         _, check, nbytes = prepare(shape | more)
         check()
         assert nbytes > 0
     bench_select.same_sizes(bench_select.draw_sizes(shape))
+    step = bench_pages.Step.draw(shape | {"dim": 16, "rows": 1, "group": 2})
+    bench_pages.same_tags(step)
+    step.prepare()
+    bench_pages.same_sizes(step)
+    step.layer(0)
+    bench_pages.same_lists(step)
+    bench_pages.same_joined(step, *step.draft())
+    bench_pages.same_sketches(step, torch.randn(2 * 320 + 1, bench_pages.KV_HEADS, 16).to(DEVICE), 40)()
     split = bench_verify.cases_of(
         shape | {"dim": 16, "rows": 4, "group": 4}, [bench_verify.Pool.draw(shape | {"dim": 16}, 0)]
     )[0].split()
@@ -771,7 +792,7 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
 
 COMPILE = """
 import torch
-from benchmarks import bench_draft_attention, bench_select, bench_verify
+from benchmarks import bench_draft_attention, bench_pages, bench_select, bench_verify
 from benchmarks.harness import compile_only
 from sts_kernels import ops
 from sts_kernels.layout import Contexts, History, Lists, PagedLists, Room, Rule, Scores
@@ -791,7 +812,12 @@ with compile_only() as compiled:
     bench_draft_attention.compile_one(shape | {"step": 0, "dim": 64}, {})
     bench_draft_attention.compile_one(shape | {"step": 1, "dim": 64}, {})
     bench_draft_attention.compile_one(shape | {"step": 0, "group": 8}, {})
+    for odd in ({"dim": 96}, {"group": 5}, {"group": 7}):
+        bench_verify.compile_one(shape | odd, {})
+        bench_draft_attention.compile_one(shape | {"step": 0} | odd, {})
     bench_select.compile_one(shape, {})
+    for odd in ({}, {"rows": 1}, {"dim": 64, "group": 8}, {"dim": 96, "group": 5}, {"dim": 256, "group": 7}):
+        bench_pages.compile_one(shape | odd, {})
     eight, two = Contexts(like(9, 4096), i(8), i(8)), Contexts(like(3, 4096), i(2), i(2))
     split, full = like(65, 128, dtype=torch.float64), like(8, dtype=torch.bool)
     for keep, *more in ((0.1, split, None), (0.1, None, full), (None, split, full)):
@@ -817,8 +843,8 @@ for name, kernel in compiled:
 
 
 def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
-    """What the interpreter accepts the compiler may not. Keys and values are loaded asynchronously, stored
-    exponentials and importance are not written one by one, and shared memory suffices."""
+    """What the interpreter accepts the compiler may not. Keys, values and sketches are loaded asynchronously,
+    stored exponentials and importance are not written one by one, and shared memory suffices."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": f".:{env.get('PYTHONPATH', '')}"}
     done = subprocess.run(
@@ -832,8 +858,12 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
         *("_claim_kernel", "_remember_kernel"),
         *("_lists_kernel", "_plan_kernel"),
         *("_edges_kernel", "_spread_kernel", "_sizes_kernel"),
+        *("_claim_pages_kernel", "_tag_kernel", "_sketch_kernel"),
+        *("_known_kernel", "_page_sizes_kernel", "_list_pages_kernel"),
+        *("_score_kernel", "_pool_pages_kernel"),
+        *("_copy_scores_kernel", "_mark_pages_kernel"),
     }
     for name, shared, asynchronous, single in kernels:
         assert int(shared) <= 232448
-        assert (asynchronous == "True") == (name in ("_draft_kernel", "_verify_kernel"))
+        assert (asynchronous == "True") == (name in ("_draft_kernel", "_score_kernel", "_verify_kernel"))
         assert name not in ("_draft_kernel", "_pool_kernel") or single == "False"

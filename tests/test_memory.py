@@ -9,7 +9,7 @@ import torch
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
 
 from sts_sglang.backends import dense
-from sts_sglang.config import StsConfig
+from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core import sizes as memory
 from sts_sglang.core.channels import Channels
 from sts_sglang.core.round import Draft, RoundState
@@ -25,10 +25,9 @@ KV_BYTES = 32 * 8 * 128 * 2 * 2 + 16 * 8 * 64 * 2 * 2
 def share(draft: HeadCounts, kv_bytes: int, requests: int, **config) -> float:
     """Bytes of a round's buffers, by those of a KV pool of 60 GB."""
     config, capacity = StsConfig(**config), memory.Capacity.of(requests, 131072)
-    channels = len(proportional(TARGET, draft).channels)
     stored = memory.scratch_bytes(capacity.context, draft.kv_heads, 2 * draft.q_heads // draft.kv_heads)
     scratch = min(requests * stored, memory.SCRATCH)
-    return (capacity.nbytes(config, channels, 1.0) + scratch) / (60 << 30)
+    return (capacity.nbytes(config, proportional(TARGET, draft)) + scratch) / (60 << 30)
 
 
 def test_what_an_8b_pair_pays_for_contexts_of_131072():
@@ -38,19 +37,28 @@ def test_what_an_8b_pair_pays_for_contexts_of_131072():
     assert share(DRAFT, KV_BYTES, 16) < 0.02 and share(DRAFT, KV_BYTES, 48) < 0.05
 
 
-@pytest.mark.parametrize("available", [60 << 30, 4 << 30])
-def test_pool_and_buffers_fit_what_was_there(available):
-    """Also where the pool holds less than one context may have."""
-    config, channels = StsConfig(), len(proportional(TARGET, DRAFT).channels)
+@pytest.mark.parametrize("gigabytes", [60, 30, 4, 1])
+@pytest.mark.parametrize("requests", [48, 1024])
+def test_pool_and_buffers_fit_what_was_there(gigabytes: int, requests: int):
+    """Also where the pool holds less than a context may have: buffers then grow with it, in blocks."""
+    config, head_map, available = StsConfig(), proportional(TARGET, DRAFT), gigabytes << 30
 
     def buffers(context: int) -> int:
-        return memory.Capacity.of(48, context).nbytes(config, channels, 1.0)
+        return memory.Capacity.of(requests, context).nbytes(config, head_map)
 
     left = memory.reserve(available, KV_BYTES, 131072, lambda context: memory.Need(buffers(context), 10))
     pool = (available - left) // KV_BYTES
     taken = pool * (KV_BYTES + 10) + buffers(min(pool, 131072))
-    assert 0.98 * available < taken <= available
-    assert (pool < 131072) == (available < 60 << 30)
+    assert taken <= available
+    assert taken > 0.98 * available or buffers(pool + 64) - buffers(pool) > 0.01 * available
+
+
+def test_a_launch_whose_buffers_leave_nothing_for_kv_is_refused(monkeypatch, model):
+    monkeypatch.setattr(serves, "draft_config", lambda *_: model(DRAFT, 64))
+    args = server_args()
+    args.max_running_requests = 4096
+    with pytest.raises(ConfigError, match="--max-running-requests: .* none is left for KV; allowed: fewer"):
+        reserve.reserved_bytes(StsConfig(), args, model(TARGET, 128), 64 << 20)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +158,7 @@ def test_the_state_allocates_what_was_counted():
     assert state.importance.shape == (channels, 5 * 1024)  # whole blocks of 64
     assert state.indices.numel() == 5 * channels * 256
     bytes_ = state.importance.nbytes + state.indices.nbytes
-    assert bytes_ == capacity.nbytes(config, channels, 1.0)
+    assert bytes_ == capacity.nbytes(config, head_map)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import items, measure, report, stats
-from benchmarks.quality.arms import ARMS, Plan
-from benchmarks.quality.serve import ForcedText
+from benchmarks.quality import items, measure, report
+from benchmarks.quality.arms import ARMS, Dense, Plan
+from sts_sglang.evaluate import asking, stats
+from sts_sglang.evaluate.pair import Pair
+from sts_sglang.host.forced import ForcedText
 from sts_sglang.tools.demo import MODELS
 from sts_sglang.tools.tiny_pair import make_pair
 from tests.server import Server, random_ids
@@ -70,7 +73,7 @@ def test_a_forced_token_is_the_argmax_and_its_logprob_survives():
         list(zip(v, i, strict=True))
         for v, i in zip(answer.values.tolist(), answer.indices.tolist(), strict=True)
     ]
-    found = measure.forced_logprobs({"output_top_logprobs": top})
+    found = asking.forced_logprobs({"output_top_logprobs": top})
     assert found == pytest.approx([float(expected[r, t]) for r, t in enumerate(tokens)], abs=1e-5)
 
 
@@ -229,7 +232,7 @@ def test_report_refuses_different_items(small_results):
 )
 def test_results_of_other_verifies_are_refused(arm, keep, counters, ok):
     names = ("sparse_verifies", "dense_verifies", "selected_tokens", "available_tokens", "full_verifies")
-    found = measure.Cell(arm, "single", 4096, keep, counters=dict(zip(names, counters, strict=True)))
+    found = asking.Cell(arm, "single", 4096, keep, counters=dict(zip(names, counters, strict=True)))
     if ok:
         measure.check_sparse(found, ARMS[arm])
     else:
@@ -242,10 +245,61 @@ def test_help_names_every_arm_and_quick_is_small(capsys):
         command.parse(["--help"])
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in ARMS) and "--quick" in text
-    plan = command.plan_of(command.parse(["--quick", "--items", "2", "--device", "cpu"]))
+    plan = planned("--quick", "--items", "2", "--device", "cpu")
     assert (plan.items, plan.lengths, plan.device) == (2, tuple(command.QUICK["lengths"]), "cpu")
+    assert plan.pair == Pair(str(MODELS / "target"), str(MODELS / "draft"), "STANDALONE")
     with pytest.raises(SystemExit, match="--keeps"):
-        command.plan_of(command.parse(["--keeps", "0.7"]))
+        planned("--keeps", "0.7")
+
+
+def planned(*argv: str) -> Plan:
+    options = command.parse(list(argv))
+    known = command.known_pair(options)
+    return command.plan_of(options, known, *command.suite_of(options, known))
+
+
+def test_the_head_is_the_shipped_one_and_its_suite_the_shipped(writer):
+    plan = planned("--algorithm", "EAGLE3", "--device", "cpu")
+    assert plan.pair == Pair(str(MODELS / "target"), str(MODELS / "eagle3"), "EAGLE3")
+    assert set(plan.tasks) == {*items.TASKS, "shared", "text"}
+
+
+def test_any_pair_is_asked_in_plain_words(tmp_path):
+    pair = make_pair(tmp_path)
+    (tmp_path / "text").write_text("One line.\n" * 400)
+    given = ["--target", str(pair["target"]), "--draft", str(pair["draft"]), "--text", str(tmp_path / "text")]
+    plan = planned(*given, "--arm", 'mine={"spread": 0}', "--device", "cpu")
+    assert plan.tasks[0] == "needle" and plan.arms["mine"].config == {"spread": 0}
+    assert plan.pair.algorithm == "STANDALONE" and plan.positions == 32768
+    for more, problem in (
+        (["--lengths", "40000"], "--lengths: 40000"),
+        (["--tasks", "single"], "--tasks: no single"),
+        (["--arms", "mine"], "--arms: no mine"),
+        (["--arm", "x={"], "--arm x: sts_config"),
+        (["--algorithm", "EAGLE3"], "under --algorithm EAGLE3"),
+    ):
+        with pytest.raises(SystemExit, match=problem):
+            planned(*given, *more)
+
+
+def test_tasks_that_the_model_does_not_do_are_not_asked():
+    plan = Plan(("a", "b", "text"), (10, 20), (10,), (0.1,), 3, 2, "cpu", Pair("t", "d", "EAGLE"))
+    tried = (Dense("a", 10, 0.7, True), Dense("b", 10, 0.5, False), Dense("a", 20, 0.1, False))
+    cells = replace(plan, tried=tried).cells()
+    assert cells == [("a", 10), ("text", 10), ("b", 20)]
+
+
+def test_the_report_names_the_pair_and_what_was_left_out(small_results):
+    for path in small_results.glob("*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[0]["pair"] = Pair("T", "D", "EAGLE3").named()
+        rows[0]["tried"] = [Dense("keys", 4096, 0.31, False)._asdict(), Dense("qa", 4096, 1, True)._asdict()]
+        rows[0]["own"] = path.stem == "quest"
+        path.write_text("\n".join(map(json.dumps, rows)))
+    report.write(small_results)
+    text = (small_results / "report.md").read_text()
+    assert "Pair: T with D, EAGLE3." in text
+    assert "do them with dense attention: keys of 4,096 (31.0)." in text
 
 
 @pytest.mark.server
@@ -259,13 +313,13 @@ def test_oracle_serves_a_tenth_and_scores_forced_text(tmp_path):
     args += ("--speculative-num-draft-tokens", "4")
     ids = random_ids(240, 5)
     texts = [items.Text(ids[:200], ids[200:]), items.Text(random_ids(90, 6), random_ids(30, 7))]
-    with Server(pair["target"], tmp_path / "log", *args, module="benchmarks.quality.serve") as server:
-        client = measure.Client(server, ARMS["oracle"])
-        dense = [client.loss(text, 1.0) for text in texts]
+    with Server(pair["target"], tmp_path / "log", *args, module="sts_sglang.host.forced") as server:
+        client = asking.Client(server)
+        dense = [text.ask(client, 1.0)[0] for text in texts]
         before = server.counters()
-        sparse = [client.loss(text, 0.1) for text in texts]
+        sparse = [text.ask(client, 0.1)[0] for text in texts]
         after = server.counters()
-        again = [client.loss(text, 0.1) for text in texts]
+        again = [text.ask(client, 0.1)[0] for text in texts]
     model = AutoModelForCausalLM.from_pretrained(pair["target"], dtype=torch.float32).eval()
     for text, reply in zip(texts, dense, strict=True):
         with torch.no_grad():
@@ -281,5 +335,5 @@ def test_oracle_serves_a_tenth_and_scores_forced_text(tmp_path):
 
 
 def test_plans_cover_text_at_its_own_lengths():
-    plan = Plan(("qa", "text"), (4096,), (2048, 8192), (0.1,), 3, 2, "cpu", MODELS)
+    plan = Plan(("qa", "text"), (4096,), (2048, 8192), (0.1,), 3, 2, "cpu", Pair("t", "d", "EAGLE"))
     assert plan.cells() == [("text", 2048), ("qa", 4096), ("text", 8192)]

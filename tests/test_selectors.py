@@ -147,13 +147,39 @@ def slow_quest(batch: Batch, b: int, h: int, rows: str, heads: str) -> list[floa
     return [score[p // PAGE] for p in range(len(keys))]
 
 
+def slow_pages(batch: Batch, b: int, h: int, rows: str, heads: str) -> list[float]:
+    keys = batch.context(b, h).tolist()
+    pages = [keys[i : i + PAGE] for i in range(0, len(keys), PAGE)]
+    of_rows = []
+    for t in range(TOKENS):
+        of_heads = []
+        for g in range(HEADS // KV_HEADS):
+            q = batch.q[b, t, h * (HEADS // KV_HEADS) + g].tolist()
+            logits = []
+            for page in pages:
+                channels = list(zip(*page, strict=True))
+                mean = [sum(values) / len(values) for values in channels]
+                std = [
+                    math.sqrt(sum((v - m) ** 2 for v in values) / len(values))
+                    for values, m in zip(channels, mean, strict=True)
+                ]
+                logits.append(sum(x * m + abs(x) * s for x, m, s in zip(q, mean, std, strict=True)))
+            weights = [math.exp(x * DIM**-0.5) for x in logits]
+            of_heads.append([w / sum(weights) for w in weights])
+        of_rows.append(pooled(of_heads, heads))
+    score = pooled(of_rows, rows)
+    return [score[p // PAGE] for p in range(len(keys))]
+
+
 def test_every_selector_of_the_configuration_has_a_rule():
     assert set(get_args(SelectorName)) == {"draft", *selectors.RULES}
 
 
 @pytest.mark.parametrize("tail", [CHAIN, TREE], ids=["chain", "tree"])
 @pytest.mark.parametrize(("rows", "heads"), [("max", "max"), ("mean", "mean"), ("max", "mean")])
-@pytest.mark.parametrize(("selector", "slow"), [("oracle", slow_oracle), ("quest", slow_quest)])
+@pytest.mark.parametrize(
+    ("selector", "slow"), [("oracle", slow_oracle), ("quest", slow_quest), ("pages", slow_pages)]
+)
 def test_scores_against_loops(selector, slow, rows, heads, tail):
     batch = Batch([70, 161, 33], tail)
     counts = [20, 45, 12]
@@ -163,8 +189,9 @@ def test_scores_against_loops(selector, slow, rows, heads, tail):
             assert found[b][h] == top(slow(batch, b, h, rows, heads), count), (b, h)
 
 
-def test_quest_takes_whole_pages_and_cuts_the_last():
-    chosen = Batch([400]).select("quest", [SINK + RECENT + 40])[0]
+@pytest.mark.parametrize("selector", ["quest", "pages"])
+def test_whole_pages_are_taken_and_the_last_is_cut(selector):
+    chosen = Batch([400]).select(selector, [SINK + RECENT + 40])[0]
     for positions in chosen:
         free = {p for p in positions if SINK <= p < 400 - RECENT}
         whole = [
@@ -184,6 +211,17 @@ def test_quest_bounds_every_key_of_a_page():
     assert (exact <= bound.repeat_interleave(PAGE, 0)[:100] + 1e-5).all()
 
 
+def test_moments_are_of_the_pages_own_tokens_and_do_not_cancel():
+    keys = torch.randn(2, 100, 1, DIM) + 1000  # far from 0, as channels of real keys are
+    there = torch.arange(100) < torch.tensor([100, 67])[:, None]
+    mean, std = selectors.page_moments(torch.where(there[..., None, None], keys, torch.nan), there)
+    for b, page, own in ((0, 0, slice(0, 16)), (0, 6, slice(96, 100)), (1, 4, slice(64, 67))):
+        expected = torch.std_mean(keys[b, own, 0].double(), 0, correction=0)
+        assert torch.allclose(std[b, page, 0].double(), expected[0], rtol=1e-3)
+        assert torch.allclose(mean[b, page, 0].double(), expected[1])
+    assert not mean[1, 5:].any() and not std[1, 5:].any()
+
+
 def test_bounds_of_the_last_page_are_of_its_tokens_alone():
     keys = torch.rand(2, 100, 1, DIM) + 1
     there = torch.arange(100) < torch.tensor([100, 67])[:, None]
@@ -194,7 +232,7 @@ def test_bounds_of_the_last_page_are_of_its_tokens_alone():
     assert not low[1, 5:].any() and not high[1, 5:].any()
 
 
-@pytest.mark.parametrize("selector", ["oracle", "quest"])
+@pytest.mark.parametrize("selector", ["oracle", "quest", "pages"])
 def test_a_planted_needle_is_found_at_every_depth(selector):
     for place in (SINK, 77, 150, 300 - RECENT - 1):
         batch = Batch([300, 90], seed=place)

@@ -148,28 +148,37 @@ def test_who_wants_more_than_a_list_can_have_attends_to_everything(kernel: str) 
     assert (limited.known == everything.known).all()
 
 
-@pytest.mark.parametrize("policy", ["ratio", "fixed"])
-@pytest.mark.parametrize("seed", range(6))
-def test_a_requests_part_of_the_lists_holds_whatever_it_may_ask_for(policy: str, seed: int) -> None:
-    """With shares of heads split as head maps split them, at every keep and length."""
+@pytest.mark.parametrize("policy", ["ratio", "fixed", "top_p"])
+@pytest.mark.parametrize("keeps", ["any", "at_most", "off"])
+@pytest.mark.parametrize("seed", range(12))
+def test_a_requests_part_of_the_lists_holds_whatever_it_may_ask_for(policy, keeps, seed) -> None:
+    """With shares split as head maps split them, channels that serve one head or many, and budgets that are
+    hardly more than sink and recent; at every keep and length."""
     rng = random.Random(seed)
-    shares = [[rng.uniform(0.05, 4.0) for _ in range(2)] for _ in range(3)]
-    sources = tuple(tuple(((layer, 2 * h), (layer, 2 * h + 1)) for h in range(2)) for layer in range(3))
-    head_map = HeadMap(sources, "drawn", shares=tuple(map(tuple, shares)))
-    config = StsConfig(policy=policy, keep=rng.choice((0.05, 0.1, 0.4)), budget=rng.choice((80, 200)))
-    capacity, channels = Capacity.of(1, 3000), len(head_map.channels)
-    room = capacity.room(config, channels, head_map.list_growth())
-    batch = Batch(60, channels, False, seed=seed, longest=3000)
-    batch.keeps = torch.tensor([rng.choice((math.nan, rng.random())) for _ in range(REQUESTS)])
-    batch.keeps = batch.keeps.to(torch.float64)
-    batch.split = torch.tensor(head_map.split(), dtype=torch.float64)
+    kinds = [((0, i),) for i in range(rng.randrange(1, 4))]
+    share = {kind: rng.uniform(0.05, 4.0) for kind in kinds}
+    sources = tuple(tuple(rng.choice(kinds) for _ in range(3)) for _ in range(3))
+    shares = tuple(tuple(share[kind] for kind in layer) for layer in sources)
+    head_map = HeadMap(sources, "drawn", shares=rng.choice((shares, shares, None)))
+    sink, recent = rng.randrange(1, 5), rng.randrange(1, 80)
+    budget = sink + recent + rng.choice((0, 0, 1, 100))
+    keep = rng.choice((0.05, 0.1, 0.4))
+    config = StsConfig(policy=policy, keep=keep, budget=budget, sink=sink, recent=recent, request_keep=keeps)
+    room = Capacity.of(1, 3000).room(config, head_map)
+    batch = Batch(60, len(head_map.channels), False, seed=seed, longest=3000)
+    most = {"any": 1.0, "at_most": keep, "off": 0.0}[keeps]
+    own = [rng.choice((math.nan, rng.random() * most)) if most else math.nan for _ in range(REQUESTS)]
+    batch.keeps = torch.tensor(own, dtype=torch.float64)
+    batch.split = head_map.split() and torch.tensor(head_map.split(), dtype=torch.float64)
     sizes, _ = batch.run("torch", config, *room[1:])
     assert sizes.counts.clamp(min=0).sum(1).max() <= room.entries
-    own_rule = batch.keeps[batch.reqs].isnan()
-    lengths = torch.tensor(batch.lengths)
-    # What the configuration asks for is never more than a list can have.
-    asked = torch.tensor([config.budget_for(n) for n in batch.lengths])
-    assert (sizes.budgets == asked)[own_rule].all() and (asked < lengths)[own_rule].any()
+    # What the configuration asks for is never more than a list can have, nor what `at_most` lets a request.
+    asked = [
+        config.budget_for(n, None if math.isnan(k) else k)
+        for n, k in zip(batch.lengths, batch.keeps[batch.reqs].tolist(), strict=True)
+    ]
+    held = torch.tensor([keeps != "any" or math.isnan(k) for k in batch.keeps[batch.reqs].tolist()])
+    assert (sizes.budgets == torch.tensor(asked))[held].all()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

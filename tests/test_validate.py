@@ -709,8 +709,8 @@ def test_graphs(launch, flags, phase, backend):
     "target, draft, room, arguments, subject",
     [
         ((128, 32, 8), (64, 32, 8), 232448, {}, None),
-        ((96, 32, 8), (64, 32, 8), None, {}, "--model-path"),
-        ((128, 32, 8), (80, 32, 8), None, {}, "--speculative-draft-model-path"),
+        ((96, 32, 8), (80, 32, 8), 232448, {}, None),
+        ((96, 28, 4), (64, 32, 8), 232448, {"speculative_num_draft_tokens": 128}, "--speculative-num-draft"),
         # As compiled: 327,680 bytes for 1,024 rows of 128, and 141,824 for a draft of 256.
         ((128, 28, 4), (64, 32, 8), 232448, {"speculative_num_draft_tokens": 128}, "--speculative-num-draft"),
         ((128, 28, 4), (64, 32, 8), None, {"speculative_num_draft_tokens": 128}, None),

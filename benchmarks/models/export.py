@@ -45,14 +45,15 @@ def config(c: Config) -> dict:
     }
 
 
-def eagle_config() -> dict:
-    return config(TARGET) | {
+def eagle_config(target: dict, vocab: int, aux: tuple[int, ...]) -> dict:
+    """Of a one-layer head that drafts `vocab` tokens and reads what `target` has after layers `aux`."""
+    return target | {
         "architectures": ["LlamaForCausalLMEagle3"],
         "num_hidden_layers": 1,
         "tie_word_embeddings": False,
-        "draft_vocab_size": TARGET.vocab_size,
-        "target_hidden_size": TARGET.hidden_size,
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(AUX_LAYERS)},
+        "draft_vocab_size": vocab,
+        "target_hidden_size": target["hidden_size"],
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(aux)},
     }
 
 
@@ -78,7 +79,11 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    settings = {"target": config(TARGET), "draft": config(DRAFT), "eagle3": eagle_config()}
+    settings = {
+        "target": config(TARGET),
+        "draft": config(DRAFT),
+        "eagle3": eagle_config(config(TARGET), TARGET.vocab_size, AUX_LAYERS),
+    }
     for name, content in settings.items():
         checkpoint = args.models / f"{'eagle' if name == 'eagle3' else name}.safetensors"
         write(args.out / name, checkpoint, args.corpus / "tokenizer.json", content)

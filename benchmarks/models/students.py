@@ -44,10 +44,10 @@ class EagleLayer(nn.Module):
 
 
 class EagleHead(nn.Module):
-    def __init__(self, c: Config = TARGET):
+    def __init__(self, c: Config = TARGET, aux: tuple[int, ...] = AUX_LAYERS):
         super().__init__()
-        self.config, self.midlayer = c, EagleLayer(c)
-        self.fc = nn.Linear(len(AUX_LAYERS) * c.hidden_size, c.hidden_size, bias=False)
+        self.config, self.aux, self.midlayer = c, aux, EagleLayer(c)
+        self.fc = nn.Linear(len(aux) * c.hidden_size, c.hidden_size, bias=False)
         self.norm = nn.RMSNorm(c.hidden_size)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         initialise(self, 1)
@@ -75,7 +75,7 @@ class EagleHead(nn.Module):
         embedded = F.embedding(ids.roll(-1, 1).flatten(), target.model.embed_tokens.weight.detach()).to(
             states[0].dtype
         )
-        hidden = matmul(torch.cat([states[i] for i in AUX_LAYERS], -1).detach(), self.fc.weight)
+        hidden = matmul(torch.cat([states[i] for i in self.aux], -1).detach(), self.fc.weight)
         q, k, v = self.qkv(embedded, hidden, *target.rope(torch.arange(L, device=ids.device).repeat(B)))
         keys, values = (t.unflatten(0, (B, L)) for t in (k, v))
         q, hidden = take(q, roots), take(hidden, roots).flatten(0, 1)
@@ -183,6 +183,8 @@ def weighed(loss: Tensor, kinds: Tensor) -> Tensor:
 
 
 class Students(nn.Module):
+    attention_rows = 16  # of a sequence, whose attention the draft learns
+
     def __init__(self, attention_weight: float = 0.3):
         super().__init__()
         self.draft, self.eagle = Llama(DRAFT), EagleHead()
@@ -210,29 +212,43 @@ class Students(nn.Module):
         kl, agree = self.draft.fused.soft(x, *weights, teacher, *head, TARGET.rms_norm_eps)
         flat = label_kinds.flatten()
         attention = kl.new_zeros(())
-        if L >= 512:
+        if self.attention_weight and L >= 512:
             next_kinds = kinds.roll(-1, 1)
-            attention = attention_loss(trace, own, sample_rows(next_kinds, 16))
+            attention = attention_loss(trace, own, sample_rows(next_kinds, self.attention_rows))
         loss = weighed(kl, flat) + self.attention_weight * attention
         return loss, {"kl": kl[flat > 0].mean(), "attention": attention, **agreement("draft", agree, flat)}
 
     def eagle_loss(
         self, target: Llama, ids: Tensor, kinds: Tensor, trace: Trace
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        B, L = ids.shape
-        roots = sample_rows(kinds.roll(-2, 1), min(256, max(32, L // 16)))
-        chain = self.eagle.chains(target, ids, trace.states, roots)
-        head = (target.model.norm.weight.detach(), target.model.embed_tokens.weight.detach())
-        loss, values = 0.0, {}
-        for step, (x, weight) in enumerate(zip(chain, EAGLE_STEP_WEIGHTS, strict=True)):
-            teacher = take(trace.states[-1], roots + step + 1).flatten(0, 1)
-            kl, agree = soft_losses(
-                x, self.eagle.norm.weight, self.eagle.lm_head.weight, teacher, *head, TARGET.rms_norm_eps
-            )
-            flat = take(kinds.flatten(), roots + step + 2).flatten()
-            loss = loss + weight * weighed(kl, flat)
-            values |= agreement(f"eagle{step + 1}", agree, flat)
-        return loss, values
+        return head_loss(self.eagle, target, ids, kinds, trace)
+
+
+def head_loss(
+    head: EagleHead, target: Llama, ids: Tensor, kinds: Tensor, trace: Trace, words: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of an EAGLE-3 head, unrolled over STEPS tokens.
+
+    words: int64, the target's ids that the head can draft, None for all. The teacher's distribution is that
+    over `words`, and where its first choice is none of them there is nothing to learn (SpecForge).
+    """
+    eps = target.config.rms_norm_eps
+    roots = sample_rows(kinds.roll(-2, 1), min(256, max(32, ids.shape[1] // 16)))
+    chain = head.chains(target, ids, trace.states, roots)
+    scale, embedding = target.model.norm.weight.detach(), target.model.embed_tokens.weight.detach()
+    own = embedding if words is None else embedding[words]
+    loss, values = 0.0, {}
+    for step, (x, weight) in enumerate(zip(chain, EAGLE_STEP_WEIGHTS, strict=True)):
+        teacher = take(trace.states[-1], roots + step + 1).flatten(0, 1)
+        kl, agree = soft_losses(x, head.norm.weight, head.lm_head.weight, teacher, scale, own, eps)
+        flat = take(kinds.flatten(), roots + step + 2).flatten()
+        learnt = flat
+        if words is not None:
+            known = torch.isin(target.logits(teacher).argmax(-1), words)
+            learnt, agree = flat * known, agree & known
+        loss = loss + weight * weighed(kl, learnt)
+        values |= agreement(f"eagle{step + 1}", agree, flat)
+    return loss, values
 
 
 def agreement(name: str, agree: Tensor, kinds: Tensor) -> dict[str, Tensor]:

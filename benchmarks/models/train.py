@@ -77,9 +77,9 @@ class Batches(Dataset):
         return ids, torch.tensor([r.kinds for r in rows], dtype=torch.int8)
 
 
-def learning_rate(step: int, share: float, peak: float) -> float:
+def learning_rate(step: int, share: float, peak: float, warm_up: int = WARM_UP) -> float:
     """Warm-up, constant, and a linear decay over the last 40 % of the run."""
-    return peak * min(1.0, (step + 1) / WARM_UP, max(0.02, (1 - share) / 0.4))
+    return peak * min(1.0, (step + 1) / warm_up, max(0.02, (1 - share) / 0.4))
 
 
 def shifted(ids: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
 
 from benchmarks.harness import commit
 from sts_sglang import headmap
+from sts_sglang.evaluate import pair as pairs
+from sts_sglang.evaluate.asking import Asked
+from sts_sglang.evaluate.pair import Pair
 from sts_sglang.tools.local_server import LocalServer
 
 ROOT = Path(__file__).parents[2]
-DENSE = 1.0  # the keep of a request that attends to everything
-BASE = {"keep": 0.5, "budget": 0}  # room in the lists for every keep that is asked for
+KEEP = 0.5  # of a server: room in the lists for every keep that is asked for
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A server to ask: None is stock SGLang; else the configuration on top of BASE."""
+    """A server to ask: None is stock SGLang; else the configuration on top of the plan's."""
 
     config: dict | None
     about: str
     keeps: bool = True  # one cell a keep; else dense alone
+    own: bool = False  # named on the command line
 
 
 ARMS = {
@@ -44,44 +48,69 @@ ARMS = {
     "sts-full4": Arm({"full_verify_every": 4}, "every 4th verify attends to everything"),
     "oracle": Arm({"selector": "oracle"}, "the target's own attention"),
     "quest": Arm({"selector": "quest"}, "Quest's bounds over pages of 16"),
+    "pages": Arm({"selector": "pages"}, "mean and deviation of pages of 16"),
     "recent": Arm({"selector": "recent"}, "sink and the last tokens (StreamingLLM)"),
     "random": Arm({"selector": "random"}, "chance"),
 }
+
+
+class Suite(Protocol):
+    """What a kind of model can be asked: items.Shipped, or sts_sglang.evaluate.items.Plain."""
+
+    tasks: tuple[str, ...]  # "text" is the loss
+    checksum: str  # of the texts behind them
+
+    def make(self, task: str, length: int, index: int) -> Asked: ...
+    def documents(self, task: str, items: int) -> int: ...
+
+
+class Dense(NamedTuple):
+    """How a task of a length went with dense attention, before any arm was asked."""
+
+    task: str
+    length: int
+    score: float
+    kept: bool
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is asked of every arm."""
 
-    tasks: tuple[str, ...]  # of items.TASKS, and "shared", "text"
+    tasks: tuple[str, ...]  # of the suite
     lengths: tuple[int, ...]
     text_lengths: tuple[int, ...]
     keeps: tuple[float, ...]
     items: int
     concurrency: int
     device: str
-    models: Path
+    pair: Pair
     server_args: tuple[str, ...] = ()
+    config: Mapping = field(default_factory=lambda: {"budget": 0})  # of every arm; a floor would hide keeps
+    arms: Mapping[str, Arm] = field(default_factory=lambda: ARMS)
+    positions: int | None = None  # of the models
+    tried: tuple[Dense, ...] = ()
 
     def cells(self) -> list[tuple[str, int]]:
         """(task, length), all tasks of the shortest first: a run that is cut off leaves whole lengths."""
         found = [(t, n) for t in self.tasks for n in (self.text_lengths if t == "text" else self.lengths)]
-        return sorted(found, key=lambda cell: cell[1])
+        dropped = {(dense.task, dense.length) for dense in self.tried if not dense.kept}
+        return sorted((cell for cell in found if cell not in dropped), key=lambda cell: cell[1])
 
 
-def sts_config(arm: Arm, models: Path, folder: Path) -> str:
-    config = {**BASE, **arm.config}
+def sts_config(arm: Arm, plan: Plan, folder: Path) -> dict:
+    config = {"keep": KEEP, **plan.config, **arm.config}
     if (name := config.get("head_map")) in MAPS:
         path = folder / f"{name}.json"
-        path.write_text(json.dumps(MAPS[name](models)))
+        path.write_text(json.dumps(MAPS[name](plan.pair)))
         config["head_map"] = str(path)
-    return json.dumps(config)
+    return config
 
 
-def _proportional(models: Path) -> dict:
+def _proportional(pair: Pair) -> dict:
     counts = []
-    for name in ("target", "draft"):
-        config = json.loads((models / name / "config.json").read_text())
+    for model in (pair.target, pair.draft):
+        config = json.loads((Path(model) / "config.json").read_text())
         fields = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         counts.append(headmap.HeadCounts(*(config[f] for f in fields)))
     head_map = headmap.proportional(*counts)
@@ -89,49 +118,32 @@ def _proportional(models: Path) -> dict:
     return {"version": 1, "shift": 1, "tp": 1, **shapes, "sources": head_map.sources}
 
 
-def _uniform(models: Path) -> dict:
-    """The packaged map of the pair without its split of the budget."""
-    data = json.loads((headmap.MAPS / "standalone.json").read_text())
+def _uniform(pair: Pair) -> dict:
+    """The packaged map of the shipped pair without its split of the budget."""
+    data = json.loads((headmap.MAPS / f"{pair.algorithm.lower()}.json").read_text())
     return {key: value for key, value in data.items() if key != "shares"}
 
 
-MAPS = {"proportional": _proportional, "uniform": _uniform}
+MAPS: dict[str, Callable[[Pair], dict]] = {"proportional": _proportional, "uniform": _uniform}
 
 
 def start(name: str, plan: Plan, folder: Path) -> LocalServer:
-    """The arm's server; with the draft of the same folder as the target."""
-    arm, cpu = ARMS[name], plan.device == "cpu"
-    longest = max(n for _, n in plan.cells())
-    args = ["--context-length", str(longest + 256), "--max-running-requests", str(plan.concurrency)]
-    # What the requests at a time need, so that their prompts stay cached, and little more: several servers
-    # may share the device.
-    args += ["--max-total-tokens", str(5 * plan.concurrency * (longest + 512) // 4)]
-    args += ["--grammar-backend", "forced", "--skip-server-warmup", "--random-seed", "0"]
-    env = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    if cpu:
-        args += ["--device", "cpu", "--dtype", "float32"]
-        env |= {"SGLANG_PLATFORM": "sts_cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    else:
+    """The arm's server."""
+    arm = plan.arms[name]
+    context = max(n for _, n in plan.cells()) + pairs.ROOM
+    extra = []
+    if plan.device == "cuda":
         # Whole prompts at a time: a chunk of these tiny models waits for the host, whatever its size is.
-        args += ["--chunked-prefill-size", "32768", "--max-prefill-tokens", "32768"]
-        args += ["--cuda-graph-max-bs", str(plan.concurrency), "--cuda-graph-backend-prefill", "disabled"]
-        args += ["--mem-fraction-static", "0.8", "--sleep-on-idle"]
-    if arm.config is not None:
-        args += ["--attention-backend", "sts", "--sts-config", sts_config(arm, plan.models, folder)]
-    # SGLang's own CPU attention does not speculate: stock is the target alone there.
-    if arm.config is not None or not cpu:
-        draft = str(plan.models / "draft")
-        args += ["--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", draft]
-        args += ["--speculative-num-steps", "3", "--speculative-eagle-topk", "1"]
-        args += ["--speculative-num-draft-tokens", "4"]
-    return LocalServer(
-        plan.models / "target",
+        extra += ["--chunked-prefill-size", "32768", "--max-prefill-tokens", "32768"]
+        extra += ["--cuda-graph-backend-prefill", "disabled", "--mem-fraction-static", "0.8"]
+    return pairs.start(
+        plan.pair,
         folder / f"{name}.log",
-        *args,
-        *plan.server_args,
-        env=env,
-        start_seconds=600,
-        module="benchmarks.quality.serve",
+        device=plan.device,
+        context=min(context, plan.positions or context),
+        concurrency=plan.concurrency,
+        config=None if arm.config is None else sts_config(arm, plan, folder),
+        extra=[*extra, *plan.server_args],
     )
 
 
@@ -142,18 +154,22 @@ def common(plan: Plan, checksum: str) -> dict:
         "items": plan.items,
         "keeps": list(plan.keeps),
         "text": checksum,
-        "models": headmap.ModelPaths(str(plan.models / "target"), str(plan.models / "draft")).fingerprints(),
+        "models": headmap.ModelPaths(plan.pair.target, plan.pair.draft).fingerprints(),
+        "config": dict(plan.config),
     }
 
 
 def header(name: str, plan: Plan, checksum: str, server: LocalServer) -> dict:
     """Where the results of an arm come from."""
-    arm = ARMS[name]
+    arm = plan.arms[name]
     state = {} if arm.config is None else server.sts()
     kept = ("config", "head_map", "kernel", "graphs", "channels")
     found = {
         "arm": name,
         "about": arm.about,
+        **({"own": True} if arm.own else {}),
+        "pair": plan.pair.named(),
+        "tried": [dense._asdict() for dense in plan.tried],
         "sts": {key: state[key] for key in kept if key in state},
         **common(plan, checksum),
         "dtype": "float32" if plan.device == "cpu" else "bfloat16",

@@ -1,22 +1,29 @@
-"""What is asked: RULER-like tasks, several questions over one document, and held-out text to continue.
+"""What the shipped models are asked: tasks like RULER's, several questions over one document, held-out text.
 
-Built from benchmarks/models/tasks.py (test halves of names, values and sentences, which training never
-saw) over Python source of installed packages that training never saw either. Every item has its own
-seed: item 7 is the same whatever else runs.
+Any other model is asked in plain words (sts_sglang/evaluate/items.py). Here items are built from
+benchmarks/models/tasks.py (test halves of names, values and sentences, which training never saw) over Python
+source of installed packages that training never saw either. Every item has its own seed: item 7 is the same
+whatever else runs.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import random
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from sts_sglang.calibrate.command import read_texts
+from sts_sglang.evaluate.asking import Client, Reply
+from sts_sglang.evaluate.items import FORCED, Text
 
 MODELS = Path(__file__).parents[1] / "models"
 sys.path.insert(0, str(MODELS))
@@ -29,18 +36,27 @@ DEPTHS = [i / 10 for i in range(11)]
 # Dependencies of SGLang that benchmarks/models/corpus.py did not take.
 UNSEEN = ("openai", "pydantic", "aiohttp", "huggingface_hub", "fastapi", "httpx", "anyio", "uvicorn")
 TEXT_TOKENS = 50_000  # of each at most
-FORCED = 64  # tokens of held-out text that a loss item measures
 TURNS = 4  # questions of one conversation, and as many again in requests of their own
 
 
 @dataclass
 class Item:
-    """A prompt and what its answer must have; `group` items share a document."""
+    """A prompt and what its answer must have."""
 
     ids: list[int]
     question: Question
-    group: int
     depth: float  # of the farthest fact asked for, 0 is the beginning of the prompt
+
+    def ask(self, client: Client, keep: float) -> list[Reply]:
+        reply = _scored(client.generate(self.ids, keep, ROOM), self.question)
+        reply.depth = self.depth
+        return [reply]
+
+
+def _scored(reply: Reply, question: Question) -> Reply:
+    """The share of the values that the answer has."""
+    reply.score = sum(value in reply.text for value in question.values) / len(question.values)
+    return reply
 
 
 @dataclass
@@ -51,11 +67,19 @@ class Shared:
     turns: list[tuple[Question, list[int]]]  # what follows the document or the last answer
     alone: list[tuple[Question, list[int]]]  # what follows the document, in a request of its own
 
-
-@dataclass
-class Text:
-    prefix: list[int]
-    forced: list[int]  # the first comes from the dense prefill and does not count
+    def ask(self, client: Client, keep: float) -> list[Reply]:
+        """The turns of one conversation, then the same document's questions in requests of their own."""
+        # Answers become context: a cache of its own for every keep, or another keep's KV would be theirs.
+        own = {"extra_key": f"keep {keep}"}
+        ids, replies = list(self.document), []
+        for question, asked in self.turns:
+            ids += asked
+            replies.append(_scored(client.generate(ids, keep, ROOM, own), question))
+            ids += replies[-1].ids
+        return replies + [
+            _scored(client.generate(self.document + asked, keep, ROOM, own), question)
+            for question, asked in self.alone
+        ]
 
 
 def aggregation(pool: wording.Pool, n: int) -> Task:
@@ -91,21 +115,56 @@ TASKS = {
 }
 
 
+class Shipped:
+    """The tasks that the shipped models were trained for the manner of."""
+
+    def __init__(self, target: Path):
+        self.writer, self.checksum = unseen_writer(target)
+        self.tasks = (*TASKS, "shared", "text")
+
+    def make(self, task: str, length: int, index: int) -> Item | Shared | Text:
+        if task == "text":
+            return text(self.writer, length, index)
+        if task == "shared":
+            return shared(self.writer, length, index)
+        return item(self.writer, task, length, index)
+
+    def documents(self, task: str, items: int) -> int:
+        """Of one cell; a shared document has several questions."""
+        return max(2, items // (2 * TURNS)) if task == "shared" else items
+
+
+def any_texts() -> list[str]:
+    """Documentation, code and prose for models that were trained elsewhere: descriptions of installed
+    packages, sources of UNSEEN, and this package's held-out texts. They are of the environment; the result
+    file has their checksum."""
+    found = {d.name: d.metadata.get_payload() or "" for d in importlib.metadata.distributions() if d.name}
+    prose = [text for _, text in sorted(found.items()) if isinstance(text, str) and len(text) > 4096]
+    code = ["".join(_sources(package))[:200_000] for package in UNSEEN]
+    return [*(text[:30_000] for text in prose), *code, *(t.content for t in read_texts(None, "heldout", ""))]
+
+
 def unseen_writer(model: Path) -> tuple[Writer, str]:
     """The writer of test items, and a checksum of the text it hides facts in."""
     tok = Tokenizer.from_file(str(model / "tokenizer.json"))
-    text = np.array([token for package in UNSEEN for token in _source(package, tok)], np.uint16)
+    text = np.array([token for package in UNSEEN for token in _tokens(package, tok)], np.uint16)
     words = json.loads((MODELS / "words.json").read_text())
     return Writer(tok, words, "test", text), hashlib.sha256(text.tobytes()).hexdigest()[:12]
 
 
-def _source(package: str, tok: Tokenizer) -> list[int]:
-    spec, ids = importlib.util.find_spec(package), []
-    paths = sorted(Path(spec.origin).parent.rglob("*.py")) if spec and spec.origin else ()
-    for path in paths:
-        if len(ids) < TEXT_TOKENS:
-            source = path.read_text(errors="ignore").replace("\t", "    ")
-            ids += tok.encode(source, add_special_tokens=False).ids
+def _sources(package: str) -> Iterator[str]:
+    """Source files of an installed package, in order of their paths; none where it is not there."""
+    spec = importlib.util.find_spec(package)
+    for path in sorted(Path(spec.origin).parent.rglob("*.py")) if spec and spec.origin else ():
+        yield path.read_text(errors="ignore")
+
+
+def _tokens(package: str, tok: Tokenizer) -> list[int]:
+    ids: list[int] = []
+    for source in _sources(package):
+        ids += tok.encode(source.replace("\t", "    "), add_special_tokens=False).ids
+        if len(ids) >= TEXT_TOKENS:
+            break
     return ids[:TEXT_TOKENS]
 
 
@@ -123,7 +182,7 @@ def item(writer: Writer, name: str, length: int, index: int) -> Item:
         row = writer.conversation(task, length - ROOM, rng, depths, prompt_only=True)
         if row is not None:
             question = task.questions[0]
-            return Item(row.ids, question, index, _depth(writer, row, question))
+            return Item(row.ids, question, _depth(writer, row, question))
 
 
 def _depth(writer: Writer, row: Row, question: Question) -> float:

@@ -16,13 +16,21 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import pictures
-from benchmarks.quality.stats import ENOUGH, Interval, interval, macro_interval
+from sts_sglang.evaluate.stats import ENOUGH, Interval, interval, macro_interval
 
 DENSE = 1.0
 LOSS = "text"
-RIVALS = ("quest", "recent", "random", "oracle", "sts-uniform", "sts-proportional")
+RIVALS = ("quest", "pages", "recent", "random", "oracle", "sts-uniform", "sts-proportional")
 RIVALS += ("sts-warm", "sts-blend", "sts-full4")
-COLORS = {"sts": "C3", "sts-draft-blend": "C1", "oracle": "k", "quest": "C0", "recent": "C2", "random": "C7"}
+COLORS = {
+    "sts": "C3",
+    "sts-draft-blend": "C1",
+    "oracle": "k",
+    "quest": "C0",
+    "pages": "C4",
+    "recent": "C2",
+    "random": "C7",
+}
 
 
 def folder_digest(folder: Path) -> str:
@@ -49,9 +57,15 @@ class Results:
                     self.headers[row["arm"]] = row
         if not self.cells:
             raise SystemExit(f"{folder}: no results")
-        for what in ("text", "models"):
-            if len({json.dumps(header[what]) for header in self.headers.values()}) > 1:
+        for what in ("text", "models", "tried"):
+            if len({json.dumps(header.get(what)) for header in self.headers.values()}) > 1:
                 raise SystemExit(f"{folder}: arms were measured with different {what}; measure them again")
+
+    @cached_property
+    def rivals(self) -> list[str]:
+        """What sts is compared with, an arm of one's own before all."""
+        own = [arm for arm, header in self.headers.items() if header.get("own")]
+        return [*own, *(arm for arm in RIVALS if arm in self.arms)]
 
     def _values(self, index: int) -> list:
         return sorted({key[index] for key in self.cells})
@@ -174,7 +188,7 @@ def worst_task(r: Results, arm: str, keep: float, length: int) -> tuple[str, Int
 def rivals(r: Results, length: int) -> str:
     """STS minus the others, at the same keep."""
     rows = []
-    for arm in (a for a in RIVALS if a in r.arms):
+    for arm in r.rivals:
         found = [r.difference(("sts", keep), (arm, keep), length) for keep in r.keeps]
         rows.append([arm + r.part(arm, length), *map(signed, found)])
     return table(["sts minus", *map(percent, r.keeps)], rows)
@@ -184,7 +198,7 @@ def text_rivals(r: Results) -> str:
     """The same of the loss of text, in percent of the dense loss: below zero sts loses less."""
     rows = []
     for length in r.lengths(loss=True):
-        for arm in (a for a in RIVALS if a in r.arms):
+        for arm in r.rivals:
             found = [r.loss_change(("sts", keep), (arm, keep), length) for keep in r.keeps]
             if any(found):
                 rows.append([length, arm, *(signed(f, digits=2) for f in found)])
@@ -279,7 +293,7 @@ def reach(r: Results, length: int) -> str:
         aim = "within 1 point of the oracle" + r.part("oracle", length)
         found.append((aim, signed(gap), gap, gap.mean >= -0.01))
     rows = [[f"keep 10 %: {aim}", said, verdict(over, met)] for aim, said, over, met in found]
-    for rival in ("quest", "recent"):
+    for rival in ("quest", "pages", "recent"):
         for keep in r.keeps:
             lead = r.difference(("sts", keep), (rival, keep), length)
             if lead is not None:
@@ -340,6 +354,11 @@ def origin(r: Results) -> str:
         f"{head['items']} items a task and length; text {head['text']}; weights: {weights}; commits: "
         f"{', '.join(commits)}."
     )
+    if "pair" in head:
+        said = "Pair: {target} with {draft}, {algorithm}. ".format(**head["pair"]) + said
+    if left := [t for t in head.get("tried", ()) if not t["kept"]]:
+        named = ", ".join(f"{t['task']} of {t['length']:,} ({points(t['score'])})" for t in left)
+        said += f"\n\nLeft out, because the model does not do them with dense attention: {named}."
     rows = []
     for arm, header in sorted(r.headers.items(), key=lambda pair: r.arms.index(pair[0])):
         sts, config = header["sts"], header["sts"].get("config", {})

@@ -6,6 +6,7 @@ Medians over repeats and passes, and half their spread. A file that is not there
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,6 +26,11 @@ def timings(op: str) -> list[dict]:
 
 def commits(found: Iterable[dict]) -> str:
     return ", ".join(dict.fromkeys(r["commit"] for r in found))
+
+
+def spread(values: list[float]) -> str:
+    """Median ± half the spread."""
+    return f"{statistics.median(values):,.0f} ± {(max(values) - min(values)) / 2:,.0f}"
 
 
 def shapes_of(found: list[dict]) -> list[tuple[int, int]]:

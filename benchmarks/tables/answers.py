@@ -21,6 +21,7 @@ QUALITY = {
     "sts-full4": "sts, every 4th verify full",
     "oracle": "oracle",
     "quest": "Quest",
+    "pages": "page mean + deviation",
     "recent": "sink + recent",
     "random": "chance",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from benchmarks.quality.report import table
-from benchmarks.tables import MISSING, commits, rows, shapes_of
+from benchmarks.tables import MISSING, commits, rows, shapes_of, spread
 
 ARMS = {
     "stock": "stock FA3, no speculation",
@@ -27,7 +27,7 @@ def serving() -> str:
     lines = []
     for shape in shapes_of(found):
         own = [speeds(found, shape, arm)[0] for arm in ARMS]
-        cells = [f"{statistics.median(s):,.0f} ± {(max(s) - min(s)) / 2:,.0f}" if s else "–" for s in own]
+        cells = [spread(s) if s else "–" for s in own]
         kept = {r["keep_ratio"] for r in found if (r["arm"], r["context"], r["requests"]) == ("sts", *shape)}
         cells += [f"{100 * max(kept):.0f} %" if kept else "–"]
         cells += [gains(found, arm, shape) for arm in ("sts", "sts-draft")]

@@ -19,6 +19,7 @@ from sts_kernels.layout import (
     Lists,
     Members,
     PagedLists,
+    PageSizes,
     Plan,
     Pooling,
     Room,
@@ -112,6 +113,75 @@ class Ops(Protocol):
         tokens: int,
         layers: int,
     ) -> None: ...
+
+    def tag_pages(
+        self, contexts: Contexts, before: torch.Tensor, tags: torch.Tensor, *, most: int
+    ) -> None: ...
+
+    def sketch_pages(
+        self,
+        keys: torch.Tensor,
+        sketches: torch.Tensor,
+        contexts: Contexts,
+        before: torch.Tensor,
+        tags: torch.Tensor,
+        *,
+        most: int,
+    ) -> None: ...
+
+    def size_pages(
+        self,
+        contexts: Contexts,
+        tags: torch.Tensor,
+        lists: Lists,
+        channels: torch.Tensor,
+        *,
+        sink: int,
+        recent: int,
+    ) -> PageSizes: ...
+
+    def score_pages(
+        self,
+        q: torch.Tensor,
+        sketches: torch.Tensor,
+        contexts: Contexts,
+        sizes: PageSizes,
+        scores: Scores,
+        *,
+        scale: float,
+        pooling: Pooling,
+        plan: Plan | None = None,
+    ) -> None: ...
+
+    def list_pages(
+        self,
+        scores: Scores,
+        contexts: Contexts,
+        sizes: PageSizes,
+        lists: Lists,
+        channels: torch.Tensor,
+        *,
+        layer: int,
+        sink: int,
+        recent: int,
+    ) -> None: ...
+
+    def join_pages(
+        self,
+        scores: Scores,
+        drafted: Scores,
+        joined: torch.Tensor,
+        contexts: Contexts,
+        sizes: PageSizes,
+        channels: torch.Tensor,
+        *,
+        layer: int,
+        sink: int,
+        recent: int,
+    ) -> None: ...
+
+    def plan_pages(self, sizes: PageSizes, *, kv_heads: int) -> Plan | None:
+        """`plan_lists` for score_pages, alike in all layers of a step; None where none is needed."""
 
     def plan_attention(
         self, lists: Lists, channels: torch.Tensor, lens: torch.Tensor, *, max_context: int

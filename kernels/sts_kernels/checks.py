@@ -9,6 +9,7 @@ import torch
 
 from sts_kernels.layout import (
     ALIGN,
+    PAGE,
     Carried,
     Contexts,
     History,
@@ -16,6 +17,7 @@ from sts_kernels.layout import (
     Lists,
     Members,
     PagedLists,
+    PageSizes,
     Pooling,
     Room,
     Scores,
@@ -54,8 +56,7 @@ def check_draft(
     _check_importance(op, scores)
     agree = members.heads.shape[0] == members.channels.numel() == members.scale.numel()
     expect(op, agree, "members do not agree")
-    for name, how in (("rows", pooling.rows), ("heads", pooling.heads)):
-        expect(op, how in ("max", "mean"), f"pooling.{name} must be 'max' or 'mean', got {how!r}")
+    _check_pooling(op, pooling)
 
 
 def check_sizes(
@@ -122,9 +123,7 @@ def check_attention(
     op = "sparse_attention"
     expect(op, q.dim() == 4, f"q must be [bs, T, H_q, D], got {tuple(q.shape)}")
     bs, tokens, q_heads, dim = q.shape
-    # The stride of a dimension of one says nothing.
-    ok = (tokens == 1 or q.stride(0) == tokens * q.stride(1)) and q.stride()[2:] == (dim, 1)
-    expect(op, ok or bs == 0, f"q must be rows of contiguous heads at one distance, got strides {q.stride()}")
+    _check_distance(op, q)
     k, v = pool
     ok = k.dim() == 3 and k.shape == v.shape and k.shape[2] == dim
     expect(op, ok, f"pools {tuple(k.shape)} and {tuple(v.shape)} do not fit q {tuple(q.shape)}")
@@ -150,6 +149,114 @@ def check_headwise(lists: Lists, channels: torch.Tensor, paged: PagedLists) -> N
         expect(op, ok, f"{name} must be int32 [{pairs} + 1 or more], got {ends.dtype} {tuple(ends.shape)}")
     expect(op, paged.indices.dtype == torch.int32, f"indices must be int32, got {paged.indices.dtype}")
     expect(op, paged.mask.dtype == torch.uint8, f"mask must be uint8, got {paged.mask.dtype}")
+
+
+def check_tags(op: str, contexts: Contexts, before: torch.Tensor, tags: torch.Tensor) -> None:
+    """Arguments of tag_pages, and of others that read tags."""
+    lens = tuple(contexts.lens.shape)
+    expect(op, len(lens) == 1, f"lens must be [bs], got {lens}")
+    expect(op, tuple(before.shape) == lens, f"before must be {lens} as lens are, got {tuple(before.shape)}")
+    ok = tags.dtype == torch.int32 and tags.dim() == 1 and tags.is_contiguous()
+    expect(op, ok, f"tags must be contiguous int32 [slots], got {tags.dtype} {tuple(tags.shape)}")
+
+
+def check_sketches(
+    keys: torch.Tensor,
+    sketches: torch.Tensor,
+    contexts: Contexts,
+    before: torch.Tensor,
+    tags: torch.Tensor,
+) -> None:
+    """Arguments of sketch_pages."""
+    op = "sketch_pages"
+    check_tags(op, contexts, before, tags)
+    ok = keys.dim() == 3 and keys.stride(2) == 1
+    expect(op, ok, f"keys must be [slots, H_kv, D] with stride 1 in D, got {tuple(keys.shape)}")
+    _check_sketches(op, sketches, keys.shape[1], keys.shape[2])
+
+
+def check_page_sizes(contexts: Contexts, tags: torch.Tensor, lists: Lists, channels: torch.Tensor) -> None:
+    """Arguments of size_pages."""
+    op = "size_pages"
+    check_tags(op, contexts, contexts.lens, tags)
+    _check_lists(op, lists)
+    bs = contexts.lens.numel()
+    expect(op, lists.counts.shape[0] == bs, f"{lists.counts.shape[0]} lists a channel for {bs} requests")
+    _check_layers(op, channels)
+
+
+def check_page_scores(
+    q: torch.Tensor, sketches: torch.Tensor, sizes: PageSizes, scores: Scores, pooling: Pooling
+) -> None:
+    """Arguments of score_pages."""
+    op = "score_pages"
+    _check_importance(op, scores)
+    kv_heads, bs = scores.importance.shape[0], sizes.contexts.lens.numel()
+    ok = q.dim() == 4 and q.shape[0] == bs and q.shape[2] % kv_heads == 0
+    expect(op, ok, f"q must be [{bs}, T, H_q, D] for {kv_heads} KV heads, got {tuple(q.shape)}")
+    _check_distance(op, q)
+    _check_sketches(op, sketches, kv_heads, q.shape[3])
+    _check_pooling(op, pooling)
+
+
+def check_page_lists(scores: Scores, sizes: PageSizes, lists: Lists, channels: torch.Tensor) -> None:
+    """Arguments of list_pages."""
+    _check_lists("list_pages", lists, tuple(sizes.counts.shape))
+    _check_pages_of_layers("list_pages", scores, sizes, channels)
+
+
+def check_join(
+    scores: Scores, drafted: Scores, joined: torch.Tensor, sizes: PageSizes, channels: torch.Tensor
+) -> None:
+    """Arguments of join_pages."""
+    op, importance = "join_pages", drafted.importance
+    _check_pages_of_layers(op, scores, sizes, channels)
+    _check_importance(op, drafted)
+    wanted = (channels.shape[1], importance.shape[1])
+    ok = tuple(joined.shape) == wanted and joined.dtype == importance.dtype and joined.is_contiguous()
+    got = f"{joined.dtype} {tuple(joined.shape)}"
+    expect(op, ok, f"joined must be contiguous {importance.dtype} {wanted}, got {got}")
+
+
+def _check_pages_of_layers(op: str, scores: Scores, sizes: PageSizes, channels: torch.Tensor) -> None:
+    """Scores of the pages of one layer, of those that sizes are about."""
+    _check_importance(op, scores)
+    _check_layers(op, channels)
+    layers, kv_heads = channels.shape
+    wanted = (layers, sizes.counts.shape[0], kv_heads)
+    expect(op, sizes.pages.shape == wanted, f"sizes.pages must be {wanted}, got {tuple(sizes.pages.shape)}")
+    rows = scores.importance.shape[0]
+    expect(op, rows == kv_heads, f"{rows} rows of importance for {kv_heads} KV heads")
+
+
+def _check_sketches(op: str, sketches: torch.Tensor, kv_heads: int, dim: int) -> None:
+    """A slice of a mean and of a deviation a slot and KV head."""
+    expect(op, dim % PAGE == 0, f"heads of {dim} dimensions are not sliced evenly among {PAGE} slots")
+    ok = sketches.dim() == 3 and tuple(sketches.shape[1:]) == (kv_heads, 2 * dim // PAGE)
+    ok = ok and sketches.is_contiguous() and sketches.dtype in (torch.float16, torch.float32)
+    got = f"{sketches.dtype} {tuple(sketches.shape)}"
+    wanted = f"[slots, {kv_heads}, {2 * dim // PAGE}]"
+    expect(op, ok, f"sketches must be contiguous {wanted} of float16 or float32, got {got}")
+
+
+def _check_layers(op: str, channels: torch.Tensor) -> None:
+    """int32 [layers, H_kv]."""
+    ok = channels.dim() == 2 and channels.dtype == torch.int32 and channels.is_contiguous()
+    got = f"{channels.dtype} {tuple(channels.shape)}"
+    expect(op, ok, f"channels must be contiguous int32 [layers, H_kv], got {got}")
+
+
+def _check_pooling(op: str, pooling: Pooling) -> None:
+    for name, how in (("rows", pooling.rows), ("heads", pooling.heads)):
+        expect(op, how in ("max", "mean"), f"pooling.{name} must be 'max' or 'mean', got {how!r}")
+
+
+def _check_distance(op: str, q: torch.Tensor) -> None:
+    """Rows of [bs, T, H_q, D] lie at one distance, each of contiguous heads."""
+    bs, tokens, _, dim = q.shape
+    # The stride of a dimension of one says nothing.
+    ok = (tokens == 1 or q.stride(0) == tokens * q.stride(1)) and q.stride()[2:] == (dim, 1)
+    expect(op, ok or bs == 0, f"q must be rows of contiguous heads at one distance, got strides {q.stride()}")
 
 
 def _check_queries(op: str, name: str, rows: torch.Tensor, pool: KvPool) -> None:

@@ -24,11 +24,9 @@ from sts_kernels.layout import (
     ALIGN,
     IMPORTANCE_SCALE,
     SHIFT,
-    WHOLE,
     Carried,
     Contexts,
     KvPool,
-    Lists,
     Members,
     Plan,
     Pooling,
@@ -39,11 +37,12 @@ from sts_kernels.split_kv import (
     LOG2E,
     SplitKnobs,
     attend,
+    in_tile,
     merge,
-    padded_rows,
-    plan_lists,
-    splits,
+    padded,
+    plan_whole,
     starts_early,
+    store_head,
 )
 
 
@@ -81,12 +80,7 @@ def plan_contexts(lens: torch.Tensor, *, kv_heads: int, max_context: int) -> Pla
 
     lens: int [bs]. max_context: width of the table of slots. Never None.
     """
-    programs, most = splits(lens.numel() * kv_heads, max_context, KNOBS)
-    starts = torch.zeros(lens.numel(), 1, dtype=torch.int64, device=lens.device)
-    counts = torch.full_like(starts, WHOLE, dtype=torch.int32)
-    whole = Lists(starts, starts, counts)  # nothing is listed, so no entry is read
-    channel = torch.zeros(1, 1, dtype=torch.int32, device=lens.device)
-    return plan_lists(whole, channel, lens, programs=programs // kv_heads, most=most).of(0)
+    return plan_whole(lens, kv_heads=kv_heads, longest=max_context, knobs=KNOBS)
 
 
 class _Rows(NamedTuple):
@@ -108,11 +102,12 @@ class _Rows(NamedTuple):
 
     @property
     def padded(self) -> int:
-        return padded_rows(self.used)
+        return padded(self.used)
 
     def constants(self) -> dict[str, int | bool]:
         """By their names in the first two kernels."""
         sizes = {"H_Q": self.q_heads, "H_KV": self.kv_heads, "D": self.dim, "ROWS": self.padded}
+        sizes["D_P2"] = padded(self.dim)
         return {"W": self.branches, "CARRIED": self.carried, "USED": self.used, **sizes}
 
 
@@ -308,6 +303,7 @@ def _draft_kernel(
     H_Q: tl.constexpr,
     H_KV: tl.constexpr,
     D: tl.constexpr,
+    D_P2: tl.constexpr,  # padded to a power of two
     ROWS: tl.constexpr,  # USED padded: tiles of tl.dot have at least 16 rows
     USED: tl.constexpr,  # (carried + W) * group: the carried row's heads come first
     SCRATCH: tl.constexpr,  # W * (step + 1), padded to a power of two of at least 16
@@ -330,23 +326,25 @@ def _draft_kernel(
     column = tl.load(column_ptr + b)
 
     rows = tl.arange(0, ROWS)
-    dims = tl.arange(0, D)
+    dims = tl.arange(0, D_P2)
     query, head = rows // GROUP, h * GROUP + rows % GROUP  # [ROWS]
     if CARRIED:
         branch = query - 1
         is_carried = (query == 0) & (tl.load(carried_lens_ptr + req).to(tl.int32) == length)
         q = tl.load(
-            carried_ptr + (req * H_Q + head[:, None]) * D + dims[None, :], mask=is_carried[:, None], other=0.0
+            carried_ptr + (req * H_Q + head[:, None]) * D + dims[None, :],
+            mask=in_tile(is_carried, dims, D),
+            other=0.0,
         )  # [ROWS, D]
     else:
         branch = query
         is_carried = query < 0
-        q = tl.zeros([ROWS, D], q_ptr.dtype.element_ty)
+        q = tl.zeros([ROWS, D_P2], q_ptr.dtype.element_ty)
     in_step = (branch >= 0) & (branch < W)
     if W > 0:
         own = tl.load(
             q_ptr + (b * W + branch[:, None]) * stride_q + head[:, None] * D + dims[None, :],
-            mask=in_step[:, None],
+            mask=in_tile(in_step, dims, D),
             other=0.0,
         )  # [ROWS, D]
         q = tl.where(in_step[:, None], own, q)
@@ -354,7 +352,7 @@ def _draft_kernel(
 
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D], tl.float32)
+    acc = tl.zeros([ROWS, D_P2], tl.float32)
     # Positions [SHIFT, length + SHIFT) have keys. A part has whole blocks, so that each is stored once. Each
     # block has a key, so that maxima are finite.
     end = tl.where(length > 0, length + SHIFT, 0)
@@ -366,7 +364,7 @@ def _draft_kernel(
         ok = (offs >= SHIFT) & (offs < end)
         slots = tl.load(row_ptr + offs - SHIFT, mask=ok, other=0)  # [BLOCK]
         kv_offs = slots.to(tl.int64)[:, None] * stride_slot + h * stride_head + dims[None, :]
-        k = tl.load(k_ptr + kv_offs, mask=ok[:, None], other=0.0)  # [BLOCK, D]
+        k = tl.load(k_ptr + kv_offs, mask=in_tile(ok, dims, D), other=0.0)  # [BLOCK, D]
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [ROWS, BLOCK]
         s = tl.where(ok[None, :], s, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1))
@@ -382,7 +380,7 @@ def _draft_kernel(
             tl.store(exps_ptr + line * BLOCK + lanes, stored, mask=mine[:, None], eviction_policy=POLICY)
             tl.store(peaks_ptr + line + rows, new_peak, mask=mine)
         if W > 0:
-            v = tl.load(v_ptr + kv_offs, mask=ok[:, None], other=0.0)  # [BLOCK, D]
+            v = tl.load(v_ptr + kv_offs, mask=in_tile(ok, dims, D), other=0.0)  # [BLOCK, D]
             acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         norm = norm * fade + tl.sum(p, 1)
         peak = new_peak
@@ -394,12 +392,14 @@ def _draft_kernel(
         slots = tl.load(row_ptr + length + owner * num_steps + cols % (step + 1), mask=ok, other=0)
         seen = ok[None, :] & in_step[:, None] & (owner[None, :] == branch[:, None])  # [ROWS, SCRATCH]
         peak, norm, acc = attend(
-            q, k_ptr, v_ptr, slots, ok, seen, h * stride_head, stride_slot, dims, scale, peak, norm, acc
+            q, k_ptr, v_ptr, slots, ok, seen, h * stride_head, stride_slot, dims, scale, peak, norm, acc, D
         )
     if EARLY:
         gdc_launch_dependents()
     base = (h * tl.num_programs(0) + program).to(tl.int64) * ROWS
-    tl.store(partial_ptr + (base + rows[:, None]) * D + dims[None, :], acc, mask=(rows < USED)[:, None])
+    tl.store(
+        partial_ptr + (base + rows[:, None]) * D + dims[None, :], acc, mask=in_tile(rows < USED, dims, D)
+    )
     tl.store(stats_ptr + (base + rows) * 2, peak)
     tl.store(stats_ptr + (base + rows) * 2 + 1, norm)
 
@@ -417,6 +417,7 @@ def _draft_merge_kernel(
     H_Q: tl.constexpr,
     H_KV: tl.constexpr,
     D: tl.constexpr,
+    D_P2: tl.constexpr,  # padded to a power of two
     ROWS: tl.constexpr,
     USED: tl.constexpr,
     SPLITS_P2: tl.constexpr,
@@ -430,11 +431,11 @@ def _draft_merge_kernel(
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    peak, norm, out = merge(partial_ptr, stats_ptr, h * work + first, row, number, D, ROWS, SPLITS_P2)
+    dims = tl.arange(0, D_P2)
+    peak, norm, out = merge(partial_ptr, stats_ptr, h * work + first, row, number, dims, D, ROWS, SPLITS_P2)
     tl.store(lse_ptr + (b * H_KV + h) * ROWS + row, peak + tl.log2(norm))
     if (W > 0) & (branch >= 0):
-        place = ((b * W + branch) * H_Q + h * GROUP + row % GROUP) * D + tl.arange(0, D)
-        tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty))
+        store_head(out_ptr + ((b * W + branch) * H_Q + h * GROUP + row % GROUP) * D, out, dims, D)
 
 
 @triton.jit

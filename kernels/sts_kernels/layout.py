@@ -29,8 +29,18 @@ IMPORTANCE_SCALE = 2.0**14
 UNKNOWN = -1.0
 # In place of the length of a list: the whole context is attended to, and nothing is listed.
 WHOLE = -1
+# Positions that share a sketch of their keys: page p of a request is its positions from PAGE * p on. A sketch
+# is as wide as two keys and lies in PAGE equal slices beside the keys, one a slot.
+PAGE = 16
+# In place of the slot that ends a slot's page: the slice that lies there belongs to none.
+NO_PAGE = -1
 
 PoolName = Literal["max", "mean"]
+
+
+def pages_of(positions: int) -> int:
+    """Pages of so many positions, the last of them maybe not complete."""
+    return -(-positions // PAGE)
 
 
 class Count(enum.IntEnum):
@@ -186,6 +196,30 @@ class Sizes(NamedTuple):
     budgets: torch.Tensor
     starts: torch.Tensor
     counts: torch.Tensor
+
+
+class PageSizes(NamedTuple):
+    """What the layers of a step share of the selection of pages, see `size_pages`.
+
+    known: uint8 [bs, pages], whether a page's sketch is the request's own. unknown: int32 [bs], of a request
+    that wanted a list the pages without one, where pages are chosen (not among sink and recent). contexts:
+    the pages as `select_tokens` takes positions: the slot of a page is its number, and a request that has no
+    list has no pages. counts: int32 [bs, channels], tokens of the lists, or WHOLE. starts: int64 [bs, H_kv],
+    where the page numbers of a list start, and pages: int32 [layers, bs, H_kv], how many there are, or WHOLE.
+    """
+
+    known: torch.Tensor
+    unknown: torch.Tensor
+    contexts: Contexts
+    counts: torch.Tensor
+    starts: torch.Tensor
+    pages: torch.Tensor
+
+    def lists(self, layer: int) -> Lists:
+        """Room for the lists of page numbers of one layer."""
+        room = self.starts.numel() * self.known.shape[1]
+        indices = torch.empty(room, dtype=torch.int32, device=self.starts.device)
+        return Lists(indices, self.starts, self.pages[layer])
 
 
 class History(NamedTuple):

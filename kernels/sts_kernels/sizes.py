@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from sts_kernels.checks import check_sizes
-from sts_kernels.layout import ALIGN, WHOLE, Contexts, Count, Room, Rule, Sizes
+from sts_kernels.layout import WHOLE, Contexts, Count, Room, Rule, Sizes
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,6 @@ def size_lists(
         STEPS=0 if split is None else split.shape[0] - 1,
         FULL=full is not None,
         LIST_FULL=list_full,
-        ALIGN=ALIGN,
         WHOLE=WHOLE,
         SPARSE_VERIFIES=Count.SPARSE_VERIFIES.value,
         DENSE_VERIFIES=Count.DENSE_VERIFIES.value,
@@ -106,7 +105,6 @@ def _sizes_kernel(
     STEPS: tl.constexpr,
     FULL: tl.constexpr,
     LIST_FULL: tl.constexpr,
-    ALIGN: tl.constexpr,
     WHOLE: tl.constexpr,
     SPARSE_VERIFIES: tl.constexpr,  # places in the totals
     DENSE_VERIFIES: tl.constexpr,

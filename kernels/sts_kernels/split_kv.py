@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from sts_kernels.checks import check_plan
-from sts_kernels.layout import Lists, Part, Plan
+from sts_kernels.layout import WHOLE, Lists, Part, Plan
 
 LOG2E = 1.4426950408889634  # kernels compute exp(x) as exp2(x * LOG2E)
 MOST_PARTS = 64  # of a list: a merge holds them in registers
@@ -52,9 +52,10 @@ def splits(pairs: int, max_context: int, knobs: SplitKnobs) -> tuple[int, int]:
     return each * pairs, min(each * knobs.uneven, most)
 
 
-def padded_rows(rows: int) -> int:
-    """Query rows of the tile that holds so many: a power of two, and at least 16 for tl.dot."""
-    return max(16, triton.next_power_of_2(rows))
+def padded(size: int) -> int:
+    """Of a tile that holds so many query rows, or dimensions of a head: a power of two, and at least 16 for
+    tl.dot."""
+    return max(16, triton.next_power_of_2(size))
 
 
 def shared_bytes(rows: int, head_dim: int, bytes_per_dim: tuple[int, int]) -> int:
@@ -63,8 +64,8 @@ def shared_bytes(rows: int, head_dim: int, bytes_per_dim: tuple[int, int]) -> in
     bytes_per_dim: for each dimension of a head, besides 2 for each query row: with 16 rows, and with more.
     Half precision is assumed.
     """
-    padded = padded_rows(rows)
-    return head_dim * (bytes_per_dim[padded > 16] + 2 * padded)
+    held = padded(rows)
+    return padded(head_dim) * (bytes_per_dim[held > 16] + 2 * held)
 
 
 @functools.cache
@@ -105,6 +106,16 @@ def plan_lists(lists: Lists, channels: torch.Tensor, lens: torch.Tensor, *, prog
             num_warps=1 if pairs <= 256 else 16,  # a warp sums without barriers
         )
     return plan
+
+
+def plan_whole(lens: torch.Tensor, *, kv_heads: int, longest: int, knobs: SplitKnobs) -> Plan:
+    """How rows of `lens` [bs] entries, at most `longest`, are parted: alike for every KV head."""
+    programs, most = splits(lens.numel() * kv_heads, longest, knobs)
+    starts = torch.zeros(lens.numel(), 1, dtype=torch.int64, device=lens.device)
+    counts = torch.full_like(starts, WHOLE, dtype=torch.int32)
+    whole = Lists(starts, starts, counts)  # nothing is listed, so no entry is read
+    channel = torch.zeros(1, 1, dtype=torch.int32, device=lens.device)
+    return plan_lists(whole, channel, lens, programs=programs // kv_heads, most=most).of(0)
 
 
 @triton.jit
@@ -167,6 +178,24 @@ def _parts(total, share, most, there):
 
 
 @triton.jit
+def in_tile(ok, dims, D: tl.constexpr):
+    """Which of a tile [.., dims] there are: of the rows that are `ok` [..], the dimensions of a head."""
+    mask = ok[:, None]
+    if dims.shape[0] != D:  # padded to a power of two; else a mask by dimension would cost registers
+        mask = mask & (dims < D)[None, :]
+    return mask
+
+
+@triton.jit
+def store_head(ptr, out, dims, D: tl.constexpr):
+    """Write the dimensions that a head has of a row `out` [dims]."""
+    if dims.shape[0] == D:
+        tl.store(ptr + dims, out.to(ptr.dtype.element_ty))
+    else:
+        tl.store(ptr + dims, out.to(ptr.dtype.element_ty), mask=dims < D)
+
+
+@triton.jit
 def attend(
     q,  # [ROWS, D]
     k_ptr,  # [slots, H_kv, D]
@@ -176,16 +205,17 @@ def attend(
     seen,  # bool [ROWS, BLOCK] or [1, BLOCK], which of them a row attends to
     head_offset,  # of the KV head in a slot
     stride_slot,
-    dims,  # [D], 0 to D
+    dims,  # 0 to D, padded to a power of two
     scale,  # of logits, LOG2E included
     peak,  # float32 [ROWS], largest logit so far
     norm,  # float32 [ROWS], sum of exp2(logit - peak) so far
     acc,  # float32 [ROWS, D], the same sum of values
+    D: tl.constexpr,
 ):
     """One step of online softmax: `peak`, `norm` and `acc` after a block of slots."""
     kv_offs = slots.to(tl.int64) * stride_slot + head_offset
-    k = tl.load(k_ptr + kv_offs[:, None] + dims[None, :], mask=ok[:, None], other=0.0)  # [BLOCK, D]
-    v = tl.load(v_ptr + kv_offs[:, None] + dims[None, :], mask=ok[:, None], other=0.0)  # [BLOCK, D]
+    k = tl.load(k_ptr + kv_offs[:, None] + dims[None, :], mask=in_tile(ok, dims, D), other=0.0)  # [BLOCK, D]
+    v = tl.load(v_ptr + kv_offs[:, None] + dims[None, :], mask=in_tile(ok, dims, D), other=0.0)  # [BLOCK, D]
     s = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))  # [ROWS, BLOCK]
     new_peak = tl.maximum(peak, tl.max(s, 1))
     # A row that has seen nothing yet has no maximum: keep the exponents finite, its sum stays 0.
@@ -203,18 +233,20 @@ def merge(
     first,  # part of the list
     row,
     splits,  # parts of the list
+    dims,  # 0 to D, padded to a power of two
     D: tl.constexpr,
     ROWS: tl.constexpr,
     SPLITS_P2: tl.constexpr,
 ):
-    """Maximum (of log2), sum and output [D] of one row over the parts of its list."""
+    """Maximum (of log2), sum and output [dims] of one row over the parts of its list."""
     split = tl.arange(0, SPLITS_P2)
     ok = split < splits
     base = (first + split) * ROWS + row  # [SPLITS_P2]
     peak = tl.load(stats_ptr + base * 2, mask=ok, other=float("-inf"))  # [SPLITS_P2]
     norm = tl.load(stats_ptr + base * 2 + 1, mask=ok, other=0.0)  # [SPLITS_P2]
-    dims = tl.arange(0, D)
-    partial = tl.load(partial_ptr + base[:, None] * D + dims[None, :], mask=ok[:, None], other=0.0)
+    partial = tl.load(
+        partial_ptr + base[:, None] * D + dims[None, :], mask=in_tile(ok, dims, D), other=0.0
+    )  # [SPLITS_P2, D]
     top = tl.max(peak, 0)
     weight = tl.exp2(peak - top)
     total = tl.sum(norm * weight, 0)

@@ -17,13 +17,21 @@ from sts_kernels.checks import (
     check_draft,
     check_headwise,
     check_history,
+    check_join,
+    check_page_lists,
+    check_page_scores,
+    check_page_sizes,
     check_plan,
     check_select,
     check_sizes,
+    check_sketches,
     check_spread,
+    check_tags,
 )
 from sts_kernels.layout import (
     IMPORTANCE_SCALE,
+    NO_PAGE,
+    PAGE,
     SHIFT,
     UNKNOWN,
     WHOLE,
@@ -35,6 +43,7 @@ from sts_kernels.layout import (
     Lists,
     Members,
     PagedLists,
+    PageSizes,
     Part,
     Plan,
     Pooling,
@@ -42,6 +51,7 @@ from sts_kernels.layout import (
     Rule,
     Scores,
     Sizes,
+    pages_of,
 )
 
 
@@ -390,6 +400,278 @@ def _top_p_count(row: torch.Tensor, chosen: torch.Tensor, forced: int, top_p: fl
     must = forced + int(row[chosen[forced:]].isnan().sum())
     reached = int(torch.searchsorted(held, top_p * mass.sum())) + 1
     return min(max(must, reached), chosen.numel())
+
+
+# ---- pages: sketches of keys, which fresh queries choose by
+
+
+def tag_pages(contexts: Contexts, before: torch.Tensor, tags: torch.Tensor, *, most: int) -> None:
+    """Say whose sketch the slices beside slots belong to, of what one forward writes; before its layers run.
+
+    A page's sketch is a request's own if the tags of all its slots are the slot of its last position.
+    Requests that share a prefix share slots: where they part within a page, whoever completes the page takes
+    the slices beside the shared slots, and the page of the other has no sketch any more. Slots that are
+    written lose their tag first: what they held was about another token.
+
+    Args:
+        contexts: lens are the lengths after the forward.
+        before: int [bs], the lengths before it: positions [before, lens) are written, each slot by one
+            request. Pages whose last position is among them are completed, and get tags.
+        tags: int32 [slots], NO_PAGE at first; one for all layers. Of requests of one batch that complete a
+            page over shared slots, the later in the batch has them. Row 0 of the table writes nothing.
+        most: positions that a request writes at most, about; the work is parted by it.
+
+    Raises:
+        ValueError: a dtype or shape is not the one above.
+    """
+    check_tags("tag_pages", contexts, before, tags)
+    for b, req, length in _requests(contexts):
+        if req > 0:
+            tags[contexts.table[req, int(before[b]) : length].long()] = NO_PAGE
+    for _, slots in _completed(contexts, before):
+        tags[slots] = slots[-1].to(tags.dtype)
+
+
+def _completed(contexts: Contexts, before: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """(row of the table, int64 [PAGE] slots) of every page whose last position is in [before, lens)."""
+    for b, req, length in _requests(contexts):
+        for page in range(int(before[b]) // PAGE, length // PAGE if req > 0 else 0):
+            yield req, contexts.table[req, page * PAGE : (page + 1) * PAGE].long()
+
+
+def sketch_pages(
+    keys: torch.Tensor,
+    sketches: torch.Tensor,
+    contexts: Contexts,
+    before: torch.Tensor,
+    tags: torch.Tensor,
+    *,
+    most: int,
+) -> None:
+    """Write the sketches of one layer of the pages that a forward has completed, once their keys are there.
+
+    A sketch is the mean and the standard deviation (of the PAGE keys themselves, not of a larger population)
+    of each dimension. It lies in slices: beside slot i of a page are the dimensions from i * D / PAGE on, of
+    the mean and then of the deviation. So sketches need no place of their own, and live as long as keys do.
+
+    Args:
+        keys: [slots, H_kv, D] of the layer; D is a multiple of PAGE.
+        sketches: [slots, H_kv, 2 * D / PAGE], written. float16 keeps three bits more than bfloat16 would;
+            what is out of its range becomes its largest number.
+        contexts, before, most: as in tag_pages.
+        tags: as tag_pages left them. A page that lost its tags to another request's is not written.
+
+    Raises:
+        ValueError: a dtype or shape is not the one above.
+    """
+    check_sketches(keys, sketches, contexts, before, tags)
+    largest, width = torch.finfo(sketches.dtype).max, keys.shape[2] // PAGE
+    for _, slots in _completed(contexts, before):
+        if bool((tags[slots] == slots[-1]).all()):
+            page = keys[slots].float()
+            pair = torch.stack([page.mean(0), page.std(0, correction=0)], 1)  # [H_kv, 2, D]
+            slices = pair.unflatten(2, (PAGE, width)).permute(2, 0, 1, 3).flatten(2)
+            sketches[slots] = slices.clamp(-largest, largest).to(sketches.dtype)
+
+
+def size_pages(
+    contexts: Contexts,
+    tags: torch.Tensor,
+    lists: Lists,
+    channels: torch.Tensor,
+    *,
+    sink: int,
+    recent: int,
+) -> PageSizes:
+    """Which pages have a sketch, and how many are on the lists of every layer; once a step.
+
+    A list has whole pages, as many as fit into its length, and the positions after the last complete page.
+    So it is never longer than it was to be, by less than PAGE shorter, and its length depends on no score.
+    Pages with a sink position, and of the last ceil(recent / PAGE) complete ones, are on every list.
+
+    The whole context is attended to where a list has no room for those, or for every page that has no sketch:
+    nothing is known of them, so they may not be left out. Row 0 of the table has no lists.
+
+    Args:
+        contexts: lens are the committed lengths.
+        tags: as tag_pages left them.
+        lists: starts and counts [bs, channels] of size_lists, in tokens; they are not written.
+        channels: int32 [layers, H_kv], the channel whose list a KV head attends to.
+
+    Returns:
+        Its counts are to take the place of those of `lists`.
+
+    Raises:
+        ValueError: a dtype or shape is not the one above.
+    """
+    check_page_sizes(contexts, tags, lists, channels)
+    (table, reqs, lens), device = contexts, contexts.lens.device
+    first, last, width = pages_of(sink), pages_of(recent), table.shape[1] // PAGE
+    complete, rest = lens.long() // PAGE, lens.long() % PAGE
+    wanted = ((lists.counts - rest[:, None]).clamp(min=0) // PAGE).int()  # pages, [bs, channels]
+    fits = (lists.counts >= PAGE * (first + last) + rest[:, None]) & (wanted < complete[:, None])
+    fits &= (reqs > 0)[:, None]
+    known = torch.zeros(lens.numel(), width, dtype=torch.uint8, device=device)
+    unknown = torch.zeros(lens.numel(), dtype=torch.int32, device=device)
+    for b, req, length in _requests(contexts):
+        if bool(fits[b].any()):
+            pages = length // PAGE
+            slots = table[req, : pages * PAGE].view(-1, PAGE)
+            known[b, :pages] = (tags[slots.long()] == slots[:, -1:]).all(1)
+            unknown[b] = (known[b, first : pages - last] == 0).sum()
+    listed = fits & (wanted - first - last >= unknown[:, None])
+    per_head = channels.long().flatten()
+    shape = (lens.numel(), *channels.shape)
+    of_pages = torch.where(listed, wanted, WHOLE)[:, per_head].view(shape).transpose(0, 1)
+    starts = torch.arange(lens.numel() * channels.shape[1], device=device).view(shape[::2]) * width
+    numbers = torch.arange(width, dtype=torch.int32, device=device)[None]
+    as_tokens = Contexts(numbers, torch.zeros_like(lens), torch.where(listed.any(1), complete, 0))
+    counts = torch.where(listed, wanted * PAGE + rest[:, None], WHOLE).int()
+    return PageSizes(known, unknown, as_tokens, counts, starts, of_pages.int().contiguous())
+
+
+def plan_pages(sizes: PageSizes, *, kv_heads: int) -> Plan | None:
+    """None: plain torch needs no plan of its work."""
+    return None
+
+
+def score_pages(
+    q: torch.Tensor,
+    sketches: torch.Tensor,
+    contexts: Contexts,
+    sizes: PageSizes,
+    scores: Scores,
+    *,
+    scale: float,
+    pooling: Pooling,
+    plan: Plan | None = None,
+) -> None:
+    """Importance of the pages of one layer to its own queries, by their sketches (arXiv 2605.27740).
+
+    A page's logit is q . mean + |q| . deviation. A row's logits become probabilities among the pages of the
+    request that have a sketch, which makes rows comparable; then they are pooled over the rows and heads that
+    share a KV head. A page without a sketch gets NaN, which ranks above every score.
+
+    Args:
+        q: [bs, T, H_q, D] queries of the step. Heads are contiguous; tokens may lie apart, as in a slice of a
+            fused projection.
+        sketches: of this layer, as sketch_pages left them.
+        sizes: of size_pages; a request without a list is not scored.
+        scores: written, for page p at column start + p, a row for every KV head: [H_kv, columns] and [bs].
+        scale: of the logits.
+        plan: of `plan_pages`.
+
+    Raises:
+        ValueError: shapes or strides do not fit each other, or pooling is not of "max" and "mean".
+    """
+    check_page_scores(q, sketches, sizes, scores, pooling)
+    kv_heads, starts = sketches.shape[1], scores.starts.tolist()
+    for b, req in enumerate(contexts.reqs.tolist()):
+        pages = int(sizes.contexts.lens[b])
+        known = sizes.known[b, :pages] != 0
+        slots = contexts.table[req, : pages * PAGE].view(-1, PAGE)[known].long()
+        slices = sketches[slots].float().unflatten(3, (2, -1))  # [known, PAGE, H_kv, 2, D / PAGE]
+        mean, deviation = slices.permute(3, 2, 0, 1, 4).flatten(3)  # [H_kv, known, D] each
+        rows = q[b].float().unflatten(1, (kv_heads, -1))  # [T, H_kv, G, D]
+        logits = torch.einsum("thgd,hpd->thgp", rows, mean)
+        logits += torch.einsum("thgd,hpd->thgp", rows.abs(), deviation)
+        probs = torch.softmax(logits * scale, -1)
+        pooled = probs.amax(2) if pooling.heads == "max" else probs.mean(2)
+        pooled = pooled.amax(0) if pooling.rows == "max" else pooled.sum(0) / pooling.total_rows
+        found = torch.full((kv_heads, pages), torch.nan, device=q.device)
+        found[:, known] = pooled * IMPORTANCE_SCALE
+        scores.importance[:, starts[b] : starts[b] + pages] = found.to(scores.importance.dtype)
+
+
+def list_pages(
+    scores: Scores,
+    contexts: Contexts,
+    sizes: PageSizes,
+    lists: Lists,
+    channels: torch.Tensor,
+    *,
+    layer: int,
+    sink: int,
+    recent: int,
+) -> None:
+    """List the slots of the pages of the top of importance, for every (request, KV head) of one layer.
+
+    Pages are chosen as `select_tokens` chooses tokens. A list has them, in any order, and then the positions
+    after the last complete page.
+
+    Args:
+        scores: of score_pages, for this layer.
+        sizes: of size_pages, with the same sink and recent.
+        lists: of this step, with the counts of `sizes`. indices are written, not for a list that is WHOLE.
+        channels: as in size_pages. KV heads of a layer have lists of their own; those of one layer may lie
+            where another's did, if it has attended.
+        layer: row of `channels`.
+
+    Raises:
+        ValueError: shapes do not fit each other.
+    """
+    check_page_lists(scores, sizes, lists, channels)
+    for b, h, positions in _chosen_pages(scores, sizes, layer, sink, recent):
+        length = int(contexts.lens[b])
+        rest = torch.arange(length // PAGE * PAGE, length, device=positions.device)
+        slots = contexts.table[int(contexts.reqs[b]), torch.cat([positions, rest])]
+        start = int(lists.starts[b, int(channels[layer, h])])
+        lists.indices[start : start + slots.numel()] = slots.to(lists.indices.dtype)
+
+
+def _chosen_pages(
+    scores: Scores, sizes: PageSizes, layer: int, sink: int, recent: int
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """(place in the batch, KV head, int64 positions of the chosen pages) of every list of a layer."""
+    chosen, own = sizes.lists(layer), sizes.contexts
+    select_tokens(scores, own, own.lens, chosen, sink=pages_of(sink), recent=pages_of(recent))
+    within = torch.arange(PAGE, device=chosen.indices.device)
+    for b, counts in enumerate(chosen.counts.tolist()):
+        for h, number in enumerate(counts):
+            if number != WHOLE:
+                start = int(chosen.starts[b, h])
+                pages = chosen.indices[start : start + number].long()
+                yield b, h, (pages[:, None] * PAGE + within).flatten()
+
+
+def join_pages(
+    scores: Scores,
+    drafted: Scores,
+    joined: torch.Tensor,
+    contexts: Contexts,
+    sizes: PageSizes,
+    channels: torch.Tensor,
+    *,
+    layer: int,
+    sink: int,
+    recent: int,
+) -> None:
+    """Importance by which `select_tokens` takes the chosen pages of a layer, and then what the draft found.
+
+    The tokens of chosen pages get NaN, which ranks above every score; other tokens keep the draft's. Lists
+    that are longer than the pages' share of them therefore have all of those pages and, of the rest, the top
+    of the draft's importance: no token twice, and as many as they were to have.
+
+    Args:
+        scores: of score_pages, for this layer.
+        drafted: by channel, in columns of tokens.
+        joined: [H_kv, columns], of drafted's dtype and in its columns; written at positions [0, L) of every
+            request that has a list of pages.
+        sizes: of size_pages, for the share of the lists that pages have.
+        channels: int32 [layers, H_kv], as in size_pages; the channel whose importance a KV head selects by.
+        layer: row of `channels`.
+
+    Raises:
+        ValueError: a dtype or shape is not the one above.
+    """
+    check_join(scores, drafted, joined, sizes, channels)
+    rows = channels[layer].long()
+    for b, (_, _, length) in enumerate(_requests(contexts)):
+        columns = slice(int(drafted.starts[b]), int(drafted.starts[b]) + length)
+        if int(sizes.contexts.lens[b]):
+            joined[:, columns] = drafted.importance[rows, columns]
+    for b, h, positions in _chosen_pages(scores, sizes, layer, sink, recent):
+        joined[h, int(drafted.starts[b]) + positions] = torch.nan
 
 
 # ---- attention over lists

@@ -3,6 +3,8 @@
 from sts_kernels.draft_attention import draft_attention, plan_contexts
 from sts_kernels.headwise import headwise_lists
 from sts_kernels.history import blend_history
+from sts_kernels.page_scores import plan_pages, score_pages
+from sts_kernels.pages import join_pages, list_pages, size_pages, sketch_pages, tag_pages
 from sts_kernels.select import select_tokens
 from sts_kernels.sizes import size_lists
 from sts_kernels.split_kv import plan_lists
@@ -13,11 +15,18 @@ __all__ = [
     "blend_history",
     "draft_attention",
     "headwise_lists",
+    "join_pages",
+    "list_pages",
     "plan_attention",
     "plan_contexts",
     "plan_lists",
+    "plan_pages",
+    "score_pages",
     "select_tokens",
     "size_lists",
+    "size_pages",
+    "sketch_pages",
     "sparse_attention",
     "spread_importance",
+    "tag_pages",
 ]

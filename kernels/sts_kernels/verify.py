@@ -22,11 +22,13 @@ from sts_kernels.split_kv import (
     OF_CONTEXT,
     SplitKnobs,
     attend,
+    in_tile,
     merge,
-    padded_rows,
+    padded,
     plan_lists,
     splits,
     starts_early,
+    store_head,
 )
 
 
@@ -79,7 +81,7 @@ def sparse_attention(
     check_attention(q, pool, lists, channels, tail_mask)
     bs, tokens, q_heads, dim = q.shape
     kv_heads, tail, width = pool.k.shape[1], tail_mask.shape[2], contexts.table.shape[1]
-    rows = padded_rows(tokens * (q_heads // kv_heads))
+    rows = padded(tokens * (q_heads // kv_heads))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if bs == 0:
         return out
@@ -90,6 +92,7 @@ def sparse_attention(
     stats = torch.empty(number, rows, 2, dtype=torch.float32, device=q.device)
     early = starts_early(q.device) if KNOBS.early else {}
     shape = {"T": tokens, "H_Q": q_heads, "H_KV": kv_heads, "D": dim, "ROWS": rows, "EARLY": bool(early)}
+    shape["D_P2"] = padded(dim)
     _verify_kernel[(number,)](
         q,
         pool.k,
@@ -156,6 +159,7 @@ def _verify_kernel(
     H_Q: tl.constexpr,
     H_KV: tl.constexpr,
     D: tl.constexpr,
+    D_P2: tl.constexpr,  # padded to a power of two
     ROWS: tl.constexpr,  # T * group, padded to a power of two of at least 16
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
@@ -180,14 +184,16 @@ def _verify_kernel(
         list_ptr = row_ptr + begin
 
     rows = tl.arange(0, ROWS)
-    dims = tl.arange(0, D)
+    dims = tl.arange(0, D_P2)
     row_token = rows // GROUP
     row_ok = rows < T * GROUP
     q_offs = (b * T + row_token) * stride_q + (h * GROUP + rows % GROUP) * D
-    q = tl.load(q_ptr + q_offs[:, None] + dims[None, :], mask=row_ok[:, None], other=0.0)  # [ROWS, D]
+    q = tl.load(
+        q_ptr + q_offs[:, None] + dims[None, :], mask=in_tile(row_ok, dims, D), other=0.0
+    )  # [ROWS, D]
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D], tl.float32)
+    acc = tl.zeros([ROWS, D_P2], tl.float32)
 
     # Lists are parted by tokens, not by whole blocks, since what a block masks costs no read.
     for block in range(0, total, BLOCK):
@@ -196,7 +202,7 @@ def _verify_kernel(
         slots = tl.load(list_ptr + offs, mask=ok, other=0)  # [BLOCK]
         seen = ok[None, :]
         peak, norm, acc = attend(
-            q, k_ptr, v_ptr, slots, ok, seen, h * stride_head, stride_slot, dims, scale, peak, norm, acc
+            q, k_ptr, v_ptr, slots, ok, seen, h * stride_head, stride_slot, dims, scale, peak, norm, acc, D
         )
     if (kind & LAST_PART) != 0:
         # The tail: each row attends to what its row of the mask allows.
@@ -209,7 +215,20 @@ def _verify_kernel(
             other=0,
         )  # [ROWS, TAIL_P2]
         peak, norm, acc = attend(
-            q, k_ptr, v_ptr, slots, ok, seen != 0, h * stride_head, stride_slot, dims, scale, peak, norm, acc
+            q,
+            k_ptr,
+            v_ptr,
+            slots,
+            ok,
+            seen != 0,
+            h * stride_head,
+            stride_slot,
+            dims,
+            scale,
+            peak,
+            norm,
+            acc,
+            D,
         )
     if EARLY:
         gdc_launch_dependents()
@@ -218,7 +237,7 @@ def _verify_kernel(
         tl.atomic_add(attended_ptr, tl.where(count < 0, length, count).to(tl.int64))
         tl.atomic_add(attended_ptr + 1, length.to(tl.int64))
     base = program.to(tl.int64) * ROWS
-    tl.store(partial_ptr + (base + rows[:, None]) * D + dims[None, :], acc, mask=row_ok[:, None])
+    tl.store(partial_ptr + (base + rows[:, None]) * D + dims[None, :], acc, mask=in_tile(row_ok, dims, D))
     tl.store(stats_ptr + (base + rows) * 2, peak)
     tl.store(stats_ptr + (base + rows) * 2 + 1, norm)
 
@@ -233,6 +252,7 @@ def _verify_merge_kernel(
     H_Q: tl.constexpr,
     H_KV: tl.constexpr,
     D: tl.constexpr,
+    D_P2: tl.constexpr,  # padded to a power of two
     ROWS: tl.constexpr,
     SPLITS_P2: tl.constexpr,
     EARLY: tl.constexpr,
@@ -246,6 +266,6 @@ def _verify_merge_kernel(
     if EARLY:
         gdc_wait()
     # Every row sees itself in the tail, so one part at least has a finite maximum.
-    _, _, out = merge(partial_ptr, stats_ptr, first, row, end - first, D, ROWS, SPLITS_P2)
-    dims = tl.arange(0, D)
-    tl.store(out_ptr + ((b * T + token) * H_Q + head) * D + dims, out.to(out_ptr.dtype.element_ty))
+    dims = tl.arange(0, D_P2)
+    _, _, out = merge(partial_ptr, stats_ptr, first, row, end - first, dims, D, ROWS, SPLITS_P2)
+    store_head(out_ptr + ((b * T + token) * H_Q + head) * D, out, dims, D)

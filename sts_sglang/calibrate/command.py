@@ -94,7 +94,10 @@ def run(args: argparse.Namespace) -> int:
     except ConfigError as error:
         raise ConfigError(str(error).replace("sts_config.", "--")) from None
     _check_outputs(args)
-    texts, holdout = _texts(args.text, "calibration", "--text"), _texts(args.holdout, "heldout", "--holdout")
+    texts, holdout = (
+        read_texts(args.text, "calibration", "--text"),
+        read_texts(args.holdout, "heldout", "--holdout"),
+    )
     if same := {t.content for t in texts} & {t.content for t in holdout}:
         raise ConfigError(f"--holdout: {len(same)} text(s) also given to --text; allowed: other texts")
 
@@ -253,7 +256,8 @@ def _check_device(name: str) -> None:
         raise ConfigError(f"--device: got {name!r}; allowed: {allowed}")
 
 
-def _texts(paths: list[str] | None, part: str, flag: str) -> list[Text]:
+def read_texts(paths: list[str] | None, part: str, flag: str) -> list[Text]:
+    """What a flag names; None: the package's, of `part` "calibration" or "heldout". Raises ConfigError."""
     if paths is None:
         return [Text(d, (TEXTS / f"{d}.{part}.txt").read_text(encoding="utf-8")) for d in DOMAINS]
     return [_text(path, flag) for path in paths]

@@ -393,14 +393,14 @@ def _check(flag: str, path: str) -> dict[str, Any]:
     return config
 
 
-def tokenizer_of(path: str) -> Any:
-    """The target's. Raises ConfigError."""
+def tokenizer_of(path: str, flag: str = "--model") -> Any:
+    """Of a folder or a hub name. Raises ConfigError, one line that starts with the flag."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises of everything for a file that is no tokenizer
-        raise ConfigError(f"--model {path}: {_line(error)}; allowed: a model with its tokenizer") from None
+        raise ConfigError(f"{flag} {path}: {_line(error)}; allowed: a model with its tokenizer") from None
 
 
 @contextmanager

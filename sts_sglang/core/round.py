@@ -90,10 +90,7 @@ class RoundState:
         self.carried_q = dict(zip(channels.members, self.carried, strict=True))
         self.carried_lens = torch.zeros(requests, dtype=torch.int64, device=device)
         self.keeps = torch.full((requests,), torch.nan, dtype=torch.float64, device=device)
-        batch, self.room = (
-            draft.capacity.requests,
-            draft.capacity.room(config, channels.number, head_map.list_growth()),
-        )
+        batch, self.room = draft.capacity.requests, draft.capacity.room(config, head_map)
         self.first_columns = torch.arange(batch, device=device) * self.room.columns
         columns = batch * self.room.columns
         self.importance = torch.zeros(channels.number, columns, dtype=importance_dtype, device=device)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from sts_kernels.layout import ALIGN, Room
 from sts_sglang.config import StsConfig
+from sts_sglang.headmap import HeadMap
 
 # Where requests may ask for more than the configured keep, a list holds twice that of the longest context,
 # and this part of it at least. Who asks for more at its length attends to everything.
@@ -31,21 +32,29 @@ class Capacity(NamedTuple):
     def of(cls, requests: int, context: int) -> Capacity:
         return cls(requests, -(-context // ALIGN) * ALIGN)
 
-    def room(self, config: StsConfig, channels: int, list_growth: float) -> Room:
-        """Of one request. list_growth: of the head map."""
+    def budget(self, config: StsConfig) -> int:
+        """Tokens of the longest list, before a head map splits them."""
         budget = config.budget_for(self.context)
+        if config.request_keep == "at_most":  # of the context, whatever the policy
+            return max(budget, config.budget_for(self.context, config.keep))
         if config.request_keep == "any":
             budget = min(self.context, max(OWN_SLACK * budget, math.ceil(OWN_KEEP * self.context)))
-        # A head map's parts are rounded up, and have sink and recent at least.
-        split = 0 if list_growth == 1 else 1 + config.sink + config.recent
-        return Room(channels, self.context, budget, channels * (math.ceil(list_growth * budget) + split))
+        return budget
 
-    def nbytes(self, config: StsConfig, channels: int, list_growth: float) -> int:
+    def room(self, config: StsConfig, head_map: HeadMap) -> Room:
+        """Of one request."""
+        channels, budget = len(head_map.channels), self.budget(config)
+        longest = math.ceil(head_map.list_growth() * budget)
+        if head_map.shares is not None:  # parts are rounded up, and have sink and recent at least
+            longest += 1 + config.sink + config.recent
+        return Room(channels, self.context, budget, channels * longest)
+
+    def nbytes(self, config: StsConfig, head_map: HeadMap) -> int:
         """Of scores and lists, and of what remembering notes: with whom a column's slot is shared."""
-        room = self.room(config, channels, list_growth)
+        room = self.room(config, head_map)
         lists = room.entries * (8 if config.sparse_draft else 4)  # a sparse draft reads a list of its own
         notes = 0 if config.history == "off" else 4 * self.context
-        return self.requests * (2 * channels * self.context + lists + notes)
+        return self.requests * (2 * room.channels * self.context + lists + notes)
 
 
 class Need(NamedTuple):
@@ -90,4 +99,5 @@ def reserve(available: int, kv_bytes_per_token: int, context_len: int, need: Cal
     while low < high:  # the longest context that a pool has room for beside its buffers
         middle = (low + high + 1) // 2
         low, high = (middle, high) if holds(middle) else (low, middle - 1)
-    return left(low)
+    # A pool that ends this search holds a little more than `low`, which may need one more block of scores.
+    return left(min(low + 1, context_len))

@@ -56,7 +56,7 @@ class TargetShape(NamedTuple):
     """The target as a launch knows it.
 
     tokens: T, that a verify checks. requests: of the largest batch. graph_requests: of the largest graph,
-    0 without. pool_tokens, slots: of the KV pool and rows of its buffers, 0 before it has a size.
+    0 without. slots: rows of the KV pool's buffers, 0 before it has a size.
     """
 
     tokens: int
@@ -68,7 +68,6 @@ class TargetShape(NamedTuple):
     context_len: int
     requests: int
     graph_requests: int
-    pool_tokens: int = 0
     slots: int = 0
 
 

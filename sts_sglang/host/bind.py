@@ -229,7 +229,7 @@ def _batch_limit(server_args: Any, table: torch.Tensor) -> int:
 
 def _target_of(server_args: Any, target: views.Runner) -> TargetShape:
     shape = reserve.target_shape(server_args, target.model, _batch_limit(server_args, target.table))
-    return shape._replace(pool_tokens=target.pools.tokens, slots=target.pools.slots)
+    return shape._replace(slots=target.pools.slots)
 
 
 def _draft_of(worker: EAGLEWorkerV2, draft: views.Runner) -> Draft:

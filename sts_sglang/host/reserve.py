@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from sts_sglang import headmap
-from sts_sglang.config import StsConfig
+from sts_sglang.config import StsConfig, not_allowed
 from sts_sglang.core import sizes
 from sts_sglang.core.selectors import registry as selectors
 from sts_sglang.core.sizes import Capacity, Need
@@ -29,19 +29,20 @@ class _Launch(NamedTuple):
 
     def need(self, context: int) -> Need:
         """Where no context has more tokens."""
-        config, shape = self.config, self.target._replace(context_len=context)
+        # The table of slots has a row that pads graphs, and positions for the last round of a context.
+        capacity = Capacity.of(self.requests + 1, context + EXTRA + self.target.tokens)
+        config = self.config
+        shape = self.target._replace(requests=capacity.requests, context_len=capacity.context)
         needs = [
-            self._of_round(context),
+            self._of_round(capacity),
             selectors.need(config, shape),
             verifiers.of(config.kernel).need(config, shape),
         ]
         return Need(*map(sum, zip(*needs, strict=True)))
 
-    def _of_round(self, context: int) -> Need:
-        # The table of slots has a row that pads graphs, and positions for the last round of a context.
-        capacity = Capacity.of(self.requests + 1, context + EXTRA + self.target.tokens)
+    def _of_round(self, capacity: Capacity) -> Need:
         channels, draft = len(self.head_map.channels), self.draft
-        buffers = capacity.nbytes(self.config, channels, self.head_map.list_growth())
+        buffers = capacity.nbytes(self.config, self.head_map)
         stored = sizes.scratch_bytes(capacity.context, draft.counts.kv_heads, self.rows)
         scratch = min(capacity.requests * stored, max(stored, sizes.SCRATCH))
         carried = draft.counts.layers * draft.counts.q_heads * draft.head_dim * draft.dtype.itemsize
@@ -51,7 +52,10 @@ class _Launch(NamedTuple):
 
 
 def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: int) -> int:
-    """Bytes of `available` that a round's buffers take, given the target's ModelConfig."""
+    """Bytes of `available` that a round's buffers take, given the target's ModelConfig.
+
+    Raises `ConfigError` where they leave no room for KV.
+    """
     of, draft = views.model(target), views.model(serves.draft_config(server_args, target))
     requests = server_args.max_running_requests or MAX_REQUESTS
     # Fingerprints say whose map it is, not how large it is.
@@ -59,7 +63,15 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
     rows = (1 + (server_args.speculative_eagle_topk or 1)) * draft.group
     shape = target_shape(server_args, of, requests)
     launch = _Launch(config, shape, draft, head_map, rows, requests)
-    return sizes.reserve(available, of.kv_bytes + draft.kv_bytes, shape.context_len, launch.need)
+    reserved = sizes.reserve(available, of.kv_bytes + draft.kv_bytes, shape.context_len, launch.need)
+    if reserved >= available:
+        raise not_allowed(
+            "--max-running-requests",
+            f"scores and lists of {requests} requests with contexts of up to {shape.context_len} tokens take "
+            f"the {available / 2**30:.1f} GiB that weights leave, so that none is left for KV",
+            "fewer, or a smaller --context-length",
+        )
+    return reserved
 
 
 def target_shape(server_args: Any, target: views.Model, requests: int) -> TargetShape:

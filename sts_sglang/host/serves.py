@@ -393,14 +393,7 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
 
 
 def check_tiles(server_args: ServerArgs, config: StsConfig, target: ModelConfig, draft: ModelConfig) -> None:
-    """Whether a thread block of the kernels can hold its heads and rows. Raises `Refusal`."""
-    flags = {"--model-path": target, "--speculative-draft-model-path": draft}
-    for flag, model in flags.items():
-        if model.head_dim & (model.head_dim - 1):
-            raise Refusal(
-                f"{flag} {model.model_path}: has head_dim = {model.head_dim}, where the kernels of sts take "
-                'powers of two; give another model, or set kernel to "torch" with --disable-cuda-graph'
-            )
+    """Whether a thread block of the kernels can hold its rows. Raises `Refusal`."""
     room = _shared_memory()
     if room is None:
         return

@@ -21,7 +21,7 @@ class LocalServer:
     """`with LocalServer(model, log, *args) as server:` listens on 127.0.0.1 and a free port.
 
     Args:
-        model: folder of the target model.
+        model: folder or hub name of the target model.
         log: file that takes the server's output.
         args: further command line arguments of `sglang.launch_server`.
         env: variables on top of this process's environment.
@@ -34,7 +34,7 @@ class LocalServer:
 
     def __init__(
         self,
-        model: Path,
+        model: Path | str,
         log: Path,
         *args: str,
         env: dict[str, str] | None = None,

@@ -8,7 +8,6 @@ that changes; the device fills them to exactly that length, and a mask hides wha
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,14 +18,11 @@ from sts_kernels.layout import Lists, PagedLists
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core.request import Request
 from sts_sglang.core.selectors.base import LayerCall
-from sts_sglang.core.sizes import Capacity, Need
+from sts_sglang.core.sizes import Need
 from sts_sglang.core.verifier import TargetShape, VerifierParts
 from sts_sglang.headmap import HeadMap
 
-logger = logging.getLogger(__name__)
-
-# Requests that attend whole need room for it; those that share a prefix may be longer than the pool together.
-OVERSUBSCRIBED = 3
+HEAD_DIMS = (64, 128, 256)  # that its kernels are made for
 # Lists are planned in whole blocks: a plan holds until a list outgrows its last one.
 PLAN_BLOCK = 256
 # FlashInfer splits lists over two thread blocks a multiprocessor; no device has more than 160 of them.
@@ -47,12 +43,10 @@ class Shape(NamedTuple):
     def group(self) -> int:
         return self.q_heads // self.kv_heads
 
-    def entries(self, config: StsConfig, pool_tokens: int, context_len: int) -> int:
-        """Entries of the lists of one KV head; a batch that needs more loses tokens, and counts them."""
-        listed = Capacity.of(self.requests, context_len).room(config, 1, 1.0).budget
-        contexts = min(OVERSUBSCRIBED * pool_tokens + self.requests * listed, self.requests * context_len)
-        fixed = config.budget if config.policy == "fixed" else 0
-        return contexts + max(self.requests, self.graph_requests) * (PLAN_BLOCK + fixed + self.tokens)
+    def entries(self, config: StsConfig, context: int) -> int:
+        """Entries of the lists of one KV head: every request may attend to the whole of its context."""
+        longest = _round_up(max(context, config.budget if config.policy == "fixed" else 0), PLAN_BLOCK)
+        return max(self.requests, self.graph_requests) * (longest + self.tokens)
 
     def list_bytes(self, entries: int) -> int:
         """Of lists and mask bits of so many entries a KV head; each pair's bits start at a byte."""
@@ -113,24 +107,30 @@ def refusal(config: StsConfig, topk: int | None) -> str | None:
 def need(config: StsConfig, target: TargetShape) -> Need:
     """Workspace, and the lists and masks of every KV head."""
     shape = Shape.of(target)
-    fixed = shape.float_workspace() + shape.list_bytes(shape.entries(config, 0, target.context_len))
-    return Need(fixed, OVERSUBSCRIBED * shape.list_bytes(8) / 8)
+    return Need(shape.float_workspace() + shape.list_bytes(shape.entries(config, target.context_len)))
 
 
 def make(parts: VerifierParts) -> FlashInferVerifier:
     config, target, state = parts.config, parts.target, parts.state
     shape = Shape.of(target)
-    if target.slots * shape.kv_heads >= 2**31:
+    if shape.head_dim not in HEAD_DIMS:
         raise ConfigError(
-            "sts_config.kernel: 'flashinfer' numbers the slots of all KV heads by int32, and the KV pool "
-            "has too many; allowed: 'triton', or a smaller --max-total-tokens"
+            f"sts_config.kernel: 'flashinfer' has no attention for heads of {shape.head_dim} dimensions; "
+            "allowed: 'triton'"
+        )
+    entries = shape.entries(config, state.room.columns)
+    if max(target.slots, entries) * shape.kv_heads >= 2**31:
+        raise ConfigError(
+            "sts_config.kernel: 'flashinfer' numbers slots and list entries of all KV heads by int32, and "
+            "there are too many; allowed: 'triton', or less of --max-total-tokens, --max-running-requests or "
+            "--context-length"
         )
     return FlashInferVerifier(
         config,
         shape,
-        shape.entries(config, target.pool_tokens, target.context_len),
+        entries,
         layer_runs(config, parts.head_map, target.layers),
-        Limits(state.room.budget, parts.width),
+        Limits(state.room.budget, state.room.columns),
         parts.ops,
         target.dtype,
         clipped=state.clipped,
@@ -255,7 +255,7 @@ class FlashInferVerifier:
         if wrapper_class is None:
             from flashinfer import BatchPrefillWithPagedKVCacheWrapper as wrapper_class
         self.config, self.shape, self.dtype, self.runs, self.ops = config, shape, dtype, runs, ops
-        self.entries, self.limits, self.device = entries, limits, clipped.device
+        self.limits, self.device = limits, clipped.device
         self.host = HostView(shape.tokens, limits.context)
         new = {"device": self.device}
         self.indices = torch.zeros(shape.kv_heads * entries, dtype=torch.int32, **new)
@@ -263,7 +263,7 @@ class FlashInferVerifier:
         # One for all plans: calls follow each other.
         self.workspace = torch.empty(shape.float_workspace(), dtype=torch.uint8, **new)
         self.clipped = clipped
-        self.host_plans, self._warned = 0, False
+        self.host_plans = 0
         self._wrapper_class = wrapper_class
         self._graphs: dict[int, _Planned] = {}
         self._eager: _Planned | None = None
@@ -328,18 +328,7 @@ class FlashInferVerifier:
         found = planned_contexts(self.config, batch[:bs], self.limits)
         padding = self.config.budget if self.config.policy == "fixed" else 0
         found += [padding] * (bs - len(found))
-        left, fitting = self.entries - bs * self.shape.tokens, []
-        for context in found:
-            fitting.append(min(context, left))
-            left -= fitting[-1]
-        if fitting != found and not self._warned:
-            self._warned = True
-            logger.warning(
-                "STS: kernel flashinfer has no room for the lists of %d requests at once; tokens they lose "
-                "are counted as clipped_tokens, kernel triton loses none",
-                bs,
-            )
-        return tuple(fitting)
+        return tuple(found)
 
     def _plan(self, planned: _Planned, contexts: tuple[int, ...]) -> None:
         """Plan for these contexts, unless that is planned already."""

@@ -10,6 +10,9 @@ One rule scores the context of one target layer, from that layer's own queries a
   max(q * min, q * max) of its keys. Rows and heads are made comparable by a softmax over pages, then pooled
   as above; whole pages are taken from the top, the last of them cut so that the budget is exact (its later
   tokens stay).
+* `pages` (arXiv 2605.27740): the same, but a page's score is q.mean + |q|.std of its keys by channel: what
+  a key one standard deviation from the mean towards q would have, where Quest's bound is of a corner of the
+  box that no key need be near.
 * `recent` (StreamingLLM): all scores are equal, and of equal scores the later position wins.
 * `random`: a hash of (prompt, layer, KV head, position), so the same in every round and every run.
 
@@ -29,13 +32,12 @@ import torch
 from torch import Tensor
 
 from sts_kernels import Ops
-from sts_kernels.layout import ALIGN, IMPORTANCE_SCALE, Contexts, Lists, Scores, Sizes
+from sts_kernels.layout import ALIGN, IMPORTANCE_SCALE, PAGE, Contexts, Lists, Scores, Sizes
 from sts_sglang.config import StsConfig
 from sts_sglang.core.selectors.base import LayerCall
 from sts_sglang.core.sizes import Capacity, Need
 from sts_sglang.core.verifier import TargetShape
 
-PAGE = 16
 SCRATCH = 512 << 20  # bytes that scoring a layer may take: so many requests at a time
 RANKS = 0x7C00  # finite non-negative float16 values
 
@@ -76,21 +78,36 @@ def oracle(layer: Layer) -> Tensor:
 
 
 def quest(layer: Layer) -> Tensor:
-    length = layer.keys.shape[1]
-    lows, highs = (bound.float() for bound in page_bounds(layer.keys, layer.there))
+    lows, highs = page_bounds(layer.keys, layer.there)
     q = layer.grouped()
     # max(q * low, q * high) is q * high where q is positive, else q * low.
-    bound = torch.einsum("bhgtd,bphd->bhgtp", q.clamp(min=0), highs)
-    bound = (bound + torch.einsum("bhgtd,bphd->bhgtp", q.clamp(max=0), lows)) * layer.scale
+    bound = torch.einsum("bhgtd,bphd->bhgtp", q.clamp(min=0), highs.float())
+    bound = bound + torch.einsum("bhgtd,bphd->bhgtp", q.clamp(max=0), lows.float())
+    return _ranks_of_pages(layer, bound)
+
+
+def pages(layer: Layer) -> Tensor:
+    mean, spread = page_moments(layer.keys, layer.there)
+    q = layer.grouped()
+    score = torch.einsum("bhgtd,bphd->bhgtp", q, mean)
+    score = score + torch.einsum("bhgtd,bphd->bhgtp", q.abs(), spread)
+    return _ranks_of_pages(layer, score)
+
+
+def _ranks_of_pages(layer: Layer, score: Tensor) -> Tensor:
+    """Every token's score from the logits of its page, [bs, H_kv, G, T, pages] before the scale.
+
+    A softmax over pages makes rows and heads comparable, whose logits may lie anywhere.
+    """
     empty = ~layer.there[:, ::PAGE][:, None, None, None]
-    score = bound.masked_fill(empty, -torch.inf).log_softmax(-1)
+    score = (score * layer.scale).masked_fill(empty, -torch.inf).log_softmax(-1)
     score = score.amax(2) if layer.pool_heads == "max" else score.logsumexp(2)
     score = score.amax(2) if layer.pool_rows == "max" else score.logsumexp(2)
     order = score.argsort(dim=-1, stable=True)
     ranks = torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
     )
-    return _nth_float(ranks).repeat_interleave(PAGE, -1)[..., :length]
+    return _nth_float(ranks).repeat_interleave(PAGE, -1)[..., : layer.keys.shape[1]]
 
 
 def page_bounds(keys: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,6 +119,23 @@ def page_bounds(keys: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     low = keys.masked_fill(~there, torch.inf).unflatten(1, (-1, PAGE)).amin(2)
     high = keys.masked_fill(~there, -torch.inf).unflatten(1, (-1, PAGE)).amax(2)
     return low.masked_fill(empty, 0), high.masked_fill(empty, 0)
+
+
+def page_moments(keys: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 mean and standard deviation (of the page's own tokens: divided by their number) of each
+    channel in each page of [bs, L, H, D]; 0 in pages without a token."""
+    bs, length, heads, dim = keys.shape
+    spare = -length % PAGE
+    outside = ~torch.nn.functional.pad(there, (0, spare))[:, :, None, None].unflatten(1, (-1, PAGE))
+    count = (~outside).sum(2).clamp(min=1)
+    # One copy of the keys, worked on in place: that much memory was counted (request_bytes).
+    own = torch.zeros(bs, length + spare, heads, dim, device=keys.device)
+    own[:, :length] = keys
+    own = own.unflatten(1, (-1, PAGE)).masked_fill_(outside, 0)
+    mean = own.sum(2) / count
+    # From the distances, not from squares: those of keys far from 0 would cancel.
+    apart = own.sub_(mean[:, :, None]).masked_fill_(outside, 0).square_().sum(2)
+    return mean, (apart / count).sqrt()
 
 
 def recent(layer: Layer) -> Tensor:
@@ -120,6 +154,7 @@ def random(layer: Layer) -> Tensor:
 RULES: dict[str, Callable[[Layer], Tensor]] = {
     "oracle": oracle,
     "quest": quest,
+    "pages": pages,
     "recent": recent,
     "random": random,
 }
@@ -194,7 +229,7 @@ class LayerSelector:
         counts = lists.counts[:, self.of_target[call.layer].long()]
         starts = self.starts[: call.contexts.lens.numel()]
         self._score(call, counts, starts)
-        own = starts[:, None] + self.heads * self.columns
+        own = starts[:, None] + self.heads.long() * self.columns
         made = Lists(self.indices, own, counts.to(torch.int32).contiguous())
         self.ops.select_tokens(
             Scores(self.scores, starts),
@@ -251,5 +286,5 @@ def need(target: TargetShape) -> Need:
     """Of a LayerSelector: scores and lists of every request, and what scoring a layer takes."""
     rows = target.tokens * target.q_heads // target.kv_heads
     layer = request_bytes(target.context_len, target.kv_heads, target.head_dim, target.dtype.itemsize, rows)
-    own = target.requests * target.context_len * 6 * target.kv_heads
+    own = (target.requests * target.context_len + ALIGN) * 6 * target.kv_heads
     return Need(own + max(SCRATCH, layer))

@@ -1,6 +1,6 @@
 """SGLang's server, able to be told which tokens to emit: `ebnf` takes token ids, "17 4 900".
 
-    python -m benchmarks.quality.serve --grammar-backend forced ...     # further arguments as for SGLang
+    python -m sts_sglang.host.forced --grammar-backend forced ...     # further arguments as for SGLang
 
 Prefill is dense under STS, so the loss of held-out text has to be measured where verify is sparse: while
 decoding. A grammar backend (SGLang's public registry) is what reaches the logits of verify. The one here
