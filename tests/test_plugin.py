@@ -22,7 +22,7 @@ import pytest
 
 from sts_sglang import cpu, plugin
 from sts_sglang.cpu import ops as cpu_ops
-from sts_sglang.host import compat, hooks
+from sts_sglang.host import compat, hooks, serves
 from sts_sglang.host.releases import RELEASES, release
 
 ROOT = Path(__file__).parents[1]
@@ -118,6 +118,20 @@ def on_serves_other_backends_as_before() -> None:
     load_plugins()
     assert made() == stock
     assert dict(os.environ) == environment
+
+
+def on_makes_the_arguments_that_another_makes() -> None:
+    from types import SimpleNamespace
+
+    from sglang.srt.entrypoints.engine import Engine
+
+    of_another = SimpleNamespace(**dict.fromkeys(serves.BACKEND_FIELDS))
+    Engine.server_args_class = staticmethod(lambda model_path: of_another)
+    load_plugins()
+    wrapped = Engine.server_args_class
+    plugin.register()
+    assert Engine.server_args_class is wrapped
+    assert wrapped(model_path="dummy") is of_another
 
 
 def hook_not_applied() -> None:
@@ -262,6 +276,7 @@ SCENARIOS = {
         "off": off,
         "on": on,
         "on, other backends": on_serves_other_backends_as_before,
+        "on, arguments of another": on_makes_the_arguments_that_another_makes,
         "hook not applied": hook_not_applied,
         "flag with =": partial(exits_if_asked_for, *CHANGES["factory gone"], ["--attention-backend=sts"]),
         **refusals(CHANGES),

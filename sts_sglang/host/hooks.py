@@ -71,12 +71,10 @@ def from_cli_args(original, cls, args: argparse.Namespace):
         raise SystemExit(2) from None
 
 
-def engine_args(**kwargs) -> ServerArgs:
-    """In the place of Engine.server_args_class: `sgl.Engine(sts_config=...)` takes a dict, JSON or a path."""
-    from sglang.srt.server_args import ServerArgs
-
+def engine_args(original, **kwargs) -> ServerArgs:
+    """AROUND Engine.server_args_class: `sgl.Engine(sts_config=...)` takes a dict, JSON or a path."""
     with _giving(kwargs.pop("sts_config", None)):
-        return _with_what_is_given(ServerArgs(**kwargs))
+        return _with_what_is_given(original(**kwargs))
 
 
 @contextlib.contextmanager
