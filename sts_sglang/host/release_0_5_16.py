@@ -64,6 +64,7 @@ HOOKS: Targets = {
 # Names that are called or subclassed rather than hooked.
 SYMBOLS = (
     "sglang.srt.configs.model_config.ModelConfig.from_server_args",
+    "sglang.srt.constrained.base_grammar_backend.register_grammar_backend",
     "sglang.srt.entrypoints.engine.Engine.server_args_class",
     "sglang.srt.environ.envs.SGLANG_DISABLE_DRAFT_EXTEND_CUDA_GRAPH",
     "sglang.srt.environ.envs.SGLANG_ENABLE_OVERLAP_PLAN_STREAM",
@@ -76,12 +77,15 @@ SYMBOLS = (
     "sglang.srt.layers.attention.attention_registry.register_attention_backend",
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend",
     "sglang.srt.mem_cache.memory_pool.KVWriteLoc",
+    "sglang.srt.managers.scheduler.run_scheduler_process",
     "sglang.srt.model_executor.cuda_graph_config.Backend.DISABLED",
     "sglang.srt.plugins.hook_registry.HookRegistry._patched",
     "sglang.srt.plugins.hook_registry.HookType",
     "sglang.srt.plugins.load_plugins",
     "sglang.srt.server_args.ATTENTION_BACKEND_CHOICES",
     "sglang.srt.server_args.add_attention_backend_choices",
+    "sglang.srt.server_args.add_grammar_backend_choices",
+    "sglang.srt.server_args.prepare_server_args",
     "sglang.srt.utils.hf_transformers_utils.get_config",
     f"{_SPEC}.eagle_utils.TreeMaskMode.QLEN_ONLY",
     f"{_SPEC}.draft_utils.DraftBackendFactory._create_triton_decode_backend",
@@ -90,6 +94,7 @@ SYMBOLS = (
 # Functions that are called, and methods that are overridden, with the parameters that this relies on.
 _BACKEND = "sglang.srt.layers.attention.base_attn_backend.AttentionBackend"
 _POOL = "sglang.srt.mem_cache.memory_pool"
+_GRAMMAR = "sglang.srt.constrained.base_grammar_backend.BaseGrammarObject"  # of host/forced.py
 CALLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (f"{_BACKEND}.init_cuda_graph_state", ("self", "max_bs", "max_num_tokens")),
     (f"{_BACKEND}.init_forward_metadata", ("self", "forward_batch")),
@@ -101,6 +106,13 @@ CALLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (f"{_POOL}.MHATokenToKVPool.get_key_buffer", ("self", "layer_id")),
     (f"{_POOL}.MHATokenToKVPool.get_value_buffer", ("self", "layer_id")),
     (f"{_POOL}.KVWriteLoc", ("loc", "swa_loc")),
+    (f"{_GRAMMAR}.accept_token", ("self", "token")),
+    (f"{_GRAMMAR}.rollback", ("self", "k")),
+    (f"{_GRAMMAR}.allocate_vocab_mask", ("self", "vocab_size", "batch_size", "device")),
+    (f"{_GRAMMAR}.fill_vocab_mask", ("self", "vocab_mask", "idx")),
+    (f"{_GRAMMAR}.move_vocab_mask", ("vocab_mask", "device")),
+    (f"{_GRAMMAR}.apply_vocab_mask", ("logits", "vocab_mask")),
+    ("sglang.srt.constrained.base_grammar_backend.BaseGrammarBackend.dispatch_ebnf", ("self", "key_string")),
     (
         "sglang.srt.configs.model_config.ModelConfig.from_server_args",
         ("server_args", "model_path", "model_revision", "is_draft_model", "context_length"),
