@@ -33,7 +33,7 @@ PoolName = Literal["max", "mean"]
 KernelName = Literal["auto", "flashinfer", "triton", "torch"]
 DenseName = Literal["auto", "fa3", "flashinfer", "torch"]
 HistoryMode = Literal["off", "warm", "blend"]
-SelectorName = Literal["draft", "quest", "pages", "recent", "random", "oracle"]
+SelectorName = Literal["draft", "quest", "pages", "joined", "recent", "random", "oracle"]
 VerifyMode = Literal["sparse", "dense"]
 DraftMode = Literal["dense", "steps", "all"]
 RequestKeep = Literal["any", "at_most", "off"]
@@ -125,6 +125,7 @@ def _number(inside: Callable[[float], bool], allowed: str) -> Callable[[str, obj
 
 _share = _number(lambda x: 0 < x <= 1, "a number above 0 and at most 1")
 _part = _number(lambda x: 0 <= x <= 1, "a number from 0 to 1")
+_inner = _number(lambda x: 0 < x < 1, "a number between 0 and 1")
 # Between 0.999 and 1 float16 would round the change away, round after round.
 _decay = _number(lambda x: 0 < x <= 0.999 or x == 1, "a number above 0 and at most 0.999, or 1")
 
@@ -190,6 +191,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "history_weight": _share,
     "history_decay": _decay,
     "selector": _choice(get_args(SelectorName)),
+    "page_share": _inner,
     "verify": _choice(get_args(VerifyMode)),
     "draft": _choice(get_args(DraftMode)),
     "full_verify_every": _integer(0, MAX_TOKENS),
@@ -248,9 +250,13 @@ class StsConfig:
     history_decay: float = 0.9
     """Factor on what a slot remembers, once in every round that touches it."""
     selector: SelectorName = "draft"
-    """What scores the context. `draft` is STS; the others are for comparison, slow, in plain torch, from
-    the target layer's own queries and keys: `oracle` its attention, `quest` bounds of pages of 16,
-    `pages` their mean and deviation, `recent` nothing but sink and the last tokens, `random` chance."""
+    """What scores the context. `draft` is STS; `pages` the target's own queries, layer by layer, against the
+    mean and deviation of the keys of pages of 16; `joined` both. The others are for comparison, slow, in
+    plain torch, from the target layer's own queries and keys: `oracle` its attention, `quest` bounds of pages
+    of 16, `recent` nothing but sink and the last tokens, `random` chance."""
+    page_share: float = 0.5
+    """Part of every list that pages have under selector `joined`, 0 < page_share < 1; the draft's choice has
+    the rest."""
     verify: VerifyMode = "sparse"
     """`dense`: draft and score as ever but attend to everything, which is stock's output."""
     draft: DraftMode = "dense"
@@ -276,26 +282,29 @@ class StsConfig:
                 f"got 0 with policy {self.policy!r}",
                 f"an integer from 1 to {MAX_TOKENS} (0 is for policy 'ratio')",
             )
-        if self.policy == "fixed" and self.sink + self.recent > self.budget:
+        if self.policy == "fixed" and self.forced > self.budget:
+            what = "sink + recent" + (", in whole pages," if self.selector == "pages" else "")
             raise not_allowed(
                 "sts_config.budget",
-                f"got {self.budget} with policy 'fixed', below sink + recent = {self.sink + self.recent}",
+                f"got {self.budget} with policy 'fixed', below {what} = {self.forced}",
                 "a budget of at least sink + recent, which are always kept",
             )
         if self.selector != "draft":
-            self._check_comparison()
+            self._check_selector()
 
-    def _check_comparison(self) -> None:
+    def _check_selector(self) -> None:
         """What only the draft's scores can do: be a mass, be remembered, and be there before verify."""
-        kinds = [("policy", "top_p"), ("history", "warm"), ("history", "blend")]
-        for field, value in [*kinds, ("draft", "steps"), ("draft", "all")]:
+        unserved = [("policy", "top_p")]
+        if self.selector != "joined":
+            unserved += [("history", "warm"), ("history", "blend"), ("draft", "steps"), ("draft", "all")]
+        for field, value in unserved:
             if getattr(self, field) == value:
                 raise not_allowed(
                     "sts_config.selector",
                     f"got {self.selector!r} with {field} {value!r}",
                     f"'draft' with {field} {value!r}, or another {field}",
                 )
-        if self.inspect_dir is not None:
+        if self.inspect_dir is not None and self.selector != "joined":
             problem = f"got {self.selector!r} with an inspect_dir"
             raise not_allowed("sts_config.selector", problem, "'draft', or no inspect_dir")
 
@@ -307,6 +316,21 @@ class StsConfig:
     def some_dense_verify(self) -> bool:
         """Whether any layer does."""
         return self.verify == "dense" or bool(self.dense_layers)
+
+    @property
+    def by_pages(self) -> bool:
+        """Whether sketches of pages have a say in what is selected."""
+        return self.selector in ("pages", "joined")
+
+    @property
+    def forced(self) -> int:
+        """Tokens that every list has: sink and recent; where pages alone are selected, their whole pages and
+        what is after the last complete page."""
+        if self.selector != "pages":
+            return self.sink + self.recent
+        from sts_kernels.layout import PAGE, pages_of  # imports torch
+
+        return PAGE * (pages_of(self.sink) + pages_of(self.recent)) + PAGE - 1
 
     @property
     def sparse_draft(self) -> bool:
@@ -376,7 +400,7 @@ class StsConfig:
             )
 
     def budget_for(self, context: int, keep: float | None = None) -> int:
-        """Tokens K to select from `context` tokens: min(context, max(floor, sink + recent, n)).
+        """Tokens K to select from `context` tokens: min(context, max(floor, forced, n)).
 
         n is ceil(keep * context) under `ratio`, whose floor is `budget`; `budget` under `fixed` and,
         as the cap of the top-p set, under `top_p`, whose floor is 0. A request's own `keep` makes n
@@ -387,13 +411,13 @@ class StsConfig:
             wanted = self.budget
         else:
             wanted = math.ceil((self.keep if keep is None else keep) * context - CEIL_GUARD)
-        return min(context, max(floor, self.sink + self.recent, wanted))
+        return min(context, max(floor, self.forced, wanted))
 
     def rule(self) -> Rule:
         """`budget_for` as the ops take it, for many requests at once on the device."""
         from sts_kernels.layout import Rule  # imports torch
 
-        ratio, forced = self.policy == "ratio", self.sink + self.recent
+        ratio, forced = self.policy == "ratio", self.forced
         least = max(self.budget if ratio else 0, forced)
         return Rule(self.keep if ratio else None, self.budget, least, forced, CEIL_GUARD)
 

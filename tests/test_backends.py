@@ -21,6 +21,7 @@ from sts_sglang.config import StsConfig
 from sts_sglang.core.request import Request
 from sts_sglang.core.round import Draft
 from sts_sglang.core.sizes import Capacity
+from sts_sglang.core.verifier import TargetShape
 from sts_sglang.headmap import HeadCounts
 from sts_sglang.host import bind, views
 
@@ -49,17 +50,17 @@ class Rig:
 
     REQ = 3
 
-    def __init__(self, config: dict, topk: int = 1, num_steps: int = 3):
-        slots = 128
-        table = torch.zeros(8, 100, dtype=torch.int32)
+    def __init__(self, config: dict, topk: int = 1, num_steps: int = 3, width: int = 100):
+        slots = width + 28
+        table = torch.zeros(8, width, dtype=torch.int32)
         order = torch.randperm(slots - 1, generator=torch.Generator().manual_seed(1)) + 1
-        table[self.REQ] = order[:100]
+        table[self.REQ] = order[:width]
         self.slots = table[self.REQ].long()
         self.draft_pool, self.target_pool = Pool(slots), Pool(slots)
         runner = SimpleNamespace(
             device="cpu",
             req_to_token_pool=SimpleNamespace(req_to_token=table),
-            model_config=SimpleNamespace(context_len=100),
+            model_config=SimpleNamespace(context_len=width),
         )
         draft = SimpleNamespace(**{**vars(runner), "token_to_kv_pool": self.draft_pool})
         target = SimpleNamespace(**{**vars(runner), "token_to_kv_pool": self.target_pool})
@@ -76,9 +77,12 @@ class Rig:
             views.Pools(self.draft_pool),
             slots,
             table,
-            Capacity.of(8, 100),
+            Capacity.of(8, width),
         )
-        self.runtime = bind.assemble(StsConfig(**config), COUNTS, COUNTS, shape, "cpu")
+        target_shape = TargetShape(
+            TOKENS, LAYERS, Q_HEADS, KV_HEADS, DIM, torch.float32, width, 8, graph_requests=0, slots=slots
+        )
+        self.runtime = bind.assemble(StsConfig(**config), COUNTS, COUNTS, shape, "cpu", shape=target_shape)
         for backend in (self.target, self.extend, self.steps):
             backend.bind(self.runtime)
         self.topk = topk
@@ -431,7 +435,7 @@ def test_dense_layers_attend_whole_where_their_backend_cannot_verify(dense, grap
     """FlashInfer takes the verify mask for another one, and the torch backend is no part of a graph."""
     rig = Rig({**CONFIG, "dense_layers": [0]}, topk=topk)
     rig.target.dense_name = dense
-    rig.runtime.verifier = NoVerify(begin=lambda lists, lens: None)
+    rig.runtime.verifier = NoVerify(begin=lambda lists, channels, lens: None)
     if graphs:
         rig.target.tree_mask_buffer = torch.ones(8 * TOKENS * TOKENS, dtype=torch.bool)
     fb = rig.verify_batch(CONTEXT)

@@ -46,6 +46,7 @@ EVERY_KEY = {
     "history_weight": 0.25,
     "history_decay": 0.5,
     "selector": "draft",
+    "page_share": 0.25,
     "verify": "dense",
     "draft": "all",
     "full_verify_every": 16,
@@ -148,7 +149,11 @@ BAD_VALUES = {
         [0, 2, 0.9999, True, "0.9", None, math.inf],
         "a number above 0 and at most 0.999, or 1",
     ),
-    "selector": (["sts", "", None, True, ["quest"]], "draft | quest | pages | recent | random | oracle"),
+    "selector": (
+        ["sts", "", None, True, ["quest"]],
+        "draft | quest | pages | joined | recent | random | oracle",
+    ),
+    "page_share": ([0, 1, -0.5, True, "half", None], "a number between 0 and 1"),
     "verify": (["full", "", None, True], "sparse | dense"),
     "draft": (["sparse", "", None, False], "dense | steps | all"),
     "full_verify_every": ([-1, 1.0, True, "8", None, MAX_TOKENS + 1], INTEGER),
@@ -191,6 +196,9 @@ def test_sink_says_why_zero_is_not_allowed():
         ({"selector": "oracle", "history": "warm"}, ("sts_config.selector", "with history 'warm'")),
         ({"selector": "quest", "draft": "steps"}, ("sts_config.selector", "with draft 'steps'")),
         ({"selector": "recent", "inspect_dir": "d"}, ("sts_config.selector", "with an inspect_dir")),
+        ({"selector": "joined", "policy": "top_p"}, ("sts_config.selector", "'joined' with policy 'top_p'")),
+        ({"selector": "pages", "history": "blend"}, ("sts_config.selector", "with history 'blend'")),
+        ({"selector": "pages", "policy": "fixed", "budget": 90}, ("in whole pages, = 95",)),
     ],
 )
 def test_keys_that_disagree(config, words):
@@ -202,6 +210,8 @@ def test_keys_that_just_agree():
     assert StsConfig(policy="fixed", budget=68).budget == 68
     assert StsConfig(policy="top_p", budget=1).budget == 1
     assert StsConfig(selector="random", policy="fixed").selector == "random"
+    assert StsConfig(selector="pages", policy="fixed", budget=95).forced == 95
+    assert StsConfig(selector="joined", history="blend", draft="all", inspect_dir="d").by_pages
 
 
 def test_which_layers_verify_densely():

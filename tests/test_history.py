@@ -221,18 +221,6 @@ def test_it_takes_what_is_reserved_for_it() -> None:
     assert history.nbytes() == (SLOTS + 1) * history_bytes_per_token(5)
 
 
-def test_loaded_slots_are_forgotten_before_the_next_forward_and_not_earlier() -> None:
-    """A round in flight lets a finished request's slots remember, when HiCache has them already."""
-    history = SlotHistory(CONFIG, 2, 8, REQUESTS, "cpu", torch.float16)
-    history.loaded(torch.tensor([2, 3]))
-    history.remembered[:] = 0.5
-    history.forget_loaded()
-    assert (history.remembered == UNKNOWN).all(1).tolist() == [False, False, True, True] + 4 * [False]
-    history.remembered[:] = 0.5
-    history.forget_loaded()
-    assert (history.remembered == 0.5).all()  # once
-
-
 def test_the_slot_past_a_matched_prefix_is_unknown() -> None:
     engine = Engine(0)
     engine.admit(1, [0, 1, 0, 1, 1])

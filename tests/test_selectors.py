@@ -66,8 +66,10 @@ class Batch:
         config = StsConfig(selector=selector, sink=SINK, recent=RECENT, budget=0, **config)
         made = self.selector(config, ops(kernel), dtype, device, width)
         made.admit(self.reqs.to(device), prompts or [[b] for b in self.reqs.tolist()])
-        (indices, start, count), _ = made.of_layer(*self.arguments(counts, number, device))
-        indices, start, count = indices.cpu(), start.cpu(), count.cpu()
+        lists, call = self.arguments(counts, number, device)
+        lists = made.begin(lists, call.contexts)
+        made.list_layer(lists, call)
+        indices, start, count = (tensor.cpu() for tensor in made.lists.of_layer(lists, number))
         return [
             [self._positions(b, indices[start[b, h] : start[b, h] + count[b, h]]) for h in range(KV_HEADS)]
             if counts[b] >= 0
@@ -84,7 +86,7 @@ class Batch:
         )
 
     def arguments(self, counts: list[int], number: int, device: str, to=None) -> tuple[Lists, LayerCall]:
-        """Of LayerSelector.of_layer; `to` stands in for moving a tensor to the device."""
+        """Lists by channel, and a call; `to` stands in for moving a tensor to the device."""
         to = to or (lambda tensor: tensor.to(device))
         lists = to(torch.tensor(counts)[:, None].expand(-1, KV_HEADS))
         contexts = Contexts(to(self.table), to(self.reqs), to(self.seq_lens))
@@ -147,39 +149,13 @@ def slow_quest(batch: Batch, b: int, h: int, rows: str, heads: str) -> list[floa
     return [score[p // PAGE] for p in range(len(keys))]
 
 
-def slow_pages(batch: Batch, b: int, h: int, rows: str, heads: str) -> list[float]:
-    keys = batch.context(b, h).tolist()
-    pages = [keys[i : i + PAGE] for i in range(0, len(keys), PAGE)]
-    of_rows = []
-    for t in range(TOKENS):
-        of_heads = []
-        for g in range(HEADS // KV_HEADS):
-            q = batch.q[b, t, h * (HEADS // KV_HEADS) + g].tolist()
-            logits = []
-            for page in pages:
-                channels = list(zip(*page, strict=True))
-                mean = [sum(values) / len(values) for values in channels]
-                std = [
-                    math.sqrt(sum((v - m) ** 2 for v in values) / len(values))
-                    for values, m in zip(channels, mean, strict=True)
-                ]
-                logits.append(sum(x * m + abs(x) * s for x, m, s in zip(q, mean, std, strict=True)))
-            weights = [math.exp(x * DIM**-0.5) for x in logits]
-            of_heads.append([w / sum(weights) for w in weights])
-        of_rows.append(pooled(of_heads, heads))
-    score = pooled(of_rows, rows)
-    return [score[p // PAGE] for p in range(len(keys))]
-
-
 def test_every_selector_of_the_configuration_has_a_rule():
-    assert set(get_args(SelectorName)) == {"draft", *selectors.RULES}
+    assert set(get_args(SelectorName)) == {"draft", "pages", "joined", *selectors.RULES}
 
 
 @pytest.mark.parametrize("tail", [CHAIN, TREE], ids=["chain", "tree"])
 @pytest.mark.parametrize(("rows", "heads"), [("max", "max"), ("mean", "mean"), ("max", "mean")])
-@pytest.mark.parametrize(
-    ("selector", "slow"), [("oracle", slow_oracle), ("quest", slow_quest), ("pages", slow_pages)]
-)
+@pytest.mark.parametrize(("selector", "slow"), [("oracle", slow_oracle), ("quest", slow_quest)])
 def test_scores_against_loops(selector, slow, rows, heads, tail):
     batch = Batch([70, 161, 33], tail)
     counts = [20, 45, 12]
@@ -189,9 +165,8 @@ def test_scores_against_loops(selector, slow, rows, heads, tail):
             assert found[b][h] == top(slow(batch, b, h, rows, heads), count), (b, h)
 
 
-@pytest.mark.parametrize("selector", ["quest", "pages"])
-def test_whole_pages_are_taken_and_the_last_is_cut(selector):
-    chosen = Batch([400]).select(selector, [SINK + RECENT + 40])[0]
+def test_whole_pages_are_taken_and_the_last_is_cut():
+    chosen = Batch([400]).select("quest", [SINK + RECENT + 40])[0]
     for positions in chosen:
         free = {p for p in positions if SINK <= p < 400 - RECENT}
         whole = [
@@ -211,17 +186,6 @@ def test_quest_bounds_every_key_of_a_page():
     assert (exact <= bound.repeat_interleave(PAGE, 0)[:100] + 1e-5).all()
 
 
-def test_moments_are_of_the_pages_own_tokens_and_do_not_cancel():
-    keys = torch.randn(2, 100, 1, DIM) + 1000  # far from 0, as channels of real keys are
-    there = torch.arange(100) < torch.tensor([100, 67])[:, None]
-    mean, std = selectors.page_moments(torch.where(there[..., None, None], keys, torch.nan), there)
-    for b, page, own in ((0, 0, slice(0, 16)), (0, 6, slice(96, 100)), (1, 4, slice(64, 67))):
-        expected = torch.std_mean(keys[b, own, 0].double(), 0, correction=0)
-        assert torch.allclose(std[b, page, 0].double(), expected[0], rtol=1e-3)
-        assert torch.allclose(mean[b, page, 0].double(), expected[1])
-    assert not mean[1, 5:].any() and not std[1, 5:].any()
-
-
 def test_bounds_of_the_last_page_are_of_its_tokens_alone():
     keys = torch.rand(2, 100, 1, DIM) + 1
     there = torch.arange(100) < torch.tensor([100, 67])[:, None]
@@ -232,7 +196,7 @@ def test_bounds_of_the_last_page_are_of_its_tokens_alone():
     assert not low[1, 5:].any() and not high[1, 5:].any()
 
 
-@pytest.mark.parametrize("selector", ["oracle", "quest", "pages"])
+@pytest.mark.parametrize("selector", ["oracle", "quest"])
 def test_a_planted_needle_is_found_at_every_depth(selector):
     for place in (SINK, 77, 150, 300 - RECENT - 1):
         batch = Batch([300, 90], seed=place)
@@ -312,7 +276,8 @@ def test_nothing_waits_for_the_device_where_the_width_is_given(selector):
     def select(width: int | None) -> None:
         with FakeTensorMode() as mode:
             made = batch.selector(config, nothing, torch.float16, "cpu", width)
-            made.of_layer(*batch.arguments([40, 75], 0, "cpu", mode.from_tensor))
+            lists, call = batch.arguments([40, 75], 0, "cpu", mode.from_tensor)
+            made.list_layer(made.begin(lists, call.contexts), call)
 
     select(batch.table.shape[1])
     with pytest.raises(DataDependentOutputException):

@@ -114,7 +114,7 @@ def test_dense_verify_attends_to_everything_and_is_counted_as_such(layer):
     rig = rig_after_a_draft({"verify": "dense"})
     # Stock's output needs stock's kernel, not the sparse one over everything.
     rig.runtime.whole = NoVerify()
-    rig.runtime.verifier = NoVerify(begin=lambda lists, lens: None, before_eager=lambda bs: None)
+    rig.runtime.verifier = NoVerify(begin=lambda lists, channels, lens: None, before_eager=lambda bs: None)
     q = torch.randn(TOKENS, Q_HEADS * DIM)
     out = verify(rig, layer, q)
     for t in range(TOKENS):

@@ -226,7 +226,7 @@ def join_pages(
     if bs == 0:
         return
     chosen = _choose(scores, sizes, layer, sink, recent)
-    requests = [drafted.starts, contexts.lens, sizes.contexts.lens, joined.stride(0)]
+    requests = [drafted.starts, contexts.lens, joined.stride(0)]
     programs = _programs(bs * kv_heads, -(-width // KNOBS.list_block))
     _copy_scores_kernel[(kv_heads, bs, programs)](
         joined,
@@ -517,18 +517,17 @@ def _copy_scores_kernel(
     channels_ptr,  # int32 [H_kv]
     column_ptr,  # int64 [bs], first columns
     lens_ptr,  # int [bs]
-    page_len_ptr,  # int [bs], 0: the request has no list of pages
     stride_head,
     stride_channel,
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     h, b, program = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    column = tl.load(column_ptr + b) // ALIGN * ALIGN
-    length, pages = tl.load(lens_ptr + b).to(tl.int32), tl.load(page_len_ptr + b)
+    start = tl.load(column_ptr + b)  # -1: the request has no lists
+    column, length = start // ALIGN * ALIGN, tl.load(lens_ptr + b).to(tl.int32)
     source_ptr = drafted_ptr + tl.load(channels_ptr + h).to(tl.int64) * stride_channel + column
     target_ptr = joined_ptr + h.to(tl.int64) * stride_head + column
-    end = tl.where(pages > 0, length, 0)
+    end = tl.where(start >= 0, length, 0)
     for block in range(program * BLOCK, end, tl.num_programs(2) * BLOCK):
         offs = block + tl.arange(0, BLOCK)
         ok = offs // ALIGN * ALIGN < end  # a mask by position would split every access into single scores

@@ -654,9 +654,9 @@ def join_pages(
 
     Args:
         scores: of score_pages, for this layer.
-        drafted: by channel, in columns of tokens.
+        drafted: by channel, in columns of tokens; a request that has columns has lists, of pages or not.
         joined: [H_kv, columns], of drafted's dtype and in its columns; written at positions [0, L) of every
-            request that has a list of pages.
+            request that has columns.
         sizes: of size_pages, for the share of the lists that pages have.
         channels: int32 [layers, H_kv], as in size_pages; the channel whose importance a KV head selects by.
         layer: row of `channels`.
@@ -668,7 +668,7 @@ def join_pages(
     rows = channels[layer].long()
     for b, (_, _, length) in enumerate(_requests(contexts)):
         columns = slice(int(drafted.starts[b]), int(drafted.starts[b]) + length)
-        if int(sizes.contexts.lens[b]):
+        if columns.start >= 0:
             joined[:, columns] = drafted.importance[rows, columns]
     for b, h, positions in _chosen_pages(scores, sizes, layer, sink, recent):
         joined[h, int(drafted.starts[b]) + positions] = torch.nan

@@ -62,7 +62,10 @@ class StsTargetBackend(Bindable, AttentionBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         if self._dense_plans(forward_batch):
             self.dense.init_forward_metadata(forward_batch)
-        if views.mode(forward_batch) == Mode.VERIFY:
+        mode = views.mode(forward_batch)
+        if mode == Mode.PREFILL:
+            self._begin_prefill(forward_batch)
+        if mode == Mode.VERIFY:
             self.runtime.verifier.before_eager(views.requests_of(forward_batch).size)
             self._begin_verify(forward_batch)
 
@@ -83,7 +86,9 @@ class StsTargetBackend(Bindable, AttentionBackend):
         if of.number == 0 and runtime.state.history is not None:
             runtime.state.history.forget(views.written(forward_batch))
         if views.mode(forward_batch) != Mode.VERIFY:
-            return self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            out = self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            runtime.prefilled(of.number, self.pools.layer(of.number))
+            return out
         attend, lists = runtime.verify, self._lists
         if runtime.config.dense_verify(of.number):
             if self._dense_verifies(forward_batch):
@@ -116,6 +121,11 @@ class StsTargetBackend(Bindable, AttentionBackend):
             "torch": self.tree_mask_buffer is None,
         }
         return able[self.dense_name]
+
+    def _begin_prefill(self, fb: ForwardBatch) -> None:
+        """Before the first layer."""
+        contexts, new = views.requests_of(fb).contexts(self.table), views.written(fb).numel()
+        self.runtime.begin_prefill(contexts, views.new_rows(fb).before, new)
 
     def _begin_verify(self, fb: ForwardBatch) -> None:
         """Once a round, before the first layer."""

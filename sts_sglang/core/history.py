@@ -37,28 +37,11 @@ class SlotHistory:
         self.owner = torch.zeros(slots, dtype=torch.int64, device=device)
         self.round = torch.zeros(1, dtype=torch.int64, device=device)
         self.fresh_request = torch.zeros(requests, dtype=torch.bool, device=device)
-        self._loaded: list[torch.Tensor] = []
 
     def forget(self, slots: torch.Tensor) -> None:
         """The target writes these slots now."""
         # index_fill_, here and below: assigning a Python number copies from the host, which no graph holds.
         self.remembered.index_fill_(0, slots, UNKNOWN)
-
-    def loaded(self, slots: torch.Tensor) -> None:
-        """HiCache brings KV from the host back into these slots: to be forgotten before the next forward."""
-        self._loaded.append(slots)
-
-    def forget_loaded(self) -> None:
-        """To be called on the stream of the forwards, before the next one.
-
-        Not when HiCache allocates: a round that is still in flight may hold a request that has finished,
-        and lets the slots it no longer owns remember.
-        """
-        for slots in self._loaded:
-            self.forget(slots)
-            if slots.is_cuda:  # allocated on the scheduler's stream, and dropped here before it was read
-                slots.record_stream(torch.cuda.current_stream())
-        self._loaded.clear()
 
     def blend(self, ops: Ops, scores: Scores, contexts: Contexts) -> None:
         """Mix history into the importance of a verify batch, and let its slots remember the batch."""

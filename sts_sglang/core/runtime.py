@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from sts_kernels import Ops
-from sts_kernels.layout import Contexts, Lists, Plan, Pooling
+from sts_kernels.layout import Contexts, KvPool, Lists, Plan, Pooling
 from sts_sglang.config import ConfigError, StsConfig, quoted, request_keep
 from sts_sglang.core.channels import NO_MEMBERS, Channels
 from sts_sglang.core.request import Request
 from sts_sglang.core.round import Draft, RoundState
 from sts_sglang.core.selectors.base import LayerCall, Selector
+from sts_sglang.core.sketches import Sketches
 from sts_sglang.core.verifier import Verifier
 from sts_sglang.headmap import HeadMap
 
@@ -34,6 +35,7 @@ class Runtime:
 
     config: as served, the head map's own choices included. kernel: `triton`, `torch`, or `flashinfer`.
     verifier: attends to what `selector` chose. whole: attends to whole contexts, in dense layers.
+    sketches: of the target's pages, where they have a say.
     """
 
     config: StsConfig
@@ -47,6 +49,8 @@ class Runtime:
     selector: Selector
     verifier: Verifier
     whole: Verifier
+    sketches: Sketches | None
+    _loaded: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def scoring_steps(self) -> int:
@@ -69,6 +73,39 @@ class Runtime:
         self.state.keeps[rows] = values.to(self.device, non_blocking=True)
         self.verifier.admit(requests, keeps)
         self.selector.admit(rows, [request.prompt for request in requests])
+
+    # ---- slots that no forward writes
+
+    def loaded(self, slots: torch.Tensor) -> None:
+        """HiCache brings KV from the host back into these slots: to be forgotten before the next forward."""
+        if self.state.history is not None or self.sketches is not None:
+            self._loaded.append(slots)
+
+    def forget_loaded(self) -> None:
+        """To be called on the stream of the forwards, before the next one.
+
+        Not when HiCache allocates: a round that is still in flight may hold a request that has finished,
+        and lets the slots it no longer owns remember.
+        """
+        for slots in self._loaded:
+            for remembers in (self.state.history, self.sketches):
+                if remembers is not None:
+                    remembers.forget(slots)
+            if slots.is_cuda:  # allocated on the scheduler's stream, and dropped here before it was read
+                slots.record_stream(torch.cuda.current_stream())
+        self._loaded.clear()
+
+    # ---- prefill of the target
+
+    def begin_prefill(self, contexts: Contexts, before: torch.Tensor, most: int) -> None:
+        """Before its layers. before: int [bs], tokens of the prefix; most: new tokens of a request"""
+        if self.sketches is not None:
+            self.sketches.begin_prefill(contexts, before, most)
+
+    def prefilled(self, layer: int, pool: KvPool) -> None:
+        """Once the keys of a layer are there."""
+        if self.sketches is not None and layer in self.sketches.of_layer:
+            self.sketches.write(layer, pool.k)
 
     # ---- the draft's passes
 
@@ -146,21 +183,24 @@ class Runtime:
         """Once a round, before the first layer: select per (request, channel)."""
         if self.draft.num_steps == 1:
             self._score_carried(contexts)
+        if self.sketches is not None:
+            self.sketches.begin_verify(contexts, self.draft.num_steps + 1)
         if self.config.sparse_draft:
             lists = self.state.kept_lists(contexts.lens.numel())
         else:
             lists = self._select(contexts)
-        self.verifier.begin(lists if self.selector.ahead else None, contexts.lens)
+        lists = self.selector.begin(lists, contexts)
+        self.verifier.begin(lists, self.selector.channels, contexts.lens)
         return lists
 
     def verify(self, call: LayerCall, lists: Lists) -> torch.Tensor:
         """[bs, T, H_q, D]: attention of a target layer over what is selected and the tail."""
-        lists, channels = self.selector.of_layer(lists, call)
-        return self.verifier.attend(call, lists, channels, self.state.attended)
+        self.selector.list_layer(lists, call)
+        return self.verifier.attend(call, lists, self.selector.channels[call.layer], self.state.attended)
 
     def verify_whole(self, call: LayerCall, lists: Lists) -> torch.Tensor:
         """The same over whole contexts (Lists.whole), in a layer that is configured to be dense."""
-        return self.whole.attend(call, lists, self.channels.of_target[call.layer], self.state.attended)
+        return self.whole.attend(call, lists, self.selector.channels[call.layer], self.state.attended)
 
     def _select(self, contexts: Contexts) -> Lists:
         return self.selector.select(self.state.size(self.ops, contexts), contexts)
@@ -173,7 +213,8 @@ class Runtime:
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by purpose."""
-        return {**self.state.nbytes(), **self.verifier.nbytes()}
+        own = {} if self.sketches is None else {"sketches": self.sketches.nbytes()}
+        return {**self.state.nbytes(), **self.verifier.nbytes(), **own}
 
 
 def keep_of(request: Request, config: StsConfig) -> float | None:

@@ -38,9 +38,9 @@ class Verifier(Protocol):
     def before_eager(self, bs: int) -> None:
         """On the host, before a verify without a graph."""
 
-    def begin(self, lists: Lists | None, lens: torch.Tensor) -> None:
-        """Once a round, before its first layer, and part of its graph: the lists of all layers; None where
-        they are made layer by layer."""
+    def begin(self, lists: Lists, channels: torch.Tensor, lens: torch.Tensor) -> None:
+        """Once a round, before its first layer, and part of its graph: where the lists of all layers are and
+        how long. channels: int32 [layers, H_kv], columns of them that the KV heads go by."""
 
     def attend(
         self, call: LayerCall, lists: Lists, channels: torch.Tensor, attended: torch.Tensor

@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from sts_kernels import ops
+from sts_kernels import Ops, ops
+from sts_kernels.layout import PAGE
 from sts_sglang import headmap
 from sts_sglang.backends import dense
 from sts_sglang.backends.carry import CarryLastRow
 from sts_sglang.backends.draft import DraftMultiStepBackend
 from sts_sglang.backends.target import StsTargetBackend
-from sts_sglang.config import StsConfig
+from sts_sglang.config import StsConfig, not_allowed
 from sts_sglang.core import sizes
 from sts_sglang.core.channels import Channels
 from sts_sglang.core.round import Draft, RoundState
 from sts_sglang.core.runtime import Runtime
 from sts_sglang.core.selectors import registry as selectors
 from sts_sglang.core.sizes import Capacity
+from sts_sglang.core.sketches import Sketches
 from sts_sglang.core.verifier import TargetShape, VerifierParts
 from sts_sglang.headmap import HeadCounts, ModelPaths
 from sts_sglang.host import reserve, views
@@ -194,6 +196,7 @@ def assemble(
     exact = device == "cpu" and own_ops == "torch"
     dtype = torch.float32 if exact else torch.float16
     state = RoundState(config, head_map, channels, draft, device, dtype)
+    sketches = _sketches(config, own, target, shape, draft, device)
     made_of = VerifierParts(config, head_map, channels, state, own, draft.table.shape[1], shape)
     return Runtime(
         config=config,
@@ -204,10 +207,28 @@ def assemble(
         ops=own,
         kernel=kernel,
         device=device,
-        selector=selectors.make(config, state, channels, own, draft),
+        selector=selectors.make(config, state, channels, own, draft, sketches),
         verifier=verifiers.of(kernel).make(made_of),
         whole=by_ops.make(made_of),
+        sketches=sketches,
     )
+
+
+def _sketches(
+    config: StsConfig, ops: Ops, target: HeadCounts, shape: TargetShape | None, draft: Draft, device: str
+) -> Sketches | None:
+    """Of the layers that verify sparsely, where pages have a say in that."""
+    if not config.by_pages:
+        return None
+    if shape.head_dim % PAGE:
+        raise not_allowed(
+            "sts_config.selector",
+            f"got {config.selector!r}, but {PAGE} slots cannot share the sketch of a head of "
+            f"{shape.head_dim} dimensions evenly",
+            "'draft' with this target",
+        )
+    layers = [layer for layer in range(target.layers) if not config.dense_verify(layer)]
+    return Sketches(ops, layers, shape.slots, target.kv_heads, shape.head_dim, draft.table.shape[0], device)
 
 
 def kernel_for(config: StsConfig, device: str) -> str:

@@ -218,8 +218,7 @@ def forward_batch(self: EAGLEWorkerV2, batch: ScheduleBatch, *args, **kwargs) ->
     if (bound := bind.current()) is None:
         return
     runtime = bound.runtime
-    if runtime.state.history is not None:
-        runtime.state.history.forget_loaded()
+    runtime.forget_loaded()
     if views.prefills(batch):
         runtime.admit(views.requests(batch))
     elif runtime.verifier.on_host:
@@ -251,8 +250,8 @@ def internal_state(result: GetInternalStateReqOutput, self, recv_req) -> None:
 def hicache_load(result, self, *args, **kwargs) -> None:
     """AFTER a cache controller's load: these slots get new occupants that no forward writes."""
     bound = bind.current()
-    if result is not None and bound is not None and bound.runtime.state.history is not None:
-        bound.runtime.state.history.loaded(result)
+    if result is not None and bound is not None:
+        bound.runtime.loaded(result)
 
 
 def release_kv(req: Req, tree_cache: BasePrefixCache, *args, **kwargs) -> None:

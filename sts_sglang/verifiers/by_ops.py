@@ -17,15 +17,14 @@ class OpsVerifier:
     """Plans on the device, once a round for all layers, and knows nothing of requests.
 
     Args:
-        ops: the ops in use. of_target: int32 [layers, H_kv], Channels.of_target.
-        max_context: width of the table of slots.
+        ops: the ops in use. max_context: width of the table of slots.
     """
 
     on_host = False
     host_plans = 0
 
-    def __init__(self, ops: Ops, of_target: torch.Tensor, max_context: int):
-        self.ops, self.of_target, self.max_context = ops, of_target, max_context
+    def __init__(self, ops: Ops, max_context: int):
+        self.ops, self.max_context = ops, max_context
         self._plan: Plan | None = None
 
     def admit(self, requests: list[Request], keeps: list[float | None]) -> None:
@@ -40,10 +39,8 @@ class OpsVerifier:
     def before_eager(self, bs: int) -> None:
         """Nothing happens on the host."""
 
-    def begin(self, lists: Lists | None, lens: torch.Tensor) -> None:
-        self._plan = None
-        if lists is not None:
-            self._plan = self.ops.plan_attention(lists, self.of_target, lens, max_context=self.max_context)
+    def begin(self, lists: Lists, channels: torch.Tensor, lens: torch.Tensor) -> None:
+        self._plan = self.ops.plan_attention(lists, channels, lens, max_context=self.max_context)
 
     def attend(
         self, call: LayerCall, lists: Lists, channels: torch.Tensor, attended: torch.Tensor
@@ -75,4 +72,4 @@ def need(config: StsConfig, target: TargetShape) -> Need:
 
 
 def make(parts: VerifierParts) -> OpsVerifier:
-    return OpsVerifier(parts.ops, parts.channels.of_target, parts.width)
+    return OpsVerifier(parts.ops, parts.width)

@@ -289,7 +289,7 @@ class FlashInferVerifier:
             self._active = self._eager
             self._plan(self._active, self._contexts(bs, self.host.batch))
 
-    def begin(self, lists: Lists | None, lens: torch.Tensor) -> None:
+    def begin(self, lists: Lists, channels: torch.Tensor, lens: torch.Tensor) -> None:
         """The plan was made on the host."""
 
     def attend(

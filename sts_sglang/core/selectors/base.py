@@ -28,18 +28,59 @@ class LayerCall(NamedTuple):
 class Selector(Protocol):
     """Chooses what a verify attends to, at list lengths that `size_lists` has settled.
 
-    ahead: whether `select` makes the lists of all layers, so that a verifier can plan for them; else they are
-    made layer by layer.
+    channels: int32 [layers, H_kv], the column of `starts` and `counts` that each KV head of the target goes
+    by, in the lists that `begin` answers.
     """
 
-    ahead: bool
+    channels: torch.Tensor
 
     def admit(self, rows: torch.Tensor, prompts: list[Sequence[int]]) -> None:
         """Rows of the table were given to requests with these prompts."""
 
     def select(self, sizes: Sizes, contexts: Contexts) -> Lists:
-        """Once a round, before its first layer. Recorded by CUDA graphs: no host sync."""
+        """Once a round, by channel of the head map; in a draft step already where the draft goes by it.
+        Recorded by CUDA graphs, as what follows is: no host sync."""
 
-    def of_layer(self, lists: Lists, call: LayerCall) -> tuple[Lists, torch.Tensor]:
-        """What a layer attends to, given what `select` answered: lists, and int32 [H_kv], the column of their
-        `starts` and `counts` that each KV head goes by."""
+    def begin(self, lists: Lists, contexts: Contexts) -> Lists:
+        """Before the first layer of a verify, given what `select` answered: where the lists of all layers are
+        and how long, so that a verifier can plan for them."""
+
+    def list_layer(self, lists: Lists, call: LayerCall) -> None:
+        """Write the entries of a layer's lists, where they are not there yet. Lists of two layers may lie in
+        one place: the layer attends before the next one writes."""
+
+
+class HeadLists:
+    """Lists of every (request, KV head), which the layers of the target write in turn.
+
+    Args:
+        of_target: int32 [layers, H_kv], Channels.of_target: whose list length a KV head takes.
+        requests: of the largest batch. entries: of a list at most.
+    """
+
+    def __init__(self, of_target: torch.Tensor, requests: int, entries: int):
+        (layers, kv_heads), device = of_target.shape, of_target.device
+        self.kv_heads, self.of_target = kv_heads, of_target.flatten().long()
+        columns = torch.arange(layers * kv_heads, dtype=torch.int32, device=device)
+        self.channels = columns.view(layers, kv_heads)
+        lists = requests * kv_heads
+        self.indices = torch.zeros(lists * entries, dtype=torch.int32, device=device)
+        self.starts = (torch.arange(lists, device=device) * entries).view(-1, kv_heads).repeat(1, layers)
+
+    def sized(self, lists: Lists) -> Lists:
+        """As long as the lists of the heads' channels are."""
+        counts = lists.counts.index_select(1, self.of_target)
+        return Lists(self.indices, self.starts[: counts.shape[0]], counts)
+
+    def of_layer(self, lists: Lists, layer: int) -> Lists:
+        """Those of one layer, a column for every KV head."""
+        own = slice(layer * self.kv_heads, (layer + 1) * self.kv_heads)
+        return Lists(lists.indices, lists.starts[:, own].contiguous(), lists.counts[:, own].contiguous())
+
+    def nbytes(self) -> int:
+        return self.indices.nbytes + self.starts.nbytes
+
+
+def list_bytes(layers: int, kv_heads: int, requests: int, entries: int) -> int:
+    """That HeadLists take."""
+    return requests * kv_heads * (4 * entries + 8 * layers)

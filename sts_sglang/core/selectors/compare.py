@@ -10,9 +10,6 @@ One rule scores the context of one target layer, from that layer's own queries a
   max(q * min, q * max) of its keys. Rows and heads are made comparable by a softmax over pages, then pooled
   as above; whole pages are taken from the top, the last of them cut so that the budget is exact (its later
   tokens stay).
-* `pages` (arXiv 2605.27740): the same, but a page's score is q.mean + |q|.std of its keys by channel: what
-  a key one standard deviation from the mean towards q would have, where Quest's bound is of a corner of the
-  box that no key need be near.
 * `recent` (StreamingLLM): all scores are equal, and of equal scores the later position wins.
 * `random`: a hash of (prompt, layer, KV head, position), so the same in every round and every run.
 
@@ -34,7 +31,7 @@ from torch import Tensor
 from sts_kernels import Ops
 from sts_kernels.layout import ALIGN, IMPORTANCE_SCALE, PAGE, Contexts, Lists, Scores, Sizes
 from sts_sglang.config import StsConfig
-from sts_sglang.core.selectors.base import LayerCall
+from sts_sglang.core.selectors.base import HeadLists, LayerCall, list_bytes
 from sts_sglang.core.sizes import Capacity, Need
 from sts_sglang.core.verifier import TargetShape
 
@@ -86,14 +83,6 @@ def quest(layer: Layer) -> Tensor:
     return _ranks_of_pages(layer, bound)
 
 
-def pages(layer: Layer) -> Tensor:
-    mean, spread = page_moments(layer.keys, layer.there)
-    q = layer.grouped()
-    score = torch.einsum("bhgtd,bphd->bhgtp", q, mean)
-    score = score + torch.einsum("bhgtd,bphd->bhgtp", q.abs(), spread)
-    return _ranks_of_pages(layer, score)
-
-
 def _ranks_of_pages(layer: Layer, score: Tensor) -> Tensor:
     """Every token's score from the logits of its page, [bs, H_kv, G, T, pages] before the scale.
 
@@ -121,23 +110,6 @@ def page_bounds(keys: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     return low.masked_fill(empty, 0), high.masked_fill(empty, 0)
 
 
-def page_moments(keys: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 mean and standard deviation (of the page's own tokens: divided by their number) of each
-    channel in each page of [bs, L, H, D]; 0 in pages without a token."""
-    bs, length, heads, dim = keys.shape
-    spare = -length % PAGE
-    outside = ~torch.nn.functional.pad(there, (0, spare))[:, :, None, None].unflatten(1, (-1, PAGE))
-    count = (~outside).sum(2).clamp(min=1)
-    # One copy of the keys, worked on in place: that much memory was counted (request_bytes).
-    own = torch.zeros(bs, length + spare, heads, dim, device=keys.device)
-    own[:, :length] = keys
-    own = own.unflatten(1, (-1, PAGE)).masked_fill_(outside, 0)
-    mean = own.sum(2) / count
-    # From the distances, not from squares: those of keys far from 0 would cancel.
-    apart = own.sub_(mean[:, :, None]).masked_fill_(outside, 0).square_().sum(2)
-    return mean, (apart / count).sqrt()
-
-
 def recent(layer: Layer) -> Tensor:
     bs, length, kv_heads, _ = layer.keys.shape
     return torch.zeros(bs, kv_heads, length, device=layer.keys.device)
@@ -154,7 +126,6 @@ def random(layer: Layer) -> Tensor:
 RULES: dict[str, Callable[[Layer], Tensor]] = {
     "oracle": oracle,
     "quest": quest,
-    "pages": pages,
     "recent": recent,
     "random": random,
 }
@@ -191,8 +162,6 @@ class LayerSelector:
             None: as many as the longest context of a batch has.
     """
 
-    ahead = False
-
     def __init__(
         self,
         config: StsConfig,
@@ -205,14 +174,12 @@ class LayerSelector:
         width: int | None = None,
     ):
         self.config, self.ops, self.rule, self.width = config, ops, RULES[config.selector], width
-        self.of_target, self.columns = of_target, capacity.requests * capacity.context
+        self.lists = HeadLists(of_target, capacity.requests, capacity.context)
+        self.channels, self.columns = self.lists.channels, capacity.requests * capacity.context
         kv_heads, device = of_target.shape[1], of_target.device
         # Behind them, in whole blocks as before, one that takes the scores of what is no context.
         self.scores = torch.zeros(kv_heads, self.columns + ALIGN, dtype=dtype, device=device)
         self.starts = torch.arange(capacity.requests, device=device) * capacity.context
-        # A request's list of a head is shorter than its context: it lies where its columns do.
-        self.indices = torch.zeros(kv_heads * self.columns, dtype=torch.int32, device=device)
-        self.heads = torch.arange(kv_heads, dtype=torch.int32, device=device)
         self.seeds = torch.zeros(requests, dtype=torch.int64, device=device)
 
     def admit(self, rows: Tensor, prompts: list[Sequence[int]]) -> None:
@@ -222,24 +189,24 @@ class LayerSelector:
 
     def select(self, sizes: Sizes, contexts: Contexts) -> Lists:
         """Lengths alone: what is on the lists depends on the queries of each layer."""
-        return Lists(self.indices, sizes.starts, sizes.counts)
+        return Lists(self.lists.indices, sizes.starts, sizes.counts)
 
-    def of_layer(self, lists: Lists, call: LayerCall) -> tuple[Lists, Tensor]:
+    def begin(self, lists: Lists, contexts: Contexts) -> Lists:
+        return self.lists.sized(lists)
+
+    def list_layer(self, lists: Lists, call: LayerCall) -> None:
         """Waits for the device where there is no `width`."""
-        counts = lists.counts[:, self.of_target[call.layer].long()]
+        own = self.lists.of_layer(lists, call.layer)
         starts = self.starts[: call.contexts.lens.numel()]
-        self._score(call, counts, starts)
-        own = starts[:, None] + self.heads.long() * self.columns
-        made = Lists(self.indices, own, counts.to(torch.int32).contiguous())
+        self._score(call, own.counts, starts)
         self.ops.select_tokens(
             Scores(self.scores, starts),
             call.contexts,
-            counts.amax(1),
-            made,
+            own.counts.amax(1),
+            own,
             sink=self.config.sink,
             recent=self.config.recent,
         )
-        return made, self.heads
 
     def _score(self, call: LayerCall, counts: Tensor, starts: Tensor) -> None:
         """Write the scores of every request that has a list, some requests at a time."""
@@ -286,5 +253,6 @@ def need(target: TargetShape) -> Need:
     """Of a LayerSelector: scores and lists of every request, and what scoring a layer takes."""
     rows = target.tokens * target.q_heads // target.kv_heads
     layer = request_bytes(target.context_len, target.kv_heads, target.head_dim, target.dtype.itemsize, rows)
-    own = (target.requests * target.context_len + ALIGN) * 6 * target.kv_heads
-    return Need(own + max(SCRATCH, layer))
+    scores = 2 * target.kv_heads * (target.requests * target.context_len + ALIGN)
+    lists = list_bytes(target.layers, target.kv_heads, target.requests, target.context_len)
+    return Need(scores + lists + max(SCRATCH, layer))

@@ -21,21 +21,16 @@ class DraftSelector:
         config: what to keep. state: of the round. channels: of the head map. ops: the ops in use.
     """
 
-    ahead = True
-
     def __init__(self, config: StsConfig, state: RoundState, channels: Channels, ops: Ops):
-        self.config, self.state, self.channels, self.ops = config, state, channels, ops
+        self.config, self.state, self.ops = config, state, ops
+        self.channels = channels.of_target
 
     def admit(self, rows: torch.Tensor, prompts: list[Sequence[int]]) -> None:
         """What the draft attends to needs no prompt."""
 
     def select(self, sizes: Sizes, contexts: Contexts) -> Lists:
+        self.finish_scores(sizes, contexts)
         config, state = self.config, self.state
-        if state.history is not None:
-            state.history.blend(self.ops, state.scores(sizes.known), contexts)
-        if config.spread:
-            self.ops.spread_importance(state.scores(sizes.sparse), contexts.lens, factor=config.spread)
-        state.note_scores(sizes.known, contexts)
         lists = Lists(state.indices, sizes.starts, sizes.counts)
         self.ops.select_tokens(
             state.scores(sizes.known),
@@ -49,8 +44,21 @@ class DraftSelector:
         )
         return lists
 
-    def of_layer(self, lists: Lists, call: LayerCall) -> tuple[Lists, torch.Tensor]:
-        return lists, self.channels.of_target[call.layer]
+    def finish_scores(self, sizes: Sizes, contexts: Contexts) -> None:
+        """What happens to the importance of a round before it is sorted."""
+        config, state = self.config, self.state
+        if state.history is not None:
+            state.history.blend(self.ops, state.scores(sizes.known), contexts)
+        if config.spread:
+            self.ops.spread_importance(state.scores(sizes.sparse), contexts.lens, factor=config.spread)
+        state.note_scores(sizes.known, contexts)
+
+    def begin(self, lists: Lists, contexts: Contexts) -> Lists:
+        """The lists of all layers are made."""
+        return lists
+
+    def list_layer(self, lists: Lists, call: LayerCall) -> None:
+        """They are made."""
 
     def _top_p(self, reqs: torch.Tensor) -> torch.Tensor | None:
         """float32 [bs], infinite for a request with a keep of its own; None under other policies."""

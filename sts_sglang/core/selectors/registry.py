@@ -6,25 +6,42 @@ from sts_kernels import Ops
 from sts_sglang.config import StsConfig
 from sts_sglang.core.channels import Channels
 from sts_sglang.core.round import Draft, RoundState
-from sts_sglang.core.selectors import compare
-from sts_sglang.core.selectors.base import Selector
+from sts_sglang.core.selectors import compare, pages
+from sts_sglang.core.selectors.base import HeadLists, Selector
 from sts_sglang.core.selectors.draft import DraftSelector
 from sts_sglang.core.sizes import Need
+from sts_sglang.core.sketches import Sketches
 from sts_sglang.core.verifier import TargetShape
+from sts_sglang.headmap import HeadMap
 
 
-def make(config: StsConfig, state: RoundState, channels: Channels, ops: Ops, draft: Draft) -> Selector:
-    """The selector of a launch."""
+def make(
+    config: StsConfig,
+    state: RoundState,
+    channels: Channels,
+    ops: Ops,
+    draft: Draft,
+    sketches: Sketches | None,
+) -> Selector:
+    """The selector of a launch. sketches: where it needs them (`StsConfig.by_pages`)."""
+    drafted = DraftSelector(config, state, channels, ops)
     if config.selector == "draft":
-        return DraftSelector(config, state, channels, ops)
+        return drafted
+    capacity, of_target = draft.capacity, channels.of_target
+    if config.by_pages:
+        scores = pages.PageScores(config, ops, sketches, of_target, capacity, state.importance.dtype)
+        lists = HeadLists(of_target, capacity.requests, state.room.entries // state.room.channels)
+        if config.selector == "pages":
+            return pages.PagesSelector(config, state, scores, lists)
+        return pages.JoinedSelector(config, state, drafted, scores, lists)
     scores, table = state.importance, draft.table
     # On a GPU without a look at the lengths.
     width = None if scores.device.type == "cpu" else table.shape[1]
-    return compare.LayerSelector(
-        config, ops, channels.of_target, draft.capacity, table.shape[0], scores.dtype, width=width
-    )
+    return compare.LayerSelector(config, ops, of_target, capacity, table.shape[0], scores.dtype, width=width)
 
 
-def need(config: StsConfig, target: TargetShape) -> Need:
+def need(config: StsConfig, target: TargetShape, head_map: HeadMap) -> Need:
     """What it takes beside the buffers of a round: nothing, where the draft selects."""
-    return Need() if config.selector == "draft" else compare.need(target)
+    if config.selector == "draft":
+        return Need()
+    return pages.need(config, target, head_map) if config.by_pages else compare.need(target)

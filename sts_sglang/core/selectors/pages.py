@@ -1,0 +1,216 @@
+"""Selection by pages: a score of their sketches (arXiv 2605.27740) by the queries that a layer has now.
+
+A page's score is q.mean + |q|.deviation of its keys by dimension, what a key one deviation from the mean
+towards q would have. Reading the sketches is reading a sixteenth of the keys twice over. Alone, whole pages
+are selected. Joined with the draft's importance, pages have a part of every list, and the draft's best of the
+other tokens the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sts_kernels import Ops
+from sts_kernels.layout import (
+    ALIGN,
+    Contexts,
+    Count,
+    Lists,
+    PageSizes,
+    Plan,
+    Pooling,
+    Scores,
+    Sizes,
+    pages_of,
+)
+from sts_sglang.config import StsConfig
+from sts_sglang.core import sketches
+from sts_sglang.core.round import RoundState
+from sts_sglang.core.selectors.base import HeadLists, LayerCall, list_bytes
+from sts_sglang.core.selectors.draft import DraftSelector
+from sts_sglang.core.sizes import Capacity, Need
+from sts_sglang.core.sketches import Sketches
+from sts_sglang.core.verifier import TargetShape
+from sts_sglang.headmap import HeadMap
+
+
+class PageScores:
+    """Scores of the pages of one layer after another.
+
+    Args:
+        config: how rows and heads are pooled. ops: the ops in use. sketches: of the target.
+        of_target: int32 [layers, H_kv]. capacity: of the buffers of a round. dtype: of importance.
+    """
+
+    def __init__(
+        self,
+        config: StsConfig,
+        ops: Ops,
+        sketches: Sketches,
+        of_target: torch.Tensor,
+        capacity: Capacity,
+        dtype: torch.dtype,
+    ):
+        self.config, self.ops, self.sketches = config, ops, sketches
+        columns, kv_heads, device = page_columns(capacity.context), of_target.shape[1], of_target.device
+        self.scores = torch.zeros(kv_heads, capacity.requests * columns, dtype=dtype, device=device)
+        self.starts = torch.arange(capacity.requests, device=device) * columns
+        self._sizes: PageSizes | None = None  # of the running verify
+        self._plan: Plan | None = None
+
+    def begin(self, lists: Lists, channels: torch.Tensor, contexts: Contexts) -> PageSizes:
+        """How many pages are on lists of these lengths, see `size_pages`."""
+        config, kv_heads = self.config, channels.shape[1]
+        self._sizes = self.ops.size_pages(
+            contexts, self.sketches.tags, lists, channels, sink=config.sink, recent=config.recent
+        )
+        self._plan = self.ops.plan_pages(self._sizes, kv_heads=kv_heads)
+        return self._sizes
+
+    def of_layer(self, call: LayerCall) -> tuple[Scores, PageSizes]:
+        """Of its own queries; sketches that are due are written first."""
+        self.sketches.write(call.layer, call.pool.k)
+        bs, tokens = call.q.shape[:2]
+        scores = Scores(self.scores, self.starts[:bs])
+        self.ops.score_pages(
+            call.q,
+            self.sketches.of_layer[call.layer],
+            call.contexts,
+            self._sizes,
+            scores,
+            scale=call.scale,
+            pooling=Pooling(self.config.pool_rows, self.config.pool_heads, tokens),
+            plan=self._plan,
+        )
+        return scores, self._sizes
+
+
+class PagesSelector:
+    """Whole pages by their scores alone.
+
+    Args:
+        config: what to keep. state: of the round. scores: of the pages. lists: of every (request, KV head).
+    """
+
+    def __init__(self, config: StsConfig, state: RoundState, scores: PageScores, lists: HeadLists):
+        self.config, self.state, self.scores, self.lists = config, state, scores, lists
+        self.channels = lists.channels
+
+    def admit(self, rows: torch.Tensor, prompts: list[Sequence[int]]) -> None:
+        """What pages hold needs no prompt."""
+
+    def select(self, sizes: Sizes, contexts: Contexts) -> Lists:
+        """Lengths alone: what is on the lists depends on the queries of each layer."""
+        return Lists(self.lists.indices, sizes.starts, sizes.counts)
+
+    def begin(self, lists: Lists, contexts: Contexts) -> Lists:
+        wanted = self.lists.sized(lists)
+        sizes = self.scores.begin(wanted, self.channels, contexts)
+        self._count_unknown(wanted, sizes)
+        return wanted._replace(counts=sizes.counts)
+
+    def list_layer(self, lists: Lists, call: LayerCall) -> None:
+        scores, sizes = self.scores.of_layer(call)
+        self.scores.ops.list_pages(
+            scores,
+            call.contexts,
+            sizes,
+            lists,
+            self.channels,
+            layer=call.layer,
+            sink=self.config.sink,
+            recent=self.config.recent,
+        )
+
+    def _count_unknown(self, wanted: Lists, sizes: PageSizes) -> None:
+        """Requests that attend to everything because too many of their pages have no sketch were counted as
+        sparse, by their lengths."""
+        dense = ((wanted.counts >= 0) & (sizes.counts < 0)).any(1).sum()
+        self.state.totals[Count.SPARSE_VERIFIES] -= dense
+        self.state.totals[Count.DENSE_VERIFIES] += dense
+
+
+class JoinedSelector:
+    """Pages have `page_share` of every list, and what the draft attended to most has the rest. Where too few
+    pages have a sketch, or their part of a list is too short, the draft has all of it.
+
+    Args:
+        drafted: whose importance is joined with the scores. of_target: int32 [layers, H_kv], the channels
+            that it has of it. The others as of PagesSelector.
+    """
+
+    def __init__(
+        self,
+        config: StsConfig,
+        state: RoundState,
+        drafted: DraftSelector,
+        scores: PageScores,
+        lists: HeadLists,
+    ):
+        self.config, self.state, self.drafted = config, state, drafted
+        self.scores, self.lists, self.channels = scores, lists, lists.channels
+        importance = state.importance
+        shape = (lists.kv_heads, importance.shape[1])
+        self.joined = torch.zeros(shape, dtype=importance.dtype, device=importance.device)
+        self._starts: torch.Tensor | None = None  # int64 [bs] of the running verify, as in `Scores`
+
+    def admit(self, rows: torch.Tensor, prompts: list[Sequence[int]]) -> None:
+        self.drafted.admit(rows, prompts)
+
+    def select(self, sizes: Sizes, contexts: Contexts) -> Lists:
+        if self.config.sparse_draft:  # it attends to its own choice
+            return self.drafted.select(sizes, contexts)
+        self.drafted.finish_scores(sizes, contexts)
+        return Lists(self.state.indices, sizes.starts, sizes.counts)
+
+    def begin(self, lists: Lists, contexts: Contexts) -> Lists:
+        counts = lists.counts
+        part = (counts * self.config.page_share).to(torch.int32)
+        part = lists._replace(counts=torch.where(counts < 0, counts, part))
+        self.scores.begin(part, self.drafted.channels, contexts)
+        first = self.state.first_columns[: counts.shape[0]]
+        self._starts = torch.where((counts >= 0).any(1), first, -1)
+        return self.lists.sized(lists)
+
+    def list_layer(self, lists: Lists, call: LayerCall) -> None:
+        config, contexts, ops = self.config, call.contexts, self.scores.ops
+        scores, sizes = self.scores.of_layer(call)
+        drafted = self.state.scores(self._starts)
+        joined = self.joined[:, : drafted.importance.shape[1]]
+        sink, recent = config.sink, config.recent
+        ops.join_pages(
+            scores,
+            drafted,
+            joined,
+            contexts,
+            sizes,
+            self.drafted.channels,
+            layer=call.layer,
+            sink=sink,
+            recent=recent,
+        )
+        own = self.lists.of_layer(lists, call.layer)
+        ops.select_tokens(
+            Scores(joined, drafted.starts), contexts, own.counts.amax(1), own, sink=sink, recent=recent
+        )
+
+
+def page_columns(context: int) -> int:
+    """Columns of page scores of a request."""
+    return -(-pages_of(context) // ALIGN) * ALIGN
+
+
+def need(config: StsConfig, target: TargetShape, head_map: HeadMap) -> Need:
+    """Of either selector beside the buffers of a round: scores and their logits, lists, and the sketches."""
+    capacity = Capacity.of(target.requests, target.context_len)
+    columns = target.requests * page_columns(capacity.context)
+    rows = target.tokens * target.q_heads // target.kv_heads
+    fixed = target.kv_heads * columns * (2 + 4 * rows)
+    room = capacity.room(config, head_map)
+    fixed += list_bytes(target.layers, target.kv_heads, target.requests, room.entries // room.channels)
+    if config.selector == "joined":
+        fixed += 2 * target.kv_heads * target.requests * capacity.context
+    layers = sum(not config.dense_verify(layer) for layer in range(target.layers))
+    return Need(fixed, sketches.bytes_per_token(layers, target.kv_heads, target.head_dim))

@@ -1,0 +1,187 @@
+"""Selection by pages through the real backends, alone and joined with the draft, without a server."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from sts_kernels.layout import NO_PAGE, PAGE, Count
+from sts_sglang.config import ConfigError, StsConfig
+from sts_sglang.core.selectors.pages import page_columns
+from sts_sglang.core.verifier import TargetShape
+from sts_sglang.headmap import HeadCounts
+from sts_sglang.host import bind
+from tests.test_backends import COUNTS, DIM, KV_HEADS, LAYERS, Q_HEADS, TOKENS, Rig
+
+SINK, RECENT, WIDTH, PROMPT = 2, 4, 400, 250
+CONFIG = {"policy": "fixed", "budget": 100, "sink": SINK, "recent": RECENT, "spread": 0}
+GROUP = Q_HEADS // KV_HEADS
+
+
+class Request(Rig):
+    """One request whose prompt ran through the target, in two chunks."""
+
+    def __init__(self, config: dict, chunks=(100, PROMPT)):
+        super().__init__({**CONFIG, **config}, width=WIDTH)
+        self.target_pool.k *= 3
+        before = 0
+        for end in chunks:
+            self.prefill(before, end)
+            before = end
+
+    def prefill(self, before: int, end: int) -> None:
+        fb = self.batch(
+            ForwardMode.EXTEND,
+            end,
+            extend_prefix_lens=torch.tensor([before]),
+            extend_seq_lens=torch.tensor([end - before]),
+            spec_info=None,
+        )
+        fb.out_cache_loc = self.slots[before:end]
+        self.target.init_forward_metadata(fb)
+        for layer in range(LAYERS):
+            q = torch.randn(end - before, Q_HEADS * DIM)
+            self.target.forward_extend(q, None, None, self.layer(layer), fb)
+
+    def round(self, length: int, queries: list[torch.Tensor]) -> list[torch.Tensor]:
+        """[T, H_q, D] of every layer of a verify at this length."""
+        self.draft_extend(length - 1, 1, torch.randn(TOKENS, Q_HEADS * DIM))
+        self.draft_steps(length, {0: torch.randn(1, Q_HEADS * DIM) * 4})
+        fb = self.verify_batch(length)
+        self.target.init_forward_metadata(fb)
+        return [
+            self.target.forward_extend(q, None, None, self.layer(i), fb).view(TOKENS, Q_HEADS, DIM)
+            for i, q in enumerate(queries)
+        ]
+
+    def attended(self, layer: int, q: torch.Tensor, kv: int, positions: list[int], length: int):
+        """[T, GROUP, D] by definition, over these positions and the tail."""
+        pool, rows = self.target_pool, q.view(TOKENS, Q_HEADS, DIM)[:, kv * GROUP : (kv + 1) * GROUP]
+        out = torch.zeros(TOKENS, GROUP, DIM, dtype=torch.float64)
+        for t in range(TOKENS):
+            slots = self.slots[[*positions, *range(length, length + t + 1)]]
+            keys, values = pool.k[layer, slots, kv].double(), pool.v[layer, slots, kv].double()
+            out[t] = (rows[t].double() @ keys.T * DIM**-0.5).softmax(-1) @ values
+        return out
+
+    def best_pages(self, layer: int, q: torch.Tensor, kv: int, length: int, number: int) -> list[int]:
+        """By definition: the sink's, the last and the best of the others."""
+        keys = self.target_pool.k[layer, self.slots[: length // PAGE * PAGE], kv].double().view(-1, PAGE, DIM)
+        mean, deviation = keys.mean(1), keys.std(1, correction=0)
+        rows = q.view(TOKENS, Q_HEADS, DIM)[:, kv * GROUP : (kv + 1) * GROUP].double()
+        score = ((rows @ mean.T + rows.abs() @ deviation.T) * DIM**-0.5).softmax(-1).amax((0, 1))
+        last = length // PAGE - 1
+        score[0] = score[last] = torch.inf
+        return score.topk(number).indices.tolist()
+
+
+def tokens_of(pages: list[int], length: int) -> list[int]:
+    rest = range(length // PAGE * PAGE, length)
+    return [*(page * PAGE + i for page in pages for i in range(PAGE)), *rest]
+
+
+def counted(rig: Rig) -> list[int]:
+    return rig.runtime.state.totals[[Count.SPARSE_VERIFIES, Count.DENSE_VERIFIES]].tolist()
+
+
+@pytest.mark.parametrize("chunks", [(PROMPT,), (100, PROMPT), (16, 33, 34, PROMPT)])
+def test_pages_alone(chunks) -> None:
+    rig = Request({"selector": "pages"}, chunks)
+    for length in (PROMPT, PROMPT + 3, PROMPT + 7, PROMPT + 8):  # a round completes a page
+        queries = [torch.randn(TOKENS, Q_HEADS * DIM) for _ in range(LAYERS)]
+        outs = rig.round(length, queries)
+        number = (100 - length % PAGE) // PAGE
+        for layer, (q, out) in enumerate(zip(queries, outs, strict=True)):
+            for kv in range(KV_HEADS):
+                chosen = tokens_of(rig.best_pages(layer, q, kv, length, number), length)
+                expected = rig.attended(layer, q, kv, chosen, length)
+                found = out[:, kv * GROUP : (kv + 1) * GROUP].double()
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert counted(rig) == [4, 0]
+
+
+@pytest.mark.parametrize("more", [{}, {"draft": "steps"}], ids=["dense-draft", "sparse-draft"])
+def test_pages_joined_with_the_draft(more) -> None:
+    rig = Request({"selector": "joined", "page_share": 0.8, **more})
+    length = PROMPT
+    queries = [torch.randn(TOKENS, Q_HEADS * DIM) for _ in range(LAYERS)]
+    outs = rig.round(length, queries)
+    number = (80 - length % PAGE) // PAGE
+    for layer, (q, out) in enumerate(zip(queries, outs, strict=True)):
+        for kv in range(KV_HEADS):
+            score = rig.runtime.state.importance[int(rig.runtime.channels.of_target[layer, kv]), :length]
+            score = score.clone()
+            pages = rig.best_pages(layer, q, kv, length, number)
+            forced = [*range(SINK), *range(length - RECENT, length)]
+            score[[*forced, *(p for p in tokens_of(pages, length) if p < length // PAGE * PAGE)]] = torch.inf
+            expected = rig.attended(layer, q, kv, score.topk(100).indices.tolist(), length)
+            found = out[:, kv * GROUP : (kv + 1) * GROUP].double()
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert counted(rig) == [1, 0]
+
+
+def test_a_needle_that_the_draft_does_not_see_is_found_by_its_page() -> None:
+    """The value at one position is far from all others; only queries of the target point at its key."""
+    found = {}
+    for selector in ("draft", "joined", "pages"):
+        torch.manual_seed(0)
+        rig = Request({"selector": selector, "page_share": 0.6})
+        slot = rig.slots[121]
+        rig.target_pool.k[:, slot] = torch.eye(DIM)[0] * 60
+        rig.target_pool.v[:, slot] = 100
+        rig.prefill(100, PROMPT)  # writes the sketches of what has changed
+        q = torch.zeros(TOKENS, Q_HEADS, DIM)
+        q[..., 0] = 2
+        outs = rig.round(PROMPT, [q.flatten(1)] * LAYERS)
+        found[selector] = min(float(out.min()) for out in outs) > 90
+    assert found == {"draft": False, "joined": True, "pages": True}
+
+
+@pytest.mark.parametrize("selector", ["pages", "joined"])
+def test_slots_that_were_loaded_have_no_sketch_until_a_prefill_writes_it(selector) -> None:
+    rig = Request({"selector": selector})
+    queries = [torch.randn(TOKENS, Q_HEADS * DIM) for _ in range(LAYERS)]
+    rig.runtime.loaded(rig.slots[:200])
+    assert (rig.runtime.sketches.tags[rig.slots[:200]] != NO_PAGE).all()  # not before the next forward
+    rig.runtime.forget_loaded()
+    assert (rig.runtime.sketches.tags[rig.slots[:200]] == NO_PAGE).all()
+    rig.round(PROMPT, queries)
+    # Nobody knows what 12 pages hold: pages alone attend to all, joined the draft has the lists.
+    assert counted(rig) == ([0, 1] if selector == "pages" else [1, 0])
+    rig.prefill(240, PROMPT)
+    known = rig.runtime.sketches.tags[rig.slots[:240].view(-1, PAGE)]
+    assert (known == rig.slots[:240].view(-1, PAGE)[:, -1:]).all()
+    rig.round(PROMPT, queries)
+    assert counted(rig) == ([1, 1] if selector == "pages" else [2, 0])
+
+
+@pytest.mark.parametrize("selector", ["pages", "joined"])
+def test_a_context_within_its_budget_is_attended_to_whole(selector) -> None:
+    rig = Request({"selector": selector, "budget": 300})
+    queries = [torch.randn(TOKENS, Q_HEADS * DIM) for _ in range(LAYERS)]
+    for layer, out in enumerate(rig.round(PROMPT, queries)):
+        for kv in range(KV_HEADS):
+            expected = rig.attended(layer, queries[layer], kv, [*range(PROMPT)], PROMPT)
+            found = out[:, kv * GROUP : (kv + 1) * GROUP].double()
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert counted(rig) == [1, 0]
+
+
+def test_dense_layers_have_no_sketches() -> None:
+    rig = Request({"selector": "joined", "dense_layers": [0]})
+    assert list(rig.runtime.sketches.of_layer) == [1]
+    rig.round(PROMPT, [torch.randn(TOKENS, Q_HEADS * DIM) for _ in range(LAYERS)])
+    assert counted(rig) == [1, 0]
+
+
+def test_heads_that_do_not_divide_are_refused() -> None:
+    rig = Rig(CONFIG, width=WIDTH)
+    shape = TargetShape(TOKENS, LAYERS, Q_HEADS, KV_HEADS, 24, torch.float32, WIDTH, 8, 0, 500)
+    config = StsConfig(**{**CONFIG, "selector": "joined"})
+    with pytest.raises(ConfigError, match="head of 24 dimensions"):
+        bind.assemble(config, COUNTS, HeadCounts(2, 4, 2), rig.runtime.draft, "cpu", shape=shape)
+
+
+def test_columns_of_pages_are_whole_blocks() -> None:
+    assert [page_columns(tokens) for tokens in (1, 1024, 1025)] == [64, 64, 128]
