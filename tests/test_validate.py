@@ -292,6 +292,7 @@ BAD_VALUES = {
     "enable_nvidia_megakernel": True,
     "enable_amd_monokernel": True,
     "enable_watermark": True,
+    "enable_return_aux_hidden_states": True,
     "encoder_only": True,
     "model_impl": "transformers",
     "use_ray": True,

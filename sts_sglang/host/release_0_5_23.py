@@ -50,6 +50,7 @@ SYMBOLS = (
     *(name for name in before.SYMBOLS if name.rpartition(".")[2] not in before.TREES_THAT_REMEMBER),
     f"{_ATTENTION}.base_attn_backend.SharedReadEnds.POST_REPLAY",
     "sglang.srt.environ.envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+    "sglang.srt.environ.envs.SGLANG_RUST_SERVER",
     f"{_OVERRIDES}.model_config_of",
     f"{_OVERRIDES}.resolving_view",
 )
@@ -66,6 +67,7 @@ _NEW = {
     "enable_amd_monokernel",
     "enable_kv_cache_sharding",
     "enable_nvidia_megakernel",
+    "enable_return_aux_hidden_states",
     "enable_unified_cache_external_linker",
     "enable_watermark",
     "hicache_host_memory_mode",

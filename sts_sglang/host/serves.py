@@ -143,6 +143,7 @@ _ALL_RULES = (
     _Rule("enable_nvidia_megakernel", (False,), "its kernels verify in the backend's place"),
     _Rule("enable_amd_monokernel", (False,), "its kernels verify in the backend's place"),
     _Rule("enable_watermark", (False,), "nobody has read how it draws under speculation"),
+    _Rule("enable_return_aux_hidden_states", (False,), "SGLang then runs no draft"),
     _Rule("encoder_only", (False,), "an encoder has no decode to verify"),
     _Rule("model_impl", ("auto", "sglang"), "only SGLang's own models have been read"),
     _Rule("use_ray", (False,), "SGLang loads no plugins in Ray actors"),
@@ -174,6 +175,7 @@ _ALL_ENVIRONMENT = {
     "SGLANG_USE_HND_KVCACHE": _OTHER_LAYOUT,
     "SGLANG_ENABLE_OVERLAP_PLAN_STREAM": "the selection is only known when the draft has run",
     "SGLANG_ENABLE_METADATA_GLUE_GRAPH": "it would replay the plan of the round that it recorded",
+    "SGLANG_RUST_SERVER": "its server hands requests on without SGLang's checks of them",
 }
 _ENVIRONMENT = {
     name: why
