@@ -12,6 +12,7 @@ CONTRACT := $(addprefix tests/test_,$(addsuffix .py,architecture mutations plugi
 	tests/test_serving.py::test_metrics_and_server_info \
 	tests/test_serving.py::test_pages_of_16_with_retraction \
 	tests/test_serving.py::test_history_follows_the_prefix_and_forgets_with_its_slots \
+	tests/test_evaluate.py::test_a_pair_is_evaluated \
 	tests/test_launch.py::test_engine_takes_a_dict_and_refuses_a_second_config \
 	tests/test_launch.py::test_a_scheduler_that_nobody_checked_ends_in_one_line
 
