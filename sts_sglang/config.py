@@ -27,6 +27,7 @@ ENV = "STS_CONFIG"
 MAX_SOURCE = 64 * 1024  # bytes of a file, characters of a string
 MAX_TOKENS = 2**24
 MAX_LAYERS = 1024
+BRANCHES = 2  # places within a page where a request left the prefix that it shares; more are rare
 
 Policy = Literal["ratio", "fixed", "top_p"]
 PoolName = Literal["max", "mean"]
@@ -324,13 +325,13 @@ class StsConfig:
 
     @property
     def forced(self) -> int:
-        """Tokens that every list has: sink and recent; where pages alone are selected, their whole pages and
-        what is after the last complete page."""
+        """Tokens that every list has: sink and recent. Where pages alone are selected, whole pages of them,
+        what is after the last complete page, and some whose sketch another branch took."""
         if self.selector != "pages":
             return self.sink + self.recent
         from sts_kernels.layout import PAGE, pages_of  # imports torch
 
-        return PAGE * (pages_of(self.sink) + pages_of(self.recent)) + PAGE - 1
+        return PAGE * (pages_of(self.sink) + pages_of(self.recent) + BRANCHES) + PAGE - 1
 
     @property
     def sparse_draft(self) -> bool:

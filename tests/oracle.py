@@ -41,7 +41,7 @@ class Rule:
     # (draft index, token): the last draft key of a matched prefix was made for the donor's next token,
     # and SGLang's STANDALONE draft does not write it again.
     donor: tuple[int, int] | None = None
-    swapped_ties: frozenset[tuple[int, int, int]] = frozenset()  # near ties decided the other way
+    swapped_ties: frozenset[tuple] = frozenset()  # near ties decided the other way
     history: str = "off"
     history_weight: float = 0.05
     history_decay: float = 0.9
@@ -49,9 +49,15 @@ class Rule:
     # "steps": draft steps after the first attend to the selection; "all": so does the draft-extend of what
     # was accepted.
     draft: str = "dense"
+    # "pages": by mean and deviation of the keys of 16 tokens; "joined": they have `page_share` of a list.
+    selector: str = "draft"
+    page_share: float = 0.5
 
     def budget(self, context: int) -> int:
-        return min(context, max(self.floor, self.sink + self.recent, math.ceil(self.keep * context - 1e-9)))
+        forced = self.sink + self.recent
+        if self.selector == "pages":
+            forced = 16 * (-(-self.sink // 16) - (-self.recent // 16) + 2) + 15
+        return min(context, max(self.floor, forced, math.ceil(self.keep * context - 1e-9)))
 
 
 @dataclass
@@ -65,7 +71,7 @@ class Trace:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     rounds: int = 0
-    near_ties: set[tuple[int, int, int]] = field(default_factory=set)
+    near_ties: set[tuple] = field(default_factory=set)
     selected: int = 0
     available: int = 0
     memory: dict[tuple, float] = field(default_factory=dict)  # (layer, KV head, position) -> score
@@ -80,6 +86,7 @@ class Tree:
     parents: list[int]
     attention: list[torch.Tensor]
     allowed: torch.Tensor | bool
+    scores: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)  # by layer and KV head
 
     def path(self, node: int) -> list[int]:
         """The node and its ancestors, root first."""
@@ -176,6 +183,7 @@ class Oracle:
         ]
         self.draft = Eagle3Draft(draft, self.target) if eagle3 else HFDraft(draft)
         self._masks: list[torch.Tensor] = []
+        self._choose = None  # of a running verify whose layers select by their own queries
         self._inputs: dict[int, tuple] = {}
         for i, layer in enumerate(self.target.model.layers):
             layer.self_attn.register_forward_pre_hook(_mask_hook(self, i), with_kwargs=True)
@@ -193,7 +201,7 @@ class Oracle:
             trace = self.generate(prompt, len(tokens), replace(rule, swapped_ties=swapped), memory)
             if trace.tokens == tokens:
                 return trace
-            more = (swapped | {tie} for tie in sorted(trace.near_ties - swapped))
+            more = (swapped | {tie} for tie in sorted(trace.near_ties - swapped, key=str))
             open_ += [ties for ties in more if ties not in tried]
         raise AssertionError(
             f"the oracle says {trace.tokens}, not {tokens}; {len(tried)} decisions of near ties tried"
@@ -219,7 +227,7 @@ class Oracle:
             length = len(tokens) - 1  # committed; the last token is the bonus, verify row 0
             tree = self._draft_round(tokens, hidden, rule, trace, draft_seen[..., :length, :length])
             rows = self._mask_rows(tree, length, seen, rule, trace)
-            logits, hidden = self._verify(tokens, tree, rows, seen)
+            logits, hidden = self._verify(tokens, tree, rows, seen, rule, trace)
             path = self._walk(tree, logits)
             for depth, node in enumerate(path):
                 tokens.append(self._emit(trace, logits[node]))
@@ -326,6 +334,9 @@ class Oracle:
                 spoken = source[first:last]
                 score = spoken.amax((0, 1)) if rule.pool == "max" else spoken.mean((0, 1))
                 score = self._blend(score, (layer, h), length, rule, trace)
+                if rule.selector != "draft":
+                    tree.scores[layer, h] = score
+                    continue
                 chosen = self._top(score, length, rule, trace, (trace.rounds, draft_layer, speaker))
                 trace.selected += len(chosen)
                 trace.available += length
@@ -366,15 +377,68 @@ class Oracle:
                     ranked[count - 1], ranked[count] = ranked[count], ranked[count - 1]
         return sorted(forced | set(ranked[: max(count, 0)]))
 
-    def _verify(self, tokens, tree: Tree, rows, seen):
+    def _verify(self, tokens, tree: Tree, rows, seen, rule: Rule, trace: Trace):
         """Logits of the tree's nodes, and the hidden states of all tokens and nodes."""
         length, count = len(tokens) - 1, len(tree.tokens)
         mask = torch.zeros(*seen.shape[:2], length + count, length + count, dtype=torch.bool)
         mask[:, :, :length, :length] = seen[:, :, :length, :length]
         mask[:, :, length:] = rows
         positions = [*range(length), *(length + len(tree.path(n)) - 1 for n in range(count))]
+        if rule.selector != "draft":
+            self._choose = lambda layer: self._choose_by_pages(layer, tree, length, rows, rule, trace)
         logits, hidden = self._run_target(tokens[:-1] + tree.tokens, positions, mask)
+        self._choose = None
         return logits[length:], hidden
+
+    def _choose_by_pages(self, layer: int, tree: Tree, length: int, rows, rule: Rule, trace: Trace) -> None:
+        """Before a layer attends: what its nodes see of the context, by the queries that they have there."""
+        config, (hidden, rotary) = self.target.config, self._inputs[layer]
+        attn, kv_heads = self.target.model.layers[layer].self_attn, config.num_key_value_heads
+        q, k = (p(hidden).view(*hidden.shape[:2], -1, attn.head_dim).transpose(1, 2) for p in
+                (attn.q_proj, attn.k_proj))  # fmt: skip
+        q, k = apply_rotary_pos_emb(q, k, *rotary)
+        group, complete = config.num_attention_heads // kv_heads, length // 16
+        for h in range(kv_heads):
+            heads = slice(h * group, (h + 1) * group)
+            keys = k[0, h, : complete * 16].view(complete, 16, -1)
+            own, mean, deviation = q[0, heads, length:], keys.mean(1), keys.std(1, correction=0)
+            logits = (own @ mean.T + own.abs() @ deviation.T) * attn.head_dim**-0.5
+            score = logits.softmax(-1).amax((0, 1))
+            chosen = self._with_pages(score, tree.scores[layer, h], length, rule, trace, (layer, h))
+            trace.selected += len(chosen)
+            trace.available += length
+            rows[layer, heads, :, chosen] = True
+            self._masks[layer][0, heads, length:, chosen] = 0
+
+    def _with_pages(
+        self, pages: torch.Tensor, drafted: torch.Tensor, length: int, rule: Rule, trace: Trace, head: tuple
+    ) -> list[int]:
+        """Positions of the best pages, and of the draft's best among the others under `joined`."""
+        budget, rest = rule.budget(length), length % 16
+        if budget >= length:
+            return list(range(length))
+        part = budget if rule.selector == "pages" else int(budget * rule.page_share)
+        last = -(-rule.recent // 16)
+        forced = {*range(-(-rule.sink // 16)), *range(length // 16 - last, length // 16)}
+        number = (part - rest) // 16
+        if part < 16 * (-(-rule.sink // 16) + last) + rest:
+            assert rule.selector == "joined"
+            number = 0
+        ranked = sorted(set(range(length // 16)) - forced, key=lambda p: (-float(pages[p]), -p))
+        ranked = [*forced, *ranked] if number else []
+        if number and number < len(ranked):
+            inside, outside = float(pages[ranked[number - 1]]), float(pages[ranked[number]])
+            if inside - outside <= 1e-4 * inside and number > len(forced):
+                tie = (trace.rounds, "pages", *head)
+                trace.near_ties.add(tie)
+                if tie in rule.swapped_ties:
+                    ranked[number - 1], ranked[number] = ranked[number], ranked[number - 1]
+        positions = [page * 16 + i for page in ranked[:number] for i in range(16)]
+        if rule.selector == "pages":
+            return [*positions, *range(length // 16 * 16, length)]
+        score = torch.maximum(drafted, torch.cat([drafted[:1], drafted[:-1] * rule.spread])).clone()
+        score[[p - rule.shift for p in positions if p >= rule.shift]] = 2.0  # above every probability
+        return self._top(score, length, replace(rule, spread=0.0), trace, (trace.rounds, "joined", *head))
 
     @staticmethod
     def _walk(tree: Tree, logits: torch.Tensor) -> list[int]:
@@ -407,6 +471,8 @@ def _mask_hook(owner: Oracle | HFDraft, layer: int):
 
     def hook(module, args, kwargs):
         owner._inputs[layer] = (kwargs["hidden_states"], kwargs["position_embeddings"])
+        if getattr(owner, "_choose", None) is not None:
+            owner._choose(layer)
         return args, {**kwargs, "attention_mask": owner._masks[layer]}
 
     return hook

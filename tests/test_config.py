@@ -198,7 +198,7 @@ def test_sink_says_why_zero_is_not_allowed():
         ({"selector": "recent", "inspect_dir": "d"}, ("sts_config.selector", "with an inspect_dir")),
         ({"selector": "joined", "policy": "top_p"}, ("sts_config.selector", "'joined' with policy 'top_p'")),
         ({"selector": "pages", "history": "blend"}, ("sts_config.selector", "with history 'blend'")),
-        ({"selector": "pages", "policy": "fixed", "budget": 90}, ("in whole pages, = 95",)),
+        ({"selector": "pages", "policy": "fixed", "budget": 120}, ("in whole pages, = 127",)),
     ],
 )
 def test_keys_that_disagree(config, words):
@@ -210,7 +210,7 @@ def test_keys_that_just_agree():
     assert StsConfig(policy="fixed", budget=68).budget == 68
     assert StsConfig(policy="top_p", budget=1).budget == 1
     assert StsConfig(selector="random", policy="fixed").selector == "random"
-    assert StsConfig(selector="pages", policy="fixed", budget=95).forced == 95
+    assert StsConfig(selector="pages", policy="fixed", budget=127).forced == 127
     assert StsConfig(selector="joined", history="blend", draft="all", inspect_dir="d").by_pages
 
 

@@ -61,6 +61,7 @@ SERVERS = {
     "oracle-bfloat16": sts("STANDALONE", CHAIN, selector="oracle"),
     "quest-bfloat16": sts("STANDALONE", CHAIN, selector="quest"),
     "pages-bfloat16": sts("STANDALONE", CHAIN, selector="pages"),
+    "joined-bfloat16": sts("EAGLE3", TREE, selector="joined", dense_layers=[1]),
     "prefill-graphs-bfloat16": sts("STANDALONE", CHAIN),  # breakable, SGLang's default
     "eager-bfloat16": [*sts("STANDALONE", CHAIN), *EAGER],
     "torch-bfloat16": [*sts("STANDALONE", CHAIN, kernel="torch", dense="fa3"), *EAGER],

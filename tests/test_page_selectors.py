@@ -156,6 +156,15 @@ def test_slots_that_were_loaded_have_no_sketch_until_a_prefill_writes_it(selecto
     assert counted(rig) == ([1, 1] if selector == "pages" else [2, 0])
 
 
+@pytest.mark.parametrize("lost, whole", [(2, False), (3, True)])
+def test_the_shortest_list_has_room_for_pages_that_other_branches_took(lost, whole) -> None:
+    budget = StsConfig(selector="pages", sink=SINK, recent=RECENT).forced
+    rig = Request({"selector": "pages", "budget": budget})
+    rig.runtime.sketches.tags[rig.slots[[50, 100, 150][:lost]]] = NO_PAGE
+    rig.round(PROMPT, [torch.randn(TOKENS, Q_HEADS * DIM) for _ in range(LAYERS)])
+    assert counted(rig) == ([0, 1] if whole else [1, 0])
+
+
 @pytest.mark.parametrize("selector", ["pages", "joined"])
 def test_a_context_within_its_budget_is_attended_to_whole(selector) -> None:
     rig = Request({"selector": selector, "budget": 300})

@@ -69,7 +69,7 @@ class Batch:
         lists, call = self.arguments(counts, number, device)
         lists = made.begin(lists, call.contexts)
         made.list_layer(lists, call)
-        indices, start, count = (tensor.cpu() for tensor in made.lists.of_layer(lists, number))
+        indices, start, count = (tensor.cpu() for tensor in made.lists.of_layer(number)[0])
         return [
             [self._positions(b, indices[start[b, h] : start[b, h] + count[b, h]]) for h in range(KV_HEADS)]
             if counts[b] >= 0

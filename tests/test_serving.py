@@ -186,6 +186,32 @@ def test_full_budget_then_small(pair, logs, reference, algorithm, model, shape, 
         assert attended == after["available_tokens"] - before["available_tokens"]
 
 
+@pytest.mark.parametrize(
+    ("selector", "algorithm", "model", "shape"),
+    [("pages", "STANDALONE", "draft", TREE), ("joined", "EAGLE3", "eagle3", CHAIN)],
+)
+def test_pages_have_a_say(pair, logs, reference, selector, algorithm, model, shape):
+    """Selected by the target's own queries, alone or beside the draft; prefixes come with their sketches."""
+    config = {**SPARSE, "keep": 0.3, "selector": selector, "page_share": 0.6}
+    rule = replace(RULE, keep=0.3, selector=selector, page_share=0.6, **SHAPES[shape])
+    oracle = Oracle(pair["target"], pair[model])
+    with sts_server(pair, logs, selector, algorithm, model, config, *shape) as server:
+        prompts = [random_ids(n, 100 + n) for n in (150, 260, 333, 91)]
+        answers = server.generate_all(prompts, 32)
+        traces = [oracle.agree(a["output_ids"], ids, rule) for a, ids in zip(answers, prompts, strict=True)]
+        counters = server.counters()
+        assert counters["dense_verifies"] == 0
+        assert counters["selected_tokens"] == sum(t.selected for t in traces)
+        assert counters["available_tokens"] == sum(t.available for t in traces)
+        for wrong in ({"selector": "draft"}, {"page_share": 0.9}, {"keep": 0.25}):
+            if selector == "joined" or "page_share" not in wrong:
+                tokens = [oracle.generate(ids, 32, replace(rule, **wrong)).tokens for ids in prompts]
+                assert tokens != [a["output_ids"] for a in answers], f"the test does not notice {wrong}"
+        whole = Whole(server)
+        assert scenario(whole) == reference["outputs"]
+        assert server.counters()["dense_verifies"] == 0
+
+
 class Whole:
     """A server whose every request asks to keep everything."""
 

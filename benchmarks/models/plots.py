@@ -1,11 +1,13 @@
 """Draw results/*.jsonl: the curves of the training runs, the examination, and the prediction of attention.
 
-python benchmarks/models/plots.py
+python benchmarks/models/plots.py                          # what is in results/
+python benchmarks/models/plots.py FILE.summary.jsonl ...   # loss against keep of what variants.py compared
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -110,7 +112,43 @@ def prediction() -> None:
     save(figure, "predict.png")
 
 
+ALWAYS = ("oracle", "draft")  # in every panel of `variants`, in grey
+
+
+def variants(path: Path) -> None:
+    """Loss against keep, a panel for each family of variants; beside the file, as a picture."""
+    rows = sorted(map(json.loads, path.read_text().splitlines()), key=lambda row: row["keep"])
+    by_name: dict[str, list[dict]] = {}
+    for row in rows:
+        by_name.setdefault(row["variant"], []).append(row)
+    families = list(dict.fromkeys(r["family"] for r in rows))
+    wide = -(-len(families) // 2)
+    figure, axes = plt.subplots(2, wide, figsize=(6 * wide, 13), sharex=True, sharey=True, squeeze=False)
+    for axis, family in zip(axes.flat, families, strict=False):
+        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
+        for name, own in by_name.items():
+            if own[0]["family"] == family or name in ALWAYS:
+                grey = {"color": "0.4", "ls": "--", "lw": 2} if name in ALWAYS else {"lw": 1}
+                line = [[r[key] for r in own] for key in ("kept", "loss", "standard_error")]
+                axis.errorbar(*line, label=name, marker=".", capsize=2, **grey)
+        axis.set_title(family)
+        axis.set_xscale("log")
+        axis.set_yscale("symlog", linthresh=1)
+        axis.axhline(0, color="k", lw=0.5)
+        axis.set_xlabel("share of the context kept")
+        axis.set_ylabel("loss of text, % of dense")
+        axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    figure.suptitle("{target}, {draft}: {windows} windows of {length} tokens".format(**rows[0]))
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
+    figure.savefig(path.with_name(path.name.removesuffix(".summary.jsonl") + ".png"), dpi=70)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
-    curves()
-    examination()
-    prediction()
+    if sys.argv[1:]:
+        for file in sys.argv[1:]:
+            variants(Path(file))
+    else:
+        curves()
+        examination()
+        prediction()

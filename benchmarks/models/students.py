@@ -69,8 +69,19 @@ class EagleHead(nn.Module):
             norm(x, layer.post_attention_layernorm.weight, self.config.rms_norm_eps), *layer.mlp.weights()
         )
 
-    def chains(self, target: Llama, ids: Tensor, states: list[Tensor], roots: Tensor) -> list[Tensor]:
-        """From each root position p [B, r]: states [B*r, H] that predict tokens p+2, p+3, ... of `ids`."""
+    def chains(
+        self,
+        target: Llama,
+        ids: Tensor,
+        states: list[Tensor],
+        roots: Tensor,
+        steps: int = STEPS,
+        seen: list[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """From each root position p [B, r]: states [B*r, H] that predict tokens p+2, p+3, ... of `ids`.
+
+        To `seen` each step adds what it attended to: float32 [B, kv, group, r, L] of the keys up to the root.
+        """
         B, L = ids.shape
         embedded = F.embedding(ids.roll(-1, 1).flatten(), target.model.embed_tokens.weight.detach()).to(
             states[0].dtype
@@ -82,10 +93,13 @@ class EagleHead(nn.Module):
         after = torch.arange(L, device=ids.device) > roots[..., None]  # [B, r, L]
         extra: list[tuple[Tensor, Tensor]] = []
         chain = []
-        for step in range(STEPS):
-            hidden = self.finish(hidden, attend_chain(q, keys, values, after, extra))
+        for step in range(steps):
+            p = chain_probabilities(q, keys, after, extra)
+            if seen is not None:
+                seen.append(p[..., :L])
+            hidden = self.finish(hidden, attend_chain(p.to(values.dtype), values, extra))
             chain.append(hidden)
-            if step + 1 < STEPS:
+            if step + 1 < steps:
                 token = take(ids.flatten(), roots + step + 2, B).flatten()
                 embedded = F.embedding(token, target.model.embed_tokens.weight.detach()).to(hidden.dtype)
                 q, k, v = self.qkv(embedded, hidden, *target.rope((roots + step + 1).flatten()))
@@ -104,15 +118,18 @@ def grouped(q: Tensor, kv_heads: int) -> Tensor:  # [B, r, heads, D] -> [B, r, k
     return q.unflatten(2, (kv_heads, -1))
 
 
-def attend_chain(
-    q: Tensor, keys: Tensor, values: Tensor, after: Tensor, extra: list[tuple[Tensor, Tensor]]
-) -> Tensor:
-    """Queries [B, r, heads, D] over what precedes their root and their drafted tokens: [B*r, heads*D]."""
+def chain_probabilities(q: Tensor, keys: Tensor, after: Tensor, extra: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Of queries [B, r, heads, D] over what precedes their root and n drafted tokens: float32
+    [B, kv, group, r, L + n]."""
     q = grouped(q, keys.shape[2]) * q.shape[-1] ** -0.5
     scores = torch.einsum("brhgd,blhd->bhgrl", q, keys).masked_fill(after[:, None, None], -torch.inf)
     own = [torch.einsum("brhgd,brhd->bhgr", q, k)[..., None] for k, _ in extra]
-    p = torch.cat([scores, *own], -1).softmax(-1, dtype=torch.float32).to(values.dtype)
-    L = keys.shape[1]
+    return torch.cat([scores, *own], -1).softmax(-1, dtype=torch.float32)
+
+
+def attend_chain(p: Tensor, values: Tensor, extra: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """What those probabilities make of the values: [B*r, heads*D]."""
+    L = values.shape[1]
     out = torch.einsum("bhgrl,blhd->brhgd", p[..., :L], values)
     for i, (_, v) in enumerate(extra):
         out = out + p[..., L + i].permute(0, 3, 1, 2)[..., None] * v[:, :, :, None]

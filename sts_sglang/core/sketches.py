@@ -15,8 +15,6 @@ import torch
 from sts_kernels import Ops
 from sts_kernels.layout import NO_PAGE, PAGE, Contexts
 
-DTYPE = torch.float16  # three bits more than bfloat16, and what is out of its range is not what decides
-
 
 class Sketches:
     """Of the layers that select by them.
@@ -24,6 +22,7 @@ class Sketches:
     Args:
         ops: the ops in use. layers: their numbers. slots: of the KV pool. kv_heads, head_dim: of the target.
         requests: rows of the table of slots. device: where they live.
+        dtype: float16, which has three bits more than bfloat16, or float32.
     """
 
     def __init__(
@@ -34,11 +33,12 @@ class Sketches:
         kv_heads: int,
         head_dim: int,
         requests: int,
-        device: str,
+        device: torch.device | str,
+        dtype: torch.dtype,
     ):
         self.ops = ops
         shape = (slots, kv_heads, 2 * head_dim // PAGE)
-        self.of_layer = {layer: torch.zeros(shape, dtype=DTYPE, device=device) for layer in layers}
+        self.of_layer = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
         self.tags = torch.full((slots,), NO_PAGE, dtype=torch.int32, device=device)
         self.sketched = torch.zeros(requests, dtype=torch.int64, device=device)  # tokens of the request
         # Of the running forward: what it completes.
@@ -87,5 +87,5 @@ class Sketches:
 
 
 def bytes_per_token(layers: int, kv_heads: int, head_dim: int) -> int:
-    """Of the KV pool: slices beside the keys of so many layers, and a tag."""
-    return layers * kv_heads * (2 * head_dim // PAGE) * DTYPE.itemsize + 4
+    """Of the KV pool: float16 slices beside the keys of so many layers, and a tag."""
+    return layers * kv_heads * (2 * head_dim // PAGE) * 2 + 4

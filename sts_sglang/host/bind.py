@@ -196,7 +196,7 @@ def assemble(
     exact = device == "cpu" and own_ops == "torch"
     dtype = torch.float32 if exact else torch.float16
     state = RoundState(config, head_map, channels, draft, device, dtype)
-    sketches = _sketches(config, own, target, shape, draft, device)
+    sketches = _sketches(config, own, target, shape, draft, state.importance)
     made_of = VerifierParts(config, head_map, channels, state, own, draft.table.shape[1], shape)
     return Runtime(
         config=config,
@@ -215,9 +215,14 @@ def assemble(
 
 
 def _sketches(
-    config: StsConfig, ops: Ops, target: HeadCounts, shape: TargetShape | None, draft: Draft, device: str
+    config: StsConfig,
+    ops: Ops,
+    target: HeadCounts,
+    shape: TargetShape | None,
+    draft: Draft,
+    like: torch.Tensor,
 ) -> Sketches | None:
-    """Of the layers that verify sparsely, where pages have a say in that."""
+    """Of the layers that verify sparsely, where pages have a say in that. like: dtype and device."""
     if not config.by_pages:
         return None
     if shape.head_dim % PAGE:
@@ -228,7 +233,10 @@ def _sketches(
             "'draft' with this target",
         )
     layers = [layer for layer in range(target.layers) if not config.dense_verify(layer)]
-    return Sketches(ops, layers, shape.slots, target.kv_heads, shape.head_dim, draft.table.shape[0], device)
+    requests = draft.table.shape[0]
+    return Sketches(
+        ops, layers, shape.slots, target.kv_heads, shape.head_dim, requests, like.device, like.dtype
+    )
 
 
 def kernel_for(config: StsConfig, device: str) -> str:

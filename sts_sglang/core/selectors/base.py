@@ -59,28 +59,33 @@ class HeadLists:
     """
 
     def __init__(self, of_target: torch.Tensor, requests: int, entries: int):
-        (layers, kv_heads), device = of_target.shape, of_target.device
-        self.kv_heads, self.of_target = kv_heads, of_target.flatten().long()
-        columns = torch.arange(layers * kv_heads, dtype=torch.int32, device=device)
-        self.channels = columns.view(layers, kv_heads)
-        lists = requests * kv_heads
+        (self.layers, self.kv_heads), device = of_target.shape, of_target.device
+        self.of_target = of_target.flatten().long()
+        columns = torch.arange(self.of_target.numel(), dtype=torch.int32, device=device)
+        self.channels = columns.view(of_target.shape)
+        lists = requests * self.kv_heads
         self.indices = torch.zeros(lists * entries, dtype=torch.int32, device=device)
-        self.starts = (torch.arange(lists, device=device) * entries).view(-1, kv_heads).repeat(1, layers)
+        self.starts = (torch.arange(lists, device=device) * entries).view(-1, self.kv_heads)
+        self._counts: torch.Tensor | None = None  # int32 [layers, bs, H_kv] of the running verify
+        self._longest: torch.Tensor | None = None  # int32 [layers, bs]
 
     def sized(self, lists: Lists) -> Lists:
         """As long as the lists of the heads' channels are."""
         counts = lists.counts.index_select(1, self.of_target)
-        return Lists(self.indices, self.starts[: counts.shape[0]], counts)
+        bs = counts.shape[0]
+        self._counts = counts.view(bs, self.layers, self.kv_heads).transpose(0, 1).contiguous()
+        self._longest = self._counts.amax(2)
+        return Lists(self.indices, self.starts[:bs].repeat(1, self.layers), counts)
 
-    def of_layer(self, lists: Lists, layer: int) -> Lists:
-        """Those of one layer, a column for every KV head."""
-        own = slice(layer * self.kv_heads, (layer + 1) * self.kv_heads)
-        return Lists(lists.indices, lists.starts[:, own].contiguous(), lists.counts[:, own].contiguous())
+    def of_layer(self, layer: int) -> tuple[Lists, torch.Tensor]:
+        """Those of one layer, a column for every KV head, and int32 [bs], the longest of each request."""
+        counts = self._counts[layer]
+        return Lists(self.indices, self.starts[: counts.shape[0]], counts), self._longest[layer]
 
     def nbytes(self) -> int:
         return self.indices.nbytes + self.starts.nbytes
 
 
-def list_bytes(layers: int, kv_heads: int, requests: int, entries: int) -> int:
+def list_bytes(kv_heads: int, requests: int, entries: int) -> int:
     """That HeadLists take."""
-    return requests * kv_heads * (4 * entries + 8 * layers)
+    return requests * kv_heads * (4 * entries + 8)

@@ -196,13 +196,13 @@ class LayerSelector:
 
     def list_layer(self, lists: Lists, call: LayerCall) -> None:
         """Waits for the device where there is no `width`."""
-        own = self.lists.of_layer(lists, call.layer)
+        own, longest = self.lists.of_layer(call.layer)
         starts = self.starts[: call.contexts.lens.numel()]
         self._score(call, own.counts, starts)
         self.ops.select_tokens(
             Scores(self.scores, starts),
             call.contexts,
-            own.counts.amax(1),
+            longest,
             own,
             sink=self.config.sink,
             recent=self.config.recent,
@@ -254,5 +254,5 @@ def need(target: TargetShape) -> Need:
     rows = target.tokens * target.q_heads // target.kv_heads
     layer = request_bytes(target.context_len, target.kv_heads, target.head_dim, target.dtype.itemsize, rows)
     scores = 2 * target.kv_heads * (target.requests * target.context_len + ALIGN)
-    lists = list_bytes(target.layers, target.kv_heads, target.requests, target.context_len)
+    lists = list_bytes(target.kv_heads, target.requests, target.context_len)
     return Need(scores + lists + max(SCRATCH, layer))

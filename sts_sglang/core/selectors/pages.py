@@ -1,9 +1,9 @@
 """Selection by pages: a score of their sketches (arXiv 2605.27740) by the queries that a layer has now.
 
 A page's score is q.mean + |q|.deviation of its keys by dimension, what a key one deviation from the mean
-towards q would have. Reading the sketches is reading a sixteenth of the keys twice over. Alone, whole pages
-are selected. Joined with the draft's importance, pages have a part of every list, and the draft's best of the
-other tokens the rest.
+towards q would have; what one row of one head wants is enough. To read the sketches of a layer is to read an
+eighth of its keys. Alone, whole pages are selected. Joined with the draft's importance, pages have a part of
+every list, and the draft's best of the other tokens the rest.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PageScores:
     """Scores of the pages of one layer after another.
 
     Args:
-        config: how rows and heads are pooled. ops: the ops in use. sketches: of the target.
+        config: sink and recent. ops: the ops in use. sketches: of the target.
         of_target: int32 [layers, H_kv]. capacity: of the buffers of a round. dtype: of importance.
     """
 
@@ -81,7 +81,8 @@ class PageScores:
             self._sizes,
             scores,
             scale=call.scale,
-            pooling=Pooling(self.config.pool_rows, self.config.pool_heads, tokens),
+            # The pool of the configuration, or of a head map, is what suits the draft's heads.
+            pooling=Pooling("max", "max", tokens),
             plan=self._plan,
         )
         return scores, self._sizes
@@ -191,10 +192,8 @@ class JoinedSelector:
             sink=sink,
             recent=recent,
         )
-        own = self.lists.of_layer(lists, call.layer)
-        ops.select_tokens(
-            Scores(joined, drafted.starts), contexts, own.counts.amax(1), own, sink=sink, recent=recent
-        )
+        own, longest = self.lists.of_layer(call.layer)
+        ops.select_tokens(Scores(joined, drafted.starts), contexts, longest, own, sink=sink, recent=recent)
 
 
 def page_columns(context: int) -> int:
@@ -209,7 +208,7 @@ def need(config: StsConfig, target: TargetShape, head_map: HeadMap) -> Need:
     rows = target.tokens * target.q_heads // target.kv_heads
     fixed = target.kv_heads * columns * (2 + 4 * rows)
     room = capacity.room(config, head_map)
-    fixed += list_bytes(target.layers, target.kv_heads, target.requests, room.entries // room.channels)
+    fixed += list_bytes(target.kv_heads, target.requests, room.entries // room.channels)
     if config.selector == "joined":
         fixed += 2 * target.kv_heads * target.requests * capacity.context
     layers = sum(not config.dense_verify(layer) for layer in range(target.layers))
