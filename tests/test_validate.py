@@ -866,5 +866,6 @@ def test_history_needs_a_cache_that_says_what_it_loads_back(name, monkeypatch):
     monkeypatch.setenv(name, "1")
     validate.check_history(hierarchical, StsConfig())
     validate.check_history(SimpleNamespace(enable_hierarchical_cache=False), StsConfig(history="warm"))
-    with pytest.raises(Refusal, match=rf"^sts_config\.history: not served with .* {name}.* unset"):
-        validate.check_history(hierarchical, StsConfig(history="blend"))
+    for key, config in (("history", StsConfig(history="blend")), ("selector", StsConfig(selector="joined"))):
+        with pytest.raises(Refusal, match=rf"^sts_config\.{key}: not served with .* {name}.* unset"):
+            validate.check_history(hierarchical, config)

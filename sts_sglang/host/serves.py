@@ -293,16 +293,18 @@ def _check_graphs(server_args: ServerArgs, config: StsConfig) -> None:
 
 
 def check_history(server_args: ServerArgs, config: StsConfig) -> None:
-    """Whether slots can remember with this cache. Raises `Refusal`."""
+    """Whether slots can remember, scores or sketches, with this cache. Raises `Refusal`."""
     from sglang.srt.environ import envs
 
-    if config.history == "off" or not server_args.enable_hierarchical_cache:
+    key, off = ("history", "off") if config.history != "off" else ("selector", "draft")
+    remembers = config.history != "off" or config.by_pages
+    if not remembers or not server_args.enable_hierarchical_cache:
         return
     for name in release.TREES_THAT_REMEMBER:
         if getattr(envs, name).get():
             raise Refusal(
-                f"sts_config.history: not served with --enable-hierarchical-cache and {name}, whose slots "
-                'would remember their earlier occupants; unset the variable or set history to "off"'
+                f"sts_config.{key}: not served with --enable-hierarchical-cache and {name}, whose slots "
+                f'would remember their earlier occupants; unset the variable or set {key} to "{off}"'
             )
 
 
