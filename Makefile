@@ -1,15 +1,30 @@
-# Everything happens in .venv; PYTHON chooses its interpreter (3.11 or 3.12).
+# SGLANG chooses the release, each in an environment of its own; PYTHON its interpreter (3.11 or 3.12).
+SGLANG ?= 0.5.16
 PYTHON ?= python3
-VENV := .venv
+VENV := $(if $(filter 0.5.16,$(SGLANG)),.venv,.venv-$(SGLANG))
 STAMP := $(VENV)/.installed
 
-.PHONY: env demo test lint format clean
+# What a release can break: the contract with it, what is checked and refused, and backends; and servers.
+CHECKS := $(addprefix tests/test_,$(addsuffix .py,architecture mutations plugin patches cli validate checkpoints \
+	requests backends flashinfer_verify verify_modes cpu_ops headmap history memory extending))
+SERVED := $(patsubst %,'tests/test_serving.py::test_full_budget_then_small[%]',standalone-chain standalone-tree \
+	eagle3-chain eagle3-tree standalone-chain-all) \
+	tests/test_serving.py::test_metrics_and_server_info \
+	tests/test_serving.py::test_pages_of_16_with_retraction \
+	tests/test_serving.py::test_history_follows_the_prefix_and_forgets_with_its_slots \
+	tests/test_hicache.py \
+	tests/test_evaluate.py::test_a_pair_is_evaluated \
+	tests/test_launch.py::test_engine_takes_a_dict_and_refuses_a_second_config \
+	tests/test_launch.py::test_a_scheduler_that_nobody_checked_ends_in_one_line
+
+.PHONY: env demo test contract contract-checks contract-servers lint format clean
 
 env: $(STAMP)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,plots]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		'sglang==$(SGLANG)' --editable '.[test,plots]'
 	touch $(STAMP)
 
 demo: env
@@ -17,6 +32,15 @@ demo: env
 
 test: lint
 	$(VENV)/bin/python -m pytest
+
+# With -j2 both at once: a server of the tests takes one core.
+contract: contract-checks contract-servers
+
+contract-checks: env
+	$(VENV)/bin/python -m pytest $(CHECKS)
+
+contract-servers: env
+	$(VENV)/bin/python -m pytest $(SERVED)
 
 lint: env
 	$(VENV)/bin/ruff check .
@@ -27,4 +51,4 @@ format: env
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache

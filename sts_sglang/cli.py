@@ -137,6 +137,7 @@ def _show_versions() -> None:
     print(f"python {host.python_version()}, sts-sglang {__version__}")
     for distribution in ("sglang", "torch", "flashinfer-python", "triton"):
         print(f"{distribution} {compat.installed_version(distribution) or 'is not installed'}")
+    print(f"served: sglang {' and '.join(compat.RELEASES)}")
 
 
 def _entry_points() -> Iterator[str]:

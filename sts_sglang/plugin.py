@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 
@@ -30,8 +31,19 @@ def register() -> None:
     _register_backend(_create_backend)
     for target, hook, kind in hooks.table():
         HookRegistry.register(target.path, hook, HookType[kind])
+    _wrap_engine_args(hooks.engine_args)
     if cpu.selected():
         cpu.install_branches()
+
+
+def _wrap_engine_args(hook) -> None:
+    """Around what makes an Engine's arguments, which may be another plugin's already. The registry hooks
+    functions, and this attribute is a class."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    original = Engine.server_args_class
+    if getattr(original, "func", None) is not hook:
+        Engine.server_args_class = staticmethod(functools.partial(hook, original))
 
 
 def _refuse(reason: str) -> None:

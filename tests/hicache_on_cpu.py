@@ -9,7 +9,7 @@ import torch
 from sglang.srt.mem_cache.pool_host import common, mha
 
 
-def allocate(dims, dtype, device, pin_memory, allocator):
+def allocate(dims, dtype, device, pin_memory, allocator, **placement):
     return torch.empty(dims, dtype=dtype, device=device)
 
 

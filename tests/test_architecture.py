@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sts_sglang.host import compat, serves
+from sts_sglang.host import serves
+from sts_sglang.host.releases import RELEASES
 
 ROOT = Path(__file__).parents[1]
 FILES = {
@@ -37,7 +38,10 @@ ROOMS = {
         ),
         True,
     ),
-    "sts_sglang.host.views": (("sts_kernels", "sts_sglang.core", "sts_sglang.headmap"), True),
+    "sts_sglang.host.views": (
+        ("sts_kernels", "sts_sglang.core", "sts_sglang.headmap", "sts_sglang.host.releases"),
+        True,
+    ),
     "sts_sglang.calibrate": (
         ("sts_kernels", "sts_sglang.calibrate", "sts_sglang.config", "sts_sglang.headmap")
         + ("sts_sglang.checkpoints", "sts_sglang.files", "sts_sglang.fingerprint"),
@@ -130,10 +134,46 @@ def test_no_function_takes_more_than_eight_positional_arguments() -> None:
 
 # ---- what is read of SGLang
 
-CLASSES = {path.rpartition(".")[2]: names for path, names in compat.release.FIELDS.items()}
+of_each_release = pytest.mark.parametrize("release", RELEASES.values(), ids=RELEASES)
 
 
-def reads(tree: ast.AST) -> set[tuple[str, str]]:
+def classes(release) -> dict[str, tuple[str, ...]]:
+    return {path.rpartition(".")[2]: names for path, names in release.FIELDS.items()}
+
+
+def trees(release) -> dict[str, ast.Module]:
+    """What runs beside a release: everything but the modules of others."""
+    others = {module.__name__ for module in RELEASES.values()} - {release.__name__}
+    return {name: ast.parse(file.read_text()) for name, file in FILES.items() if name not in others}
+
+
+def test_nobody_else_asks_which_release_this_is() -> None:
+    """Where releases differ there is a function of each."""
+    may = {"sts_sglang.host.releases", "sts_sglang.host.compat"} | {m.__name__ for m in RELEASES.values()}
+    for name, file in FILES.items():
+        text = file.read_text()
+        asked = "release.VERSION" in text or any(
+            imported.startswith("sts_sglang.host.release_") for imported in imports(name)
+        )
+        assert name in may or not asked, name
+
+
+def test_releases_have_the_same_names() -> None:
+    """Functions with the same parameters, and tables; what is private to a module may differ."""
+    shapes = []
+    for module in RELEASES.values():
+        tree = ast.parse(FILES[module.__name__].read_text())
+        functions = {
+            node.name: [arg.arg for arg in node.args.args]
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+        }
+        shapes.append((functions, {name for name in vars(module) if name.isupper() and name[0] != "_"}))
+    assert all(shape == shapes[0] for shape in shapes)
+    assert len(shapes[0][0]) > 8
+
+
+def reads(tree: ast.AST, known: dict[str, tuple[str, ...]]) -> set[tuple[str, str]]:
     """(class, field) of every attribute read from a name that is annotated with a class of SGLang."""
     found = set()
     for function in ast.walk(tree):
@@ -148,16 +188,17 @@ def reads(tree: ast.AST) -> set[tuple[str, str]]:
         for node in ast.walk(function):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 kind = annotated.get(node.value.id)
-                # `_sts_config` is ours, on its way from a keyword to the check of a launch.
-                if kind in CLASSES and not node.attr.startswith(("__", "_sts_")):
+                if kind in known and not node.attr.startswith("__"):
                     found.add((kind, node.attr))
     return found
 
 
-def test_every_field_that_is_read_is_checked_at_load() -> None:
-    for name, file in FILES.items():
-        for kind, field in reads(ast.parse(file.read_text())):
-            assert field in CLASSES[kind], f"{name} reads {kind}.{field}"
+@of_each_release
+def test_every_field_that_is_read_is_checked_at_load(release) -> None:
+    known = classes(release)
+    for name, tree in trees(release).items():
+        for kind, field in reads(tree, known):
+            assert field in known[kind], f"{name} reads {kind}.{field}"
 
 
 def test_backends_read_batches_and_layers_through_views() -> None:
@@ -189,33 +230,32 @@ def test_views_name_what_they_read_through() -> None:
                     assert node.value.value.id not in given, ast.unparse(node)
 
 
-def test_every_checked_field_is_read() -> None:
-    """What nobody reads any more need not end a launch."""
-    everything = {
-        node.attr
-        for file in FILES.values()
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.Attribute)
-    }
-    overridden = {
-        node.name
-        for name, file in FILES.items()
-        if within(name, ("sts_sglang.backends",))
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.FunctionDef)
-    }
-    for kind, fields in CLASSES.items():
+@of_each_release
+def test_every_checked_field_is_read(release) -> None:
+    """What nobody reads any more need not end a launch. Constructors are given some as keywords."""
+    everything, overridden = set(), set()
+    for name, tree in trees(release).items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                everything.add(node.attr)
+            elif isinstance(node, ast.keyword) and name == release.__name__:
+                everything.add(node.arg)
+            elif isinstance(node, ast.FunctionDef) and within(
+                name, ("sts_sglang.backends", release.__name__)
+            ):
+                overridden.add(node.name)
+    for kind, fields in classes(release).items():
         for field in fields:
-            ruled = kind == "ServerArgs" and field in {rule.field for rule in serves._RULES}
+            ruled = kind == "ServerArgs" and field in {rule.field for rule in serves._ALL_RULES}
             named = kind == "ServerArgs" and field in serves.BACKEND_FIELDS
             assert field in everything | overridden or ruled or named, f"{kind}.{field}"
 
 
-def test_every_server_argument_that_is_read_is_checked_at_load() -> None:
-    known = set(CLASSES["ServerArgs"])
-    read = {rule.field for rule in serves._RULES} | set(serves.BACKEND_FIELDS)
-    for name, file in FILES.items():
-        for node in ast.walk(ast.parse(file.read_text())):
+@of_each_release
+def test_every_server_argument_that_is_read_is_checked_at_load(release) -> None:
+    known, read = set(release.SERVER_ARGS_READ), set(serves.BACKEND_FIELDS)
+    for name, tree in trees(release).items():
+        for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("server_args"):
                 read.add(node.attr)
         assert read <= known, f"{name}: {read - known}"
@@ -228,6 +268,7 @@ def test_no_field_of_sglang_is_read_with_a_default() -> None:
         "sts_sglang.host.bind",
         "sts_sglang.host.hooks",
         "sts_sglang.host.reserve",
+        *(module.__name__ for module in RELEASES.values()),
     )
     for name in (name for name in FILES if within(name, (*rooms, "sts_sglang.backends"))):
         for node in ast.walk(ast.parse(FILES[name].read_text())):

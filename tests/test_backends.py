@@ -437,7 +437,7 @@ def test_dense_layers_attend_whole_where_their_backend_cannot_verify(dense, grap
     rig.target.dense_name = dense
     rig.runtime.verifier = NoVerify(begin=lambda lists, channels, lens: None)
     if graphs:
-        rig.target._mask_buffer = torch.ones(8 * TOKENS * TOKENS, dtype=torch.bool)
+        rig.target.tree_mask_buffer = torch.ones(8 * TOKENS * TOKENS, dtype=torch.bool)
     fb = rig.verify_batch(CONTEXT)
     fb.spec_info.topk = topk
     assert rig.target._dense_plans(fb) == by_dense
@@ -529,13 +529,16 @@ def test_both_tree_mask_layouts_give_the_same_tail():
 
 
 # What SGLang reads of other backends only: of recurrent models, of CPU graphs, of prefill graphs that hold
-# the metadata of their backend.
+# the metadata of their backend, of DeepSeek's, or where it has asked whether they have it.
 OF_OTHERS = {
     "update_mamba_state_after_mtp_verify",
     "init_forward_metadata_capture_cpu_graph",
     "init_cpu_graph_state",
     "get_cpu_graph_seq_len_fill_value",
     "forward_metadata",
+    "enable_early_verify_metadata",
+    "extend_attention_block_m",
+    "tail_forward_metadata",
     "attn_backends",  # of the draft's steps, which has it
 }
 

@@ -14,12 +14,11 @@ os.environ.setdefault("SGLANG_PLATFORM", "sts_cpu")
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sglang.srt.server_args import ServerArgs
 
 from sts_sglang import checkpoints, cli, fingerprint
-from sts_sglang.config import ConfigError, StsConfig
-from sts_sglang.host import serves as validate
+from sts_sglang.config import ConfigError
 from sts_sglang.tools.tiny_pair import make_pair
+from tests import arguments
 
 MODELS = Path(__file__).parents[1] / "sts_sglang" / "models"
 
@@ -264,18 +263,13 @@ def test_calibrate_refuses_damaged_heads(pair, tmp_path, capsys, damage, words):
 
 @pytest.fixture
 def launched(pair, monkeypatch):
-    """launched(**models) builds ServerArgs with the checks where the plugin puts them."""
-    saved, resolve = dict(os.environ), ServerArgs.__post_init__
-
-    def checked(self):
-        validate.check_raw(self)
-        resolve(self)
-        validate.check_all(self, StsConfig())
+    """launched(**models) makes arguments with the checks where the plugin puts them."""
+    saved = dict(os.environ)
 
     def start(target=pair["target"], draft=pair["draft"], algorithm="STANDALONE", **more):
-        monkeypatch.setattr(ServerArgs, "__post_init__", checked)
         given = {"device": "cpu", "dtype": "float32", "disable_cuda_graph": True, "attention_backend": "sts"}
-        return ServerArgs(
+        return arguments.launched(
+            monkeypatch,
             model_path=str(target),
             speculative_draft_model_path=str(draft),
             speculative_algorithm=algorithm,

@@ -84,6 +84,7 @@ def test_doctor_on_the_reference_platform() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for distribution in ("sglang", "torch", "triton", "flashinfer-python"):
         assert f"{distribution} {compat.installed_version(distribution)}" in lines
+    assert "served: sglang 0.5.16 and 0.5.23" in lines
     for target in (*compat.HOOK_TARGETS, *compat.CPU_TARGETS):
         assert f"{target.path}: ok" in lines
     for symbol in (*compat.release.SYMBOLS, *compat.release.CPU_SYMBOLS):

@@ -5,6 +5,7 @@ Triton's interpreter runs the latter on a CPU, in a process of its own: `python 
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from sts_sglang.cpu import ops as cpu_ops
+from sts_sglang.host.releases import release
 
 FULL_MASK, QLEN_ONLY = 0, 1
 TREES = [(1, 3, 4), (2, 3, 6), (4, 5, 8), (4, 3, 16), (8, 1, 5)]  # topk, steps, tokens to verify
@@ -287,12 +289,13 @@ def agree(kernel: Callable, stand_in: Callable, *outputs: torch.Tensor) -> None:
 
 
 def compare_trees(shape: tuple[int, int, int], seed: int) -> None:
-    from sglang.srt.speculative import eagle_utils
-
+    built = "sgl_build_tree_kernel_efficient_cpu"
+    module = next(name for name, ops in release.CPU_BRANCHES.items() if built in ops)
+    trees = importlib.import_module(module)
     for mode in (FULL_MASK, QLEN_ONLY):
         inputs, _, outputs = build_tree(shape, mode, seed)
         agree(
-            lambda *out, given=(inputs, mode): eagle_utils.sgl_build_tree_kernel_triton(
+            lambda *out, given=(inputs, mode): trees.sgl_build_tree_kernel_triton(
                 *given[0], *out, *shape, given[1]
             ),
             lambda *out, given=(inputs, mode): cpu_ops.build_tree(*given[0], *out, *shape, given[1]),
@@ -300,7 +303,7 @@ def compare_trees(shape: tuple[int, int, int], seed: int) -> None:
         )
     filled, given, _ = verify_tree(shape, seed)
     agree(
-        lambda *out: eagle_utils.verify_tree_greedy_triton(*out, *given),
+        lambda *out: trees.verify_tree_greedy_triton(*out, *given),
         lambda *out: cpu_ops.verify_tree_greedy(*out, *given),
         *filled,
     )

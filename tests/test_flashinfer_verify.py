@@ -22,7 +22,7 @@ from sts_sglang.core.request import Request
 from sts_sglang.core.selectors.base import LayerCall
 from sts_sglang.core.verifier import TargetShape
 from sts_sglang.headmap import HeadCounts, proportional
-from sts_sglang.host import bind, hooks
+from sts_sglang.host import bind, hooks, views
 from sts_sglang.host.metrics import Exporter
 from sts_sglang.verifiers.flashinfer import (
     PLAN_GRID,
@@ -401,8 +401,9 @@ def test_the_hook_tells_the_host_who_is_in_a_round(monkeypatch):
     bound = bind.Bound(rig.runtime, "TorchBackend", 1, {})
     monkeypatch.setattr(bind, "_bound", bound)
     params = SimpleNamespace(custom_params={"sts": {"keep": 0.5}})
+    monkeypatch.setattr(views.release, "pool_row", lambda req: req.row)
     req = SimpleNamespace(
-        rid="a", req_pool_idx=Rig.REQ, origin_input_ids=[0] * 9, output_ids=[1], sampling_params=params
+        rid="a", row=Rig.REQ, origin_input_ids=[0] * 9, output_ids=[1], sampling_params=params
     )
     hooks.forward_batch(None, SimpleNamespace(forward_mode=ForwardMode.EXTEND, reqs=[req]))
     assert rig.runtime.verifier.host.batch == []

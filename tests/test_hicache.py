@@ -10,7 +10,7 @@ import torch
 
 from sts_sglang.tools.tiny_pair import make_pair
 from tests.oracle import Oracle, Rule
-from tests.server import Server, random_ids
+from tests.server import Server, logged, random_ids
 
 torch.set_num_threads(1)  # the server has the other core
 pytestmark = pytest.mark.server
@@ -49,4 +49,4 @@ def test_loaded_slots_are_unknown_and_learned_again(tmp_path):
         assert third["meta_info"]["cached_tokens_details"] == {"device": len(prompt), "host": 0}
         inherited = {key: value for key, value in trace.memory.items() if key[2] < len(prompt)}
         oracle.agree(third["output_ids"], branch, hit, inherited)
-    assert "Traceback" not in (tmp_path / "hicache.log").read_text()
+    assert "Traceback" not in logged(tmp_path / "hicache.log")

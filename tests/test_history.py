@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import (
+    BasePrefixCache,
+    EvictParams,
+    InsertParams,
+    MatchPrefixParams,
+    MatchResult,
+)
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from sts_kernels import ops
@@ -17,9 +25,45 @@ from sts_kernels.layout import UNKNOWN, Contexts, Scores
 from sts_sglang.config import StsConfig
 from sts_sglang.core.history import SlotHistory
 from sts_sglang.core.sizes import history_bytes_per_token
+from sts_sglang.host.releases import release
 
 SLOTS, REQUESTS, WIDTH, TOKENS = 160, 6, 64, 4
 CONFIG = StsConfig(history="blend", history_weight=0.5, history_decay=0.75)
+
+
+def radix_cache(allocator: TokenToKVPoolAllocator) -> BasePrefixCache:
+    """The tree that serves with this release, over nothing but an allocator."""
+    if release.TREES_THAT_REMEMBER:
+        return RadixCache.create_simulated(mock_allocator=allocator)
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+    from sglang.srt.mem_cache.unified_cache.components import ComponentType
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    table = SimpleNamespace(req_to_token=torch.zeros(1, 1))
+    return UnifiedRadixCache(
+        CacheInitParams(
+            disable=False,
+            req_to_token_pool=table,
+            token_to_kv_pool_allocator=allocator,
+            page_size=1,
+            tree_components=(ComponentType.FULL,),
+        )
+    )
+
+
+def slots_of(cache: BasePrefixCache, match: MatchResult) -> torch.Tensor:
+    """Of a matched prefix."""
+    if hasattr(match, "device_indices"):
+        return match.device_indices
+    return cache.path_device_indices(match.last_device_node)[: match.device_prefix_len]
+
+
+def locked(cache: BasePrefixCache, node: object) -> Callable[[], object]:
+    """What undoes it."""
+    if hasattr(cache, "unlock"):
+        return partial(cache.unlock, cache.lock(node))
+    cache.inc_lock_ref(node)
+    return partial(cache.dec_lock_ref, node)
 
 
 class Engine:
@@ -29,7 +73,7 @@ class Engine:
         self.rng = random.Random(seed)
         kv_pool = SimpleNamespace()
         self.allocator = TokenToKVPoolAllocator(SLOTS, torch.float32, "cpu", kv_pool, need_sort=False)
-        self.cache = RadixCache.create_simulated(mock_allocator=self.allocator)
+        self.cache = radix_cache(self.allocator)
         self.table = torch.zeros(REQUESTS, WIDTH, dtype=torch.int32)
         self.history = SlotHistory(CONFIG, 1, SLOTS + 1, REQUESTS, "cpu", torch.float32)
         self.running: dict[int, SimpleNamespace] = {}
@@ -60,15 +104,15 @@ class Engine:
 
     def admit(self, req: int, tokens: list[int]) -> None:
         match = self.cache.match_prefix(MatchPrefixParams(key=self.key(tokens[:-1])))
-        cached, node = match.device_indices, match.last_device_node
-        self.cache.inc_lock_ref(node)
+        cached, node = slots_of(self.cache, match), match.last_device_node
+        unlock = locked(self.cache, node)
         own = self.alloc(len(tokens) - len(cached))
         if own is None:
-            self.cache.dec_lock_ref(node)
+            unlock()
             return
         self.table[req, : len(tokens)] = torch.cat([cached, own]).int()
         self.write(own)
-        self.running[req] = SimpleNamespace(tokens=tokens, cached=len(cached), node=node)
+        self.running[req] = SimpleNamespace(tokens=tokens, cached=len(cached), unlock=unlock)
 
     def round(self) -> None:
         """One verify round of a random batch: rejected tokens' slots are written and freed again."""
@@ -116,15 +160,17 @@ class Engine:
         """Insert into the tree; where the tree had the tokens already, its slots stay and ours go."""
         state = self.running.pop(req)
         slots = self.table[req, : len(state.tokens)].long()
-        had = self.cache.insert(InsertParams(key=self.key(state.tokens), value=slots.clone())).prefix_len
-        self.allocator.free(slots[state.cached : had])
-        self.cache.dec_lock_ref(state.node)
+        own = InsertParams(key=self.key(state.tokens), value=slots.clone(), prev_prefix_len=state.cached)
+        had = self.cache.insert(own).prefix_len
+        if release.TREES_THAT_REMEMBER:  # the unified tree has freed them
+            self.allocator.free(slots[state.cached : had])
+        state.unlock()
 
     def retract(self, req: int) -> None:
         """Abort and retraction free what is the request's own; a retracted one comes back by prefill."""
         state = self.running.pop(req)
         self.allocator.free(self.table[req, state.cached : len(state.tokens)].long())
-        self.cache.dec_lock_ref(state.node)
+        state.unlock()
         if self.rng.random() < 0.5:
             self.admit(req, state.tokens)
 

@@ -29,7 +29,7 @@ from sts_sglang.host.serves import Refusal, check_inspect
 from sts_sglang.tools import inspection
 from sts_sglang.tools.tiny_pair import make_pair
 from tests.oracle import Oracle, Rule
-from tests.server import Server, random_ids
+from tests.server import Server, logged, random_ids
 
 CHAIN = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1")
 CHAIN += ("--speculative-num-draft-tokens", "4")
@@ -409,7 +409,7 @@ def test_a_served_request_leaves_what_the_oracle_knows(history, tmp_path):
         answer = server.generate(prompt, 24, sampling_params=WANTED)
         (path,) = folder.iterdir()
         short = server.generate(prompt, 1, sampling_params=WANTED)  # finished by its prefill
-    assert "Traceback" not in (tmp_path / "inspect.log").read_text()
+    assert "Traceback" not in logged(tmp_path / "inspect.log")
     dump = dumps.read(path)
     output = [*prompt, *answer["output_ids"]]
     assert dump.tokens.tolist() == output[: len(dump.tokens)] and len(dump.tokens) >= len(output) - 1

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from sts_sglang.host import compat
+from sts_sglang.host.releases import RELEASES, release
 
 FOLDER = Path(__file__).parents[1] / "patches"
-PATCHES = sorted(FOLDER.glob("*.patch"))
+PATCHES = sorted((FOLDER / release.VERSION).glob("*.patch"))
 README = (FOLDER / "README.md").read_text()
 
 
@@ -45,8 +46,13 @@ def installed(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_patches_are_numbered_from_one() -> None:
-    assert [int(patch.name[:4]) for patch in PATCHES] == list(range(1, len(PATCHES) + 1)) != []
+def test_patches_are_numbered_alike_and_what_upstream_took_is_gone() -> None:
+    first, *later = ([patch.name for patch in sorted((FOLDER / v).glob("*.patch"))] for v in RELEASES)
+    assert [int(name[:4]) for name in first] == list(range(1, len(first) + 1)) != []
+    for names in later:
+        assert names and set(names) < set(first)
+        for gone in set(first) - set(names):
+            assert README.count(f"({gone})") == 0 and f"{gone}), 0.5.23 has it |" in README
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
@@ -71,7 +77,7 @@ def test_patches_apply_in_order(installed: Path) -> None:
 def test_patch_says_why_and_has_a_row(patch: Path) -> None:
     subject, _, message = patch.read_text().partition("Subject: ")[2].partition("\n\n")
     assert subject.startswith("[PATCH] ") and len(message.partition("\n---\n")[0]) > 80
-    assert README.count(f"({patch.name})") == 1
+    assert README.count(f"({release.VERSION}/{patch.name})") == 1
 
 
 def test_readme_names_every_hook_target() -> None:
@@ -86,9 +92,5 @@ def test_readme_names_every_hook_target() -> None:
 
 
 def test_readme_names_every_private_symbol() -> None:
-    private = {
-        path.rpartition(".")[2]
-        for path in (*compat.release.SYMBOLS, *compat.release.CPU_SYMBOLS)
-        if "._" in path
-    }
+    private = {path.rpartition(".")[2] for path in (*release.SYMBOLS, *release.CPU_SYMBOLS) if "._" in path}
     assert private and all(f"{name}`" in README for name in private), private

@@ -22,7 +22,8 @@ import pytest
 
 from sts_sglang import cpu, plugin
 from sts_sglang.cpu import ops as cpu_ops
-from sts_sglang.host import compat, hooks
+from sts_sglang.host import compat, hooks, serves
+from sts_sglang.host.releases import RELEASES, release
 
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = [
@@ -56,8 +57,8 @@ def hooked_attributes() -> dict[str, object]:
 
 def cpu_attributes() -> dict[str, object]:
     """What the CPU platform replaces; a stand-in's name is absent (None) from a pristine module."""
-    paths = [target.path for target in compat.CPU_TARGETS] + list(compat.release.CPU_SYMBOLS)
-    paths += [f"{module}.{name}" for module, ops in compat.release.CPU_BRANCHES.items() for name in ops]
+    paths = [target.path for target in compat.CPU_TARGETS] + list(release.CPU_SYMBOLS)
+    paths += [f"{module}.{name}" for module, ops in release.CPU_BRANCHES.items() for name in ops]
     return {path: raw(path) for path in paths}
 
 
@@ -108,13 +109,29 @@ def on() -> None:
 def on_serves_other_backends_as_before() -> None:
     from sglang.srt.server_args import ServerArgs, prepare_server_args
 
-    stock = vars(ServerArgs(model_path="dummy", attention_backend="triton", random_seed=7))
-    stock_cli = vars(prepare_server_args(ARGUMENTS))
+    def made() -> list:
+        by_hand = ServerArgs(model_path="dummy", attention_backend="triton", random_seed=7)
+        return [(repr(args), vars(args)) for args in (by_hand, prepare_server_args(ARGUMENTS))]
+
+    stock = made()
     environment = dict(os.environ)
     load_plugins()
-    assert vars(ServerArgs(model_path="dummy", attention_backend="triton", random_seed=7)) == stock
-    assert vars(prepare_server_args(ARGUMENTS)) == stock_cli
+    assert made() == stock
     assert dict(os.environ) == environment
+
+
+def on_makes_the_arguments_that_another_makes() -> None:
+    from types import SimpleNamespace
+
+    from sglang.srt.entrypoints.engine import Engine
+
+    of_another = SimpleNamespace(**dict.fromkeys(serves.BACKEND_FIELDS))
+    Engine.server_args_class = staticmethod(lambda model_path: of_another)
+    load_plugins()
+    wrapped = Engine.server_args_class
+    plugin.register()
+    assert Engine.server_args_class is wrapped
+    assert wrapped(model_path="dummy") is of_another
 
 
 def hook_not_applied() -> None:
@@ -126,7 +143,7 @@ def hook_not_applied() -> None:
     load_plugins()
     HookRegistry._patched.remove(FACTORY)
     for serve in (
-        lambda: ServerArgs(model_path="dummy", attention_backend="sts"),
+        lambda: release.resolve(ServerArgs(model_path="dummy", attention_backend="sts")),
         lambda: ATTENTION_BACKENDS["sts"](None),
     ):
         try:
@@ -144,14 +161,13 @@ def on_cpu() -> None:
 
     load_plugins()
     assert compat.unhooked(compat.HOOK_TARGETS + compat.CPU_TARGETS) == []
-    for name, stand_ins in compat.release.CPU_BRANCHES.items():
+    for name, stand_ins in release.CPU_BRANCHES.items():
         module = importlib.import_module(name)
         assert module._is_cpu is True
         for op, stand_in in stand_ins.items():
             assert getattr(module, op) is getattr(cpu_ops, stand_in)
-    paged = importlib.import_module(compat.release.PAGED_ALLOCATOR)
-    assert isinstance(paged.alloc_extend_kernel, cpu_ops.Launch)
-    assert isinstance(paged.alloc_decode_kernel, cpu_ops.Launch)
+    for path in release.CPU_KERNELS:
+        assert isinstance(pkgutil.resolve_name(path), cpu_ops.Launch)
     assert allocation.support_triton("flashinfer") is False  # the copy that allocation.py imported
     assert current_platform.device_type == "cpu"
     assert type(current_platform).__module__ == "sts_sglang.cpu.platform"
@@ -173,11 +189,22 @@ def newer_sglang() -> None:
     compat.installed_version = lambda name: "0.5.17" if name == "sglang" else installed(name)
 
 
+def hook_on_a_struct() -> None:
+    """A msgspec.Struct looks up how it is made when its class is: what replaces that is never called."""
+    from sglang.srt.server_args import ServerArgs
+
+    if not hasattr(ServerArgs, "__struct_fields__"):
+        ServerArgs.__struct_fields__ = ()
+    post_init = compat.Target("sglang.srt.server_args.ServerArgs.__post_init__", ("self",))
+    hooked = compat.HOOKS["resolve_args"]
+    compat.HOOK_TARGETS = tuple(post_init if t == hooked else t for t in compat.HOOK_TARGETS)
+
+
 FACTORY, FORWARD = compat.HOOKS["create_draft_backend"].path, compat.HOOKS["forward_batch"].path
 KV_LOC = "sglang.srt.mem_cache.memory_pool.KVWriteLoc"
 # name -> (how SGLang has changed, what the refusal names)
 CHANGES: dict[str, tuple[Callable[[], None], str]] = {
-    "another version": (newer_sglang, "sglang is 0.5.17, not 0.5.16"),
+    "another version": (newer_sglang, f"sglang is 0.5.17, not {' or '.join(RELEASES)}"),
     "factory gone": (partial(delete, FACTORY), f"{FACTORY} is missing"),
     "factory with other parameters": (
         partial(replace, FACTORY, lambda self, backend_name: None),
@@ -189,7 +216,7 @@ CHANGES: dict[str, tuple[Callable[[], None], str]] = {
     ),
     "not callable": (partial(replace, FORWARD, 7), f"{FORWARD} is not callable"),
     "arguments a Struct": (
-        partial(replace, "sglang.srt.server_args.ServerArgs.__struct_fields__", ()),
+        hook_on_a_struct,
         "ServerArgs.__post_init__ cannot be replaced",
     ),
     "symbol gone": (partial(delete, KV_LOC), f"{KV_LOC} is missing"),
@@ -202,8 +229,8 @@ CHANGES: dict[str, tuple[Callable[[], None], str]] = {
         )
     },
 }
-NAIVE = f"{compat.release.PAGED_ALLOCATOR}.alloc_extend_naive"
-CPU_CHANGES = {"CPU op gone": (partial(delete, NAIVE), f"{NAIVE} is missing")}
+CPU_NAME = release.CPU_SYMBOLS[-1]
+CPU_CHANGES = {"CPU op gone": (partial(delete, CPU_NAME), f"{CPU_NAME} is missing")}
 
 
 def exits_if_asked_for(change: Callable[[], None], named: str, flag: list[str]) -> None:
@@ -213,7 +240,8 @@ def exits_if_asked_for(change: Callable[[], None], named: str, flag: list[str]) 
         load_plugins()
     except SystemExit as exit:
         assert isinstance(exit.code, str)  # Python prints it and exits with 1
-        assert named in exit.code and "\n" not in exit.code and "sglang==0.5.16" in exit.code
+        assert named in exit.code and "\n" not in exit.code
+        assert all(f"sglang=={version}" in exit.code for version in RELEASES)
     else:
         raise AssertionError("served on")
 
@@ -248,6 +276,7 @@ SCENARIOS = {
         "off": off,
         "on": on,
         "on, other backends": on_serves_other_backends_as_before,
+        "on, arguments of another": on_makes_the_arguments_that_another_makes,
         "hook not applied": hook_not_applied,
         "flag with =": partial(exits_if_asked_for, *CHANGES["factory gone"], ["--attention-backend=sts"]),
         **refusals(CHANGES),

@@ -18,7 +18,7 @@ import torch
 
 from sts_sglang.tools.tiny_pair import make_pair
 from tests.oracle import Oracle, Rule
-from tests.server import Server, random_ids
+from tests.server import Server, logged, random_ids
 
 torch.set_num_threads(1)  # the server has the other core
 pytestmark = pytest.mark.server
@@ -96,7 +96,7 @@ def sts_server(pair, logs, name: str, algorithm: str, draft: str, config: dict, 
     )
     with server:
         yield server
-    assert not LEAK.search(log.read_text()), server.log_tail()
+    assert not LEAK.search(logged(log)), server.log_tail()
 
 
 def scenario(server: Server) -> list[list[int]]:

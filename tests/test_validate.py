@@ -19,7 +19,9 @@ from sglang.srt.server_args import ServerArgs
 from sts_sglang.config import CHAIN_FLAGS, ConfigError, StsConfig
 from sts_sglang.host import compat, handover, hooks
 from sts_sglang.host import serves as validate
+from sts_sglang.host.releases import RELEASES, release
 from sts_sglang.host.serves import BACKEND_FIELDS, DRAFTS, TARGETS, Refusal
+from tests.arguments import Resolved, launched
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -57,8 +59,7 @@ def environment():
 
 @pytest.fixture
 def launch(tmp_path, monkeypatch):
-    """launch(**arguments) -> ServerArgs, with the checks where the plugin puts them."""
-    resolve = ServerArgs.__post_init__
+    """launch(**arguments) -> resolved arguments of tiny models, as the plugin checks them."""
 
     def model(name: str, config: dict) -> str:
         # A new path each time: SGLang caches configurations by path.
@@ -67,12 +68,7 @@ def launch(tmp_path, monkeypatch):
         (folder / "config.json").write_text(json.dumps(config))
         return str(folder)
 
-    def start(target=LLAMA, draft=LLAMA, config=None, **arguments) -> ServerArgs:
-        def checked(self):
-            validate.check_raw(self)
-            resolve(self)
-            validate.check_all(self, config or StsConfig())
-
+    def start(target=LLAMA, draft=LLAMA, config=None, **arguments) -> Resolved:
         defaults = {
             "attention_backend": "sts",
             "speculative_algorithm": "STANDALONE",
@@ -81,8 +77,8 @@ def launch(tmp_path, monkeypatch):
             "dtype": "float32",
             "disable_cuda_graph": True,
         }
-        monkeypatch.setattr(ServerArgs, "__post_init__", checked)
-        return ServerArgs(model_path=model("target", target), **{**defaults, **arguments})
+        given = {"model_path": model("target", target), **defaults, **arguments}
+        return launched(monkeypatch, config, **given)
 
     return start
 
@@ -163,9 +159,10 @@ def test_a_launch_hands_the_hash_of_its_head_map_along(launch, fresh_process, mo
     path.write_text(text)
     args = launch()
     os.environ["STS_CONFIG"] = json.dumps({"head_map": str(path)})
-    monkeypatch.setattr(hooks, "check_raw", lambda args: None)  # these are resolved already
+    # These are resolved already.
+    monkeypatch.setattr(hooks, "check_raw", lambda args: None)
     for _ in range(2):  # a second engine of the same process may have the same configuration
-        hooks.args_post_init(lambda args: None, args)
+        hooks.resolve_args(lambda args: None, args)
         handed = StsConfig.of_launch()
         assert handed.head_map_sha256 == hashlib.sha256(text.encode()).hexdigest()
 
@@ -174,7 +171,7 @@ def test_a_launch_hands_the_hash_of_its_head_map_along(launch, fresh_process, mo
 def fresh_process(monkeypatch):
     """Hooks in place, and nothing launched yet."""
     monkeypatch.setattr(compat, "unhooked", list)
-    for name, value in (("config", None), ("user_env", hooks.UNSET), ("cli_config", None)):
+    for name, value in (("config", None), ("user_env", hooks.UNSET), ("given", None)):
         monkeypatch.setattr(hooks._Launch, name, value)
     for name in ("STS_CONFIG", handover.MARK):
         os.environ.pop(name, None)
@@ -256,6 +253,8 @@ BAD_VALUES = {
     "attn_cp_size": 2,
     "moe_dp_size": 2,
     "dcp_size": 2,
+    "attn_dp_size": 2,
+    "enable_kv_cache_sharding": True,
     "enable_prefill_cp": True,
     "enable_prefill_context_parallel": True,
     "enable_dsa_prefill_context_parallel": True,
@@ -264,13 +263,17 @@ BAD_VALUES = {
     "enable_pdmux": True,
     "disaggregation_mode": "decode",
     "decoupled_spec_role": "verifier",
+    "disaggregation_decode_retraction_backup": "host_pool",
     "kv_cache_dtype": "fp8_e4m3",
+    "speculative_draft_kv_cache_dtype": "fp8_e4m3",
     "enable_unified_memory": True,
     "enable_page_major_kv_layout": True,
     "enable_hisparse": True,
     "enable_lmcache": True,
     "enable_flexkv": True,
     "hicache_storage_backend": "file",
+    "hicache_host_memory_mode": "buffer_only",
+    "enable_unified_cache_external_linker": True,
     "radix_cache_backend": "flexkv",
     "enable_deterministic_inference": True,
     "rl_on_policy_target": "fsdp",
@@ -286,6 +289,10 @@ BAD_VALUES = {
     "enable_streaming_session": True,
     "smg_grpc_mode": True,
     "grpc_mode": True,
+    "enable_nvidia_megakernel": True,
+    "enable_amd_monokernel": True,
+    "enable_watermark": True,
+    "enable_return_aux_hidden_states": True,
     "encoder_only": True,
     "model_impl": "transformers",
     "use_ray": True,
@@ -295,12 +302,24 @@ REMEDIES = {
     "disaggregation_mode": "use --disaggregation-mode null",
     "decoupled_spec_role": "use --decoupled-spec-role null",
     "kv_cache_dtype": "use --kv-cache-dtype auto",
+    "hicache_host_memory_mode": "use --hicache-host-memory-mode cache",
     "model_impl": "use --model-impl auto",
 }
 
 
+RULED = [rule.field for rule in validate._RULES]
+
+
 def test_every_rule_has_a_bad_value():
-    assert set(BAD_VALUES) == {rule.field for rule in validate._RULES}
+    assert set(BAD_VALUES) == {rule.field for rule in validate._ALL_RULES}
+
+
+def test_a_rule_is_left_out_only_where_sglang_has_no_such_flag():
+    """What the release's table forgets would be served."""
+    fields = set(ServerArgs.__annotations__)
+    assert set(RULED) == {rule.field for rule in validate._ALL_RULES} & fields
+    read = {field for module in RELEASES.values() for field in module.SERVER_ARGS_READ}
+    assert {rule.field for rule in validate._ALL_RULES} <= read
 
 
 def remedy_of(field: str) -> str:
@@ -310,14 +329,14 @@ def remedy_of(field: str) -> str:
     return REMEDIES.get(field) or (f"use {flag} 1" if number and not window else f"remove {flag}")
 
 
-@pytest.mark.parametrize("field", BAD_VALUES)
+@pytest.mark.parametrize("field", RULED)
 def test_rule_refuses_before_sglang_acts(launch, flags, field):
     with pytest.raises(Refusal) as caught:
         launch(**{field: BAD_VALUES[field]})
     check_message(caught, flags, f"--{field.replace('_', '-')}", remedy_of(field))
 
 
-@pytest.mark.parametrize("field", BAD_VALUES)
+@pytest.mark.parametrize("field", RULED)
 def test_rule_refuses_what_sglang_turns_on(launch, flags, field):
     args = launch()
     setattr(args, field, BAD_VALUES[field])
@@ -417,6 +436,17 @@ REFUSED = {
         NO_TREE,
     ),
     "pages, tree": ({"page_size": 16, **TREE}, "--page-size 16", f"use {NO_TREE} or --page-size 1"),
+    **(
+        {
+            "draft kv of another dtype": (
+                {"speculative_draft_kv_cache_dtype": "bf16"},
+                "--speculative-draft-kv-cache-dtype bf16: --speculative-draft-model-path runs in",
+                "use --speculative-draft-kv-cache-dtype auto or --dtype bfloat16",
+            )
+        }
+        if "speculative_draft_kv_cache_dtype" in RULED
+        else {}
+    ),
     "kv of another dtype": (
         {"kv_cache_dtype": "bf16"},
         "--kv-cache-dtype bf16: --model-path runs in torch.float32",
@@ -461,7 +491,13 @@ def test_llama_with_eagle_and_no_steps_is_the_tree_that_pages_refuse(launch):
         validate.check_resolved(args)
 
 
-@pytest.mark.parametrize("name", ["SGLANG_USE_HND_KVCACHE", "SGLANG_ENABLE_OVERLAP_PLAN_STREAM"])
+def test_a_variable_is_left_out_only_where_sglang_has_none() -> None:
+    from sglang.srt.environ import envs
+
+    assert set(validate._ENVIRONMENT) == {name for name in validate._ALL_ENVIRONMENT if hasattr(envs, name)}
+
+
+@pytest.mark.parametrize("name", validate._ENVIRONMENT)
 def test_environment_variable_is_refused(launch, flags, monkeypatch, name):
     monkeypatch.setenv(name, "0")
     launch()
@@ -627,13 +663,14 @@ def test_what_sglang_changes_is_refused(launch, flags):
 def test_modelopt_checkpoint_needs_an_explicit_kv_dtype(flags):
     plain = SimpleNamespace(quantization=None, dtype=torch.bfloat16)
     modelopt = SimpleNamespace(quantization="modelopt_fp8", dtype=torch.bfloat16)
-    args = SimpleNamespace(kv_cache_dtype="auto")
+    args = SimpleNamespace(kv_cache_dtype="auto", speculative_draft_kv_cache_dtype=None)
     validate._check_kv_dtype(args, plain, plain)
     for models in ((modelopt, plain), (plain, modelopt)):
         with pytest.raises(Refusal) as caught:
             validate._check_kv_dtype(args, *models)
         check_message(caught, flags, "--kv-cache-dtype auto", "use --kv-cache-dtype bfloat16")
-    validate._check_kv_dtype(SimpleNamespace(kv_cache_dtype="bfloat16"), modelopt, modelopt)
+    args.kv_cache_dtype = "bfloat16"
+    validate._check_kv_dtype(args, modelopt, modelopt)
 
 
 def test_device(launch, flags, monkeypatch):
@@ -822,12 +859,13 @@ def test_a_refusal_is_one_line():
     assert str(Refusal("a\nb\t c\u2028d")) == "a b c d"
 
 
-@pytest.mark.parametrize("name", ["SGLANG_ENABLE_UNIFIED_RADIX_TREE", "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE"])
+@pytest.mark.parametrize("name", release.TREES_THAT_REMEMBER)
 def test_history_needs_a_cache_that_says_what_it_loads_back(name, monkeypatch):
     hierarchical = SimpleNamespace(enable_hierarchical_cache=True)
     validate.check_history(hierarchical, StsConfig(history="blend"))
     monkeypatch.setenv(name, "1")
     validate.check_history(hierarchical, StsConfig())
     validate.check_history(SimpleNamespace(enable_hierarchical_cache=False), StsConfig(history="warm"))
-    with pytest.raises(Refusal, match=rf"^sts_config\.history: not served with .* {name}.* unset"):
-        validate.check_history(hierarchical, StsConfig(history="blend"))
+    for key, config in (("history", StsConfig(history="blend")), ("selector", StsConfig(selector="joined"))):
+        with pytest.raises(Refusal, match=rf"^sts_config\.{key}: not served with .* {name}.* unset"):
+            validate.check_history(hierarchical, config)

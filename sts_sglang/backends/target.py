@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 
+@views.offers_tree_mask
+@views.reads_table_to_the_end
 class StsTargetBackend(Bindable, AttentionBackend):
     """Holds a dense backend for prefill and decode, and owns the sparse verify path.
 
@@ -43,7 +45,7 @@ class StsTargetBackend(Bindable, AttentionBackend):
         self._lists: Lists | None = None
         self._whole: Lists | None = None
         self._tail_mask: torch.Tensor | None = None  # of the same
-        self._mask_buffer: torch.Tensor | None = None  # trees under CUDA graphs
+        self.tree_mask_buffer: torch.Tensor | None = None  # trees under CUDA graphs: where these read them
 
     def support_triton(self) -> bool:
         return self.dense.support_triton()
@@ -52,14 +54,10 @@ class StsTargetBackend(Bindable, AttentionBackend):
         self.dense.init_cuda_graph_state(max_bs, max_num_tokens)
         # SGLang fills the buffer for batches beyond the largest graph too.
         tokens, requests = max_num_tokens // max_bs, self.table.shape[0]
-        self._mask_buffer = torch.ones(requests * tokens * tokens, dtype=torch.bool, device=self.device)
+        self.tree_mask_buffer = torch.ones(requests * tokens * tokens, dtype=torch.bool, device=self.device)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
-
-    def get_verify_buffers_to_fill_after_draft(self):
-        # The tree mask must be where the graph reads it; QLEN_ONLY, see bind.use_qlen_tree_mask.
-        return [self._mask_buffer, None]
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         if self._dense_plans(forward_batch):
@@ -113,14 +111,14 @@ class StsTargetBackend(Bindable, AttentionBackend):
     def _dense_verifies(self, fb: ForwardBatch) -> bool:
         """Whether the dense backend can verify.
 
-        The mask is QLEN_ONLY (bind.use_qlen_tree_mask): FA3 and FlashInfer read FULL_MASK, FlashInfer for
+        The mask is QLEN_ONLY (views.offers_tree_mask): FA3 and FlashInfer read FULL_MASK, FlashInfer for
         chains too; torch reads either, but not in a graph. What they cannot verify attends whole by the
         sparse kernel.
         """
         able = {
             "fa3": views.tree(fb).topk == 1,
             "flashinfer": False,
-            "torch": self._mask_buffer is None,
+            "torch": self.tree_mask_buffer is None,
         }
         return able[self.dense_name]
 
@@ -138,10 +136,10 @@ class StsTargetBackend(Bindable, AttentionBackend):
 
     def _tail_masks(self, fb: ForwardBatch) -> torch.Tensor:
         tokens, topk, _ = views.tree(fb)
-        if self._mask_buffer is None or topk == 1:
+        if self.tree_mask_buffer is None or topk == 1:
             return tail_masks(fb)
         bs = views.requests_of(fb).size
-        return self._mask_buffer[: bs * tokens * tokens].view(-1, tokens, tokens)
+        return self.tree_mask_buffer[: bs * tokens * tokens].view(-1, tokens, tokens)
 
     def _call(self, q: torch.Tensor, of: views.Layer, fb: ForwardBatch) -> LayerCall:
         batch = views.requests_of(fb)

@@ -10,7 +10,7 @@ import importlib
 import os
 
 from sts_sglang.host import compat
-from sts_sglang.host.compat import release
+from sts_sglang.host.releases import release
 
 NAME = "sts_cpu"
 
@@ -27,7 +27,6 @@ def activate() -> str | None:
 
 def install_branches() -> None:
     """Switch SGLang's `_is_cpu` branches on, with torch stand-ins for the ops they call."""
-    from sglang.srt.mem_cache import allocation
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sts_sglang.cpu import ops
@@ -37,21 +36,11 @@ def install_branches() -> None:
     # Trees move accepted KV, and the pool builder for out-of-tree platforms leaves the Triton copy off.
     os.environ.setdefault("SGLANG_NATIVE_MOVE_KV_CACHE", "1")
 
-    paged = importlib.import_module(release.PAGED_ALLOCATOR)
-    paged.alloc_decode_kernel = ops.Launch(ops.alloc_decode)
-    paged.alloc_extend_kernel = ops.Launch(
-        lambda pre, seq, last, free, out, bs_upper, page: paged.alloc_extend_naive(
-            pre, seq, last, free, out, page, out.device
-        )
-    )
-    replacements = {
-        "support_triton": lambda backend: False,
-        "gather_spec_extras": ops.gather_spec_extras,
-        "get_last_loc": allocation.get_last_loc_torch,
-        "apply_vocab_mask": ops.apply_vocab_mask,
-    }
     for name, target in compat.CPU_HOOKS.items():
-        HookRegistry.register(target.path, replacements[name], HookType.REPLACE)
+        HookRegistry.register(target.path, getattr(ops, name), HookType.REPLACE)
+    for path, stand_in in release.CPU_KERNELS.items():
+        module_name, _, name = path.rpartition(".")
+        setattr(importlib.import_module(module_name), name, ops.Launch(getattr(ops, stand_in)))
     for module_name, stand_ins in release.CPU_BRANCHES.items():
         module = importlib.import_module(module_name)
         module._is_cpu = True

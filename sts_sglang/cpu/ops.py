@@ -173,6 +173,13 @@ class Launch:
         return self.fn
 
 
+def alloc_extend(prefix_lens, seq_lens, last_loc, free_pages, out, bs_upper, page_size):
+    """SGLang's own loop, called like its kernel."""
+    from sglang.srt.mem_cache.allocator.paged import alloc_extend_naive
+
+    alloc_extend_naive(prefix_lens, seq_lens, last_loc, free_pages, out, page_size, out.device)
+
+
 def alloc_decode(seq_lens, last_loc, free_pages, out, bs_upper, page_size):
     """One new slot per request: the next of its page, or the first of a free page."""
     pages_before = (seq_lens - 1 + page_size - 1) // page_size
@@ -181,6 +188,18 @@ def alloc_decode(seq_lens, last_loc, free_pages, out, bs_upper, page_size):
     # Short of free pages SGLang discards the result, and it may have none left when none is needed.
     pages = torch.cat([free_pages, free_pages.new_zeros(1)])[first.clamp(max=len(free_pages)).long()]
     out.copy_(torch.where(new_pages > 0, pages * page_size, last_loc + 1))
+
+
+def support_triton(backend) -> bool:
+    """Whether SGLang may run Triton kernels beside this attention backend: not on a CPU."""
+    return False
+
+
+def get_last_loc(req_to_token, req_pool_indices, prefix_lens):
+    """Slot of the last token of each prefix, -1 without one."""
+    from sglang.srt.mem_cache.allocation import get_last_loc_torch
+
+    return get_last_loc_torch(req_to_token, req_pool_indices, prefix_lens)
 
 
 def apply_vocab_mask(self, logits, vocab_mask):

@@ -27,10 +27,22 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         # The server without speculation, against which `sts` is compared.
         return "torch_native"
 
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return True
+
     def get_mha_kv_pool_cls(self) -> type:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-        return MHATokenToKVPool
+        class Pool(MHATokenToKVPool):
+            def _init_kv_copy_and_warmup(self) -> None:
+                """Torch moves accepted KV (cpu.install_branches): no Triton copy to warm up."""
+                self._kv_copy_config = None
+
+        return Pool
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        # 0.5.23 calls the method above by this one, with a warning.
+        return self.get_mha_kv_pool_cls() if kind == "mha" else None
 
     def get_paged_allocator_cls(self) -> type:
         from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator

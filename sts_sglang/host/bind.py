@@ -28,6 +28,7 @@ from sts_sglang.core.verifier import TargetShape, VerifierParts
 from sts_sglang.headmap import HeadCounts, ModelPaths
 from sts_sglang.host import reserve, views
 from sts_sglang.host.metrics import read_counters
+from sts_sglang.host.releases import release
 from sts_sglang.verifiers import by_ops
 from sts_sglang.verifiers import registry as verifiers
 
@@ -146,16 +147,17 @@ def bind(worker: EAGLEWorkerV2, config: StsConfig) -> Bound:
     global _bound
     found = parts(worker)
     target, draft = views.runner(found.target), views.runner(found.draft)
+    args = views.resolved(worker.server_args)
     runtime = assemble(
         config,
         target.model.counts,
         draft.model.counts,
         _draft_of(worker, draft),
         target.device,
-        views.paths(worker.server_args),
-        _target_of(worker.server_args, target),
+        views.paths(args),
+        _target_of(args, target),
     )
-    use_qlen_tree_mask(worker)
+    release.use_qlen_tree_mask(worker._draft_worker)
     for backend in (found.verify, found.extend, found.steps):
         if backend is not None:
             backend.bind(runtime)
@@ -275,17 +277,6 @@ def _draft_of(worker: EAGLEWorkerV2, draft: views.Runner) -> Draft:
     )
 
 
-def use_qlen_tree_mask(worker: EAGLEWorkerV2) -> None:
-    """Ask for the [T, T] tree mask instead of [T, L + T].
-
-    CUDA defaults to FULL_MASK, which the worker fills whole every round (MBs at long contexts).
-    """
-    from sglang.srt.speculative.eagle_utils import TreeMaskMode
-
-    draft: EagleDraftWorker = worker._draft_worker
-    draft.tree_mask_mode = TreeMaskMode.QLEN_ONLY
-
-
 def note_graphs(worker: EAGLEWorkerV2) -> Bound:
     """After the worker's CUDA graphs were captured: which of them, in the start-up line."""
     global _bound
@@ -297,7 +288,7 @@ def captured_graphs(worker: EAGLEWorkerV2) -> dict[str, bool]:
     """Whether each of the round's passes replays a CUDA graph; without graphs, none is named."""
     from sglang.srt.environ import envs
 
-    if not views.decode_graphs(worker.server_args).captured:
+    if not views.decode_graphs(views.resolved(worker.server_args)).captured:
         return {}
     draft: EagleDraftWorker = worker._draft_worker
     target: TpModelWorker = worker._target_worker

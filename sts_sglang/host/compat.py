@@ -13,12 +13,9 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
-from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
-from sts_sglang.host import release_0_5_16 as release
-
-SGLANG_VERSION = release.VERSION
+from sts_sglang.host.releases import RELEASES, installed_version, release
 
 
 class Target(NamedTuple):
@@ -48,7 +45,7 @@ def check(cpu_platform: bool = False) -> None:
     if problems := [problem for problem in findings(cpu_platform).values() if problem]:
         raise Incompatible(
             f"sts_sglang cannot attach to this SGLang: {'; '.join(problems)}. "
-            f"Install sglang=={SGLANG_VERSION}."
+            f"Install {' or '.join(f'sglang=={served}' for served in RELEASES)}."
         )
 
 
@@ -57,7 +54,7 @@ def findings(cpu_platform: bool = False) -> dict[str, str | None]:
     targets = HOOK_TARGETS + (CPU_TARGETS if cpu_platform else ())
     symbols = release.SYMBOLS + (release.CPU_SYMBOLS if cpu_platform else ())
     return {
-        "sglang": _check_version("sglang", SGLANG_VERSION),
+        "sglang": _check_version("sglang", tuple(RELEASES)),
         **{target.path: _check_target(target) for target in targets},
         **{target.path: _check_params(target) for target in CALLS},
         **{path: _check_symbol(path) for path in symbols},
@@ -72,17 +69,9 @@ def unhooked(targets: tuple[Target, ...] = HOOK_TARGETS) -> list[str]:
     return [t.path for t in targets if t.path not in HookRegistry._patched]
 
 
-def installed_version(distribution: str) -> str | None:
-    """Version of an installed distribution, None when it is absent."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-def _check_version(distribution: str, expected: str) -> str | None:
+def _check_version(distribution: str, served: tuple[str, ...]) -> str | None:
     found = installed_version(distribution)
-    return None if found == expected else f"{distribution} is {found}, not {expected}"
+    return None if found in served else f"{distribution} is {found}, not {' or '.join(served)}"
 
 
 def _check_target(target: Target) -> str | None:

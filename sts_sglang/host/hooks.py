@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from sts_sglang import cpu
@@ -16,6 +17,7 @@ from sts_sglang.config import BACKEND, ENV, ConfigError, StsConfig, check_reques
 from sts_sglang.core import dumps
 from sts_sglang.host import bind, compat, handover, refused, reserve, views
 from sts_sglang.host.metrics import Exporter
+from sts_sglang.host.releases import release
 from sts_sglang.host.sampling import check_sampling
 from sts_sglang.host.serves import Refusal, asks_for_sts, check_all, check_raw
 
@@ -37,7 +39,7 @@ class _Launch:
 
     config: StsConfig | None = None  # of the first `sts` launch
     user_env: Any = UNSET  # STS_CONFIG as the user left it, before we hand canonical JSON to children
-    cli_config: str | None = None  # --sts-config, on its way from argparse to ServerArgs
+    given: Any = None  # --sts-config or Engine(sts_config=...), on its way to the arguments it came with
 
 
 class _Scheduler:
@@ -61,26 +63,41 @@ def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
 
 def from_cli_args(original, cls, args: argparse.Namespace):
     """AROUND ServerArgs.from_cli_args: carry the flag over; our refusals end in one line and code 2."""
-    _Launch.cli_config = getattr(args, "sts_config", None)
     try:
-        return original(cls, args)
+        with _giving(getattr(args, "sts_config", None)):
+            return _with_what_is_given(original(cls, args))
     except (ConfigError, Refusal) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def engine_args(original, **kwargs) -> ServerArgs:
+    """AROUND Engine.server_args_class: `sgl.Engine(sts_config=...)` takes a dict, JSON or a path."""
+    with _giving(kwargs.pop("sts_config", None)):
+        return _with_what_is_given(original(**kwargs))
+
+
+@contextlib.contextmanager
+def _giving(config: Any) -> Iterator[None]:
+    _Launch.given = config
+    try:
+        yield
     finally:
-        _Launch.cli_config = None
+        _Launch.given = None
 
 
-def args_init(original, self: ServerArgs, *args, **kwargs) -> None:
-    """AROUND ServerArgs.__init__: `sgl.Engine(sts_config=...)` takes a dict, JSON or a path."""
-    self._sts_config = kwargs.pop("sts_config", None)
-    original(self, *args, **kwargs)
+def _with_what_is_given(server_args: ServerArgs) -> ServerArgs:
+    """A release that resolves arguments when it launches them would meet them without their configuration."""
+    if _Launch.given is not None or asks_for_sts(server_args):
+        release.resolve(server_args)
+    return server_args
 
 
-def args_post_init(original, self: ServerArgs) -> None:
-    """AROUND ServerArgs.__post_init__: refuse before weights load, hand the config to the children."""
-    given = self.__dict__.pop("_sts_config", None)
-    given = _Launch.cli_config if given is None else given
+def resolve_args(original, self: ServerArgs) -> None:
+    """AROUND what resolves ServerArgs: refuse before weights load, hand the config to the children."""
+    if release.is_resolved(self):
+        return original(self)
+    given, _Launch.given = _Launch.given, None
     if not asks_for_sts(self):
         if given is not None:
             raise Refusal("--sts-config: given without --attention-backend sts; add it or drop the config")
@@ -96,7 +113,7 @@ def args_post_init(original, self: ServerArgs) -> None:
 def check_args(self: ServerArgs) -> None:
     """BEFORE ServerArgs.check_server_args: arguments that were built without our hooks, in another process,
     or changed since, are checked where every launch passes."""
-    if not asks_for_sts(self) or (_Launch.config is not None and handover.fits(self)):
+    if not asks_for_sts(self) or (_Launch.config is not None and handover.fits(views.resolved(self))):
         return
     _require_hooks()
     config = _Launch.config or _launch_config(None)
@@ -114,9 +131,9 @@ def _check(server_args: ServerArgs, config: StsConfig) -> None:
     """Of resolved arguments; what passes is this process's launch."""
     checked = config
     if server_args.model_path.lower() not in ("none", "dummy"):  # SGLang's own placeholder: resolves nothing
-        checked = check_all(server_args, config)
+        checked = check_all(views.resolved(server_args), config)
     _Launch.config = config
-    handover.leave(server_args, checked)
+    handover.leave(views.resolved(server_args), checked)
 
 
 def _launch_config(given: Any) -> StsConfig:
@@ -155,24 +172,24 @@ def ends_in_one_line(hook: Callable) -> Callable:
 def scheduler_init(self, server_args: ServerArgs, *args, **kwargs) -> None:
     """BEFORE Scheduler.__init__: serve nothing that no launch has checked."""
     if asks_for_sts(server_args):
-        handover.verify(server_args)
+        handover.verify(views.resolved(server_args))
 
 
 def create_draft_backend(
-    original, self: DraftBackendFactory, backend_name: str, backend_map: dict, error_template: str
+    original, self: DraftBackendFactory, backend_name: str, backend_map: dict, error_template: str, **kwargs
 ):
     """AROUND DraftBackendFactory._create_backend: `sts` joins the closed map; SGLang keeps choosing."""
     runner = self.draft_model_runner
     if backend_map["triton"] == self._create_triton_decode_backend:
 
         def build():
-            return DraftMultiStepBackend(runner, self.topk, self.speculative_num_steps)
+            return release.built(DraftMultiStepBackend(runner, self.topk, self.speculative_num_steps))
     else:
 
         def build():
-            return dense.of_draft_extend(StsConfig.of_launch(), runner)
+            return release.built(dense.of_draft_extend(StsConfig.of_launch(), runner))
 
-    return original(self, backend_name, {**backend_map, BACKEND: build}, error_template)
+    return original(self, backend_name, {**backend_map, BACKEND: build}, error_template, **kwargs)
 
 
 @ends_in_one_line
@@ -181,10 +198,11 @@ def init_attention_backends(result: None, self: EAGLEWorkerV2) -> None:
     if not asks_for_sts(self.server_args):
         return
     runtime = bind.bind(self, StsConfig.of_launch()).runtime
+    args = views.resolved(self.server_args)
     _Scheduler.exporter = Exporter(
         runtime.state.totals,
-        enable_metrics=self.server_args.enable_metrics,
-        interval=self.server_args.decode_log_interval,
+        enable_metrics=args.enable_metrics,
+        interval=args.decode_log_interval,
         plans=lambda: runtime.verifier.host_plans,
     )
 
@@ -195,7 +213,7 @@ def init_cuda_graphs(result: None, self: EAGLEWorkerV2) -> None:
         bind.announce(bind.note_graphs(self))
 
 
-def forward_batch(self: EAGLEWorkerV2, batch: ScheduleBatch, on_publish=None) -> None:
+def forward_batch(self: EAGLEWorkerV2, batch: ScheduleBatch, *args, **kwargs) -> None:
     """BEFORE EAGLEWorkerV2.forward_batch_generation: note keeps at prefill, and who is in a round."""
     if (bound := bind.current()) is None:
         return
@@ -219,7 +237,8 @@ def profile_available_bytes(result: int, self: KVCacheConfigurator, pre_model_lo
     if self.is_draft_worker or not asks_for_sts(self.server_args):
         return None
     config = StsConfig.of_launch()
-    return result - reserve.reserved_bytes(config, self.server_args, self.model_config, result)
+    args = views.resolved(self.server_args)
+    return result - reserve.reserved_bytes(config, args, self.model_config, result)
 
 
 def internal_state(result: GetInternalStateReqOutput, self, recv_req) -> None:
@@ -229,13 +248,13 @@ def internal_state(result: GetInternalStateReqOutput, self, recv_req) -> None:
 
 
 def hicache_load(result, self, *args, **kwargs) -> None:
-    """AFTER HiCacheController.load: these slots get new occupants that no forward writes."""
+    """AFTER a cache controller's load: these slots get new occupants that no forward writes."""
     bound = bind.current()
     if result is not None and bound is not None:
         bound.runtime.loaded(result)
 
 
-def release_kv(req: Req, tree_cache: BasePrefixCache, is_insert=True) -> None:
+def release_kv(req: Req, tree_cache: BasePrefixCache, *args, **kwargs) -> None:
     """BEFORE release_kv_cache: dump a finished request that asks for it, while its slots are its own."""
     bound = bind.current()
     if bound is None or bound.runtime.config.inspect_dir is None:
@@ -257,8 +276,7 @@ HOOKS: tuple[tuple[Callable, str], ...] = (
     (release_kv, "BEFORE"),
     (add_cli_args, "AFTER"),
     (from_cli_args, "AROUND"),
-    (args_init, "AROUND"),
-    (args_post_init, "AROUND"),
+    (resolve_args, "AROUND"),
     (check_args, "BEFORE"),
     (scheduler_init, "BEFORE"),
     (sampling_verify, "AFTER"),

@@ -1,9 +1,19 @@
-"""SGLang 0.5.16: the names that are hooked, called or subclassed, and the fields that are read.
+"""SGLang 0.5.16: the names that are hooked, called or subclassed, and the fields that are read; at the end,
+as functions, where other releases mean something else.
 
-Data alone. Another release is another file of this kind (docs/extending.md).
+Another release is another file of this kind (docs/extending.md). Nothing here imports SGLang before a
+function is called.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
 VERSION = "0.5.16"
 
@@ -39,8 +49,7 @@ HOOKS: Targets = {
     "release_kv": ("sglang.srt.mem_cache.common.release_kv_cache", ("req", "tree_cache", "is_insert")),
     "add_cli_args": (f"{_ARGS}.add_cli_args", ("parser",)),
     "from_cli_args": (f"{_ARGS}.from_cli_args", ("cls", "args")),
-    "args_init": (f"{_ARGS}.__init__", ("self",)),
-    "args_post_init": (f"{_ARGS}.__post_init__", ("self",)),
+    "resolve_args": (f"{_ARGS}.__post_init__", ("self",)),
     "check_args": (f"{_ARGS}.check_server_args", ("self",)),
     "scheduler_init": ("sglang.srt.managers.scheduler.Scheduler.__init__", ("self", "server_args")),
     "sampling_verify": ("sglang.srt.sampling.sampling_params.SamplingParams.verify", ("self", "vocab_size")),
@@ -55,6 +64,8 @@ HOOKS: Targets = {
 # Names that are called or subclassed rather than hooked.
 SYMBOLS = (
     "sglang.srt.configs.model_config.ModelConfig.from_server_args",
+    "sglang.srt.constrained.base_grammar_backend.register_grammar_backend",
+    "sglang.srt.entrypoints.engine.Engine.server_args_class",
     "sglang.srt.environ.envs.SGLANG_DISABLE_DRAFT_EXTEND_CUDA_GRAPH",
     "sglang.srt.environ.envs.SGLANG_ENABLE_OVERLAP_PLAN_STREAM",
     "sglang.srt.environ.envs.SGLANG_ENABLE_UNIFIED_RADIX_TREE",
@@ -66,12 +77,15 @@ SYMBOLS = (
     "sglang.srt.layers.attention.attention_registry.register_attention_backend",
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend",
     "sglang.srt.mem_cache.memory_pool.KVWriteLoc",
+    "sglang.srt.managers.scheduler.run_scheduler_process",
     "sglang.srt.model_executor.cuda_graph_config.Backend.DISABLED",
     "sglang.srt.plugins.hook_registry.HookRegistry._patched",
     "sglang.srt.plugins.hook_registry.HookType",
     "sglang.srt.plugins.load_plugins",
     "sglang.srt.server_args.ATTENTION_BACKEND_CHOICES",
     "sglang.srt.server_args.add_attention_backend_choices",
+    "sglang.srt.server_args.add_grammar_backend_choices",
+    "sglang.srt.server_args.prepare_server_args",
     "sglang.srt.utils.hf_transformers_utils.get_config",
     f"{_SPEC}.eagle_utils.TreeMaskMode.QLEN_ONLY",
     f"{_SPEC}.draft_utils.DraftBackendFactory._create_triton_decode_backend",
@@ -80,6 +94,7 @@ SYMBOLS = (
 # Functions that are called, and methods that are overridden, with the parameters that this relies on.
 _BACKEND = "sglang.srt.layers.attention.base_attn_backend.AttentionBackend"
 _POOL = "sglang.srt.mem_cache.memory_pool"
+_GRAMMAR = "sglang.srt.constrained.base_grammar_backend.BaseGrammarObject"  # of host/forced.py
 CALLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (f"{_BACKEND}.init_cuda_graph_state", ("self", "max_bs", "max_num_tokens")),
     (f"{_BACKEND}.init_forward_metadata", ("self", "forward_batch")),
@@ -91,6 +106,13 @@ CALLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (f"{_POOL}.MHATokenToKVPool.get_key_buffer", ("self", "layer_id")),
     (f"{_POOL}.MHATokenToKVPool.get_value_buffer", ("self", "layer_id")),
     (f"{_POOL}.KVWriteLoc", ("loc", "swa_loc")),
+    (f"{_GRAMMAR}.accept_token", ("self", "token")),
+    (f"{_GRAMMAR}.rollback", ("self", "k")),
+    (f"{_GRAMMAR}.allocate_vocab_mask", ("self", "vocab_size", "batch_size", "device")),
+    (f"{_GRAMMAR}.fill_vocab_mask", ("self", "vocab_mask", "idx")),
+    (f"{_GRAMMAR}.move_vocab_mask", ("vocab_mask", "device")),
+    (f"{_GRAMMAR}.apply_vocab_mask", ("logits", "vocab_mask")),
+    ("sglang.srt.constrained.base_grammar_backend.BaseGrammarBackend.dispatch_ebnf", ("self", "key_string")),
     (
         "sglang.srt.configs.model_config.ModelConfig.from_server_args",
         ("server_args", "model_path", "model_revision", "is_draft_model", "context_length"),
@@ -351,6 +373,7 @@ CPU_BRANCHES = {
         "assign_draft_cache_locs_contiguous_cpu": "assign_draft_cache_locs",
     },
 }
+# Our stand-ins for functions and for Triton kernels, by name in cpu/ops.py.
 CPU_HOOKS: Targets = {
     "support_triton": ("sglang.srt.utils.common.support_triton", ("backend",)),
     "gather_spec_extras": ("sglang.kernels.ops.speculative.gather_spec_extras.gather_spec_extras", ()),
@@ -360,11 +383,102 @@ CPU_HOOKS: Targets = {
         ("self", "logits", "vocab_mask"),
     ),
 }
-PAGED_ALLOCATOR = "sglang.srt.mem_cache.allocator.paged"
+_PAGED = "sglang.srt.mem_cache.allocator.paged"
+CPU_KERNELS = {
+    f"{_PAGED}.alloc_extend_kernel": "alloc_extend",
+    f"{_PAGED}.alloc_decode_kernel": "alloc_decode",
+}
 CPU_SYMBOLS = (
     *(f"{module}._is_cpu" for module in CPU_BRANCHES),
-    f"{PAGED_ALLOCATOR}.alloc_extend_kernel",
-    f"{PAGED_ALLOCATOR}.alloc_decode_kernel",
-    f"{PAGED_ALLOCATOR}.alloc_extend_naive",
+    *CPU_KERNELS,
+    f"{_PAGED}.alloc_extend_naive",
     "sglang.srt.mem_cache.allocation.get_last_loc_torch",
 )
+
+# Radix trees that bring KV back from the host by roads of their own, on which no slot is forgotten.
+TREES_THAT_REMEMBER = ("SGLANG_ENABLE_UNIFIED_RADIX_TREE", "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE")
+
+
+def resolve(args: ServerArgs) -> None:
+    """Resolve arguments that were made just now: making them has done it."""
+
+
+def is_resolved(args: ServerArgs) -> bool:
+    """Whether the function that is hooked as `resolve_args` has run: it runs once."""
+    return False
+
+
+def resolved(args: ServerArgs) -> ServerArgs:
+    """The arguments as SGLang resolved them: in their own place."""
+    return args
+
+
+def model_config(args: ServerArgs) -> ModelConfig:
+    """The target's."""
+    return args.get_model_config()
+
+
+def draft_kv_dtype(args: ServerArgs) -> tuple[str, str] | None:
+    """The flag for the draft's KV alone and its value; None: --kv-cache-dtype is the draft's too."""
+
+
+def pool_row(req: Req) -> int | None:
+    """A request's row in the table of slots, None while it has none."""
+    return req.req_pool_idx
+
+
+def committed(req: Req) -> int:
+    """Tokens of a request whose KV is there."""
+    return req.kv_committed_len
+
+
+def built(backend: Any) -> Any:
+    """What a builder in the map of DraftBackendFactory answers."""
+    return backend
+
+
+def offers_tree_mask(cls: type) -> type:
+    """Decorator of the target's backend: trees are written where its graphs read them.
+
+    `cls.tree_mask_buffer`: bool [requests * T * T], or None without graphs.
+    """
+
+    def get_verify_buffers_to_fill_after_draft(self) -> list:
+        return [self.tree_mask_buffer, None]
+
+    cls.get_verify_buffers_to_fill_after_draft = get_verify_buffers_to_fill_after_draft
+    return cls
+
+
+def use_qlen_tree_mask(draft: EagleDraftWorker) -> None:
+    """Ask for the [T, T] tree mask instead of [T, L + T].
+
+    CUDA defaults to FULL_MASK, which the worker fills whole every round (MBs at long contexts).
+    """
+    from sglang.srt.speculative.eagle_utils import TreeMaskMode
+
+    draft.tree_mask_mode = TreeMaskMode.QLEN_ONLY
+
+
+def reads_table_to_the_end(cls: type) -> type:
+    """Decorator of backends that read the table of slots in every layer: nobody asks here."""
+    return cls
+
+
+def captured_draft_extend(cls: type) -> type:
+    """Decorator of the draft's FA3 backend, which the draft worker captures if it is on a closed list of
+    classes.
+
+    FA3 is not, and runs under a graph as it is (patches/0002): a virtual subclass of a class on the list
+    gets in and inherits nothing. The runner publishes its read-done event before the replay, while FA3 reads
+    the table of slots in the graph once more; by then the scheduler may write it. The same buffers have been
+    filled outside of the graph, so nothing need happen inside.
+    """
+    from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
+
+    def init_forward_metadata_in_graph(self, forward_batch) -> None:
+        """Nothing: see above."""
+
+    cls.init_forward_metadata_in_graph = init_forward_metadata_in_graph
+    FlashInferAttnBackend.register(cls)
+    return cls

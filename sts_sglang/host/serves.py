@@ -25,6 +25,7 @@ from sts_sglang.config import (
     shown,
 )
 from sts_sglang.host import views
+from sts_sglang.host.releases import release
 from sts_sglang.host.sampling import check_sampling
 from sts_sglang.verifiers import registry as verifiers
 
@@ -83,9 +84,10 @@ class _Rule(NamedTuple):
 
 
 _ONE_PROCESS = "one process must see all heads and all tokens"
+_DTYPE = "KV must have the model's dtype"
 _OTHER_LAYOUT = "it reads KV as [slot, head, dim]"
 _DRAFT_KV_LOST = "this cache may bring a prefix back without the draft's KV, which the selection is made from"
-_RULES = (
+_ALL_RULES = (
     *(
         _Rule(field, (1,), _ONE_PROCESS)
         for field in (
@@ -97,8 +99,10 @@ _RULES = (
             "attn_cp_size",
             "moe_dp_size",
             "dcp_size",
+            "attn_dp_size",
         )
     ),
+    _Rule("enable_kv_cache_sharding", (False,), _ONE_PROCESS),
     _Rule("enable_prefill_cp", (False,), _ONE_PROCESS),
     _Rule("enable_prefill_context_parallel", (False,), _ONE_PROCESS),
     _Rule("enable_dsa_prefill_context_parallel", (False,), _ONE_PROCESS),
@@ -107,13 +111,17 @@ _RULES = (
     _Rule("enable_pdmux", (False,), "it runs decode on a group of backends"),
     _Rule("disaggregation_mode", ("null",), "a transferred prompt has no draft attention"),
     _Rule("decoupled_spec_role", ("null",), "draft and target must share a process"),
-    _Rule("kv_cache_dtype", ("auto", "bf16", "bfloat16"), "KV must have the model's dtype"),
+    _Rule("disaggregation_decode_retraction_backup", (None, "cpu_tensor"), "its pool is a decode server's"),
+    _Rule("kv_cache_dtype", ("auto", "bf16", "bfloat16"), _DTYPE),
+    _Rule("speculative_draft_kv_cache_dtype", (None, "auto", "bf16", "bfloat16"), _DTYPE),
     _Rule("enable_unified_memory", (False,), _OTHER_LAYOUT),
     _Rule("enable_page_major_kv_layout", (False,), _OTHER_LAYOUT),
     _Rule("enable_hisparse", (False,), "it keeps KV in pools of its own"),
     _Rule("enable_lmcache", (False,), _DRAFT_KV_LOST),
     _Rule("enable_flexkv", (False,), _DRAFT_KV_LOST),
     _Rule("hicache_storage_backend", (None,), _DRAFT_KV_LOST),
+    _Rule("hicache_host_memory_mode", ("cache",), _DRAFT_KV_LOST),
+    _Rule("enable_unified_cache_external_linker", (False,), _DRAFT_KV_LOST),
     _Rule("radix_cache_backend", (None,), _DRAFT_KV_LOST),
     _Rule("enable_deterministic_inference", (False,), "the selection depends on the batch"),
     _Rule("rl_on_policy_target", (None,), "it turns deterministic inference on"),
@@ -132,6 +140,10 @@ _RULES = (
         "from the second turn on SGLang counts a cached token under speculation that is not there, and "
         "answers differently from one request of the same tokens",
     ),
+    _Rule("enable_nvidia_megakernel", (False,), "its kernels verify in the backend's place"),
+    _Rule("enable_amd_monokernel", (False,), "its kernels verify in the backend's place"),
+    _Rule("enable_watermark", (False,), "nobody has read how it draws under speculation"),
+    _Rule("enable_return_aux_hidden_states", (False,), "SGLang then runs no draft"),
     _Rule("encoder_only", (False,), "an encoder has no decode to verify"),
     _Rule("model_impl", ("auto", "sglang"), "only SGLang's own models have been read"),
     _Rule("use_ray", (False,), "SGLang loads no plugins in Ray actors"),
@@ -139,6 +151,8 @@ _RULES = (
     _Rule("grpc_mode", (False,), "its server hands requests on without SGLang's checks of them"),
     _Rule("tokenizer_worker_num", (1,), "SGLang loads no plugins in further tokenizer workers"),
 )
+# Releases differ in the flags they have.
+_RULES = tuple(rule for rule in _ALL_RULES if rule.field in release.SERVER_ARGS_READ)
 # What the launch's checks stand on, as far as SGLang leaves it alone until a scheduler has it: a scheduler
 # asks for the same values (host/handover.py).
 CHECKED = (
@@ -157,9 +171,16 @@ CHECKED = (
     "speculative_num_steps",
     "speculative_token_map",
 )
-_ENVIRONMENT = {
+_ALL_ENVIRONMENT = {
     "SGLANG_USE_HND_KVCACHE": _OTHER_LAYOUT,
     "SGLANG_ENABLE_OVERLAP_PLAN_STREAM": "the selection is only known when the draft has run",
+    "SGLANG_ENABLE_METADATA_GLUE_GRAPH": "it would replay the plan of the round that it recorded",
+    "SGLANG_RUST_SERVER": "its server hands requests on without SGLang's checks of them",
+}
+_ENVIRONMENT = {
+    name: why
+    for name, why in _ALL_ENVIRONMENT.items()
+    if f"sglang.srt.environ.envs.{name}" in release.SYMBOLS
 }
 
 
@@ -272,17 +293,18 @@ def _check_graphs(server_args: ServerArgs, config: StsConfig) -> None:
 
 
 def check_history(server_args: ServerArgs, config: StsConfig) -> None:
-    """Whether slots can remember with this cache. Raises `Refusal`."""
+    """Whether slots can remember, scores or sketches, with this cache. Raises `Refusal`."""
     from sglang.srt.environ import envs
 
-    if config.history == "off" or not server_args.enable_hierarchical_cache:
+    key, off = ("history", "off") if config.history != "off" else ("selector", "draft")
+    remembers = config.history != "off" or config.by_pages
+    if not remembers or not server_args.enable_hierarchical_cache:
         return
-    # These trees bring KV back from the host by roads of their own, on which no slot is forgotten.
-    for name in ("SGLANG_ENABLE_UNIFIED_RADIX_TREE", "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE"):
+    for name in release.TREES_THAT_REMEMBER:
         if getattr(envs, name).get():
             raise Refusal(
-                f"sts_config.history: not served with --enable-hierarchical-cache and {name}, whose slots "
-                'would remember their earlier occupants; unset the variable or set history to "off"'
+                f"sts_config.{key}: not served with --enable-hierarchical-cache and {name}, whose slots "
+                f'would remember their earlier occupants; unset the variable or set {key} to "{off}"'
             )
 
 
@@ -357,7 +379,7 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     check_device(server_args, config)
     check_history(server_args, config)
     check_inspect(config)
-    target = server_args.get_model_config()
+    target = release.model_config(server_args)
     check_target(target)
     draft = draft_config(server_args, target)
     check_draft(draft, target)
@@ -522,18 +544,21 @@ def draft_config(server_args: ServerArgs, target: ModelConfig) -> ModelConfig:
 def _check_kv_dtype(server_args: ServerArgs, target: ModelConfig, draft: ModelConfig) -> None:
     import torch
 
-    models = {"--model-path": target, "--speculative-draft-model-path": draft}
-    for flag, model in models.items():
+    given = "--kv-cache-dtype", server_args.kv_cache_dtype
+    models = (
+        ("--model-path", target, *given),
+        ("--speculative-draft-model-path", draft, *(release.draft_kv_dtype(server_args) or given)),
+    )
+    for flag, model, asked, value in models:
         # Such a checkpoint may bring an fp8 KV cache along, which only shows when it is loaded.
-        if server_args.kv_cache_dtype == "auto" and "modelopt" in (model.quantization or ""):
+        if value == "auto" and "modelopt" in (model.quantization or ""):
             raise Refusal(
-                f"--kv-cache-dtype auto: the ModelOpt checkpoint of {flag} may set fp8; "
-                "use --kv-cache-dtype bfloat16"
+                f"{asked} auto: the ModelOpt checkpoint of {flag} may set fp8; use {asked} bfloat16"
             )
-        if server_args.kv_cache_dtype != "auto" and model.dtype != torch.bfloat16:
+        if value != "auto" and model.dtype != torch.bfloat16:
             raise Refusal(
-                f"--kv-cache-dtype {server_args.kv_cache_dtype}: {flag} runs in {model.dtype}, and KV "
-                "must have the model's dtype; use --kv-cache-dtype auto or --dtype bfloat16"
+                f"{asked} {value}: {flag} runs in {model.dtype}, and KV must have the model's dtype; "
+                f"use {asked} auto or --dtype bfloat16"
             )
 
 

@@ -15,6 +15,7 @@ import torch
 from sts_kernels.layout import Contexts, KvPool
 from sts_sglang.core.request import Finished, Request
 from sts_sglang.headmap import HeadCounts, ModelPaths
+from sts_sglang.host.releases import release
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
     from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleVerifyInput
+
+
+# What the backends owe this release beyond the methods that every release asks for: class decorators.
+offers_tree_mask = release.offers_tree_mask
+reads_table_to_the_end = release.reads_table_to_the_end
+captured_draft_extend = release.captured_draft_extend
 
 
 class Mode(enum.Enum):
@@ -257,14 +264,14 @@ def prefills(batch: ScheduleBatch) -> bool:
 
 def request(req: Req) -> Request:
     params: SamplingParams = req.sampling_params
-    return Request(req.rid, req.req_pool_idx, req.origin_input_ids, req.output_ids, params.custom_params)
+    return Request(req.rid, release.pool_row(req), req.origin_input_ids, req.output_ids, params.custom_params)
 
 
 def finished(req: Req) -> Finished | None:
     """A request that has ended and still owns its slots, else None."""
-    if req.req_pool_idx is None or not req.finished():
+    if release.pool_row(req) is None or not req.finished():
         return None
-    return Finished(request(req), req.output_ids_through_stop, req.kv_committed_len, req.cached_tokens)
+    return Finished(request(req), req.output_ids_through_stop, release.committed(req), req.cached_tokens)
 
 
 def table_of(cache: BasePrefixCache) -> torch.Tensor:
@@ -277,6 +284,12 @@ class Phase(NamedTuple):
     captured: bool
     backend: Any
     largest: int
+
+
+def resolved(args: ServerArgs) -> ServerArgs:
+    """Server arguments as SGLang resolved them. What is annotated as ServerArgs elsewhere is either these or,
+    before the launch resolves them, the arguments as given."""
+    return release.resolved(args)
 
 
 def decode_graphs(args: ServerArgs) -> Phase:
