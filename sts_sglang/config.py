@@ -255,7 +255,7 @@ class StsConfig:
     mean and deviation of the keys of pages of 16; `joined` both. The others are for comparison, slow, in
     plain torch, from the target layer's own queries and keys: `oracle` its attention, `quest` bounds of pages
     of 16, `recent` nothing but sink and the last tokens, `random` chance."""
-    page_share: float = 0.5
+    page_share: float = 0.75
     """Part of every list that pages have under selector `joined`, 0 < page_share < 1; the draft's choice has
     the rest."""
     verify: VerifyMode = "sparse"

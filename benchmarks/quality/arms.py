@@ -46,7 +46,7 @@ ARMS = {
     "sts-draft": Arm({"draft": "all"}, "so does draft-extend"),
     "sts-draft-blend": Arm({"draft": "all", "history": "blend"}, "the same with history in every verify"),
     "sts-full4": Arm({"full_verify_every": 4}, "every 4th verify attends to everything"),
-    "joined": Arm({"selector": "joined"}, "half of a list to the draft, half to pages"),
+    "joined": Arm({"selector": "joined"}, "pages have three quarters of a list, the draft the rest"),
     "oracle": Arm({"selector": "oracle"}, "the target's own attention"),
     "quest": Arm({"selector": "quest"}, "Quest's bounds over pages of 16"),
     "pages": Arm({"selector": "pages"}, "mean and deviation of pages of 16"),
