@@ -7,6 +7,7 @@ A number that stands in the template itself says at which commit it was measured
 from __future__ import annotations
 
 import statistics
+from functools import partial
 
 from benchmarks import tables
 from benchmarks.quality.report import DENSE, Results, points, same_outputs, signed
@@ -16,7 +17,17 @@ from benchmarks.tables import answers, recall, serving
 def facts() -> dict[str, str]:
     """By name. Raises SystemExit where a file is missing that a sentence needs."""
     found = {**_speed(), **_recall()}
-    for folder, make in {"quality": _answers, "quality_parity": _parity}.items():
+    makers = {
+        "quality": _answers,
+        "quality_parity": _parity,
+        "quality_eagle3": partial(_others, "eagle3", ["sts", "joined-75"], [0.1], False),
+        "quality_eagle3_16k": partial(_others, "eagle3_16k", ["sts", "joined"], [0.1], False),
+        "quality_smollm2_plain": partial(
+            _others, "plain", ["sts", "map", "pages", "joined-map-u"], [0.1, 0.25], True
+        ),
+        "quality_smollm2_eagle3": partial(_others, "smol_eagle3", [], [], True),
+    }
+    for folder, make in makers.items():
         results = answers.answers(tables.RESULTS / folder)
         if results is None:
             raise SystemExit(f"benchmarks/results/{folder} is missing")
@@ -111,6 +122,20 @@ def _answers(found: Results) -> dict[str, str]:
         "noise": f"{100 * max(abs(f.mean) for f in again if f):.1f}",
         "noise_equal": same_outputs(found, "sts", "sts-again", found.keeps),
     }
+
+
+def _others(name: str, arms: list[str], keeps: list[float], text: bool, found: Results) -> dict[str, str]:
+    """By NAME_ARM_KEEP, at the first length: points of answers, or percent of the loss of text. And then
+    NAME_accept, tokens a round of dense verify on text."""
+    first, made = found.lengths(loss=True)[0], {}
+    for arm in arms:
+        for keep in keeps:
+            pair = (arm, keep), (arm, DENSE), first
+            change = found.loss_change(*pair) if text else found.difference(*pair)
+            made[f"{name}_{arm}_{100 * keep:.0f}"] = signed(change, digits=2 if text else 1).strip("*")
+    if text:
+        made[f"{name}_accept"] = f"{found.accept_length('sts', DENSE, first, ['text']):.2f}"
+    return made
 
 
 def _parity(found: Results) -> dict[str, str]:

@@ -24,6 +24,12 @@ QUALITY = {
     "pages": "page mean + deviation",
     "recent": "sink + recent",
     "random": "chance",
+    "joined": "joined",
+    "joined-75": "joined, three quarters to pages",
+    "joined-prop": "joined, without a calibrated map",
+    "map": "sts, calibrated map",
+    "joined-map": "joined, calibrated map",
+    "joined-map-u": "joined, calibrated map, the same budget for every head",
 }
 
 
@@ -35,28 +41,53 @@ def answers(folder: Path) -> Results | None:
 
 def quality() -> str:
     """What each selector and budget changes against dense, by context: answers, and the loss of text."""
-    found = answers(tables.RESULTS / "quality")
-    if found is None:
-        return MISSING
-    keeps = [keep for keep in found.keeps if keep <= 0.25]
-    parts = []
-    for length in found.lengths():
-        dense = points(found.mean("sts", DENSE, length))
-        head = [f"{length:,} tokens (dense: {dense})", *map(percent, keeps)]
-        lines = changes(found, found.difference, length, keeps, digits=1)
-        parts.append(table(head, [[QUALITY[arm] + found.part(arm, length), *cells] for arm, *cells in lines]))
-    losses = [
-        [f"{QUALITY[arm]}, {length:,}", *cells]
-        for length in found.lengths(loss=True)
-        for arm, *cells in changes(found, found.loss_change, length, keeps, digits=2)
+    return asked(["quality"], "the shipped pair")
+
+
+def eagle3() -> str:
+    """The same with the shipped EAGLE-3 head."""
+    return asked(["quality_eagle3", "quality_eagle3_16k"], "the shipped target and EAGLE-3 head")
+
+
+def pretrained() -> str:
+    """The same of SmolLM2 with a STANDALONE draft, and then with an EAGLE-3 head, asked for text alone."""
+    parts = [
+        asked([f"quality_smollm2_{draft}"], f"SmolLM2-135M-Instruct with {name}") for draft, name in DRAFTS
     ]
+    return "\n\n".join(parts)
+
+
+DRAFTS = (("plain", "its STANDALONE draft (a)"), ("eagle3", "its EAGLE-3 head (c)"))
+
+
+def asked(folders: list[str], whose: str) -> str:
+    """Changes against dense in these folders of results, whose arms may differ."""
+    each = [found for name in folders if (found := answers(tables.RESULTS / name)) is not None]
+    if not each:
+        return MISSING
+    parts, losses = [], []
+    keeps = sorted({keep for found in each for keep in found.keeps if keep <= 0.25})
+    for found in each:
+        for length in found.lengths():
+            dense = points(found.mean("sts", DENSE, length))
+            head = [f"{length:,} tokens (dense: {dense})", *map(percent, keeps)]
+            lines = changes(found, found.difference, length, keeps, digits=1)
+            parts.append(
+                table(head, [[QUALITY[arm] + found.part(arm, length), *cells] for arm, *cells in lines])
+            )
+        losses += [
+            [f"{QUALITY[arm]}, {length:,}", *cells]
+            for length in found.lengths(loss=True)
+            for arm, *cells in changes(found, found.loss_change, length, keeps, digits=2)
+        ]
     parts.append(table(["loss of text, tokens", *map(percent, keeps)], losses))
-    head = next(iter(found.headers.values()))
-    commits = ", ".join(sorted({h["commit"] for h in found.headers.values()}))
+    heads = [next(iter(found.headers.values())) for found in each]
+    commits = ", ".join(sorted({h["commit"] for found in each for h in found.headers.values()}))
+    items = " and ".join(dict.fromkeys(str(h["items"]) for h in heads))
     parts.append(
         f"Points of accuracy, mean over tasks, and percent of the loss, against the same server's dense "
-        f"verify, 95 % intervals; bold excludes 0. {head['device']}, {head['items']} items a task, commit "
-        f"{commits}, the shipped pair."
+        f"verify, 95 % intervals; bold excludes 0. {heads[0]['device']}, {items} items a task, commit "
+        f"{commits}, {whose}."
     )
     return "\n\n".join(parts)
 

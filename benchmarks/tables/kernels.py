@@ -146,3 +146,25 @@ def round_time() -> str:
         lines.append([f"`{r['arm']}`, {r['context']:,} x {r['requests']}, {r['commit']}", *cells])
     note = f"Milliseconds of one round, means over {found[0]['rounds']} rounds. {found[0]['gpu']}."
     return table(["server", *CLASSES, OTHERS, "idle device", "round"], lines) + "\n\n" + note
+
+
+def pages() -> str:
+    """Microseconds of a layer (`score`, `list`, `join`) or a step (`tag`, `sizes`) of page scores."""
+    found = rows("pages.jsonl")
+    if not found:
+        return MISSING
+    providers = ("score", "list", "join", "sketch", "tag", "sizes")
+    by_shape: dict[tuple[int, int], dict[str, dict]] = {}
+    for row in found:
+        by_shape.setdefault((row["context"], row["batch"]), {})[row["provider"]] = row
+    lines = [
+        [f"{context:,} x {batch}", *(f"{own[name]['us']:.0f}" if name in own else "–" for name in providers)]
+        for (context, batch), own in by_shape.items()
+    ]
+    first = found[0]
+    note = (
+        f"8 KV heads of 128 dimensions, one query token, keep 10 %; {first['gpu']}, {first['commit']}. "
+        "`score`, `list` (or `join` where the draft has scored too, before it selects) and `sketch` run in "
+        "every layer, `tag` and `sizes` once a step."
+    )
+    return table(["context x requests", *providers], lines) + "\n\n" + note

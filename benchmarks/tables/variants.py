@@ -43,6 +43,39 @@ def pair(name: str) -> str:
     return table(head, lines) + "\n\n" + note
 
 
+PAIRS = {
+    "smollm2-plain": "SmolLM2, draft (a)",
+    "smollm2-eagle3": "SmolLM2, EAGLE-3",
+    "shipped-standalone": "shipped, STANDALONE",
+    "shipped-eagle3": "shipped, EAGLE-3",
+}
+
+
+def compared(keep: float = 0.1) -> str:
+    """Every variant at one keep, a column a pair."""
+    found = {name: rows(f"variants/{name}.summary.jsonl") for name in PAIRS}
+    if not any(found.values()):
+        return MISSING
+    at = {name: {r["variant"]: r for r in own if r["keep"] == keep} for name, own in found.items()}
+    every = {r["variant"]: r for own in found.values() for r in own}
+    lines = []
+    for variant, row in every.items():
+        cells = [_loss(own[variant]) if variant in own else "–" for own in at.values()]
+        if set(cells) != {"–"}:
+            lines.append([variant, *cells, row["cost"]])
+    used = [own for own in found.values() if own]
+    first = used[0][0]
+    windows = sorted({own[0]["windows"] for own in used})
+    note = (
+        f"Loss of text in percent of dense ± standard error at keep {100 * keep:g} % of "
+        f"{first['length']:,} tokens, teacher forced, no server: the last {first['rows']} tokens of "
+        f"{windows[0]} to {windows[-1]} windows, in verifies of four. Maps and budgets were fitted to other "
+        f"windows of the same kind of text, `served map` is the package's. {first['device']}, "
+        f"{first['dtype']}, commit {commits(used[0])}."
+    )
+    return table(["variant", *PAIRS.values(), "cost of a round"], lines) + "\n\n" + note
+
+
 def _loss(row: dict) -> str:
     """With the share that was kept, where it is not the one that was asked for."""
     other = abs(row["kept"] - row["keep"]) > 0.1 * row["keep"]
