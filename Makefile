@@ -4,18 +4,18 @@ PYTHON ?= python3
 VENV := $(if $(filter 0.5.16,$(SGLANG)),.venv,.venv-$(SGLANG))
 STAMP := $(VENV)/.installed
 
-# What a release can break: the contract with it, what is checked and refused, and backends; and servers.
+# What a release can break, in two lists that take about as long: the contract with it, what is checked and
+# refused, backends, and some launches; and servers.
 CHECKS := $(addprefix tests/test_,$(addsuffix .py,architecture mutations plugin patches cli validate checkpoints \
-	requests backends flashinfer_verify verify_modes cpu_ops headmap history memory extending))
+	requests backends flashinfer_verify verify_modes page_selectors cpu_ops headmap history memory extending hicache)) \
+	tests/test_evaluate.py::test_a_pair_is_evaluated \
+	tests/test_launch.py::test_engine_takes_a_dict_and_refuses_a_second_config \
+	tests/test_launch.py::test_a_scheduler_that_nobody_checked_ends_in_one_line
 SERVED := $(patsubst %,'tests/test_serving.py::test_full_budget_then_small[%]',standalone-chain standalone-tree \
 	eagle3-chain eagle3-tree standalone-chain-all) \
 	tests/test_serving.py::test_metrics_and_server_info \
 	tests/test_serving.py::test_pages_of_16_with_retraction \
-	tests/test_serving.py::test_history_follows_the_prefix_and_forgets_with_its_slots \
-	tests/test_hicache.py \
-	tests/test_evaluate.py::test_a_pair_is_evaluated \
-	tests/test_launch.py::test_engine_takes_a_dict_and_refuses_a_second_config \
-	tests/test_launch.py::test_a_scheduler_that_nobody_checked_ends_in_one_line
+	tests/test_serving.py::test_history_follows_the_prefix_and_forgets_with_its_slots
 
 .PHONY: env demo test contract contract-checks contract-servers lint format clean
 
