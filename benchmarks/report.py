@@ -53,8 +53,8 @@ ANSWERS = """\
   ([`"selector": "joined"`](docs/method.md#pages), not free) by {eagle3_joined-75_10}.
 - **A model that nobody here trained loses much.** SmolLM2-135M, a pruned and healed draft, loss of 4,096
   tokens of text in percent: {plain_sts_10} at 10 % as it comes, {plain_map_10} with a
-  calibrated map, {plain_joined-map-u_10} joined too, and so {plain_joined-map-u_25} at 25 %.
-  Start there with such models, and [measure yours](docs/evaluate.md) first."""
+  calibrated map; joined, by a map of equal budgets (`--budget uniform`), {plain_joined-map-u_10}, and
+  {plain_joined-map-u_25} at 25 %. Start there with such models; [measure yours](docs/evaluate.md) first."""
 
 
 def report() -> str:

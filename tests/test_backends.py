@@ -134,7 +134,9 @@ class Rig:
 
     def verify_batch(self, length: int) -> SimpleNamespace:
         spec_info = SimpleNamespace(draft_token_num=TOKENS, custom_mask=None, topk=1)
-        return self.batch(ForwardMode.TARGET_VERIFY, length, spec_info=spec_info)
+        fb = self.batch(ForwardMode.TARGET_VERIFY, length, spec_info=spec_info)
+        fb.out_cache_loc = self.slots[length : length + TOKENS]
+        return fb
 
     def plan(self, length: int) -> list[list[int]]:
         """What verify attends to at a committed length, as sorted positions per channel."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -22,8 +24,8 @@ GROUP = Q_HEADS // KV_HEADS
 class Request(Rig):
     """One request whose prompt ran through the target, in two chunks."""
 
-    def __init__(self, config: dict, chunks=(100, PROMPT)):
-        super().__init__({**CONFIG, **config}, width=WIDTH)
+    def __init__(self, config: dict, chunks=(100, PROMPT), width: int = WIDTH):
+        super().__init__({**CONFIG, **config}, width=width)
         self.target_pool.k *= 3
         before = 0
         for end in chunks:
@@ -154,6 +156,51 @@ def test_slots_that_were_loaded_have_no_sketch_until_a_prefill_writes_it(selecto
     assert (known == rig.slots[:240].view(-1, PAGE)[:, -1:]).all()
     rig.round(PROMPT, queries)
     assert counted(rig) == ([1, 1] if selector == "pages" else [2, 0])
+
+
+@pytest.mark.parametrize("selector", ["pages", "joined"])
+def test_lists_of_a_map_with_shares_have_room(selector, tmp_path) -> None:
+    """One head has most of the budget: its list is longer than the mean, and no other's is written over."""
+    shares = [[5.0, 0.5], [0.5, 5.0]]
+    counts = COUNTS._asdict()
+    head_map = {"version": 1, "shift": 1, "tp": 1, "target": counts, "draft": counts, "shares": shares}
+    head_map["sources"] = [[[[layer, kv * GROUP]] for kv in range(KV_HEADS)] for layer in range(LAYERS)]
+    (tmp_path / "map.json").write_text(json.dumps(head_map))
+    config = {"policy": "ratio", "keep": 0.4, "budget": 0, "request_keep": "off"}
+    rig = Request({"selector": selector, "head_map": str(tmp_path / "map.json"), **config}, width=PROMPT + 10)
+    queries = [torch.randn(TOKENS, Q_HEADS * DIM) for _ in range(LAYERS)]
+    seen = []
+    attend = rig.runtime.verifier.attend
+
+    def watched(call, lists, channels, attended):
+        for channel in channels.tolist():
+            start, count = int(lists.starts[0, channel]), int(lists.counts[0, channel])
+            seen.append((count, set(lists.indices[start : start + count].tolist())))
+        return attend(call, lists, channels, attended)
+
+    rig.runtime.verifier.attend = watched
+    rig.round(PROMPT, queries)
+    assert max(count for count, _ in seen) > 1.5 * 0.4 * PROMPT
+    assert all(len(chosen) == count for count, chosen in seen)
+    assert all(chosen <= set(rig.slots[:PROMPT].tolist()) for _, chosen in seen)
+
+
+def test_a_prompt_that_repeats_another_leaves_its_sketches_alone() -> None:
+    """All but its last token is there: the page in which that ends is not taken from who completed it."""
+    rig = Request({"selector": "pages"})
+    tags = rig.runtime.sketches.tags.clone()
+    table = rig.target.req_to_token_pool.req_to_token
+    table[5, :99], table[5, 99] = table[rig.REQ, :99], table[rig.REQ, 399]
+    fb = rig.batch(
+        ForwardMode.EXTEND,
+        100,
+        extend_prefix_lens=torch.tensor([99]),
+        extend_seq_lens=torch.tensor([1]),
+        spec_info=None,
+    )
+    fb.req_pool_indices, fb.out_cache_loc = torch.tensor([5]), table[5, 99:100].long()
+    rig.target.init_forward_metadata(fb)
+    assert torch.equal(rig.runtime.sketches.tags, tags)
 
 
 @pytest.mark.parametrize("lost, whole", [(2, False), (3, True)])

@@ -38,6 +38,17 @@ class PageScoresKnobs(SplitKnobs):
 KNOBS = PageScoresKnobs()
 
 
+# Bytes of shared memory of the score kernel: of its sketches, and for every query row and value of a sketch.
+# Read off kernels that Triton 3.6 compiled for Hopper (heads of 128 dimensions).
+SKETCH_BYTES, ROW_BYTES = 73728, 3
+
+
+def shared_bytes(rows: int, head_dim: int) -> int:
+    """About the bytes of shared memory that a thread block takes for the `rows` query rows of a (request, KV
+    head)."""
+    return SKETCH_BYTES + ROW_BYTES * padded(rows) * PAGE * triton.next_power_of_2(2 * head_dim // PAGE)
+
+
 def plan_pages(sizes: PageSizes, *, kv_heads: int) -> Plan | None:
     """How the pages of a batch are parted among programs: alike for every KV head and layer of a step. Never
     None."""

@@ -124,12 +124,14 @@ class StsTargetBackend(Bindable, AttentionBackend):
 
     def _begin_prefill(self, fb: ForwardBatch) -> None:
         """Before the first layer."""
-        contexts, new = views.requests_of(fb).contexts(self.table), views.written(fb).numel()
-        self.runtime.begin_prefill(contexts, views.new_rows(fb).before, new)
+        contexts = views.requests_of(fb).contexts(self.table)
+        self.runtime.begin_prefill(contexts, views.new_rows(fb).before)
 
     def _begin_verify(self, fb: ForwardBatch) -> None:
         """Once a round, before the first layer."""
         self._lists = self.runtime.begin_verify(views.requests_of(fb).contexts(self.table))
+        if self.runtime.sketches is not None:
+            self.runtime.sketches.forget(views.written(fb))
         whole = self.runtime.config.some_dense_verify and not self._dense_verifies(fb)
         self._whole = self._lists.whole() if whole else None
         self._tail_mask = self._tail_masks(fb).contiguous()

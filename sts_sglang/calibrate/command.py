@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
         prints[name] = fingerprint.of_model(path)
         if prints[name] is None:
             raise ConfigError(f"{flag}: no safetensors files to fingerprint; allowed: a safetensors model")
-    recorded = _record(pair, args, config, texts, "--text")
+    recorded = _record(pair, args, config, texts, "--text", args.measure == "output")
     held = _record(pair, args, config, holdout, "--holdout")
     found, report = measure(pair, args, config, recorded, held)
     print(reports.table(report))
@@ -205,7 +205,8 @@ def measure(pair, args, config, recorded: list[Recorded], held: list[Recorded]):
     }
     recall = {name: float(values.mean()) for name, values in ways.items()}
     recall["random"] = search.random(checks)
-    recall["calibrated, own texts"] = float(found.recall.mean())
+    where_found = search.recall_of(found.head_map, search.windows_of(records, config), target, draft).mean(0)
+    recall["calibrated, own texts"] = float(where_found.mean())
     weighted = {name: float((values * mass).sum() / mass.sum()) for name, values in ways.items()}
     stability = {}
     for domain in dict.fromkeys(r.domain for r in records):
@@ -237,7 +238,7 @@ def measure(pair, args, config, recorded: list[Recorded], held: list[Recorded]):
         "weak_heads": weak_heads(by_head, best),
         # Decided on the texts the map is made from: the others only judge.
         "dense_layers": [
-            t for t, r in enumerate(found.recall.mean(1).tolist()) if r < (args.dense_below or 0)
+            t for t, r in enumerate(where_found.mean(1).tolist()) if r < (args.dense_below or 0)
         ],
         "heldout_recall": _rounded(by_head),
         "oracle_recall": _rounded(best),
@@ -368,7 +369,7 @@ def _text(path: str, flag: str) -> Text:
     return Text(one_line(file.stem)[:255], content)
 
 
-def _record(pair, args, config: StsConfig, texts: list[Text], flag: str):
+def _record(pair, args, config: StsConfig, texts: list[Text], flag: str, change: bool = False):
     from sts_sglang.calibrate.record import choose_windows, tokenizer_of
 
     tokenizer = tokenizer_of(args.model)
@@ -384,7 +385,7 @@ def _record(pair, args, config: StsConfig, texts: list[Text], flag: str):
                 f"{pair.positions}; allowed: at most {pair.positions}"
             )
         windows = choose_windows(len(ids), args.windows, least, args.seed + i, flag)
-        records.append(Recorded(ids, pair.record(text.domain, ids, windows, args.measure == "output")))
+        records.append(Recorded(ids, pair.record(text.domain, ids, windows, change)))
     return records
 
 

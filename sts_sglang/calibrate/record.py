@@ -411,7 +411,8 @@ def _errors(seen: Seen, rows: range, probs: torch.Tensor, kept: torch.Tensor) ->
         values, apart = seen.v[kv, : probs.shape[2]].float(), 0.0
         for h in range(kv * group, (kv + 1) * group):
             left = probs[h] * seen_too  # [ways, rows, L]
-            out = (left / left.sum(-1, keepdim=True)) @ values
+            # Where nothing is left that float32 can tell from zero, the output is as good as lost.
+            out = (left / left.sum(-1, keepdim=True).clamp(min=1e-30)) @ values
             apart = apart + (out - outs[h]) @ heads[h].float().T
         found[kv] = (apart.square().sum(-1) / residual).mean(-1)
     return found

@@ -97,10 +97,10 @@ class Runtime:
 
     # ---- prefill of the target
 
-    def begin_prefill(self, contexts: Contexts, before: torch.Tensor, most: int) -> None:
-        """Before its layers. before: int [bs], tokens of the prefix; most: new tokens of a request"""
+    def begin_prefill(self, contexts: Contexts, before: torch.Tensor) -> None:
+        """Before its layers. before: int [bs], tokens of the prefix."""
         if self.sketches is not None:
-            self.sketches.begin_prefill(contexts, before, most)
+            self.sketches.begin_prefill(contexts, before)
 
     def prefilled(self, layer: int, pool: KvPool) -> None:
         """Once the keys of a layer are there."""
@@ -214,6 +214,8 @@ class Runtime:
     def nbytes(self) -> dict[str, int]:
         """Bytes by purpose."""
         own = {} if self.sketches is None else {"sketches": self.sketches.nbytes()}
+        if taken := self.selector.nbytes():
+            own["selector"] = taken
         return {**self.state.nbytes(), **self.verifier.nbytes(), **own}
 
 

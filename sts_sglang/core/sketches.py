@@ -15,6 +15,9 @@ import torch
 from sts_kernels import Ops
 from sts_kernels.layout import NO_PAGE, PAGE, Contexts
 
+SCRATCH = 128 << 20  # bytes that looking for pages without a sketch may take: so many requests at a time
+BYTES_LOOKED_AT = 20  # a position: its slot twice, the tag there, and whether they are the same
+
 
 class Sketches:
     """Of the layers that select by them.
@@ -46,12 +49,14 @@ class Sketches:
         self._before: torch.Tensor | None = None
         self._most = 0
 
-    def begin_prefill(self, contexts: Contexts, before: torch.Tensor, most: int) -> None:
-        """Before the layers of a prefill. before: int [bs], tokens of the prefix; most: new tokens of a
-        request at most. Pages of the prefix that have no sketch are written anew, with all behind them: those
-        that ended in the last verify of another request, that HiCache brought back, or whose place another
-        branch took."""
-        self._begin(contexts, torch.minimum(before.long(), self._first_unknown(contexts)), most)
+    def begin_prefill(self, contexts: Contexts, before: torch.Tensor) -> None:
+        """Before the layers of a prefill. before: int [bs], tokens of the prefix. Complete pages of it that
+        have no sketch are written anew, with all behind them: those that ended in the last verify of another
+        request, that HiCache brought back, or whose place another branch took."""
+        first = self._first_unknown(contexts)
+        # The page in which the prefix ends is completed anyway, or by nobody.
+        before = torch.where(first < before // PAGE * PAGE, first, before.long())
+        self._begin(contexts, before, contexts.table.shape[1])  # how much is missing no host knows
 
     def begin_verify(self, contexts: Contexts, most: int) -> None:
         """Before the layers of a verify. most: tokens that a round commits."""
@@ -76,14 +81,16 @@ class Sketches:
         self.sketched.index_copy_(0, contexts.reqs.long(), contexts.lens.long())
 
     def _first_unknown(self, contexts: Contexts) -> torch.Tensor:
-        """int64 [bs], the first position of the first page without a sketch."""
-        table, reqs, _ = contexts
+        """int64 [bs], the first position of the first page without a sketch; some requests at a time."""
+        (table, reqs, _), found = contexts, []
         pages = table.shape[1] // PAGE
-        slots = table[reqs.long(), : pages * PAGE].unflatten(1, (pages, PAGE))
-        unknown = (self.tags[slots.long()] != slots[..., -1:]).any(2)
-        # Behind the last page: the table is at least as long as any prefix.
-        there = torch.cat([unknown, torch.ones_like(unknown[:, :1])], 1)
-        return there.int().argmax(1) * PAGE
+        for few in reqs.long().split(max(1, SCRATCH // (BYTES_LOOKED_AT * table.shape[1]))):
+            slots = table[few, : pages * PAGE].unflatten(1, (pages, PAGE))
+            unknown = (self.tags[slots.long()] != slots[..., -1:]).any(2)
+            # Behind the last page: the table is at least as long as any prefix.
+            there = torch.cat([unknown, torch.ones_like(unknown[:, :1])], 1)
+            found.append(there.int().argmax(1) * PAGE)
+        return torch.cat(found)
 
 
 def bytes_per_token(layers: int, kv_heads: int, head_dim: int) -> int:

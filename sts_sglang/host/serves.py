@@ -401,7 +401,8 @@ def check_tiles(server_args: ServerArgs, config: StsConfig, target: ModelConfig,
     room = _shared_memory()
     if room is None:
         return
-    from sts_kernels import draft_attention, verify  # imports Triton, which a CPU's launcher goes without
+    # Imports Triton, which a CPU's launcher goes without.
+    from sts_kernels import draft_attention, page_scores, verify
 
     tokens, branches = server_args.speculative_num_draft_tokens, server_args.speculative_eagle_topk
     readers = [("--speculative-num-draft-tokens", tokens, tokens, target, verify.shared_bytes)]
@@ -409,6 +410,8 @@ def check_tiles(server_args: ServerArgs, config: StsConfig, target: ModelConfig,
     readers += [("--speculative-eagle-topk", branches, 1 + branches, draft, draft_attention.shared_bytes)]
     if config.draft == "all":
         readers += [("--speculative-num-draft-tokens", tokens, tokens, draft, verify.shared_bytes)]
+    if config.by_pages:
+        readers += [("--speculative-num-draft-tokens", tokens, tokens, target, page_scores.shared_bytes)]
     for flag, number, queries, model, shared_bytes in readers:
         rows = queries * (model.num_attention_heads // model.num_key_value_heads)
         needed = shared_bytes(rows, model.head_dim)

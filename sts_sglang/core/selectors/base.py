@@ -49,13 +49,17 @@ class Selector(Protocol):
         """Write the entries of a layer's lists, where they are not there yet. Lists of two layers may lie in
         one place: the layer attends before the next one writes."""
 
+    def nbytes(self) -> int:
+        """Of what it has beside the buffers of a round."""
+
 
 class HeadLists:
     """Lists of every (request, KV head), which the layers of the target write in turn.
 
     Args:
         of_target: int32 [layers, H_kv], Channels.of_target: whose list length a KV head takes.
-        requests: of the largest batch. entries: of a list at most.
+        requests: of the largest batch. entries: of a list at most: under a map with shares a head may have
+            many times the budget, so that only the longest context bounds it.
     """
 
     def __init__(self, of_target: torch.Tensor, requests: int, entries: int):

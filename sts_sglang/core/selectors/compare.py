@@ -208,6 +208,9 @@ class LayerSelector:
             recent=self.config.recent,
         )
 
+    def nbytes(self) -> int:
+        return self.lists.nbytes() + self.scores.nbytes + self.starts.nbytes + self.seeds.nbytes
+
     def _score(self, call: LayerCall, counts: Tensor, starts: Tensor) -> None:
         """Write the scores of every request that has a list, some requests at a time."""
         contexts, q, lens = call.contexts, call.q, call.contexts.lens

@@ -60,6 +60,9 @@ class DraftSelector:
     def list_layer(self, lists: Lists, call: LayerCall) -> None:
         """They are made."""
 
+    def nbytes(self) -> int:
+        return 0
+
     def _top_p(self, reqs: torch.Tensor) -> torch.Tensor | None:
         """float32 [bs], infinite for a request with a keep of its own; None under other policies."""
         if self.config.policy != "top_p":

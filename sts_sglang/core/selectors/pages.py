@@ -33,7 +33,6 @@ from sts_sglang.core.selectors.draft import DraftSelector
 from sts_sglang.core.sizes import Capacity, Need
 from sts_sglang.core.sketches import Sketches
 from sts_sglang.core.verifier import TargetShape
-from sts_sglang.headmap import HeadMap
 
 
 class PageScores:
@@ -87,6 +86,9 @@ class PageScores:
         )
         return scores, self._sizes
 
+    def nbytes(self) -> int:
+        return self.scores.nbytes + self.starts.nbytes
+
 
 class PagesSelector:
     """Whole pages by their scores alone.
@@ -124,6 +126,9 @@ class PagesSelector:
             sink=self.config.sink,
             recent=self.config.recent,
         )
+
+    def nbytes(self) -> int:
+        return self.scores.nbytes() + self.lists.nbytes()
 
     def _count_unknown(self, wanted: Lists, sizes: PageSizes) -> None:
         """Requests that attend to everything because too many of their pages have no sketch were counted as
@@ -195,21 +200,23 @@ class JoinedSelector:
         own, longest = self.lists.of_layer(call.layer)
         ops.select_tokens(Scores(joined, drafted.starts), contexts, longest, own, sink=sink, recent=recent)
 
-
-def page_columns(context: int) -> int:
-    """Columns of page scores of a request."""
-    return -(-pages_of(context) // ALIGN) * ALIGN
+    def nbytes(self) -> int:
+        return self.scores.nbytes() + self.lists.nbytes() + self.joined.nbytes
 
 
-def need(config: StsConfig, target: TargetShape, head_map: HeadMap) -> Need:
+def need(config: StsConfig, target: TargetShape) -> Need:
     """Of either selector beside the buffers of a round: scores and their logits, lists, and the sketches."""
     capacity = Capacity.of(target.requests, target.context_len)
     columns = target.requests * page_columns(capacity.context)
     rows = target.tokens * target.q_heads // target.kv_heads
     fixed = target.kv_heads * columns * (2 + 4 * rows)
-    room = capacity.room(config, head_map)
-    fixed += list_bytes(target.kv_heads, target.requests, room.entries // room.channels)
+    fixed += list_bytes(target.kv_heads, target.requests, capacity.context) + sketches.SCRATCH
     if config.selector == "joined":
         fixed += 2 * target.kv_heads * target.requests * capacity.context
     layers = sum(not config.dense_verify(layer) for layer in range(target.layers))
     return Need(fixed, sketches.bytes_per_token(layers, target.kv_heads, target.head_dim))
+
+
+def page_columns(context: int) -> int:
+    """Columns of page scores of a request."""
+    return -(-pages_of(context) // ALIGN) * ALIGN

@@ -12,7 +12,6 @@ from sts_sglang.core.selectors.draft import DraftSelector
 from sts_sglang.core.sizes import Need
 from sts_sglang.core.sketches import Sketches
 from sts_sglang.core.verifier import TargetShape
-from sts_sglang.headmap import HeadMap
 
 
 def make(
@@ -30,7 +29,7 @@ def make(
     capacity, of_target = draft.capacity, channels.of_target
     if config.by_pages:
         scores = pages.PageScores(config, ops, sketches, of_target, capacity, state.importance.dtype)
-        lists = HeadLists(of_target, capacity.requests, state.room.entries // state.room.channels)
+        lists = HeadLists(of_target, capacity.requests, capacity.context)
         if config.selector == "pages":
             return pages.PagesSelector(config, state, scores, lists)
         return pages.JoinedSelector(config, state, drafted, scores, lists)
@@ -40,8 +39,8 @@ def make(
     return compare.LayerSelector(config, ops, of_target, capacity, table.shape[0], scores.dtype, width=width)
 
 
-def need(config: StsConfig, target: TargetShape, head_map: HeadMap) -> Need:
+def need(config: StsConfig, target: TargetShape) -> Need:
     """What it takes beside the buffers of a round: nothing, where the draft selects."""
     if config.selector == "draft":
         return Need()
-    return pages.need(config, target, head_map) if config.by_pages else compare.need(target)
+    return pages.need(config, target) if config.by_pages else compare.need(target)
