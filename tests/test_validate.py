@@ -737,6 +737,20 @@ def test_what_no_thread_block_can_hold_is_refused(
     check_message(caught, flags, subject, 'set kernel to "torch" with --disable-cuda-graph')
 
 
+def test_rows_that_page_scores_cannot_hold_are_refused_with_them(launch, flags, monkeypatch):
+    """270,336 bytes as compiled for 256 rows of 128, where verify needs less than half of it."""
+    monkeypatch.setattr(validate, "_shared_memory", lambda: 232448)
+    args = launch()
+    args.speculative_num_draft_tokens = 64
+    model = SimpleNamespace(model_path="m", head_dim=128, num_attention_heads=32, num_key_value_heads=8)
+    validate.check_tiles(args, StsConfig(), model, model)
+    for selector in ("pages", "joined"):
+        with pytest.raises(Refusal) as caught:
+            validate.check_tiles(args, StsConfig(selector=selector), model, model)
+        check_message(caught, flags, "--speculative-num-draft", 'set kernel to "torch"')
+        assert "270336 bytes" in str(caught.value)
+
+
 def test_a_sparse_draft_needs_a_step_after_the_first(launch, flags):
     args = launch()
     args.speculative_num_steps = 2
