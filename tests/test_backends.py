@@ -17,7 +17,7 @@ from sts_sglang.backends.carry import TorchCarry
 from sts_sglang.backends.draft import DraftMultiStepBackend
 from sts_sglang.backends.target import StsTargetBackend
 from sts_sglang.backends.torch_dense import Segment, TorchBackend, tail_masks
-from sts_sglang.config import StsConfig
+from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core.request import Request
 from sts_sglang.core.round import Draft
 from sts_sglang.core.sizes import Capacity
@@ -559,3 +559,13 @@ def test_backends_have_whatever_sglang_reads_of_them():
     rig = Rig(CONFIG)
     for backend in (rig.target, rig.extend):
         assert not {name for name in read if not hasattr(backend, name)}
+
+
+def test_kv_of_another_dtype_than_the_models_is_refused() -> None:
+    """What a checkpoint made of it, whatever the launch was asked for."""
+    pool = Pool(8)
+    runner = SimpleNamespace(dtype=torch.float32, pools=views.Pools(pool))
+    bind._check_kv(runner)
+    pool.k = pool.k.to(torch.float8_e4m3fn)
+    with pytest.raises(ConfigError, match="--kv-cache-dtype: keys are kept as torch.float8_e4m3fn"):
+        bind._check_kv(runner)

@@ -660,12 +660,17 @@ def test_what_sglang_changes_is_refused(launch, flags):
     )
 
 
-def test_modelopt_checkpoint_needs_an_explicit_kv_dtype(flags):
-    plain = SimpleNamespace(quantization=None, dtype=torch.bfloat16)
-    modelopt = SimpleNamespace(quantization="modelopt_fp8", dtype=torch.bfloat16)
+def test_a_checkpoint_that_may_bring_fp8_kv_needs_an_explicit_dtype(flags):
+    def model(quantization=None, **config):
+        hf_config = SimpleNamespace(**({"quantization_config": config} if config else {}))
+        return SimpleNamespace(quantization=quantization, dtype=torch.bfloat16, hf_config=hf_config)
+
+    plain, modelopt = model(), model("modelopt_fp8")
+    packed = model("compressed-tensors", kv_cache_scheme={"num_bits": 8, "type": "float"})
+    fp8 = model("fp8", quant_method="fp8", kv_cache_quant_algo="FP8")
     args = SimpleNamespace(kv_cache_dtype="auto", speculative_draft_kv_cache_dtype=None)
-    validate._check_kv_dtype(args, plain, plain)
-    for models in ((modelopt, plain), (plain, modelopt)):
+    validate._check_kv_dtype(args, plain, model("fp8", quant_method="fp8", kv_cache_scheme=None))
+    for models in ((modelopt, plain), (plain, modelopt), (packed, plain), (fp8, plain)):
         with pytest.raises(Refusal) as caught:
             validate._check_kv_dtype(args, *models)
         check_message(caught, flags, "--kv-cache-dtype auto", "use --kv-cache-dtype bfloat16")

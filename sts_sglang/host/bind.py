@@ -142,11 +142,13 @@ def bind(worker: EAGLEWorkerV2, config: StsConfig) -> Bound:
 
     Raises:
         RuntimeError: when one of them is not ours.
-        ConfigError: when the head map or the dense layers do not fit the models.
+        ConfigError: when the head map or the dense layers do not fit the models, or KV is of another dtype.
     """
     global _bound
     found = parts(worker)
     target, draft = views.runner(found.target), views.runner(found.draft)
+    for runner in (target, draft):
+        _check_kv(runner)
     args = views.resolved(worker.server_args)
     runtime = assemble(
         config,
@@ -165,6 +167,17 @@ def bind(worker: EAGLEWorkerV2, config: StsConfig) -> Bound:
         runtime, type(found.verify.dense).__name__, target.pools.nbytes() + draft.pools.nbytes(), {}
     )
     return _bound
+
+
+def _check_kv(runner: views.Runner) -> None:
+    """A checkpoint may have set another dtype than the launch was asked for."""
+    kept = runner.pools.layer(0).k.dtype
+    if kept != runner.dtype:
+        raise not_allowed(
+            "--kv-cache-dtype",
+            f"keys are kept as {kept}, and the model runs in {runner.dtype}",
+            "bfloat16 with a model that runs in it",
+        )
 
 
 def assemble(

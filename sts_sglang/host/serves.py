@@ -553,16 +553,24 @@ def _check_kv_dtype(server_args: ServerArgs, target: ModelConfig, draft: ModelCo
         ("--speculative-draft-model-path", draft, *(release.draft_kv_dtype(server_args) or given)),
     )
     for flag, model, asked, value in models:
-        # Such a checkpoint may bring an fp8 KV cache along, which only shows when it is loaded.
-        if value == "auto" and "modelopt" in (model.quantization or ""):
+        if value == "auto" and _may_bring_fp8(model):
             raise Refusal(
-                f"{asked} auto: the ModelOpt checkpoint of {flag} may set fp8; use {asked} bfloat16"
+                f"{asked} auto: the quantized checkpoint of {flag} may set fp8; use {asked} bfloat16"
             )
         if value != "auto" and model.dtype != torch.bfloat16:
             raise Refusal(
                 f"{asked} {value}: {flag} runs in {model.dtype}, and KV must have the model's dtype; "
                 f"use {asked} auto or --dtype bfloat16"
             )
+
+
+def _may_bring_fp8(model: ModelConfig) -> bool:
+    """Whether a checkpoint may bring an fp8 KV cache along, which only shows when it is loaded."""
+    given = getattr(model.hf_config, "quantization_config", None)
+    named = given if isinstance(given, dict) else {}
+    return "modelopt" in (model.quantization or "") or any(
+        named.get(key) is not None for key in ("kv_cache_scheme", "kv_cache_quant_algo")
+    )
 
 
 def _check_equal(what: str, draft: int, target: int) -> None:
