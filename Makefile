@@ -14,6 +14,7 @@ CHECKS := $(addprefix tests/test_,$(addsuffix .py,architecture mutations plugin 
 SERVED := $(patsubst %,'tests/test_serving.py::test_full_budget_then_small[%]',standalone-chain standalone-tree \
 	eagle3-chain eagle3-tree standalone-chain-all) \
 	tests/test_serving.py::test_metrics_and_server_info \
+	tests/test_serving.py::test_updates_of_weights_are_400s_and_touch_none \
 	tests/test_serving.py::test_pages_of_16_with_retraction \
 	tests/test_serving.py::test_history_follows_the_prefix_and_forgets_with_its_slots
 

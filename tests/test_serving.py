@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sts_sglang.host import compat
 from sts_sglang.tools.tiny_pair import make_pair
 from tests.oracle import Oracle, Rule
 from tests.server import Server, logged, random_ids
@@ -386,14 +387,17 @@ def test_updates_of_weights_are_400s_and_touch_none(sparse, pair):
     prompt = random_ids(150, 21)
     before = sparse.generate(prompt, 16)["output_ids"]
     version = {"flush_cache": True, "weight_version": "2"}
-    bodies = {
+    updates = {
         "update_weights_from_disk": {"model_path": str(pair["target"])},
         "update_weights_from_tensor": {"serialized_named_tensors": ["AA=="]},
         "update_weights_from_ipc": {"zmq_handles": {}},
         "update_weights_from_distributed": {"names": ["x"], "dtypes": ["float32"], "shapes": [[1]]},
     }
+    bodies = {call: {**body, **version} for call, body in updates.items()}
+    if "begin_update" in compat.HOOKS:  # of a later release
+        bodies |= {"begin_weight_update": {}, "end_weight_update": {}}
     for call, body in bodies.items():
-        answer = json.loads(refusal(sparse.post, f"/{call}", {**body, **version}))
+        answer = json.loads(refusal(sparse.post, f"/{call}", body))
         assert answer["success"] is False
         assert answer["message"].startswith(f"{call}: not served by sts: SGLang would ")
     answer = json.loads(refusal(sparse.post, "/weights_checker", {"action": "reset_tensors"}))

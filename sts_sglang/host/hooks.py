@@ -263,7 +263,7 @@ def release_kv(req: Req, tree_cache: BasePrefixCache, *args, **kwargs) -> None:
         dumps.finished(bound.runtime, ended, views.table_of(tree_cache))
 
 
-# Each hooks the function of that name in the release's table.
+# Each hooks the function of that name in the release's table, where it has one.
 HOOKS: tuple[tuple[Callable, str], ...] = (
     (create_draft_backend, "AROUND"),
     (init_attention_backends, "AFTER"),
@@ -285,10 +285,13 @@ HOOKS: tuple[tuple[Callable, str], ...] = (
     (refused.update_from_tensor, "AROUND"),
     (refused.update_from_ipc, "AROUND"),
     (refused.update_from_distributed, "AROUND"),
+    (refused.begin_update, "AROUND"),
+    (refused.end_update, "AROUND"),
     (refused.check_weights, "AROUND"),
 )
 
 
 def table() -> list[tuple[compat.Target, Callable, str]]:
-    """(target, hook, HookType name) of every hook."""
-    return [(compat.HOOKS[hook.__name__], hook, kind) for hook, kind in HOOKS]
+    """(target, hook, HookType name) of every hook on this release; a later one has more calls to refuse."""
+    there = [(hook, kind) for hook, kind in HOOKS if hook.__name__ in compat.HOOKS]
+    return [(compat.HOOKS[hook.__name__], hook, kind) for hook, kind in there]

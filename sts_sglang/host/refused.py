@@ -19,9 +19,10 @@ FROM_DISK = f"not served by sts: SGLang would load the target's checkpoint into 
 FROM_TENSOR = f"not served by sts: SGLang would load the same tensors into draft and target; {_ANEW}"
 FROM_IPC = f"not served by sts: SGLang would load the same weights into draft and target; {_ANEW}"
 FROM_DISTRIBUTED = (
-    "not served by sts: SGLang would update the target alone, and draft and head map are of its old weights; "
-    + _ANEW
+    "not served by sts: SGLang would update the target alone, or the draft with the same tensors, and the head "
+    "map is of the old weights; " + _ANEW
 )
+SESSION = f"not served by sts: SGLang would make the weights of draft and target ready for others; {_ANEW}"
 RESET = f"not served by sts: it overwrites the weights of draft and target, and no update is served; {_ANEW}"
 
 
@@ -50,6 +51,20 @@ async def update_from_distributed(original, self: TokenizerManager, obj, request
     """AROUND TokenizerControlMixin.update_weights_from_distributed: (success, message)."""
     if asks_for_sts(self.server_args):
         return False, f"update_weights_from_distributed: {FROM_DISTRIBUTED}"
+    return await original(self, obj, request)
+
+
+async def begin_update(original, self: TokenizerManager, obj, request=None):
+    """AROUND TokenizerControlMixin.begin_weight_update: (success, message)."""
+    if asks_for_sts(self.server_args):
+        return False, f"begin_weight_update: {SESSION}"
+    return await original(self, obj, request)
+
+
+async def end_update(original, self: TokenizerManager, obj, request=None):
+    """AROUND TokenizerControlMixin.end_weight_update: (success, message)."""
+    if asks_for_sts(self.server_args):
+        return False, f"end_weight_update: {SESSION}"
     return await original(self, obj, request)
 
 

@@ -24,6 +24,7 @@ _ARGS = "sglang.srt.server_args.ServerArgs"
 _ATTENTION = "sglang.srt.layers.attention"
 _OVERRIDES = "sglang.srt.arg_groups.model_override_base"
 _BATCH = "sglang.srt.managers.schedule_batch"
+_CONTROL = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
 
 HOOKS: before.Targets = {
     **before.HOOKS,
@@ -41,6 +42,8 @@ HOOKS: before.Targets = {
         ("self", "host_indices"),
     ),
     "release_kv": ("sglang.srt.mem_cache.common.release_kv_cache", ("req", "tree_cache", "checkpoint")),
+    "begin_update": (f"{_CONTROL}.begin_weight_update", ("self", "obj", "request")),
+    "end_update": (f"{_CONTROL}.end_weight_update", ("self", "obj", "request")),
     # A msgspec.Struct looks __init__ and __post_init__ up when the class is made: hooks on them do nothing.
     "resolve_args": (f"{_ARGS}.resolve_once", ("self",)),
 }
