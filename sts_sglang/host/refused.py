@@ -19,8 +19,8 @@ FROM_DISK = f"not served by sts: SGLang would load the target's checkpoint into 
 FROM_TENSOR = f"not served by sts: SGLang would load the same tensors into draft and target; {_ANEW}"
 FROM_IPC = f"not served by sts: SGLang would load the same weights into draft and target; {_ANEW}"
 FROM_DISTRIBUTED = (
-    "not served by sts: SGLang would update the target alone, or the draft with the same tensors, and the head "
-    "map is of the old weights; " + _ANEW
+    "not served by sts: SGLang would update the target alone, or the draft by the same tensors, and the head "
+    f"map is of the old weights; {_ANEW}"
 )
 SESSION = f"not served by sts: SGLang would make the weights of draft and target ready for others; {_ANEW}"
 RESET = f"not served by sts: it overwrites the weights of draft and target, and no update is served; {_ANEW}"
