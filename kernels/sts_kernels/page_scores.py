@@ -46,7 +46,12 @@ SKETCH_BYTES, ROW_BYTES = 73728, 3
 def shared_bytes(rows: int, head_dim: int) -> int:
     """About the bytes of shared memory that a thread block takes for the `rows` query rows of a (request, KV
     head)."""
-    return SKETCH_BYTES + ROW_BYTES * padded(rows) * PAGE * triton.next_power_of_2(2 * head_dim // PAGE)
+    return SKETCH_BYTES + ROW_BYTES * padded(rows) * PAGE * _slice(head_dim)
+
+
+def _slice(head_dim: int) -> int:
+    """Values of a page's sketch beside one slot, padded to a power of two."""
+    return triton.next_power_of_2(2 * head_dim // PAGE)
 
 
 def plan_pages(sizes: PageSizes, *, kv_heads: int) -> Plan | None:
@@ -80,7 +85,7 @@ def score_pages(
     kv_heads, columns = scores.importance.shape
     plan = plan_pages(sizes, kv_heads=kv_heads) if plan is None else plan
     work, used = plan.work.shape[0], tokens * (q_heads // kv_heads)
-    rows, slice_p2 = padded(used), triton.next_power_of_2(2 * dim // PAGE)
+    rows, slice_p2 = padded(used), _slice(dim)
     logits = torch.empty(kv_heads, columns, used, dtype=torch.float32, device=q.device)
     stats = torch.empty(kv_heads, work, rows, 2, dtype=torch.float32, device=q.device)
     early = starts_early(q.device) if KNOBS.early else {}

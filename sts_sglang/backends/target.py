@@ -87,7 +87,7 @@ class StsTargetBackend(Bindable, AttentionBackend):
             runtime.state.history.forget(views.written(forward_batch))
         if views.mode(forward_batch) != Mode.VERIFY:
             out = self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-            runtime.prefilled(of.number, self.pools.layer(of.number))
+            runtime.prefilled(of.number, self.pools)
             return out
         attend, lists = runtime.verify, self._lists
         if runtime.config.dense_verify(of.number):

@@ -261,7 +261,7 @@ def output_errors(pair, texts: list[Recorded], windows, ways: int, kept) -> Any:
         own = [window for window in windows if window.record is record]
         by_layer = partial(_of_window, kept, own)
         found.append(pair.output_errors(ids, record.windows, by_layer, ways))
-    return search.by_domains(windows, torch.cat(found))
+    return search.over_domains(windows, torch.cat(found))
 
 
 def _of_window(kept, windows, i: int, layer: int):

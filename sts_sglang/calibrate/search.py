@@ -205,9 +205,18 @@ def search(
 
 def by_domain(windows: list[Window], values: torch.Tensor) -> dict[str, float]:
     """Means of `values` [windows] over each domain."""
+    return {domain: float(mean) for domain, mean in _means(windows, values).items()}
+
+
+def over_domains(windows: list[Window], values: torch.Tensor) -> torch.Tensor:
+    """Mean of `values` [windows, ..] over windows, where every domain counts the same."""
+    return torch.stack([*_means(windows, values).values()]).mean(0)
+
+
+def _means(windows: list[Window], values: torch.Tensor) -> dict[str, torch.Tensor]:
     domains = dict.fromkeys(window.domain for window in windows)
     return {
-        domain: float(values[[i for i, window in enumerate(windows) if window.domain == domain]].mean())
+        domain: values[[i for i, window in enumerate(windows) if window.domain == domain]].mean(0)
         for domain in domains
     }
 
@@ -336,13 +345,6 @@ def kept_by_part(
     kept = torch.ones(*parts.shape, context, dtype=torch.bool)
     kept[..., window.span] = place[:, None] < wanted[..., None]
     return kept
-
-
-def by_domains(windows: list[Window], values: torch.Tensor) -> torch.Tensor:
-    """Mean of `values` [windows, ..] over windows, where every domain counts the same."""
-    domains = list(dict.fromkeys(window.domain for window in windows))
-    found = [values[[i for i, w in enumerate(windows) if w.domain == domain]].mean(0) for domain in domains]
-    return torch.stack(found).mean(0)
 
 
 def _lost(head_map, windows: list[Window], target: HeadCounts, draft: HeadCounts, parts) -> torch.Tensor:

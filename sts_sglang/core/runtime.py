@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 
 from sts_kernels import Ops
-from sts_kernels.layout import Contexts, KvPool, Lists, Plan, Pooling
+from sts_kernels.layout import Contexts, Lists, Plan, Pooling
 from sts_sglang.config import ConfigError, StsConfig, quoted, request_keep
 from sts_sglang.core.channels import NO_MEMBERS, Channels
 from sts_sglang.core.request import Request
-from sts_sglang.core.round import Draft, RoundState
+from sts_sglang.core.round import Draft, KvPools, RoundState
 from sts_sglang.core.selectors.base import LayerCall, Selector
 from sts_sglang.core.sketches import Sketches
 from sts_sglang.core.verifier import Verifier
@@ -102,10 +102,10 @@ class Runtime:
         if self.sketches is not None:
             self.sketches.begin_prefill(contexts, before)
 
-    def prefilled(self, layer: int, pool: KvPool) -> None:
+    def prefilled(self, layer: int, pools: KvPools) -> None:
         """Once the keys of a layer are there."""
         if self.sketches is not None and layer in self.sketches.of_layer:
-            self.sketches.write(layer, pool.k)
+            self.sketches.write(layer, pools.layer(layer).k)
 
     # ---- the draft's passes
 

@@ -5,6 +5,7 @@ Here they can still be answered with a 400; in the scheduler they would end it, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sts_sglang.config import ConfigError
@@ -26,46 +27,27 @@ SESSION = f"not served by sts: SGLang would make the weights of draft and target
 RESET = f"not served by sts: it overwrites the weights of draft and target, and no update is served; {_ANEW}"
 
 
-async def update_from_disk(original, self: TokenizerManager, obj, request=None):
-    """AROUND TokenizerManager.update_weights_from_disk: (success, message, paused requests)."""
-    if asks_for_sts(self.server_args):
-        return False, f"update_weights_from_disk: {FROM_DISK}", 0
-    return await original(self, obj, request)
+def _refuses(name: str, call: str, why: str, *rest: object) -> Callable:
+    """AROUND a method that changes weights: (success, message, *rest). name: in the release's table."""
+
+    async def refuse(original, self: TokenizerManager, obj, request=None):
+        if asks_for_sts(self.server_args):
+            return False, f"{call}: {why}", *rest
+        return await original(self, obj, request)
+
+    refuse.__name__ = refuse.__qualname__ = name
+    return refuse
 
 
-async def update_from_tensor(original, self: TokenizerManager, obj, request=None):
-    """AROUND TokenizerControlMixin.update_weights_from_tensor: (success, message)."""
-    if asks_for_sts(self.server_args):
-        return False, f"update_weights_from_tensor: {FROM_TENSOR}"
-    return await original(self, obj, request)
-
-
-async def update_from_ipc(original, self: TokenizerManager, obj, request=None):
-    """AROUND TokenizerControlMixin.update_weights_from_ipc: (success, message)."""
-    if asks_for_sts(self.server_args):
-        return False, f"update_weights_from_ipc: {FROM_IPC}"
-    return await original(self, obj, request)
-
-
-async def update_from_distributed(original, self: TokenizerManager, obj, request=None):
-    """AROUND TokenizerControlMixin.update_weights_from_distributed: (success, message)."""
-    if asks_for_sts(self.server_args):
-        return False, f"update_weights_from_distributed: {FROM_DISTRIBUTED}"
-    return await original(self, obj, request)
-
-
-async def begin_update(original, self: TokenizerManager, obj, request=None):
-    """AROUND TokenizerControlMixin.begin_weight_update: (success, message)."""
-    if asks_for_sts(self.server_args):
-        return False, f"begin_weight_update: {SESSION}"
-    return await original(self, obj, request)
-
-
-async def end_update(original, self: TokenizerManager, obj, request=None):
-    """AROUND TokenizerControlMixin.end_weight_update: (success, message)."""
-    if asks_for_sts(self.server_args):
-        return False, f"end_weight_update: {SESSION}"
-    return await original(self, obj, request)
+# An update from disk also answers how many requests it paused.
+update_from_disk = _refuses("update_from_disk", "update_weights_from_disk", FROM_DISK, 0)
+update_from_tensor = _refuses("update_from_tensor", "update_weights_from_tensor", FROM_TENSOR)
+update_from_ipc = _refuses("update_from_ipc", "update_weights_from_ipc", FROM_IPC)
+update_from_distributed = _refuses(
+    "update_from_distributed", "update_weights_from_distributed", FROM_DISTRIBUTED
+)
+begin_update = _refuses("begin_update", "begin_weight_update", SESSION)
+end_update = _refuses("end_update", "end_weight_update", SESSION)
 
 
 async def check_weights(original, self: TokenizerManager, obj: CheckWeightsReqInput, request=None):
