@@ -285,9 +285,9 @@ HOOKS: tuple[tuple[Callable, str], ...] = (
     (refused.update_from_tensor, "AROUND"),
     (refused.update_from_ipc, "AROUND"),
     (refused.update_from_distributed, "AROUND"),
+    (refused.check_weights, "AROUND"),
     (refused.begin_update, "AROUND"),
     (refused.end_update, "AROUND"),
-    (refused.check_weights, "AROUND"),
 )
 
 
