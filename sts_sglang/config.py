@@ -13,7 +13,7 @@ import re
 import reprlib
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from sts_sglang import strict_json
@@ -34,7 +34,7 @@ PoolName = Literal["max", "mean"]
 KernelName = Literal["auto", "flashinfer", "triton", "torch"]
 DenseName = Literal["auto", "fa3", "flashinfer", "torch"]
 HistoryMode = Literal["off", "warm", "blend"]
-SelectorName = Literal["draft", "quest", "pages", "joined", "recent", "random", "oracle"]
+SelectorName = Literal["auto", "draft", "quest", "pages", "joined", "recent", "random", "oracle"]
 VerifyMode = Literal["sparse", "dense"]
 DraftMode = Literal["dense", "steps", "all"]
 RequestKeep = Literal["any", "at_most", "off"]
@@ -250,11 +250,12 @@ class StsConfig:
     """Part of a remembered token's score that comes from history; the rest is this round's."""
     history_decay: float = 0.9
     """Factor on what a slot remembers, once in every round that touches it."""
-    selector: SelectorName = "draft"
+    selector: SelectorName = "auto"
     """What scores the context. `draft` is STS; `pages` the target's own queries, layer by layer, against the
-    mean and deviation of the keys of pages of 16; `joined` both. The others are for comparison, slow, in
-    plain torch, from the target layer's own queries and keys: `oracle` its attention, `quest` bounds of pages
-    of 16, `recent` nothing but sink and the last tokens, `random` chance."""
+    mean and deviation of the keys of pages of 16; `joined` both; `auto` the draft where there is one, else
+    pages. The others are for comparison, slow, in plain torch, from the target layer's own queries and keys:
+    `oracle` its attention, `quest` bounds of pages of 16, `recent` nothing but sink and the last tokens,
+    `random` chance."""
     page_share: float = 0.75
     """Part of every list that pages have under selector `joined`, 0 < page_share < 1; the draft's choice has
     the rest."""
@@ -290,7 +291,7 @@ class StsConfig:
                 f"got {self.budget} with policy 'fixed', below {what} = {self.forced}",
                 "a budget of at least sink + recent, which are always kept",
             )
-        if self.selector != "draft":
+        if self.selector not in ("auto", "draft"):
             self._check_selector()
 
     def _check_selector(self) -> None:
@@ -308,6 +309,22 @@ class StsConfig:
         if self.inspect_dir is not None and self.selector != "joined":
             problem = f"got {self.selector!r} with an inspect_dir"
             raise not_allowed("sts_config.selector", problem, "'draft', or no inspect_dir")
+
+    def for_launch(self, drafts: bool) -> StsConfig:
+        """With the selector that `auto` stands for, with or without a draft. Raises `ConfigError` for what
+        needs one."""
+        if drafts:
+            return replace(self, selector="draft") if self.selector == "auto" else self
+        needs = [("selector", "draft"), ("selector", "joined"), ("policy", "top_p")]
+        needs += [("history", "warm"), ("history", "blend"), ("draft", "steps"), ("draft", "all")]
+        for field, value in needs:
+            if getattr(self, field) == value:
+                raise not_allowed(
+                    f"sts_config.{field}",
+                    f"got {value!r} without --speculative-algorithm, and only a draft's scores can do that",
+                    f"{getattr(StsConfig, field)!r}, or a draft",
+                )
+        return replace(self, selector="pages") if self.selector == "auto" else self
 
     def dense_verify(self, layer: int) -> bool:
         """Whether a target layer attends to everything in every verify."""

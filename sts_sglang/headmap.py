@@ -44,6 +44,8 @@ FIELDS = (
     "texts",
     "settings",
 )
+# Of a map of a target alone.
+ALONE = tuple(field for field in FIELDS if field not in ("shift", "sources", "pool", "best"))
 
 Source = tuple[int, int]  # (draft layer, draft query head)
 
@@ -57,22 +59,22 @@ class HeadCounts(NamedTuple):
 
 
 class ModelPaths(NamedTuple):
-    """Folders or hub names of a pair, for its fingerprints."""
+    """Folders or hub names of a pair, or of a target alone, for their fingerprints."""
 
     target: str
-    draft: str
+    draft: str | None
     target_revision: str | None = None
     draft_revision: str | None = None
 
     def fingerprints(self) -> dict[str, dict[str, str] | None]:
         """By model; None for one whose weights are not here."""
-        return {
-            "target": fingerprint.of_model(self.target, self.target_revision),
-            "draft": fingerprint.of_model(self.draft, self.draft_revision),
-        }
+        found = {"target": fingerprint.of_model(self.target, self.target_revision)}
+        if self.draft is not None:
+            found["draft"] = fingerprint.of_model(self.draft, self.draft_revision)
+        return found
 
     def are_folders(self) -> bool:
-        return os.path.isdir(self.target) and os.path.isdir(self.draft)
+        return os.path.isdir(self.target) and (self.draft is None or os.path.isdir(self.draft))
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class HeadMap:
 
     Two (layer, KV head) pairs with the same sources share a *channel*: one importance row, one
     selection, one index list. A source that stands twice weighs twice under pool "mean". No source:
-    importance stays equal everywhere, so that the latest tokens win.
+    importance stays equal everywhere, so that the latest tokens win. A map of a target alone has none, and
+    says how long the lists of its heads are.
 
     pool: how rows and heads are to be pooled, None to leave it to the configuration.
     shares: of the budget, [target layer][target KV head]: a head with twice the share of another selects
@@ -186,11 +189,12 @@ def _within(sources: tuple[Source, ...], own: tuple[Source, ...]) -> bool:
 
 
 def of_config(
-    config: StsConfig, target: HeadCounts, draft: HeadCounts, models: ModelPaths | None = None
+    config: StsConfig, target: HeadCounts, draft: HeadCounts | None, models: ModelPaths | None = None
 ) -> HeadMap:
     """The configured map for this pair, else the packaged map made for it, else the proportional default.
 
-    `models`: where the weights are; without it fingerprints are not compared and no packaged map is used.
+    `draft`: None without one, where a map only splits the budget. `models`: where the weights are; without it
+    fingerprints are not compared and no packaged map is used.
 
     Raises:
         ConfigError: the map does not fit the pair, or joins draft layers while the pools differ.
@@ -198,7 +202,8 @@ def of_config(
     if config.head_map:
         head_map = load(config.head_map, target, draft, models)
     else:
-        head_map = packaged(config, target, draft, models) or proportional(target, draft)
+        default = undrafted(target) if draft is None else proportional(target, draft)
+        head_map = packaged(config, target, draft, models) or default
     # Without the models' folders no packaged map is looked for, so that none can be missed.
     if config.head_map or models is not None:
         _check_file(config, head_map)
@@ -248,7 +253,7 @@ def _conflict(head_map: HeadMap, config: StsConfig) -> ConfigError | None:
             "sts_config.kernel: 'flashinfer' with a map that splits the budget between heads, which it would "
             "pad to the longest list; allowed: auto | triton, or a map without shares"
         )
-    if () in head_map.channels and config.policy == "top_p":
+    if () in head_map.channels and config.policy == "top_p":  # which a launch without a draft refuses
         return ConfigError(
             f"sts_config.policy: 'top_p' with a map whose heads select the {LATEST} tokens, which hold no "
             "share of the importance; allowed: ratio | fixed, or a map without such heads"
@@ -257,9 +262,9 @@ def _conflict(head_map: HeadMap, config: StsConfig) -> ConfigError | None:
 
 
 def packaged(
-    config: StsConfig, target: HeadCounts, draft: HeadCounts, models: ModelPaths | None
+    config: StsConfig, target: HeadCounts, draft: HeadCounts | None, models: ModelPaths | None
 ) -> HeadMap | None:
-    """The map in `sts_sglang/maps` whose fingerprints are those of both models, if it suits the pooling."""
+    """The map in `sts_sglang/maps` whose fingerprints are those of the models, if it suits the pooling."""
     candidates = sorted(MAPS.glob("*.json"))
     if models is None or not candidates:
         return None
@@ -284,8 +289,15 @@ def proportional(target: HeadCounts, draft: HeadCounts) -> HeadMap:
     return HeadMap(sources, origin="proportional default (not calibrated)")
 
 
-def load(path: str, target: HeadCounts, draft: HeadCounts, models: ModelPaths | None = None) -> HeadMap:
-    """Read and check a map file for this pair of models.
+def undrafted(target: HeadCounts) -> HeadMap:
+    """Where no draft speaks: every head has the same budget."""
+    return HeadMap((((),) * target.kv_heads,) * target.layers, origin="one budget for all heads (no draft)")
+
+
+def load(
+    path: str, target: HeadCounts, draft: HeadCounts | None, models: ModelPaths | None = None
+) -> HeadMap:
+    """Read and check a map file for this pair of models, or for a target without a draft.
 
     The file is a JSON object `{"version": 1, "shift": 1, "tp": 1, "target": {"layers", "q_heads",
     "kv_heads"}, "draft": {...}, "sources": [layer][kv head]}`. An entry of `sources` is a list of [draft
@@ -293,48 +305,70 @@ def load(path: str, target: HeadCounts, draft: HeadCounts, models: ModelPaths | 
     `fingerprints`, compared when `models` is given; `pool`, "max" or "mean"; `shares` of the budget
     [layer][kv head], in any unit; `dense_layers`. Only to
     inform, but checked as well: `best` (recall and Jaccard [layer][kv head] of the best single draft
-    head), `texts`, `settings`. A handwritten map may omit all of these.
+    head), `texts`, `settings`. A handwritten map may omit all of these. A map of a target alone has `"draft":
+    null`, `shares`, and nothing that is about a draft (ALONE).
 
     Raises:
         ConfigError: one line that names the field.
     """
     data, digest = _read(path)
     _keys(data, "", FIELDS)
-    for field, expected in (("version", MAP_VERSION), ("shift", MAP_SHIFT), ("tp", 1)):
-        if type(data.get(field)) is not int or data[field] != expected:
-            raise _error(field, f"got {_short(data.get(field))}", str(expected))
-    for field, counts in (("target", target), ("draft", draft)):
-        made_for = data.get(field)
-        ints = isinstance(made_for, dict) and all(type(v) is int for v in made_for.values())
-        if not ints or made_for != counts._asdict():
-            raise _error(field, f"made for {_short(made_for)}", f"this model, {counts._asdict()}")
-    _check_fingerprints(data.get("fingerprints"), models)
-    sources = _list(data.get("sources"), "sources", target.layers)
-    parsed = tuple(
-        tuple(
-            _sources(heads, f"sources[{t}][{h}]", draft)
-            for h, heads in enumerate(_list(layer, f"sources[{t}]", target.kv_heads))
-        )
-        for t, layer in enumerate(sources)
-    )
-    if not any(heads for layer in parsed for heads in layer):
-        raise _error("sources", f"every head is {LATEST!r}", "at least one that a draft head speaks for")
+    expected = {"version": MAP_VERSION, "tp": 1, **({"shift": MAP_SHIFT} if draft else {})}
+    for field, value in expected.items():
+        if type(data.get(field)) is not int or data[field] != value:
+            raise _error(field, f"got {_short(data.get(field))}", str(value))
+    _check_made_for(data, target, draft)
+    _keys(data, "", FIELDS if draft else ALONE)
+    _check_fingerprints(data.get("fingerprints"), models, ("target", "draft") if draft else ("target",))
     pool = data.get("pool")
     if "pool" in data and pool not in POOLS:
         raise _error("pool", f"got {_short(pool)}", " | ".join(POOLS))
+    if draft is None and "shares" not in data:
+        raise _error(
+            "shares", "missing", "a part of the budget for every head, which a map without a draft is"
+        )
+    sources = _all_sources(data.get("sources"), target, draft) if draft else undrafted(target).sources
     shares = _shares(data["shares"], target) if "shares" in data else None
     dense = _dense_layers(data.get("dense_layers", []), target)
     _check_best(data.get("best", {}), target)
     _check_texts(data.get("texts", []))
     _check_settings(data.get("settings", {}))
-    return HeadMap(parsed, os.path.basename(path), pool, dense, shares, sha256=digest)
+    return HeadMap(sources, os.path.basename(path), pool, dense, shares, sha256=digest)
 
 
-def _check_fingerprints(value: Any, models: ModelPaths | None) -> None:
+def _check_made_for(data: dict[str, Any], target: HeadCounts, draft: HeadCounts | None) -> None:
+    for field, counts in (("target", target), ("draft", draft)):
+        made_for = data.get(field)
+        if counts is None:
+            if field not in data or made_for is not None:
+                raise _error(field, f"made for {_short(made_for)}", "null, for this launch has no draft")
+            continue
+        ints = isinstance(made_for, dict) and all(type(v) is int for v in made_for.values())
+        if not ints or made_for != counts._asdict():
+            raise _error(field, f"made for {_short(made_for)}", f"this model, {counts._asdict()}")
+
+
+def _all_sources(
+    value: Any, target: HeadCounts, draft: HeadCounts
+) -> tuple[tuple[tuple[Source, ...], ...], ...]:
+    parsed = tuple(
+        tuple(
+            _sources(heads, f"sources[{t}][{h}]", draft)
+            for h, heads in enumerate(_list(layer, f"sources[{t}]", target.kv_heads))
+        )
+        for t, layer in enumerate(_list(value, "sources", target.layers))
+    )
+    if not any(heads for layer in parsed for heads in layer):
+        raise _error("sources", f"every head is {LATEST!r}", "at least one that a draft head speaks for")
+    return parsed
+
+
+def _check_fingerprints(value: Any, models: ModelPaths | None, names: tuple[str, ...]) -> None:
     if value is None:
         return
-    if not isinstance(value, dict) or set(value) != {"target", "draft"}:
-        raise _error("fingerprints", f"got {_short(value)}", '{"target": ..., "draft": ...}')
+    if not isinstance(value, dict) or set(value) != set(names):
+        allowed = ", ".join(f'"{name}": ...' for name in names)
+        raise _error("fingerprints", f"got {_short(value)}", f"{{{allowed}}}")
     for model, made_for in value.items():
         field = f"fingerprints.{model}"
         ok = isinstance(made_for, dict) and set(made_for) == {"config", "weights"}

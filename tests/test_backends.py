@@ -19,7 +19,7 @@ from sts_sglang.backends.target import StsTargetBackend
 from sts_sglang.backends.torch_dense import Segment, TorchBackend, tail_masks
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core.request import Request
-from sts_sglang.core.round import Draft
+from sts_sglang.core.round import Cache, Draft
 from sts_sglang.core.sizes import Capacity
 from sts_sglang.core.verifier import TargetShape
 from sts_sglang.headmap import HeadCounts
@@ -75,14 +75,14 @@ class Rig:
             DIM,
             torch.float32,
             views.Pools(self.draft_pool),
-            slots,
-            table,
-            Capacity.of(8, width),
         )
+        cache = Cache(table, slots, Capacity.of(8, width))
         target_shape = TargetShape(
             TOKENS, LAYERS, Q_HEADS, KV_HEADS, DIM, torch.float32, width, 8, graph_requests=0, slots=slots
         )
-        self.runtime = bind.assemble(StsConfig(**config), COUNTS, COUNTS, shape, "cpu", shape=target_shape)
+        self.runtime = bind.assemble(
+            StsConfig(**config), COUNTS, COUNTS, cache, shape, "cpu", shape=target_shape
+        )
         for backend in (self.target, self.extend, self.steps):
             backend.bind(self.runtime)
         self.topk = topk

@@ -45,7 +45,7 @@ EVERY_KEY = {
     "history": "blend",
     "history_weight": 0.25,
     "history_decay": 0.5,
-    "selector": "draft",
+    "selector": "auto",
     "page_share": 0.25,
     "verify": "dense",
     "draft": "all",
@@ -151,7 +151,7 @@ BAD_VALUES = {
     ),
     "selector": (
         ["sts", "", None, True, ["quest"]],
-        "draft | quest | pages | joined | recent | random | oracle",
+        "auto | draft | quest | pages | joined | recent | random | oracle",
     ),
     "page_share": ([0, 1, -0.5, True, "half", None], "a number between 0 and 1"),
     "verify": (["full", "", None, True], "sparse | dense"),
@@ -551,7 +551,7 @@ def test_foreign_text_is_one_line_in_quotes():
 WRITTEN_BEFORE = (
     '{"budget":1024,"dense":"auto","dense_layers":[],"draft":"dense","full_verify_every":0,"head_map":null,'
     '"history":"off","history_decay":0.9,"history_weight":0.05,"inspect_dir":null,"keep":0.1,"kernel":"auto",'
-    '"policy":"ratio","pool_heads":"max","pool_rows":"max","recent":64,"selector":"draft","sink":4,'
+    '"policy":"ratio","pool_heads":"max","pool_rows":"max","recent":64,"selector":"auto","sink":4,'
     '"spread":0.5,"top_p":0.95,"verify":"sparse"}'
 )
 

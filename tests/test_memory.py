@@ -12,7 +12,7 @@ from sts_sglang.backends import dense
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core import sizes as memory
 from sts_sglang.core.channels import Channels
-from sts_sglang.core.round import Draft, RoundState
+from sts_sglang.core.round import Cache, Draft, RoundState
 from sts_sglang.core.selectors import compare as selectors
 from sts_sglang.headmap import HeadCounts, proportional
 from sts_sglang.host import reserve, serves
@@ -81,8 +81,8 @@ def test_what_is_allocated_is_reserved(monkeypatch, model, config):
     head_map = proportional(TARGET, DRAFT)
     capacity = memory.Capacity.of(requests, min(131072 + 4 + 4, pool))
     table = torch.zeros(requests, 1, device="meta")
-    draft = Draft(3, 1, 32, 8, 64, torch.bfloat16, None, pool + 1, table, capacity)
-    state = RoundState(config, head_map, Channels.of(head_map, "meta"), draft, "meta", torch.float16)
+    cache, draft = Cache(table, pool + 1, capacity), Draft(3, 1, 32, 8, 64, torch.bfloat16, None)
+    state = RoundState(config, head_map, Channels.of(head_map, "meta"), cache, draft, "meta", torch.float16)
     taken = sum(state.nbytes().values())
     shared = 4 * requests * capacity.context if config.history != "off" else 0  # who holds a slot too
     stored = state.at_once * memory.scratch_bytes(capacity.context, DRAFT.kv_heads, 2 * 4)
@@ -153,8 +153,9 @@ def test_the_state_allocates_what_was_counted():
     config = StsConfig(budget=0, keep=0.1)
     head_map = proportional(HeadCounts(4, 4, 2), HeadCounts(2, 4, 2))
     capacity, channels = memory.Capacity.of(5, 1000), len(head_map.channels)
-    draft = Draft(3, 1, 4, 2, 8, torch.float32, None, 1001, torch.zeros(5, 1), capacity)
-    state = RoundState(config, head_map, Channels.of(head_map, "cpu"), draft, "cpu", torch.float16)
+    cache = Cache(torch.zeros(5, 1), 1001, capacity)
+    draft = Draft(3, 1, 4, 2, 8, torch.float32, None)
+    state = RoundState(config, head_map, Channels.of(head_map, "cpu"), cache, draft, "cpu", torch.float16)
     assert state.importance.shape == (channels, 5 * 1024)  # whole blocks of 64
     assert state.indices.numel() == 5 * channels * 256
     bytes_ = state.importance.nbytes + state.indices.nbytes

@@ -236,7 +236,9 @@ def test_heads_that_do_not_divide_are_refused() -> None:
     shape = TargetShape(TOKENS, LAYERS, Q_HEADS, KV_HEADS, 24, torch.float32, WIDTH, 8, 0, 500)
     config = StsConfig(**{**CONFIG, "selector": "joined"})
     with pytest.raises(ConfigError, match="head of 24 dimensions"):
-        bind.assemble(config, COUNTS, HeadCounts(2, 4, 2), rig.runtime.draft, "cpu", shape=shape)
+        bind.assemble(
+            config, COUNTS, HeadCounts(2, 4, 2), rig.runtime.cache, rig.runtime.draft, "cpu", shape=shape
+        )
 
 
 def test_columns_of_pages_are_whole_blocks() -> None:

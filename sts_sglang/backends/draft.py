@@ -56,7 +56,7 @@ class DraftStepBackend(Bindable, AttentionBackend):
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         if save_kv_cache and k is not None:
             self.pools.write(k, v, layer, forward_batch)
-        of, contexts = views.layer(layer), views.requests_of(forward_batch).contexts(self.runtime.draft.table)
+        of, contexts = views.layer(layer), views.requests_of(forward_batch).contexts(self.runtime.cache.table)
         if self.step >= self.runtime.scoring_steps:
             return self._attend_sparsely(q, of, contexts)
         rows, round_ = q.view(-1, of.q_heads, of.head_dim), self.round

@@ -1,4 +1,5 @@
-"""Target backend: dense everywhere except verify, which attends to what was selected."""
+"""Target backend: dense everywhere except verify, and decode without a draft, which attend to what was
+selected."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from sts_kernels.layout import Lists
+from sts_kernels.layout import Contexts, Lists
 from sts_sglang.backends.bindable import Bindable
 from sts_sglang.backends.torch_dense import tail_masks
 from sts_sglang.core.selectors.base import LayerCall
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 @views.offers_tree_mask
 @views.reads_table_to_the_end
 class StsTargetBackend(Bindable, AttentionBackend):
-    """Holds a dense backend for prefill and decode, and owns the sparse verify path.
+    """Holds a dense backend for prefill, and owns the sparse verify path; a decode step without a draft is a
+    verify of one token.
 
     Args:
         model_runner: the target's.
@@ -41,7 +43,9 @@ class StsTargetBackend(Bindable, AttentionBackend):
         self.table = views.slots_of(self.req_to_token_pool)
         self.pools = views.Pools(self.token_to_kv_pool)
         self.needs_cpu_seq_lens = dense.needs_cpu_seq_lens
-        # Of the running verify: its lists, and whole contexts for dense layers that `dense` cannot verify.
+        # Of the running verify: its contexts, its lists, and whole contexts for dense layers that `dense`
+        # cannot verify.
+        self._contexts: Contexts | None = None
         self._lists: Lists | None = None
         self._whole: Lists | None = None
         self._tail_mask: torch.Tensor | None = None  # of the same
@@ -62,54 +66,67 @@ class StsTargetBackend(Bindable, AttentionBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         if self._dense_plans(forward_batch):
             self.dense.init_forward_metadata(forward_batch)
-        mode = views.mode(forward_batch)
-        if mode == Mode.PREFILL:
+        if views.mode(forward_batch) == Mode.PREFILL:
             self._begin_prefill(forward_batch)
-        if mode == Mode.VERIFY:
+        if self._selects(forward_batch):
             self.runtime.verifier.before_eager(views.requests_of(forward_batch).size)
             self._begin_verify(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         if self._dense_plans(forward_batch):
             self.dense.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
-        if views.mode(forward_batch) == Mode.VERIFY:
+        if self._selects(forward_batch):
             self.runtime.verifier.before_graph(views.requests_of(forward_batch).size, in_capture)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         if self._dense_plans(forward_batch):
             self.dense.init_forward_metadata_in_graph(forward_batch)
-        if views.mode(forward_batch) == Mode.VERIFY:
+        if self._selects(forward_batch):
             self._begin_verify(forward_batch)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         runtime, of = self.runtime, views.layer(layer)
         if of.number == 0 and runtime.state.history is not None:
             runtime.state.history.forget(views.written(forward_batch))
-        if views.mode(forward_batch) != Mode.VERIFY:
-            out = self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-            runtime.prefilled(of.number, self.pools)
-            return out
+        if self._selects(forward_batch):
+            return self._attend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        out = self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        runtime.prefilled(of.number, self.pools)
+        return out
+
+    def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
+        if self._selects(forward_batch):
+            return self._attend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        return self.dense.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+
+    def _attend(self, q, k, v, layer, forward_batch, save_kv_cache, **kwargs) -> torch.Tensor:
+        """To what was selected or, in a dense layer, to everything."""
+        runtime, of = self.runtime, views.layer(layer)
         attend, lists = runtime.verify, self._lists
         if runtime.config.dense_verify(of.number):
             if self._dense_verifies(forward_batch):
-                self._count_dense(of, forward_batch)
-                return self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+                self._count_dense(of)
+                decodes = views.mode(forward_batch) == Mode.DECODE
+                dense = self.dense.forward_decode if decodes else self.dense.forward_extend
+                return dense(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
             attend, lists = runtime.verify_whole, self._whole
         if save_kv_cache and k is not None:
             self.pools.write(k, v, layer, forward_batch)
-        return attend(self._call(q, of, forward_batch), lists).view(q.shape[0], -1)
+        return attend(self._call(q, of), lists).view(q.shape[0], -1)
 
-    def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
-        return self.dense.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+    def _selects(self, fb: ForwardBatch) -> bool:
+        """Whether a forward attends to a selection: verify does, and decode where nothing is drafted."""
+        mode = views.mode(fb)
+        return mode == Mode.VERIFY or (mode == Mode.DECODE and self.runtime.draft is None)
 
     def _dense_plans(self, fb: ForwardBatch) -> bool:
-        """Whether the dense backend plans this forward: every one but verify, and that if it has layers."""
-        if views.mode(fb) != Mode.VERIFY:
+        """Whether the dense backend plans this forward: one that selects nothing, or where it has layers."""
+        if not self._selects(fb):
             return True
         return self._dense_verifies(fb) and self.runtime.config.some_dense_verify
 
     def _dense_verifies(self, fb: ForwardBatch) -> bool:
-        """Whether the dense backend can verify.
+        """Whether the dense backend can verify, or decode.
 
         The mask is QLEN_ONLY (views.offers_tree_mask): FA3 and FlashInfer read FULL_MASK, FlashInfer for
         chains too; torch reads either, but not in a graph. What they cannot verify attends whole by the
@@ -117,7 +134,7 @@ class StsTargetBackend(Bindable, AttentionBackend):
         """
         able = {
             "fa3": views.tree(fb).topk == 1,
-            "flashinfer": False,
+            "flashinfer": views.mode(fb) == Mode.DECODE,
             "torch": self.tree_mask_buffer is None,
         }
         return able[self.dense_name]
@@ -129,7 +146,8 @@ class StsTargetBackend(Bindable, AttentionBackend):
 
     def _begin_verify(self, fb: ForwardBatch) -> None:
         """Once a round, before the first layer."""
-        self._lists = self.runtime.begin_verify(views.requests_of(fb).contexts(self.table))
+        self._contexts = views.committed(fb).contexts(self.table)
+        self._lists = self.runtime.begin_verify(self._contexts)
         if self.runtime.sketches is not None:
             self.runtime.sketches.forget(views.written(fb))
         whole = self.runtime.config.some_dense_verify and not self._dense_verifies(fb)
@@ -143,12 +161,12 @@ class StsTargetBackend(Bindable, AttentionBackend):
         bs = views.requests_of(fb).size
         return self.tree_mask_buffer[: bs * tokens * tokens].view(-1, tokens, tokens)
 
-    def _call(self, q: torch.Tensor, of: views.Layer, fb: ForwardBatch) -> LayerCall:
-        batch = views.requests_of(fb)
-        rows, contexts = q.view(batch.size, -1, of.q_heads, of.head_dim), batch.contexts(self.table)
-        return LayerCall(of.number, rows, self.pools.layer(of.number), contexts, self._tail_mask, of.scale)
+    def _call(self, q: torch.Tensor, of: views.Layer) -> LayerCall:
+        rows = q.view(self._contexts.lens.numel(), -1, of.q_heads, of.head_dim)
+        pool = self.pools.layer(of.number)
+        return LayerCall(of.number, rows, pool, self._contexts, self._tail_mask, of.scale)
 
-    def _count_dense(self, of: views.Layer, fb: ForwardBatch) -> None:
-        _, reqs, lens = views.requests_of(fb)
+    def _count_dense(self, of: views.Layer) -> None:
+        _, reqs, lens = self._contexts
         there = (lens * (reqs > 0)).sum()
         self.runtime.state.attended.add_(there * of.kv_heads)

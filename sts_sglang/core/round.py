@@ -45,12 +45,23 @@ class KvPools(Protocol):
     def layer(self, layer: int) -> KvPool: ...
 
 
+class Cache(NamedTuple):
+    """Where the contexts of a batch are, and how large they can be.
+
+    table: int32 [requests, width], the slot of every position of every request. slots: rows of a KV pool.
+    capacity: of the buffers of a round.
+    """
+
+    table: torch.Tensor
+    slots: int
+    capacity: Capacity
+
+
 class Draft(NamedTuple):
-    """The draft's pass over a context, and the buffers that it shares with verify.
+    """The draft's pass over a context.
 
     num_steps, topk: of speculation. q_heads, kv_heads, head_dim, dtype: of the draft's queries. pools: its
-    KV. slots: rows of a pool. table: int32 [requests, width], the slot of every position of every request.
-    capacity: of the buffers of a round.
+    KV.
     """
 
     num_steps: int
@@ -60,17 +71,17 @@ class Draft(NamedTuple):
     head_dim: int
     dtype: torch.dtype
     pools: KvPools
-    slots: int
-    table: torch.Tensor
-    capacity: Capacity
 
 
 class RoundState:
     """Static buffers of one draft-target pair, and what is written into them between two selections.
 
+    Without a draft a round is one decode step, nothing is carried and no channel has importance: a context is
+    known as soon as the step begins.
+
     Args:
         config, head_map: what to keep, and for whom. channels: of the head map.
-        draft: shapes of what is carried, and capacities.
+        cache: whose contexts these are. draft: shapes of what is carried, None without one.
         device: where the buffers live.
         importance_dtype: float16, which is all that the kernels take, or float32.
     """
@@ -80,23 +91,27 @@ class RoundState:
         config: StsConfig,
         head_map: HeadMap,
         channels: Channels,
-        draft: Draft,
+        cache: Cache,
+        draft: Draft | None,
         device: str,
         importance_dtype: torch.dtype,
     ):
-        self.config, self.rule, requests = config, config.rule(), draft.table.shape[0]
-        shape = (len(channels.members), requests, draft.q_heads, draft.head_dim)  # of layers that speak
-        self.carried = torch.zeros(shape, dtype=draft.dtype, device=device)
+        self.config, self.rule, requests = config, config.rule(), cache.table.shape[0]
+        speaking = (0, 0) if draft is None else (draft.q_heads, draft.head_dim)
+        shape = (len(channels.members), requests, *speaking)  # of layers that speak
+        self.carried = torch.zeros(shape, dtype=None if draft is None else draft.dtype, device=device)
         self.carried_q = dict(zip(channels.members, self.carried, strict=True))
         self.carried_lens = torch.zeros(requests, dtype=torch.int64, device=device)
         self.keeps = torch.full((requests,), torch.nan, dtype=torch.float64, device=device)
-        batch, self.room = draft.capacity.requests, draft.capacity.room(config, head_map)
+        batch, self.room = cache.capacity.requests, cache.capacity.room(config, head_map)
         self.first_columns = torch.arange(batch, device=device) * self.room.columns
-        columns = batch * self.room.columns
+        # Without a draft selectors have scores and lists of their own.
+        columns, entries = (0, 0) if draft is None else (batch * self.room.columns, batch * self.room.entries)
         self.importance = torch.zeros(channels.number, columns, dtype=importance_dtype, device=device)
-        self.indices = torch.zeros(batch * self.room.entries, dtype=torch.int32, device=device)
-        rows = (1 + draft.topk) * draft.q_heads // draft.kv_heads
-        self.at_once = sizes.at_once(self.room.columns, draft.kv_heads, rows)
+        self.indices = torch.zeros(entries, dtype=torch.int32, device=device)
+        if draft is not None:
+            rows = (1 + draft.topk) * draft.q_heads // draft.kv_heads
+            self.at_once = sizes.at_once(self.room.columns, draft.kv_heads, rows)
         # With a sparse draft: the draft's slots of the same tokens, and the lists of the round's batch,
         # which one graph makes and another one reads.
         self.draft_indices = torch.zeros_like(self.indices) if config.sparse_draft else None
@@ -104,7 +119,7 @@ class RoundState:
         self.starts = torch.zeros(shared, dtype=torch.int64, device=device)
         self.counts = torch.full(shared, WHOLE, dtype=torch.int32, device=device)
         self.history = (
-            SlotHistory(config, channels.number, draft.slots, requests, device, importance_dtype)
+            SlotHistory(config, channels.number, cache.slots, requests, device, importance_dtype)
             if config.history != "off"
             else None
         )
@@ -127,7 +142,7 @@ class RoundState:
         self.carried.index_copy_(1, reqs, found if rows is None else found.index_select(1, rows))
 
     def carry_lengths(self, reqs: torch.Tensor, committed: torch.Tensor, prefill: bool) -> None:
-        """Note which committed lengths [bs] the carried rows are of."""
+        """Note which committed lengths [bs] the carried rows are of or, without a draft, are known."""
         self.carried_lens.index_copy_(0, reqs, committed)
         if prefill:
             self.rounds.index_fill_(0, reqs, 0)

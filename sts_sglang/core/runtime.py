@@ -13,13 +13,23 @@ from sts_kernels.layout import Contexts, Lists, Plan, Pooling
 from sts_sglang.config import ConfigError, StsConfig, quoted, request_keep
 from sts_sglang.core.channels import NO_MEMBERS, Channels
 from sts_sglang.core.request import Request
-from sts_sglang.core.round import Draft, KvPools, RoundState
+from sts_sglang.core.round import Cache, Draft, KvPools, RoundState
 from sts_sglang.core.selectors.base import LayerCall, Selector
 from sts_sglang.core.sketches import Sketches
 from sts_sglang.core.verifier import Verifier
 from sts_sglang.headmap import HeadMap
 
 logger = logging.getLogger(__name__)
+
+SIGNALS = {
+    "draft": "the draft's attention",
+    "pages": "page scores of the target's queries",
+    "joined": "the draft's attention, and page scores of the target's queries",
+    "oracle": "the target's attention, for comparison",
+    "quest": "Quest's bounds of pages, for comparison",
+    "recent": "recency, for comparison",
+    "random": "chance, for comparison",
+}
 
 
 class Share(NamedTuple):
@@ -31,17 +41,19 @@ class Share(NamedTuple):
 
 @dataclass
 class Runtime:
-    """One bound draft-target pair: its configuration, the buffers of a round, and who works on them.
+    """One bound draft-target pair, or a target alone: configuration, the buffers of a round, and who works on
+    them.
 
-    config: as served, the head map's own choices included. kernel: `triton`, `torch`, or `flashinfer`.
-    verifier: attends to what `selector` chose. whole: attends to whole contexts, in dense layers.
-    sketches: of the target's pages, where they have a say.
+    config: as served, the head map's own choices included. draft: None without one, where a round is one
+    decode step. kernel: `triton`, `torch`, or `flashinfer`. verifier: attends to what `selector` chose.
+    whole: attends to whole contexts, in dense layers. sketches: of the target's pages, where they have a say.
     """
 
     config: StsConfig
     head_map: HeadMap
     channels: Channels
-    draft: Draft
+    cache: Cache
+    draft: Draft | None
     state: RoundState
     ops: Ops
     kernel: str
@@ -51,6 +63,11 @@ class Runtime:
     whole: Verifier
     sketches: Sketches | None
     _loaded: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def selects_by(self) -> str:
+        """In words, what decides which tokens are attended to."""
+        return SIGNALS[self.config.selector]
 
     @property
     def scoring_steps(self) -> int:
@@ -99,6 +116,8 @@ class Runtime:
 
     def begin_prefill(self, contexts: Contexts, before: torch.Tensor) -> None:
         """Before its layers. before: int [bs], tokens of the prefix."""
+        if self.draft is None:
+            self.state.carry_lengths(contexts.reqs.long(), contexts.lens.long(), prefill=True)
         if self.sketches is not None:
             self.sketches.begin_prefill(contexts, before)
 
@@ -111,19 +130,19 @@ class Runtime:
 
     def contexts(self, reqs: torch.Tensor, lens: torch.Tensor) -> Contexts:
         """A batch of requests at committed lengths."""
-        return Contexts(self.draft.table, reqs, lens)
+        return Contexts(self.cache.table, reqs, lens)
 
     def shares(self, lens: torch.Tensor) -> list[Share]:
         """How draft steps that attend to everything part their work, alike in every layer: as many requests
         at a time as there is scratch for (`sizes.SCRATCH`)."""
-        bs, most, width = lens.numel(), self.state.at_once, self.draft.table.shape[1]
+        bs, most, width = lens.numel(), self.state.at_once, self.cache.table.shape[1]
         some = [slice(first, min(first + most, bs)) for first in range(0, bs, most)]
         plan = self.ops.plan_contexts
         return [Share(few, plan(lens[few], kv_heads=self.draft.kv_heads, max_context=width)) for few in some]
 
     def plan_draft(self, lists: Lists, lens: torch.Tensor) -> Plan | None:
         """The same for sparse passes."""
-        width = self.draft.table.shape[1]
+        width = self.cache.table.shape[1]
         return self.ops.plan_attention(lists, self.channels.of_draft, lens, max_context=width)
 
     def score(
@@ -181,10 +200,12 @@ class Runtime:
 
     def begin_verify(self, contexts: Contexts) -> Lists:
         """Once a round, before the first layer: select per (request, channel)."""
-        if self.draft.num_steps == 1:
+        if self.draft is None:  # the layers score, by what they are asked
+            self.state.carry_lengths(contexts.reqs.long(), contexts.lens.long(), prefill=False)
+        elif self.draft.num_steps == 1:
             self._score_carried(contexts)
         if self.sketches is not None:
-            self.sketches.begin_verify(contexts, self.draft.num_steps + 1)
+            self.sketches.begin_verify(contexts, 1 if self.draft is None else self.draft.num_steps + 1)
         if self.config.sparse_draft:
             lists = self.state.kept_lists(contexts.lens.numel())
         else:

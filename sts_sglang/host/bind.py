@@ -19,7 +19,7 @@ from sts_sglang.backends.target import StsTargetBackend
 from sts_sglang.config import StsConfig, not_allowed
 from sts_sglang.core import sizes
 from sts_sglang.core.channels import Channels
-from sts_sglang.core.round import Draft, RoundState
+from sts_sglang.core.round import Cache, Draft, RoundState
 from sts_sglang.core.runtime import Runtime
 from sts_sglang.core.selectors import registry as selectors
 from sts_sglang.core.sizes import Capacity
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Bound:
-    """The pair of this process, and what the start-up line says besides.
+    """The pair of this process, or its target alone, and what the start-up line says besides.
 
     dense: class of the target's dense backend. kv_bytes: of both KV pools. graphs: by pass, whether it runs
     as a CUDA graph; empty without graphs, and before they are captured.
@@ -53,11 +53,17 @@ class Bound:
     kv_bytes: int
     graphs: dict[str, bool]
 
+    @property
+    def alone(self) -> bool:
+        """Whether no draft speculates for the target."""
+        return self.runtime.draft is None
+
     def describe(self) -> dict[str, Any]:
         """The start-up line as data, with the counters so far; also in /server_info."""
         runtime, own = self.runtime, self.runtime.nbytes()
         return {
             "config": json.loads(runtime.config.to_json()),
+            "selects_by": runtime.selects_by,
             "head_map": runtime.head_map.origin,
             "channels": runtime.channels.number,
             "device": runtime.device,
@@ -93,7 +99,7 @@ _bound: Bound | None = None
 
 
 def current() -> Bound | None:
-    """The pair of this process, None unless a draft and a target were bound here."""
+    """What was bound in this process, None before and where another backend serves."""
     return _bound
 
 
@@ -128,12 +134,7 @@ def parts(worker: EAGLEWorkerV2) -> WorkerParts:
     expected = [(verify, StsTargetBackend), (extend, CarryLastRow)]
     if steps is not None:
         expected.append((steps, DraftMultiStepBackend))
-    for backend, cls in expected:
-        if not isinstance(backend, cls):
-            raise RuntimeError(
-                f"STS was asked for, but SGLang built {type(backend).__name__} where {cls.__name__} belongs; "
-                "use --attention-backend sts and no other attention backend flag"
-            )
+    _check_ours(*expected)
     return WorkerParts(runner, draft.draft_runner, verify, steps, extend)
 
 
@@ -154,6 +155,7 @@ def bind(worker: EAGLEWorkerV2, config: StsConfig) -> Bound:
         config,
         target.model.counts,
         draft.model.counts,
+        _cache_of(draft),
         _draft_of(worker, draft),
         target.device,
         views.paths(args),
@@ -167,6 +169,35 @@ def bind(worker: EAGLEWorkerV2, config: StsConfig) -> Bound:
         runtime, type(found.verify.dense).__name__, target.pools.nbytes() + draft.pools.nbytes(), {}
     )
     return _bound
+
+
+def bind_alone(worker: TpModelWorker, config: StsConfig) -> Bound:
+    """Give the backend of a target that no draft speculates for what it decodes with.
+
+    Raises: as `bind`.
+    """
+    global _bound
+    model_runner: ModelRunner = worker.model_runner
+    backend = model_runner.attn_backend
+    _check_ours((backend, StsTargetBackend))
+    target, args = views.runner(model_runner), views.resolved(worker.server_args)
+    _check_kv(target)
+    cache, shape = _cache_of(target), _target_of(args, target)
+    runtime = assemble(
+        config, target.model.counts, None, cache, None, target.device, views.paths(args), shape
+    )
+    backend.bind(runtime)
+    _bound = Bound(runtime, type(backend.dense).__name__, target.pools.nbytes(), {})
+    return _bound
+
+
+def _check_ours(*expected: tuple[object, type]) -> None:
+    for backend, cls in expected:
+        if not isinstance(backend, cls):
+            raise RuntimeError(
+                f"STS was asked for, but SGLang built {type(backend).__name__} where {cls.__name__} belongs; "
+                "use --attention-backend sts and no other attention backend flag"
+            )
 
 
 def _check_kv(runner: views.Runner) -> None:
@@ -183,21 +214,23 @@ def _check_kv(runner: views.Runner) -> None:
 def assemble(
     config: StsConfig,
     target: HeadCounts,
-    draft_counts: HeadCounts,
-    draft: Draft,
+    draft_counts: HeadCounts | None,
+    cache: Cache,
+    draft: Draft | None,
     device: str,
     models: ModelPaths | None = None,
     shape: TargetShape | None = None,
 ) -> Runtime:
-    """The runtime of a pair.
+    """The runtime of a pair, or of a target alone.
 
     Args:
         config: validated configuration. target, draft_counts: attention shapes of the models.
-        draft: pools and buffers of the draft's pass. device: where the state lives.
+        cache: where contexts are. draft: of its pass, None without one. device: where the state lives.
         models: where the weights are, for the fingerprints of head maps.
         shape: of the target, for verifiers that plan for it.
     """
     config.check_layers(target.layers)
+    config = config.for_launch(drafts=draft is not None)
     head_map = headmap.of_config(config, target, draft_counts, models)
     config = headmap.served(config, head_map)
     kernel = kernel_for(config, device)
@@ -208,19 +241,20 @@ def assemble(
     # a context reaches down to scores that only float32 tells from zero.
     exact = device == "cpu" and own_ops == "torch"
     dtype = torch.float32 if exact else torch.float16
-    state = RoundState(config, head_map, channels, draft, device, dtype)
-    sketches = _sketches(config, own, target, shape, draft, state.importance)
-    made_of = VerifierParts(config, head_map, channels, state, own, draft.table.shape[1], shape)
+    state = RoundState(config, head_map, channels, cache, draft, device, dtype)
+    sketches = _sketches(config, own, target, shape, cache, state.importance)
+    made_of = VerifierParts(config, head_map, channels, state, own, cache.table.shape[1], shape)
     return Runtime(
         config=config,
         head_map=head_map,
         channels=channels,
+        cache=cache,
         draft=draft,
         state=state,
         ops=own,
         kernel=kernel,
         device=device,
-        selector=selectors.make(config, state, channels, own, draft, sketches),
+        selector=selectors.make(config, state, channels, own, cache, sketches),
         verifier=verifiers.of(kernel).make(made_of),
         whole=by_ops.make(made_of),
         sketches=sketches,
@@ -232,7 +266,7 @@ def _sketches(
     ops: Ops,
     target: HeadCounts,
     shape: TargetShape | None,
-    draft: Draft,
+    cache: Cache,
     like: torch.Tensor,
 ) -> Sketches | None:
     """Of the layers that verify sparsely, where pages have a say in that. like: dtype and device."""
@@ -243,10 +277,10 @@ def _sketches(
             "sts_config.selector",
             f"got {config.selector!r}, but {PAGE} slots cannot share the sketch of a head of "
             f"{shape.head_dim} dimensions evenly",
-            "'draft' with this target",
+            "'draft', and with it a draft, with this target",
         )
     layers = [layer for layer in range(target.layers) if not config.dense_verify(layer)]
-    requests = draft.table.shape[0]
+    requests = cache.table.shape[0]
     return Sketches(
         ops, layers, shape.slots, target.kv_heads, shape.head_dim, requests, like.device, like.dtype
     )
@@ -274,8 +308,14 @@ def _target_of(server_args: Any, target: views.Runner) -> TargetShape:
     return shape._replace(slots=target.pools.slots)
 
 
+def _cache_of(runner: views.Runner) -> Cache:
+    """That draft and target share."""
+    requests, width = runner.table.shape
+    capacity = Capacity.of(requests, min(width, runner.pools.tokens))
+    return Cache(runner.table, runner.pools.slots, capacity)
+
+
 def _draft_of(worker: EAGLEWorkerV2, draft: views.Runner) -> Draft:
-    requests, width = draft.table.shape
     return Draft(
         num_steps=worker.speculative_num_steps,
         topk=worker.topk,
@@ -284,17 +324,22 @@ def _draft_of(worker: EAGLEWorkerV2, draft: views.Runner) -> Draft:
         head_dim=draft.model.head_dim,
         dtype=draft.dtype,
         pools=draft.pools,
-        slots=draft.pools.slots,
-        table=draft.table,
-        capacity=Capacity.of(requests, min(width, draft.pools.tokens)),
     )
 
 
-def note_graphs(worker: EAGLEWorkerV2) -> Bound:
-    """After the worker's CUDA graphs were captured: which of them, in the start-up line."""
+def note_graphs(captured: dict[str, bool]) -> Bound:
+    """After CUDA graphs were captured: which of them, in the start-up line."""
     global _bound
-    _bound = replace(_bound, graphs=check_graphs(captured_graphs(worker), _bound.dense))
+    _bound = replace(_bound, graphs=check_graphs(captured, _bound.dense))
     return _bound
+
+
+def captured_alone(worker: TpModelWorker) -> dict[str, bool]:
+    """`captured_graphs` of a target that no draft speculates for."""
+    if not views.decode_graphs(views.resolved(worker.server_args)).captured:
+        return {}
+    runner: ModelRunner = worker.model_runner
+    return {"decode": runner.decode_cuda_graph_runner is not None}
 
 
 def captured_graphs(worker: EAGLEWorkerV2) -> dict[str, bool]:

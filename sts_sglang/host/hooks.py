@@ -15,15 +15,17 @@ from sts_sglang.backends import dense
 from sts_sglang.backends.draft import DraftMultiStepBackend
 from sts_sglang.config import BACKEND, ENV, ConfigError, StsConfig, check_request
 from sts_sglang.core import dumps
+from sts_sglang.core.runtime import Runtime
 from sts_sglang.host import bind, compat, handover, refused, reserve, views
 from sts_sglang.host.metrics import Exporter
 from sts_sglang.host.releases import release
 from sts_sglang.host.sampling import check_sampling
-from sts_sglang.host.serves import Refusal, asks_for_sts, check_all, check_raw
+from sts_sglang.host.serves import Refusal, asks_for_sts, check_all, check_raw, speculates
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import GetInternalStateReqOutput
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.tp_worker import TpModelWorker
     from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
     from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
     from sglang.srt.sampling.sampling_params import SamplingParams
@@ -38,6 +40,7 @@ class _Launch:
     """State of the launching process, where ServerArgs are built and requests are validated."""
 
     config: StsConfig | None = None  # of the first `sts` launch
+    speculates = False  # by a draft
     user_env: Any = UNSET  # STS_CONFIG as the user left it, before we hand canonical JSON to children
     given: Any = None  # --sts-config or Engine(sts_config=...), on its way to the arguments it came with
 
@@ -132,7 +135,7 @@ def _check(server_args: ServerArgs, config: StsConfig) -> None:
     checked = config
     if server_args.model_path.lower() not in ("none", "dummy"):  # SGLang's own placeholder: resolves nothing
         checked = check_all(views.resolved(server_args), config)
-    _Launch.config = config
+    _Launch.config, _Launch.speculates = config, speculates(views.resolved(server_args))
     handover.leave(views.resolved(server_args), checked)
 
 
@@ -152,7 +155,8 @@ def sampling_verify(result: None, self: SamplingParams, vocab_size: int) -> None
     """AFTER SamplingParams.verify: what a request asks of us; ValueError becomes HTTP 400."""
     if _Launch.config is not None:
         check_request(self.custom_params, _Launch.config)
-        check_sampling(self, cpu=cpu.selected())
+        if _Launch.speculates:
+            check_sampling(self, cpu=cpu.selected())
 
 
 def ends_in_one_line(hook: Callable) -> Callable:
@@ -197,8 +201,11 @@ def init_attention_backends(result: None, self: EAGLEWorkerV2) -> None:
     """AFTER EAGLEWorkerV2.init_attention_backends: bind draft and target, before any capture."""
     if not asks_for_sts(self.server_args):
         return
-    runtime = bind.bind(self, StsConfig.of_launch()).runtime
-    args = views.resolved(self.server_args)
+    _count(bind.bind(self, StsConfig.of_launch()).runtime, views.resolved(self.server_args))
+
+
+def _count(runtime: Runtime, args: ServerArgs) -> None:
+    """Publish its counters from now on."""
     _Scheduler.exporter = Exporter(
         runtime.state.totals,
         enable_metrics=args.enable_metrics,
@@ -210,14 +217,42 @@ def init_attention_backends(result: None, self: EAGLEWorkerV2) -> None:
 def init_cuda_graphs(result: None, self: EAGLEWorkerV2) -> None:
     """AFTER EAGLEWorkerV2.init_cuda_graphs: say what serves, now that the graphs are known."""
     if bind.current() is not None:
-        bind.announce(bind.note_graphs(self))
+        bind.announce(bind.note_graphs(bind.captured_graphs(self)))
+
+
+@ends_in_one_line
+def init_target_backends(result: None, self: TpModelWorker) -> None:
+    """AFTER TpModelWorker.init_attention_backends: bind a target that no draft speculates for."""
+    args = views.resolved(self.server_args)
+    if asks_for_sts(self.server_args) and not speculates(args):
+        _count(bind.bind_alone(self, StsConfig.of_launch()).runtime, args)
+
+
+def init_target_graphs(result: None, self: TpModelWorker, *args, **kwargs) -> None:
+    """AFTER TpModelWorker.init_cuda_graphs: as `init_cuda_graphs`, of a target that was bound alone."""
+    if (bound := bind.current()) is not None and bound.alone:
+        bind.announce(bind.note_graphs(bind.captured_alone(self)))
+
+
+def forward_target(self: TpModelWorker, batch: ScheduleBatch | None, *args, **kwargs) -> None:
+    """BEFORE TpModelWorker.forward_batch_generation: as `forward_batch`, of a target that was bound alone."""
+    if (bound := bind.current()) is not None and bound.alone and batch is not None:
+        _before_forward(bound.runtime, batch)
+
+
+def decode_complete(result: None, self, *args, **kwargs) -> None:
+    """AFTER SchedulerBatchResultProcessor.process_batch_result_decode: as `verify_complete`, likewise."""
+    if (bound := bind.current()) is not None and bound.alone:
+        _Scheduler.exporter.on_round()
 
 
 def forward_batch(self: EAGLEWorkerV2, batch: ScheduleBatch, *args, **kwargs) -> None:
     """BEFORE EAGLEWorkerV2.forward_batch_generation: note keeps at prefill, and who is in a round."""
-    if (bound := bind.current()) is None:
-        return
-    runtime = bound.runtime
+    if (bound := bind.current()) is not None:
+        _before_forward(bound.runtime, batch)
+
+
+def _before_forward(runtime: Runtime, batch: ScheduleBatch) -> None:
     runtime.forget_loaded()
     if views.prefills(batch):
         runtime.admit(views.requests(batch))
@@ -270,6 +305,10 @@ HOOKS: tuple[tuple[Callable, str], ...] = (
     (init_cuda_graphs, "AFTER"),
     (forward_batch, "BEFORE"),
     (verify_complete, "AFTER"),
+    (init_target_backends, "AFTER"),
+    (init_target_graphs, "AFTER"),
+    (forward_target, "BEFORE"),
+    (decode_complete, "AFTER"),
     (profile_available_bytes, "AFTER"),
     (internal_state, "AFTER"),
     (hicache_load, "AFTER"),

@@ -22,6 +22,7 @@ Targets = dict[str, tuple[str, tuple[str, ...]]]
 
 _SPEC = "sglang.srt.speculative"
 _WORKER = f"{_SPEC}.eagle_worker_v2.EAGLEWorkerV2"
+_TARGET = "sglang.srt.managers.tp_worker.TpModelWorker"
 _ARGS = "sglang.srt.server_args.ServerArgs"
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _CONTROL = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
@@ -39,6 +40,14 @@ HOOKS: Targets = {
     "verify_complete": (
         f"{_WORKER}.on_verify_complete_cpu",
         ("self", "num_correct_drafts_per_req", "batch_size"),
+    ),
+    "init_target_backends": (f"{_TARGET}.init_attention_backends", ("self",)),
+    "init_target_graphs": (f"{_TARGET}.init_cuda_graphs", ("self",)),
+    "forward_target": (f"{_TARGET}.forward_batch_generation", ("self", "batch")),
+    "decode_complete": (
+        "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+        ".process_batch_result_decode",
+        ("self",),
     ),
     "profile_available_bytes": (
         "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes",
@@ -150,6 +159,7 @@ SERVER_ARGS_READ = (
     "enable_memory_saver",
     "enable_metrics",
     "enable_mis",
+    "enable_mixed_chunk",
     "enable_multi_layer_eagle",
     "enable_page_major_kv_layout",
     "enable_pdmux",
@@ -318,7 +328,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "draft_runner",
         "tree_mask_mode",
     ),
-    "sglang.srt.managers.tp_worker.TpModelWorker": ("model_runner",),
+    _TARGET: ("model_runner", "server_args"),
     f"{_SPEC}.draft_utils.DraftBackendFactory": (
         "_create_triton_decode_backend",
         "draft_model_runner",

@@ -18,11 +18,11 @@ MAX_REQUESTS = 4096  # SGLang's own bound where the user gives none (resolve_max
 
 
 class _Launch(NamedTuple):
-    """rows: query rows of a draft KV head in one step. requests: of a batch."""
+    """draft: None without one. rows: query rows of a draft KV head in one step. requests: of a batch."""
 
     config: StsConfig
     target: TargetShape
-    draft: views.Model
+    draft: views.Model | None
     head_map: headmap.HeadMap
     rows: int
     requests: int
@@ -42,6 +42,8 @@ class _Launch(NamedTuple):
 
     def _of_round(self, capacity: Capacity) -> Need:
         channels, draft = len(self.head_map.channels), self.draft
+        if draft is None:  # nothing is scored for all layers at once
+            return Need()
         buffers = capacity.nbytes(self.config, self.head_map)
         stored = sizes.scratch_bytes(capacity.context, draft.counts.kv_heads, self.rows)
         scratch = min(capacity.requests * stored, max(stored, sizes.SCRATCH))
@@ -56,14 +58,17 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
 
     Raises `ConfigError` where they leave no room for KV.
     """
-    of, draft = views.model(target), views.model(serves.draft_config(server_args, target))
+    of, draft = views.model(target), None
+    if (drafts := serves.draft_config(server_args, target)) is not None:
+        draft = views.model(drafts)
     requests = server_args.max_running_requests or MAX_REQUESTS
     # Fingerprints say whose map it is, not how large it is.
-    head_map = headmap.of_config(config, of.counts, draft.counts)
-    rows = (1 + (server_args.speculative_eagle_topk or 1)) * draft.group
+    head_map = headmap.of_config(config, of.counts, draft and draft.counts)
+    rows = (1 + (server_args.speculative_eagle_topk or 1)) * draft.group if draft else 0
     shape = target_shape(server_args, of, requests)
     launch = _Launch(config, shape, draft, head_map, rows, requests)
-    reserved = sizes.reserve(available, of.kv_bytes + draft.kv_bytes, shape.context_len, launch.need)
+    kv_bytes = of.kv_bytes + (draft.kv_bytes if draft else 0)
+    reserved = sizes.reserve(available, kv_bytes, shape.context_len, launch.need)
     if reserved >= available:
         raise not_allowed(
             "--max-running-requests",
@@ -77,7 +82,7 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
 def target_shape(server_args: Any, target: views.Model, requests: int) -> TargetShape:
     """Of a launch, given the requests of the largest batch."""
     return TargetShape(
-        tokens=server_args.speculative_num_draft_tokens,
+        tokens=server_args.speculative_num_draft_tokens or 1,
         layers=target.counts.layers,
         q_heads=target.counts.q_heads,
         kv_heads=target.counts.kv_heads,

@@ -78,15 +78,18 @@ class Refusal(ValueError):
 
 
 class _Rule(NamedTuple):
+    """drafted: whether it is for launches with a draft, or for those without; None: for all."""
+
     field: str
     served: tuple[Any, ...]
     why: str
+    drafted: bool | None = None
 
 
 _ONE_PROCESS = "one process must see all heads and all tokens"
 _DTYPE = "KV must have the model's dtype"
 _OTHER_LAYOUT = "it reads KV as [slot, head, dim]"
-_DRAFT_KV_LOST = "this cache may bring a prefix back without the draft's KV, which the selection is made from"
+_ROADS = "this cache may bring a prefix back without the draft's KV, or without a word of the slots it takes"
 _ALL_RULES = (
     *(
         _Rule(field, (1,), _ONE_PROCESS)
@@ -109,7 +112,11 @@ _ALL_RULES = (
     _Rule("enable_dp_attention", (False,), _ONE_PROCESS),
     _Rule("enable_two_batch_overlap", (False,), "it splits a batch under the backend"),
     _Rule("enable_pdmux", (False,), "it runs decode on a group of backends"),
-    _Rule("disaggregation_mode", ("null",), "a transferred prompt has no draft attention"),
+    _Rule(
+        "disaggregation_mode",
+        ("null",),
+        "a transferred prompt brings neither the draft's attention nor sketches",
+    ),
     _Rule("decoupled_spec_role", ("null",), "draft and target must share a process"),
     _Rule("disaggregation_decode_retraction_backup", (None, "cpu_tensor"), "its pool is a decode server's"),
     _Rule("kv_cache_dtype", ("auto", "bf16", "bfloat16"), _DTYPE),
@@ -117,12 +124,12 @@ _ALL_RULES = (
     _Rule("enable_unified_memory", (False,), _OTHER_LAYOUT),
     _Rule("enable_page_major_kv_layout", (False,), _OTHER_LAYOUT),
     _Rule("enable_hisparse", (False,), "it keeps KV in pools of its own"),
-    _Rule("enable_lmcache", (False,), _DRAFT_KV_LOST),
-    _Rule("enable_flexkv", (False,), _DRAFT_KV_LOST),
-    _Rule("hicache_storage_backend", (None,), _DRAFT_KV_LOST),
-    _Rule("hicache_host_memory_mode", ("cache",), _DRAFT_KV_LOST),
-    _Rule("enable_unified_cache_external_linker", (False,), _DRAFT_KV_LOST),
-    _Rule("radix_cache_backend", (None,), _DRAFT_KV_LOST),
+    _Rule("enable_lmcache", (False,), _ROADS),
+    _Rule("enable_flexkv", (False,), _ROADS),
+    _Rule("hicache_storage_backend", (None,), _ROADS),
+    _Rule("hicache_host_memory_mode", ("cache",), _ROADS),
+    _Rule("enable_unified_cache_external_linker", (False,), _ROADS),
+    _Rule("radix_cache_backend", (None,), _ROADS),
     _Rule("enable_deterministic_inference", (False,), "the selection depends on the batch"),
     _Rule("rl_on_policy_target", (None,), "it turns deterministic inference on"),
     _Rule("speculative_adaptive", (False,), "it swaps attention backends while serving"),
@@ -130,7 +137,10 @@ _ALL_RULES = (
     _Rule("speculative_draft_window_size", (None,), "a windowed draft does not score the whole context"),
     _Rule("is_embedding", (False,), "embeddings have no decode to verify"),
     _Rule("dllm_algorithm", (None,), "diffusion models do not verify drafts"),
-    _Rule("enable_custom_logit_processor", (False,), "under speculation it acts on the first token only"),
+    _Rule(
+        "enable_custom_logit_processor", (False,), "under speculation it acts on the first token only", True
+    ),
+    _Rule("enable_mixed_chunk", (False,), "SGLang decodes beside a prefill as if it were one", False),
     _Rule("enable_mis", (False,), "scoring has no decode to verify"),
     _Rule("enable_memory_saver", (False,), "released weights come back by an update, and none is served"),
     _Rule("checkpoint_engine_wait_weights_before_ready", (False,), "no update of weights is served"),
@@ -139,11 +149,13 @@ _ALL_RULES = (
         (False,),
         "from the second turn on SGLang counts a cached token under speculation that is not there, and "
         "answers differently from one request of the same tokens",
+        True,
     ),
+    _Rule("enable_streaming_session", (False,), "nobody has read what it keeps between turns", False),
     _Rule("enable_nvidia_megakernel", (False,), "its kernels verify in the backend's place"),
     _Rule("enable_amd_monokernel", (False,), "its kernels verify in the backend's place"),
-    _Rule("enable_watermark", (False,), "nobody has read how it draws under speculation"),
-    _Rule("enable_return_aux_hidden_states", (False,), "SGLang then runs no draft"),
+    _Rule("enable_watermark", (False,), "nobody has read how it draws under speculation", True),
+    _Rule("enable_return_aux_hidden_states", (False,), "SGLang then runs no draft", True),
     _Rule("encoder_only", (False,), "an encoder has no decode to verify"),
     _Rule("model_impl", ("auto", "sglang"), "only SGLang's own models have been read"),
     _Rule("use_ray", (False,), "SGLang loads no plugins in Ray actors"),
@@ -157,7 +169,7 @@ _RULES = tuple(rule for rule in _ALL_RULES if rule.field in release.SERVER_ARGS_
 # asks for the same values (host/handover.py).
 CHECKED = (
     *BACKEND_FIELDS,
-    *(rule.field for rule in _RULES),
+    *dict.fromkeys(rule.field for rule in _RULES),
     "device",
     "enable_return_hidden_states",
     "model_path",
@@ -189,6 +201,11 @@ def asks_for_sts(server_args: ServerArgs) -> bool:
     return any(getattr(server_args, field) == BACKEND for field in BACKEND_FIELDS)
 
 
+def speculates(server_args: ServerArgs) -> bool:
+    """Whether a draft does, or nothing."""
+    return server_args.speculative_algorithm is not None
+
+
 def check_raw(server_args: ServerArgs) -> None:
     """Check the arguments as given, before `ServerArgs.__post_init__`. Raises `Refusal`."""
     _check_backends(server_args)
@@ -208,7 +225,7 @@ def check_resolved(server_args: ServerArgs) -> None:
             f"--attention-backend: SGLang made it {resolved} for this model; {_other_model('--model-path')}"
         )
     _check_backends(server_args)
-    if server_args.speculative_algorithm not in ALGORITHMS:
+    if server_args.speculative_algorithm not in (None, *ALGORITHMS):
         raise Refusal(
             f"--speculative-algorithm: SGLang made it {server_args.speculative_algorithm} for this draft; "
             f"{_other_model('--speculative-draft-model-path')}"
@@ -221,6 +238,8 @@ def check_resolved(server_args: ServerArgs) -> None:
 def _check_unread(server_args: ServerArgs) -> None:
     """Flags that this algorithm's worker takes without a word and does something else with."""
     algorithm = server_args.speculative_algorithm
+    if algorithm is None:
+        return
     if server_args.enable_return_hidden_states and algorithm != "EAGLE":
         what = (
             "drops them" if algorithm == "STANDALONE" else "returns those of the layers that the head reads"
@@ -325,16 +344,17 @@ def check_inspect(config: StsConfig) -> None:
 def check_preferred(server_args: ServerArgs, config: StsConfig, target: ModelConfig) -> None:
     """What joins every request must be what a request may ask for. Raises `Refusal`."""
     preferred = server_args.preferred_sampling_params or {}
-    _check_joining("--preferred-sampling-params", preferred, "change or remove it", config, target)
+    drafted = speculates(server_args)
+    _check_joining("--preferred-sampling-params", preferred, "change or remove it", config, target, drafted)
     # Qwen2.5-Instruct comes with a repetition_penalty of 1.05. Of the others a request may have any.
     given = target.get_default_sampling_params()
     own = {name: given[name] for name in ("repetition_penalty", "min_p") if name in given}
     what = "--sampling-defaults model (generation_config.json)"
-    _check_joining(what, own, "use --sampling-defaults openai", config, target)
+    _check_joining(what, own, "use --sampling-defaults openai", config, target, drafted)
 
 
 def _check_joining(
-    what: str, params: dict[str, Any], remedy: str, config: StsConfig, target: ModelConfig
+    what: str, params: dict[str, Any], remedy: str, config: StsConfig, target: ModelConfig, drafted: bool
 ) -> None:
     from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -346,7 +366,8 @@ def _check_joining(
         made = SamplingParams(**{**own, **params})
         made.verify(target.vocab_size)
         check_request(made.custom_params, config)
-        check_sampling(made, cpu=cpu.selected())
+        if drafted:
+            check_sampling(made, cpu=cpu.selected())
     except (TypeError, ValueError) as error:
         raise Refusal(
             f"{what}: {error}; so would be answered every request that does not say otherwise; {remedy}"
@@ -372,17 +393,18 @@ def check_draft(draft: ModelConfig, target: ModelConfig) -> None:
 def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     """Every check that follows `ServerArgs.__post_init__`. Raises `Refusal`, `ConfigError`.
 
-    Reads both models' configurations as the workers will, no weights. Returns the configuration for the
-    schedulers: with the hash of the head map's file, which they read again.
+    Reads the models' configurations as the workers will, no weights. Returns the configuration for the
+    schedulers: with what selects, and the hash of the head map's file, which they read again.
     """
     check_resolved(server_args)
+    config = config.for_launch(speculates(server_args))
     check_device(server_args, config)
     check_history(server_args, config)
     check_inspect(config)
     target = release.model_config(server_args)
     check_target(target)
-    draft = draft_config(server_args, target)
-    check_draft(draft, target)
+    if (draft := draft_config(server_args, target)) is not None:
+        check_draft(draft, target)
     check_preferred(server_args, config, target)
     _check_kv_dtype(server_args, target, draft)
     _check_weights(server_args, target, draft)
@@ -392,11 +414,15 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     models = views.paths(server_args)
     # Weights of a hub name may not be here yet: the map's fingerprints are compared when they are loaded.
     models = models if models.are_folders() else None
-    head_map = headmap.of_config(config, views.model(target).counts, views.model(draft).counts, models)
+    head_map = headmap.of_config(
+        config, views.model(target).counts, draft and views.model(draft).counts, models
+    )
     return headmap.pinned(config, head_map)
 
 
-def check_tiles(server_args: ServerArgs, config: StsConfig, target: ModelConfig, draft: ModelConfig) -> None:
+def check_tiles(
+    server_args: ServerArgs, config: StsConfig, target: ModelConfig, draft: ModelConfig | None
+) -> None:
     """Whether a thread block of the kernels can hold its rows. Raises `Refusal`."""
     room = _shared_memory()
     if room is None:
@@ -404,6 +430,8 @@ def check_tiles(server_args: ServerArgs, config: StsConfig, target: ModelConfig,
     # Imports Triton, which a CPU's launcher goes without.
     from sts_kernels import draft_attention, page_scores, verify
 
+    if draft is None:  # one row of every query head
+        return
     tokens, branches = server_args.speculative_num_draft_tokens, server_args.speculative_eagle_topk
     readers = [("--speculative-num-draft-tokens", tokens, tokens, target, verify.shared_bytes)]
     # A carried row beside the branches'.
@@ -455,10 +483,8 @@ def _check_backends(server_args: ServerArgs) -> None:
 def _check_algorithm(server_args: ServerArgs) -> None:
     algorithm = server_args.speculative_algorithm
     if algorithm is None:
-        raise Refusal(
-            "--speculative-algorithm: sts selects by a draft model's attention and none is given; add "
-            f"--speculative-algorithm STANDALONE --speculative-draft-model-path DRAFT {CHAIN_FLAGS}"
-        )
+        _check_no_draft(server_args)
+        return
     # NEXTN is SGLang's other word for EAGLE.
     if algorithm.upper() not in (*ALGORITHMS, "NEXTN"):
         raise Refusal(
@@ -471,10 +497,22 @@ def _check_algorithm(server_args: ServerArgs) -> None:
         )
 
 
+def _check_no_draft(server_args: ServerArgs) -> None:
+    """Flags of a draft that nobody would ask."""
+    for field in CHECKED:
+        if field.startswith("speculative_") and (value := getattr(server_args, field)) not in (None, False):
+            raise Refusal(
+                f"{_flag(field)} {value}: given without --speculative-algorithm, so that no draft runs; "
+                f"remove it or add --speculative-algorithm {' or '.join(ALGORITHMS)}"
+            )
+
+
 def _check_rules(server_args: ServerArgs, hint: str = "") -> None:
     from sglang.srt.environ import envs
 
-    for field, served, why in _RULES:
+    for field, served, why, drafted in _RULES:
+        if drafted not in (None, speculates(server_args)):
+            continue
         value = getattr(server_args, field)
         if value not in served:
             plain = served[0] in (None, False)
@@ -506,7 +544,7 @@ def _check_steps(server_args: ServerArgs) -> None:
 
 def _check_pages(server_args: ServerArgs) -> None:
     # Branches of a tree share the last, partly filled page of the prefix.
-    if (server_args.page_size or 1) == 1:
+    if (server_args.page_size or 1) == 1 or not speculates(server_args):
         return
     page, topk = f"--page-size {server_args.page_size}", server_args.speculative_eagle_topk
     if topk is None and server_args.speculative_algorithm.upper() != "STANDALONE":
@@ -521,10 +559,13 @@ def _check_pages(server_args: ServerArgs) -> None:
         )
 
 
-def draft_config(server_args: ServerArgs, target: ModelConfig) -> ModelConfig:
-    """The draft's configuration as its worker loads it, with the target's context. Raises `Refusal`."""
+def draft_config(server_args: ServerArgs, target: ModelConfig) -> ModelConfig | None:
+    """The draft's configuration as its worker loads it, with the target's context; None without a draft.
+    Raises `Refusal`."""
     from sglang.srt.configs.model_config import ModelConfig
 
+    if not speculates(server_args):
+        return None
     try:
         return ModelConfig.from_server_args(
             server_args,
@@ -544,14 +585,14 @@ def draft_config(server_args: ServerArgs, target: ModelConfig) -> ModelConfig:
         raise _unreadable("--speculative-draft-model-path", path, error) from error
 
 
-def _check_kv_dtype(server_args: ServerArgs, target: ModelConfig, draft: ModelConfig) -> None:
+def _check_kv_dtype(server_args: ServerArgs, target: ModelConfig, draft: ModelConfig | None) -> None:
     import torch
 
     given = "--kv-cache-dtype", server_args.kv_cache_dtype
-    models = (
-        ("--model-path", target, *given),
-        ("--speculative-draft-model-path", draft, *(release.draft_kv_dtype(server_args) or given)),
-    )
+    models = [("--model-path", target, *given)]
+    if draft is not None:
+        own = release.draft_kv_dtype(server_args) or given
+        models.append(("--speculative-draft-model-path", draft, *own))
     for flag, model, asked, value in models:
         if value == "auto" and _may_bring_fp8(model):
             raise Refusal(
@@ -603,7 +644,7 @@ def _check_config_files(server_args: ServerArgs) -> None:
             checkpoints.check_numbers(f"{flag} {folder}", config)
 
 
-def _check_weights(server_args: ServerArgs, target: ModelConfig, draft: ModelConfig) -> None:
+def _check_weights(server_args: ServerArgs, target: ModelConfig, draft: ModelConfig | None) -> None:
     """Raises `ConfigError` for damaged weights and for missing tensors: SGLang would leave such parameters as
     they were allocated."""
     formats = {"--model-path": server_args.load_format}

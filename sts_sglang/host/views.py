@@ -79,6 +79,13 @@ def requests_of(batch: ForwardBatch) -> Batch:
     return Batch(batch.batch_size, batch.req_pool_indices, batch.seq_lens)
 
 
+def committed(batch: ForwardBatch) -> Batch:
+    """Of a verify or a decode step, with the lengths before its own tokens: a verify's do not count them, a
+    decode step's do."""
+    size, reqs, lens = requests_of(batch)
+    return Batch(size, reqs, lens - 1 if mode(batch) == Mode.DECODE else lens)
+
+
 class Rows(NamedTuple):
     """New tokens of each request of a prefill: int [bs] each, tokens before them and how many they are."""
 
@@ -108,7 +115,9 @@ class Tree(NamedTuple):
 
 
 def tree(batch: ForwardBatch) -> Tree:
-    """Of a verify."""
+    """Of a verify; a decode step checks nothing, and has one token."""
+    if mode(batch) == Mode.DECODE:
+        return Tree(1, 1, None)
     spec: EagleVerifyInput = batch.spec_info
     return Tree(spec.draft_token_num, spec.topk, spec.custom_mask)
 

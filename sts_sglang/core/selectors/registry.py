@@ -5,7 +5,7 @@ from __future__ import annotations
 from sts_kernels import Ops
 from sts_sglang.config import StsConfig
 from sts_sglang.core.channels import Channels
-from sts_sglang.core.round import Draft, RoundState
+from sts_sglang.core.round import Cache, RoundState
 from sts_sglang.core.selectors import compare, pages
 from sts_sglang.core.selectors.base import HeadLists, Selector
 from sts_sglang.core.selectors.draft import DraftSelector
@@ -19,21 +19,21 @@ def make(
     state: RoundState,
     channels: Channels,
     ops: Ops,
-    draft: Draft,
+    cache: Cache,
     sketches: Sketches | None,
 ) -> Selector:
     """The selector of a launch. sketches: where it needs them (`StsConfig.by_pages`)."""
     drafted = DraftSelector(config, state, channels, ops)
     if config.selector == "draft":
         return drafted
-    capacity, of_target = draft.capacity, channels.of_target
+    capacity, of_target = cache.capacity, channels.of_target
     if config.by_pages:
         scores = pages.PageScores(config, ops, sketches, of_target, capacity, state.importance.dtype)
         lists = HeadLists(of_target, capacity.requests, capacity.context)
         if config.selector == "pages":
             return pages.PagesSelector(config, state, scores, lists)
         return pages.JoinedSelector(config, state, drafted, scores, lists)
-    scores, table = state.importance, draft.table
+    scores, table = state.importance, cache.table
     # On a GPU without a look at the lengths.
     width = None if scores.device.type == "cpu" else table.shape[1]
     return compare.LayerSelector(config, ops, of_target, capacity, table.shape[0], scores.dtype, width=width)
