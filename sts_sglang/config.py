@@ -291,7 +291,7 @@ class StsConfig:
                 f"got {self.budget} with policy 'fixed', below {what} = {self.forced}",
                 "a budget of at least sink + recent, which are always kept",
             )
-        if self.selector not in ("auto", "draft"):
+        if not self.by_draft:
             self._check_selector()
 
     def _check_selector(self) -> None:
@@ -334,6 +334,11 @@ class StsConfig:
     def some_dense_verify(self) -> bool:
         """Whether any layer does."""
         return self.verify == "dense" or bool(self.dense_layers)
+
+    @property
+    def by_draft(self) -> bool:
+        """Whether the draft's choice is all there is."""
+        return self.selector in ("auto", "draft")
 
     @property
     def by_pages(self) -> bool:

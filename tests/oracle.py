@@ -52,6 +52,7 @@ class Rule:
     # "pages": by mean and deviation of the keys of 16 tokens; "joined": they have `page_share` of a list.
     selector: str = "draft"
     page_share: float = 0.5
+    deviation: float = 1.0  # how much of it a page's score has
 
     def budget(self, context: int) -> int:
         forced = self.sink + self.recent
@@ -174,19 +175,24 @@ class Eagle3Draft:
 
 
 class Oracle:
-    """A target from a folder and a draft (HFDraft folder, or an EAGLE-3 folder), float32."""
+    """A target from a folder and a draft (HFDraft folder, or an EAGLE-3 folder), float32. Without a draft a
+    round is one token, whose queries select."""
 
-    def __init__(self, target: Path, draft: Path):
-        self.target = _load(target)
-        eagle3 = json.loads((draft / "config.json").read_text())["architectures"] == [
-            "LlamaForCausalLMEagle3"
-        ]
-        self.draft = Eagle3Draft(draft, self.target) if eagle3 else HFDraft(draft)
+    def __init__(self, target: Path, draft: Path | None = None):
+        self.target, self.draft = _load(target), None
+        if draft is not None:
+            self.draft = self._load_draft(draft)
         self._masks: list[torch.Tensor] = []
         self._choose = None  # of a running verify whose layers select by their own queries
         self._inputs: dict[int, tuple] = {}
         for i, layer in enumerate(self.target.model.layers):
             layer.self_attn.register_forward_pre_hook(_mask_hook(self, i), with_kwargs=True)
+
+    def _load_draft(self, draft: Path) -> HFDraft | Eagle3Draft:
+        eagle3 = json.loads((draft / "config.json").read_text())["architectures"] == [
+            "LlamaForCausalLMEagle3"
+        ]
+        return Eagle3Draft(draft, self.target) if eagle3 else HFDraft(draft)
 
     def agree(self, tokens: list[int], prompt: list[int], rule: Rule, memory: dict | None = None) -> Trace:
         """The trace that explains a server's `tokens`, which may decide near ties as it likes.
@@ -217,15 +223,18 @@ class Oracle:
         size = len(prompt) + new_tokens + rule.num_tokens + 1
         causal = torch.ones(size, size, dtype=torch.bool).tril()
         seen = causal.repeat(config.num_hidden_layers, config.num_attention_heads, 1, 1)
-        draft_seen = causal.expand(self.draft.layers, self.draft.heads, -1, -1)
-        if rule.draft == "all":
-            draft_seen = draft_seen.clone()
+        if self.draft is not None:
+            draft_seen = causal.expand(self.draft.layers, self.draft.heads, -1, -1)
+            draft_seen = draft_seen.clone() if rule.draft == "all" else draft_seen
         tokens = list(prompt)
         logits, hidden = self._run_target(tokens, list(range(len(tokens))), seen)  # prefill is dense
         tokens.append(self._emit(trace, logits[-1]))
         while len(tokens) - len(prompt) < new_tokens:
             length = len(tokens) - 1  # committed; the last token is the bonus, verify row 0
-            tree = self._draft_round(tokens, hidden, rule, trace, draft_seen[..., :length, :length])
+            if self.draft is None:
+                tree = Tree([tokens[-1]], [0], attention=[], allowed=True)
+            else:
+                tree = self._draft_round(tokens, hidden, rule, trace, draft_seen[..., :length, :length])
             rows = self._mask_rows(tree, length, seen, rule, trace)
             logits, hidden = self._verify(tokens, tree, rows, seen, rule, trace)
             path = self._walk(tree, logits)
@@ -235,7 +244,7 @@ class Oracle:
                 seen[:, :, length + depth, :length] = rows[:, :, node, :length]
                 if rule.drop_tail:
                     seen[:, :, length + depth, length : length + depth] = False
-                if draft_seen.is_contiguous():
+                if self.draft is not None and draft_seen.is_contiguous():
                     draft_seen[:, :, length + depth, :length] = tree.allowed
             hidden = [torch.cat([h[:length], h[length:][path]]) for h in hidden]
             trace.rounds += 1
@@ -320,10 +329,20 @@ class Oracle:
         self, tree: Tree, length: int, seen: torch.Tensor, rule: Rule, trace: Trace
     ) -> torch.Tensor:
         """bool [layers, heads, T, length + T]: what every node of the tree attends to in verify."""
-        config, draft = self.target.config, self.draft
-        kv_heads, count = config.num_key_value_heads, len(tree.tokens)
-        group = config.num_attention_heads // kv_heads
+        count = len(tree.tokens)
         rows = torch.zeros(*seen.shape[:2], count, length + count, dtype=torch.bool)
+        if self.draft is not None:
+            self._by_draft(tree, length, rows, rule, trace)
+        for node in range(count):
+            path = [node] if rule.drop_tail else tree.path(node)
+            rows[:, :, node, [length + n for n in path]] = True
+        return rows
+
+    def _by_draft(self, tree: Tree, length: int, rows: torch.Tensor, rule: Rule, trace: Trace) -> None:
+        """Write what the draft chooses, or note its scores for what chooses by them later."""
+        config, draft = self.target.config, self.draft
+        kv_heads = config.num_key_value_heads
+        group = config.num_attention_heads // kv_heads
         for layer in range(config.num_hidden_layers):
             draft_layer = layer * draft.layers // config.num_hidden_layers
             source = tree.attention[draft_layer]
@@ -341,10 +360,6 @@ class Oracle:
                 trace.selected += len(chosen)
                 trace.available += length
                 rows[layer, h * group : (h + 1) * group, :, chosen] = True
-        for node in range(count):
-            path = [node] if rule.drop_tail else tree.path(node)
-            rows[:, :, node, [length + n for n in path]] = True
-        return rows
 
     @staticmethod
     def _blend(score: torch.Tensor, head: tuple, length: int, rule: Rule, trace: Trace) -> torch.Tensor:
@@ -402,16 +417,22 @@ class Oracle:
             heads = slice(h * group, (h + 1) * group)
             keys = k[0, h, : complete * 16].view(complete, 16, -1)
             own, mean, deviation = q[0, heads, length:], keys.mean(1), keys.std(1, correction=0)
-            logits = (own @ mean.T + own.abs() @ deviation.T) * attn.head_dim**-0.5
+            logits = (own @ mean.T + own.abs() @ deviation.T * rule.deviation) * attn.head_dim**-0.5
             score = logits.softmax(-1).amax((0, 1))
-            chosen = self._with_pages(score, tree.scores[layer, h], length, rule, trace, (layer, h))
+            chosen = self._with_pages(score, tree.scores.get((layer, h)), length, rule, trace, (layer, h))
             trace.selected += len(chosen)
             trace.available += length
             rows[layer, heads, :, chosen] = True
             self._masks[layer][0, heads, length:, chosen] = 0
 
     def _with_pages(
-        self, pages: torch.Tensor, drafted: torch.Tensor, length: int, rule: Rule, trace: Trace, head: tuple
+        self,
+        pages: torch.Tensor,
+        drafted: torch.Tensor | None,
+        length: int,
+        rule: Rule,
+        trace: Trace,
+        head: tuple,
     ) -> list[int]:
         """Positions of the best pages, and of the draft's best among the others under `joined`."""
         budget, rest = rule.budget(length), length % 16

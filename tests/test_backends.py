@@ -522,6 +522,7 @@ def test_both_tree_mask_layouts_give_the_same_tail():
     spare = torch.ones(50, dtype=torch.bool)  # CUDA preallocates more than a batch needs
     for mask in (tails.flatten(), full, torch.cat([full, spare])):
         fb = SimpleNamespace(
+            forward_mode=ForwardMode.TARGET_VERIFY,
             spec_info=SimpleNamespace(draft_token_num=tokens, custom_mask=mask, topk=2),
             batch_size=2,
             req_pool_indices=torch.tensor([1, 2]),

@@ -21,6 +21,7 @@ def verify(monkeypatch):
         hooks.sampling_verify(None, made, 1000)
 
     monkeypatch.setattr(hooks._Launch, "config", StsConfig())
+    monkeypatch.setattr(hooks._Launch, "speculates", True)
     return call
 
 
@@ -81,3 +82,15 @@ def test_temperature_is_refused_on_the_cpu_platform_alone(verify, params):
 def test_servers_without_sts_refuse_nothing(verify, monkeypatch):
     monkeypatch.setattr(hooks._Launch, "config", None)
     verify(True, temperature=0.7, min_p=0.1, min_new_tokens=5)
+
+
+def test_without_a_draft_sampling_is_as_ever(verify, monkeypatch):
+    monkeypatch.setattr(hooks._Launch, "speculates", False)
+    for params in (
+        {"temperature": 0.7, "min_p": 0.05},
+        {"min_new_tokens": 4, "repetition_penalty": 1.05},
+        {"temperature": 0.7, "sampling_seed": 7},
+    ):
+        verify(True, **params)
+    with pytest.raises(ConfigError, match="custom_params.sts.keep"):
+        verify(True, custom_params={"sts": {"keep": 2}})

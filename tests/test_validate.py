@@ -110,8 +110,17 @@ def test_any_of_the_four_flags_asks_for_sts(field):
     assert validate.asks_for_sts(args)
 
 
+# A launch without a draft.
+ALONE = {"speculative_algorithm": None, "speculative_draft_model_path": None}
 SERVED = {
     "standalone": {},
+    "alone": ALONE,
+    "alone, pages of 64": {**ALONE, "page_size": 64},
+    "alone, all flags": {**ALONE, **dict.fromkeys(BACKEND_FIELDS[:3], "sts")},
+    "alone, hidden states": {**ALONE, "enable_return_hidden_states": True},
+    "alone, logit processors": {**ALONE, "enable_custom_logit_processor": True},
+    "alone, another selector": {**ALONE, "config": StsConfig(selector="quest")},
+    "alone, torch kernels": {**ALONE, "config": StsConfig(kernel="torch", dense_layers=(1,))},
     "lower case": {"speculative_algorithm": "standalone"},
     "chain": CHAIN,
     "tree": TREE,
@@ -149,6 +158,34 @@ SERVED = {
 @pytest.mark.parametrize("arguments", SERVED.values(), ids=SERVED)
 def test_served(launch, arguments):
     assert launch(**arguments).attention_backend == "sts"
+
+
+def test_what_selects_is_settled_at_launch(launch):
+    """And handed to the schedulers."""
+    for given, selector in (({}, "draft"), (ALONE, "pages")):
+        served = validate.check_all(launch(**given), StsConfig())
+        assert served.selector == selector and StsConfig.parse(served.to_json()) == served
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("selector", "draft"),
+        ("selector", "joined"),
+        ("policy", "top_p"),
+        ("history", "warm"),
+        ("history", "blend"),
+        ("draft", "steps"),
+        ("draft", "all"),
+    ],
+)
+def test_what_needs_a_draft_is_refused_without_one(launch, field, value):
+    config = StsConfig(**{field: value})
+    launch(config=config, **CHAIN)
+    with pytest.raises(
+        ConfigError, match=f"sts_config.{field}: got '{value}' without --speculative-algorithm"
+    ):
+        launch(config=config, **ALONE)
 
 
 def test_a_launch_hands_the_hash_of_its_head_map_along(launch, fresh_process, monkeypatch, tmp_path):
@@ -284,6 +321,7 @@ BAD_VALUES = {
     "dllm_algorithm": "LowConfidence",
     "enable_custom_logit_processor": True,
     "enable_mis": True,
+    "enable_mixed_chunk": True,
     "enable_memory_saver": True,
     "checkpoint_engine_wait_weights_before_ready": True,
     "enable_streaming_session": True,
@@ -307,7 +345,12 @@ REMEDIES = {
 }
 
 
-RULED = [rule.field for rule in validate._RULES]
+RULED = [
+    pytest.param(rule.field, {} if drafted else ALONE, id=rule.field if drafted else f"{rule.field}, alone")
+    for rule in validate._RULES
+    for drafted in (True, False)
+    if rule.drafted in (None, drafted) and (drafted or not rule.field.startswith("speculative_"))
+]
 
 
 def test_every_rule_has_a_bad_value():
@@ -317,7 +360,8 @@ def test_every_rule_has_a_bad_value():
 def test_a_rule_is_left_out_only_where_sglang_has_no_such_flag():
     """What the release's table forgets would be served."""
     fields = set(ServerArgs.__annotations__)
-    assert set(RULED) == {rule.field for rule in validate._ALL_RULES} & fields
+    ruled = {rule.field for rule in validate._RULES}
+    assert ruled == {rule.field for rule in validate._ALL_RULES} & fields
     read = {field for module in RELEASES.values() for field in module.SERVER_ARGS_READ}
     assert {rule.field for rule in validate._ALL_RULES} <= read
 
@@ -329,16 +373,16 @@ def remedy_of(field: str) -> str:
     return REMEDIES.get(field) or (f"use {flag} 1" if number and not window else f"remove {flag}")
 
 
-@pytest.mark.parametrize("field", RULED)
-def test_rule_refuses_before_sglang_acts(launch, flags, field):
+@pytest.mark.parametrize(("field", "given"), RULED)
+def test_rule_refuses_before_sglang_acts(launch, flags, field, given):
     with pytest.raises(Refusal) as caught:
-        launch(**{field: BAD_VALUES[field]})
+        launch(**given, **{field: BAD_VALUES[field]})
     check_message(caught, flags, f"--{field.replace('_', '-')}", remedy_of(field))
 
 
-@pytest.mark.parametrize("field", RULED)
-def test_rule_refuses_what_sglang_turns_on(launch, flags, field):
-    args = launch()
+@pytest.mark.parametrize(("field", "given"), RULED)
+def test_rule_refuses_what_sglang_turns_on(launch, flags, field, given):
+    args = launch(**given)
     setattr(args, field, BAD_VALUES[field])
     with pytest.raises(Refusal) as caught:
         validate.check_resolved(args)
@@ -385,10 +429,15 @@ REFUSED = {
         "--speculative-draft-attention-backend sts",
         "add --attention-backend sts",
     ),
-    "no speculation": (
+    "a draft without speculation": (
         {"speculative_algorithm": None},
-        "--speculative-algorithm",
-        f"add --speculative-algorithm STANDALONE --speculative-draft-model-path DRAFT {CHAIN_FLAGS}",
+        "--speculative-draft-model-path",
+        "remove it or add --speculative-algorithm STANDALONE or EAGLE or EAGLE3",
+    ),
+    "steps without speculation": (
+        {**ALONE, **CHAIN},
+        "--speculative-eagle-topk 1",
+        "remove it or add --speculative-algorithm",
     ),
     **{
         name: (

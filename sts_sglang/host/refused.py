@@ -1,6 +1,7 @@
 """Hooks on the tokenizer manager: calls and requests that SGLang takes under speculation and does not follow.
 
 Here they can still be answered with a 400; in the scheduler they would end it, or change it without a word.
+Without a draft weights change as ever: keys that are written anew are sketched anew.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sts_sglang.config import ConfigError
-from sts_sglang.host.serves import asks_for_sts
+from sts_sglang.host.serves import asks_for_sts, speculates
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import CheckWeightsReqInput, GenerateReqInput
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
+    from sglang.srt.server_args import ServerArgs
 
 _ANEW = "start a server with the new weights"
 FROM_DISK = f"not served by sts: SGLang would load the target's checkpoint into the draft too; {_ANEW}"
@@ -27,11 +29,15 @@ SESSION = f"not served by sts: SGLang would make the weights of draft and target
 RESET = f"not served by sts: it overwrites the weights of draft and target, and no update is served; {_ANEW}"
 
 
+def _drafts(server_args: ServerArgs) -> bool:
+    return asks_for_sts(server_args) and speculates(server_args)
+
+
 def _refuses(name: str, call: str, why: str, *rest: object) -> Callable:
     """AROUND a method that changes weights: (success, message, *rest). name: in the release's table."""
 
     async def refuse(original, self: TokenizerManager, obj, request=None):
-        if asks_for_sts(self.server_args):
+        if _drafts(self.server_args):
             return False, f"{call}: {why}", *rest
         return await original(self, obj, request)
 
@@ -53,7 +59,7 @@ end_update = _refuses("end_update", "end_weight_update", SESSION)
 async def check_weights(original, self: TokenizerManager, obj: CheckWeightsReqInput, request=None):
     """AROUND TokenizerControlMixin.check_weights, one of whose actions fills the weights with noise:
     (success, message, ranks, checksum)."""
-    if asks_for_sts(self.server_args) and obj.action == "reset_tensors":
+    if _drafts(self.server_args) and obj.action == "reset_tensors":
         return False, f"weights_checker: action 'reset_tensors' is {RESET}", None, None
     return await original(self, obj, request)
 
@@ -66,7 +72,7 @@ def validate_request(result: None, self: TokenizerManager, obj: GenerateReqInput
         ("input_embeds", obj.input_embeds),
         ("positional_embed_overrides", obj.positional_embed_overrides),
     ):
-        if given is not None:
+        if given is not None and _drafts(self.server_args):
             raise ConfigError(
                 f"{field}: given, but the draft would read placeholders in their place, and select by them; "
                 "allowed: text or input_ids"

@@ -142,8 +142,11 @@ _ALL_RULES = (
     ),
     _Rule("enable_mixed_chunk", (False,), "SGLang decodes beside a prefill as if it were one", False),
     _Rule("enable_mis", (False,), "scoring has no decode to verify"),
-    _Rule("enable_memory_saver", (False,), "released weights come back by an update, and none is served"),
-    _Rule("checkpoint_engine_wait_weights_before_ready", (False,), "no update of weights is served"),
+    _Rule(
+        "enable_memory_saver", (False,), "released weights come back by an update, and none is served", True
+    ),
+    _Rule("enable_memory_saver", (False,), "nobody has tried what is left of sketches", False),
+    _Rule("checkpoint_engine_wait_weights_before_ready", (False,), "no update of weights is served", True),
     _Rule(
         "enable_streaming_session",
         (False,),

@@ -97,7 +97,7 @@ def refusal(config: StsConfig, topk: int | None) -> str | None:
     """What a plan that is made on the host cannot follow in this launch, or None."""
     unserved = (
         (config.policy == "top_p", "sts_config.policy 'top_p' (its lists end where the device finds)"),
-        (config.selector != "draft", f"sts_config.selector {config.selector!r} (its lists differ by layer)"),
+        (not config.by_draft, f"sts_config.selector {config.selector!r} (its lists differ by layer)"),
         (config.full_verify_every > 0, "sts_config.full_verify_every (the device counts the rounds)"),
         ((topk or 1) > 1, f"--speculative-eagle-topk {topk} (its mask is a chain's)"),
     )

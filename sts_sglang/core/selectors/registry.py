@@ -24,7 +24,7 @@ def make(
 ) -> Selector:
     """The selector of a launch. sketches: where it needs them (`StsConfig.by_pages`)."""
     drafted = DraftSelector(config, state, channels, ops)
-    if config.selector == "draft":
+    if config.by_draft:
         return drafted
     capacity, of_target = cache.capacity, channels.of_target
     if config.by_pages:
@@ -41,6 +41,6 @@ def make(
 
 def need(config: StsConfig, target: TargetShape) -> Need:
     """What it takes beside the buffers of a round: nothing, where the draft selects."""
-    if config.selector == "draft":
+    if config.by_draft:
         return Need()
     return pages.need(config, target) if config.by_pages else compare.need(target)

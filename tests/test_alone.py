@@ -1,0 +1,184 @@
+"""The real server without a draft, float32, greedy: the queries of every token select pages of the context.
+At full budget it equals stock, below it the oracle."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.oracle import Oracle, Rule
+from tests.server import Server, logged, random_ids
+from tests.test_hicache import HICACHE
+from tests.test_serving import LEAK, Whole, features, logs, pair, refusal, scenario  # noqa: F401
+
+torch.set_num_threads(1)  # the server has the other core
+pytestmark = pytest.mark.server
+
+SPARSE = {"keep": 0.3, "budget": 0, "sink": 2, "recent": 8}
+RULE = Rule(keep=0.3, sink=2, recent=8, selector="pages")
+PROMPTS = [random_ids(n, 100 + n) for n in (150, 260, 333, 91)]
+TOOLS = ("--tool-call-parser", "llama3")
+# Under speculation SGLang does not follow these, without it it does.
+SAMPLING = (
+    {"frequency_penalty": 1.5, "presence_penalty": 0.5},
+    {"repetition_penalty": 1.2},
+    {"min_new_tokens": 30, "ignore_eos": False},
+    {"logit_bias": {"65": 5.0}},
+)
+
+
+@contextmanager
+def alone(pair, logs, name: str, config: dict, *args: str, env=None, module="sglang.launch_server"):  # noqa: F811
+    """An `sts` server without a draft; afterwards its log must be free of leak reports and tracebacks."""
+    log = logs / f"alone-{name}.log"
+    given = ("--attention-backend", "sts", "--sts-config", json.dumps(config), *args)
+    with Server(pair["target"], log, *given, env=env, module=module) as server:
+        yield server
+    assert not LEAK.search(logged(log)), server.log_tail()
+
+
+def sampled(server: Server | Whole) -> list[list[int]]:
+    ids = random_ids(120, 42)
+    return [server.generate(ids, 40, sampling_params=params)["output_ids"] for params in SAMPLING]
+
+
+@pytest.fixture(scope="module")
+def stock(pair, logs) -> dict:  # noqa: F811
+    """What SGLang's own attention says."""
+    with Server(pair["target"], logs / "stock.log", *TOOLS) as server:
+        return {"outputs": scenario(server), "features": features(server), "sampled": sampled(server)}
+
+
+@pytest.fixture(scope="module")
+def sparse(pair, logs):  # noqa: F811
+    with alone(pair, logs, "sparse", SPARSE, "--enable-metrics", *TOOLS) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def oracle(pair) -> Oracle:  # noqa: F811
+    return Oracle(pair["target"])
+
+
+def check_answers(answers: list[dict], prompts: list[list[int]], oracle: Oracle, rule: Rule) -> list:
+    return [oracle.agree(a["output_ids"], ids, rule) for a, ids in zip(answers, prompts, strict=True)]
+
+
+def test_small_budgets_agree_with_the_oracle(sparse, oracle):
+    """Concurrent requests of unequal lengths; ways to be wrong would be noticed."""
+    answers = sparse.generate_all(PROMPTS, 32)
+    check_answers(answers, PROMPTS, oracle, RULE)
+    counters = sparse.counters()
+    assert counters["dense_verifies"] == 0
+    assert counters["sparse_verifies"] >= len(PROMPTS) * 31
+    assert 0.3 < counters["keep_ratio"] < 0.5  # whole pages, and what is always there
+    found = [answer["output_ids"] for answer in answers]
+    for wrong in ({"deviation": 0.0}, {"keep": 0.25}, {"recent": 40}, {"keep": 1.0}):
+        tokens = [oracle.generate(ids, 32, replace(RULE, **wrong)).tokens for ids in PROMPTS]
+        assert tokens != found, f"the test does not notice {wrong}"
+
+
+def test_full_budget_equals_stock(sparse, stock):
+    before = sparse.counters()
+    whole = Whole(sparse)
+    assert scenario(whole) == stock["outputs"]
+    after = sparse.counters()
+    assert after["sparse_verifies"] > before["sparse_verifies"]
+    attended = after["selected_tokens"] - before["selected_tokens"]
+    assert attended == after["available_tokens"] - before["available_tokens"]
+    found, expected = features(sparse, **Whole.PARAMS), dict(stock["features"])
+    assert found.pop("logprobs") == pytest.approx(expected.pop("logprobs"), abs=1e-4)
+    assert found == expected
+    assert sampled(whole) == stock["sampled"]
+
+
+def test_a_branch_within_a_page_reads_its_own_sketches(sparse, oracle):
+    prompt = random_ids(331, 7)
+    sparse.generate(prompt, 24)
+    branch = [*prompt, *random_ids(60, 5)]
+    answer = sparse.generate(branch, 24)
+    assert answer["meta_info"]["cached_tokens"] >= len(prompt) - 1
+    oracle.agree(answer["output_ids"], branch, RULE)
+
+
+def test_temperature_is_served(sparse):
+    """The CPU platform draws where it does not verify."""
+    ids = random_ids(120, 42)
+    answers = {
+        tuple(sparse.generate(ids, 20, sampling_params={"temperature": 1.0})["output_ids"]) for _ in range(4)
+    }
+    assert len(answers) > 1
+
+
+def test_what_serves_says_so(sparse):
+    info = sparse.sts()
+    assert info["selects_by"] == "page scores of the target's queries"
+    assert info["config"]["selector"] == "pages"
+    assert info["head_map"] == "one budget for all heads (no draft)"
+    assert info["memory_bytes"]["sketches"] > 0 and "STS serves: {" in sparse.log.read_text()
+    metrics = sparse.get("/metrics").decode()
+    published = re.search(r"^sts:sparse_verifies_total\S* ([\d.e+]+)$", metrics, re.MULTILINE)
+    assert float(published[1]) == sparse.counters()["sparse_verifies"] > 0
+    assert "custom_params.sts.keep" in refusal(
+        sparse.generate, [1, 2, 3], 4, sampling_params={"custom_params": {"sts": {"keep": 7}}}
+    )
+
+
+def test_weights_change_as_ever(sparse, pair, oracle):  # noqa: F811
+    """Keys that are written anew are sketched anew."""
+    answer = sparse.post(
+        "/update_weights_from_disk", {"model_path": str(pair["target"]), "flush_cache": True}
+    )
+    assert answer["success"]
+    check_answers(sparse.generate_all(PROMPTS, 16), PROMPTS, oracle, RULE)
+
+
+def test_large_pages_with_retraction(pair, logs, stock, oracle):  # noqa: F811
+    """A pool too small for everyone, and SGLang's own forced retractions; counted to the token."""
+    env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "25"}
+    args = ("--page-size", "64", "--max-total-tokens", "8192", "--disable-overlap-schedule")
+    with alone(pair, logs, "paged", SPARSE, *args, env=env) as server:
+        answers = [server.generate(ids, 20) for ids in PROMPTS]  # too few steps each to be retracted
+        traces = check_answers(answers, PROMPTS, oracle, RULE)
+        counters = server.counters()
+        assert counters["sparse_verifies"] == sum(t.rounds for t in traces)
+        assert counters["selected_tokens"] == sum(t.selected for t in traces)
+        assert counters["available_tokens"] == sum(t.available for t in traces)
+        assert scenario(Whole(server)) == stock["outputs"]
+        assert server.counters()["dense_verifies"] == 0
+        assert "etract" in server.log.read_text()
+
+
+def test_dense_layers_and_full_steps(pair, logs, oracle):  # noqa: F811
+    """Every fourth step attends to everything, and one layer always does."""
+    config = {**SPARSE, "dense_layers": [0], "full_verify_every": 4, "request_keep": "at_most"}
+    with alone(pair, logs, "layers", config, "--disable-overlap-schedule") as server:
+        server.generate(random_ids(400, 3), 21)
+        counters = server.counters()
+        assert (counters["sparse_verifies"], counters["full_verifies"]) == (15, 5)
+        layers, kv_heads = 4, 2
+        full = sum(kv_heads * layers * (400 + i) for i in range(3, 20, 4))
+        some = counters["selected_tokens"] - full - kv_heads * sum(400 + i for i in range(20) if i % 4 != 3)
+        assert 0.25 < some / (15 * 410 * kv_heads * (layers - 1)) < 0.31  # whole pages of three tenths
+        message = refusal(
+            server.generate, [1, 2], 4, sampling_params={"custom_params": {"sts": {"keep": 0.5}}}
+        )
+        assert "at most" in message
+
+
+def test_what_the_host_cache_brings_back_is_sketched_anew(pair, logs, oracle):  # noqa: F811
+    with alone(pair, logs, "hicache", SPARSE, *HICACHE, module="tests.hicache_on_cpu") as server:
+        prompt = random_ids(400, 31)
+        oracle.agree(server.generate(prompt, 24)["output_ids"], prompt, RULE)
+        for seed in range(4):  # every slot gets another occupant, who leaves sketches there
+            server.generate(random_ids(600, 100 + seed), 24)
+        turn = [*prompt, *random_ids(30, 32)]
+        answer = server.generate(turn, 24)
+        assert answer["meta_info"]["cached_tokens_details"]["host"] >= len(prompt) - 1
+        oracle.agree(answer["output_ids"], turn, RULE)
+        assert server.counters()["dense_verifies"] == 0
