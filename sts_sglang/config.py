@@ -295,7 +295,8 @@ class StsConfig:
             self._check_selector()
 
     def _check_selector(self) -> None:
-        """What only the draft's scores can do: be a mass, be remembered, and be there before verify."""
+        """What only the draft's scores can do: be a mass, be remembered, and be there before verify; and what
+        those that compare are spared."""
         unserved = [("policy", "top_p")]
         if self.selector != "joined":
             unserved += [("history", "warm"), ("history", "blend"), ("draft", "steps"), ("draft", "all")]
@@ -306,9 +307,11 @@ class StsConfig:
                     f"got {self.selector!r} with {field} {value!r}",
                     f"'draft' with {field} {value!r}, or another {field}",
                 )
-        if self.inspect_dir is not None and self.selector != "joined":
+        if self.inspect_dir is not None and not self.by_pages:
             problem = f"got {self.selector!r} with an inspect_dir"
-            raise not_allowed("sts_config.selector", problem, "'draft', or no inspect_dir")
+            raise not_allowed(
+                "sts_config.selector", problem, "auto | draft | pages | joined, or no inspect_dir"
+            )
 
     def for_launch(self, drafts: bool) -> StsConfig:
         """With the selector that `auto` stands for, with or without a draft. Raises `ConfigError` for what

@@ -50,7 +50,9 @@ class Rig:
 
     REQ = 3
 
-    def __init__(self, config: dict, topk: int = 1, num_steps: int = 3, width: int = 100):
+    def __init__(
+        self, config: dict, topk: int = 1, num_steps: int = 3, width: int = 100, drafts: bool = True
+    ):
         slots = width + 28
         table = torch.zeros(8, width, dtype=torch.int32)
         order = torch.randperm(slots - 1, generator=torch.Generator().manual_seed(1)) + 1
@@ -77,12 +79,12 @@ class Rig:
             views.Pools(self.draft_pool),
         )
         cache = Cache(table, slots, Capacity.of(8, width))
+        tokens = TOKENS if drafts else 1
         target_shape = TargetShape(
-            TOKENS, LAYERS, Q_HEADS, KV_HEADS, DIM, torch.float32, width, 8, graph_requests=0, slots=slots
+            tokens, LAYERS, Q_HEADS, KV_HEADS, DIM, torch.float32, width, 8, graph_requests=0, slots=slots
         )
-        self.runtime = bind.assemble(
-            StsConfig(**config), COUNTS, COUNTS, cache, shape, "cpu", shape=target_shape
-        )
+        pair = (COUNTS, cache, shape) if drafts else (None, cache, None)
+        self.runtime = bind.assemble(StsConfig(**config), COUNTS, *pair, "cpu", shape=target_shape)
         for backend in (self.target, self.extend, self.steps):
             backend.bind(self.runtime)
         self.topk = topk

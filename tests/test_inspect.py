@@ -384,7 +384,8 @@ def test_without_history_only_the_latest_round_is_shown():
     state = RoundState.__new__(RoundState)
     state.importance = torch.rand(2, 256)
     state.scored = torch.tensor([[-1, 64, 0], [-1, 40, 40], [-1, 3, 2]])
-    state.scored_round = torch.tensor([3])
+    state.scored_round, state.room = torch.tensor([3]), SimpleNamespace(columns=64)
+    assert state.last_round(1) == (1, 64, 40)
     shown = state.last_scores(1, 44)
     assert (shown[:, 1:40] == state.importance[:, 65:104]).all()
     assert (shown[:, 0] == UNKNOWN).all() and (shown[:, 40:] == UNKNOWN).all()
@@ -418,6 +419,22 @@ def test_a_served_request_leaves_what_the_oracle_knows(history, tmp_path):
     other = dumps.read(next(p for p in folder.iterdir() if p != path))
     assert other.tokens.tolist() == prompt and short["meta_info"]["completion_tokens"] == 1
     assert ((other.importance == UNKNOWN).all()) == (history == "off")
+
+
+@pytest.mark.server
+def test_a_target_alone_leaves_what_its_pages_were_worth(tmp_path):
+    pair, folder = make_pair(tmp_path / "tiny"), tmp_path / "dumps"
+    folder.mkdir()
+    config = {"keep": 0.3, "budget": 0, "sink": 2, "recent": 8, "inspect_dir": str(folder)}
+    args = ["--attention-backend", "sts", "--sts-config", json.dumps(config)]
+    with Server(pair["target"], tmp_path / "alone.log", *args) as server:
+        server.generate(random_ids(200, 7), 24, sampling_params=WANTED)
+    assert "Traceback" not in logged(tmp_path / "alone.log")
+    dump = dumps.read(next(folder.iterdir()))
+    assert dump.meta["signal"] == "page scores" and dump.channels.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    pages = dump.importance[:, :208].reshape(8, 13, 16)
+    assert (pages > 0).all() and (pages == pages[:, :, :1]).all()  # every page of the prompt, in equal parts
+    assert (dump.importance[:, 224:] == UNKNOWN).all()
 
 
 def _compare(dump: Dump, history: str, trace) -> None:

@@ -11,11 +11,13 @@ from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseCo
 from sts_sglang.backends import dense
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core import sizes as memory
+from sts_sglang.core import sketches
 from sts_sglang.core.channels import Channels
 from sts_sglang.core.round import Cache, Draft, RoundState
 from sts_sglang.core.selectors import compare as selectors
+from sts_sglang.core.verifier import TargetShape
 from sts_sglang.headmap import HeadCounts, proportional
-from sts_sglang.host import reserve, serves
+from sts_sglang.host import bind, reserve, serves
 from sts_sglang.host.bind import _simulated, check_graphs
 
 TARGET, DRAFT = HeadCounts(32, 32, 8), HeadCounts(16, 32, 8)  # Llama 8B and 1B
@@ -88,6 +90,25 @@ def test_what_is_allocated_is_reserved(monkeypatch, model, config):
     stored = state.at_once * memory.scratch_bytes(capacity.context, DRAFT.kv_heads, 2 * 4)
     assert stored <= memory.SCRATCH
     assert 0.97 * reserved < taken + shared + stored <= reserved
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_what_a_target_alone_allocates_is_reserved(monkeypatch, model, tmp_path, told):
+    """Sketches by the pool, page scores and lists by requests and contexts."""
+    monkeypatch.setattr(serves, "draft_config", lambda *_: None)
+    config = StsConfig(selector="pages", inspect_dir=str(tmp_path) if told else None)
+    args, available, per_token = server_args(), 60 << 30, 32 * 8 * 128 * 2 * 2
+    args.speculative_eagle_topk = args.speculative_num_draft_tokens = None
+    reserved = reserve.reserved_bytes(config, args, model(TARGET, 128, 131072), available)
+    pool, requests = (available - reserved) // per_token, args.max_running_requests + 1
+    table = torch.zeros(requests, 131072 + 4, device="meta", dtype=torch.int32)
+    cache = Cache(table, pool + 1, memory.Capacity.of(requests, 131072 + 4 + 1))
+    shape = TargetShape(1, *TARGET, 128, torch.bfloat16, 131072, requests, 0, pool + 1)
+    runtime = bind.assemble(config, TARGET, None, cache, None, "meta", shape=shape)
+    taken = runtime.nbytes()
+    assert taken["sketches"] == pytest.approx(pool * per_token / 16, rel=0.01)
+    logits = 4 * 4 * 8 * requests * (131072 // 16)  # of a layer's queries, as long as its kernels run
+    assert 0.97 * reserved < sum(taken.values()) + logits + sketches.SCRATCH <= reserved
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sts_kernels.layout import NO_PAGE, PAGE, Count
+from sts_kernels.layout import IMPORTANCE_SCALE, NO_PAGE, PAGE, UNKNOWN, Count
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core.selectors.pages import page_columns
 from sts_sglang.core.verifier import TargetShape
@@ -24,8 +24,8 @@ GROUP = Q_HEADS // KV_HEADS
 class Request(Rig):
     """One request whose prompt ran through the target, in two chunks."""
 
-    def __init__(self, config: dict, chunks=(100, PROMPT), width: int = WIDTH):
-        super().__init__({**CONFIG, **config}, width=width)
+    def __init__(self, config: dict, chunks=(100, PROMPT), width: int = WIDTH, drafts: bool = True):
+        super().__init__({**CONFIG, **config}, width=width, drafts=drafts)
         self.target_pool.k *= 3
         before = 0
         for end in chunks:
@@ -57,11 +57,21 @@ class Request(Rig):
             for i, q in enumerate(queries)
         ]
 
+    def step(self, length: int, queries: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The same of a decode step without a draft, of one token behind so many."""
+        fb = self.batch(ForwardMode.DECODE, length + 1, spec_info=None)
+        fb.out_cache_loc = self.slots[length : length + 1]
+        self.target.init_forward_metadata(fb)
+        return [
+            self.target.forward_decode(q, None, None, self.layer(i), fb).view(1, Q_HEADS, DIM)
+            for i, q in enumerate(queries)
+        ]
+
     def attended(self, layer: int, q: torch.Tensor, kv: int, positions: list[int], length: int):
         """[T, GROUP, D] by definition, over these positions and the tail."""
-        pool, rows = self.target_pool, q.view(TOKENS, Q_HEADS, DIM)[:, kv * GROUP : (kv + 1) * GROUP]
-        out = torch.zeros(TOKENS, GROUP, DIM, dtype=torch.float64)
-        for t in range(TOKENS):
+        pool, rows = self.target_pool, q.view(-1, Q_HEADS, DIM)[:, kv * GROUP : (kv + 1) * GROUP]
+        out = torch.zeros(len(rows), GROUP, DIM, dtype=torch.float64)
+        for t in range(len(rows)):
             slots = self.slots[[*positions, *range(length, length + t + 1)]]
             keys, values = pool.k[layer, slots, kv].double(), pool.v[layer, slots, kv].double()
             out[t] = (rows[t].double() @ keys.T * DIM**-0.5).softmax(-1) @ values
@@ -69,13 +79,17 @@ class Request(Rig):
 
     def best_pages(self, layer: int, q: torch.Tensor, kv: int, length: int, number: int) -> list[int]:
         """By definition: the sink's, the last and the best of the others."""
-        keys = self.target_pool.k[layer, self.slots[: length // PAGE * PAGE], kv].double().view(-1, PAGE, DIM)
-        mean, deviation = keys.mean(1), keys.std(1, correction=0)
-        rows = q.view(TOKENS, Q_HEADS, DIM)[:, kv * GROUP : (kv + 1) * GROUP].double()
-        score = ((rows @ mean.T + rows.abs() @ deviation.T) * DIM**-0.5).softmax(-1).amax((0, 1))
+        score = self.page_scores(layer, q, kv, length)
         last = length // PAGE - 1
         score[0] = score[last] = torch.inf
         return score.topk(number).indices.tolist()
+
+    def page_scores(self, layer: int, q: torch.Tensor, kv: int, length: int) -> torch.Tensor:
+        """float64 [pages] by definition."""
+        keys = self.target_pool.k[layer, self.slots[: length // PAGE * PAGE], kv].double().view(-1, PAGE, DIM)
+        mean, deviation = keys.mean(1), keys.std(1, correction=0)
+        rows = q.view(-1, Q_HEADS, DIM)[:, kv * GROUP : (kv + 1) * GROUP].double()
+        return ((rows @ mean.T + rows.abs() @ deviation.T) * DIM**-0.5).softmax(-1).amax((0, 1))
 
 
 def tokens_of(pages: list[int], length: int) -> list[int]:
@@ -243,3 +257,106 @@ def test_heads_that_do_not_divide_are_refused() -> None:
 
 def test_columns_of_pages_are_whole_blocks() -> None:
     assert [page_columns(tokens) for tokens in (1, 1024, 1025)] == [64, 64, 128]
+
+
+class Alone(Request):
+    """The same without a draft."""
+
+    def __init__(self, config: dict, **more):
+        super().__init__(config, drafts=False, **more)
+
+    def check(self, length: int, number: int | dict[int, int]) -> list[torch.Tensor]:
+        """A step at this length attends to so many pages, by KV head if they differ; its queries."""
+        queries = [torch.randn(1, Q_HEADS * DIM) for _ in range(LAYERS)]
+        outs = self.step(length, queries)
+        for layer, (q, out) in enumerate(zip(queries, outs, strict=True)):
+            for kv in range(KV_HEADS):
+                pages = number if isinstance(number, int) else number[kv]
+                chosen = tokens_of(self.best_pages(layer, q, kv, length, pages), length)
+                expected = self.attended(layer, q, kv, chosen, length)
+                found = out[:, kv * GROUP : (kv + 1) * GROUP].double()
+                assert torch.allclose(found, expected, atol=1e-5), (length, layer, kv)
+        return queries
+
+
+def test_a_decode_step_selects_by_its_own_queries() -> None:
+    rig = Alone({})
+    lengths = range(PROMPT, PROMPT + 20)
+    for length in lengths:  # two pages are completed on the way
+        rig.check(length, (100 - length % PAGE) // PAGE)
+    assert counted(rig) == [len(lengths), 0]
+    attended = rig.runtime.state.attended.tolist()
+    listed = sum((100 - n % PAGE) // PAGE * PAGE + n % PAGE for n in lengths)
+    assert attended == [LAYERS * KV_HEADS * listed, LAYERS * KV_HEADS * sum(lengths)]
+
+
+@pytest.mark.parametrize("selector", ["auto", "oracle", "quest", "recent", "random"])
+def test_a_step_within_its_budget_is_dense_attention(selector) -> None:
+    rig = Alone({"selector": selector, "budget": PROMPT + 8})
+    queries = [torch.randn(1, Q_HEADS * DIM) for _ in range(LAYERS)]
+    outs = rig.step(PROMPT, queries)
+    for layer, (q, out) in enumerate(zip(queries, outs, strict=True)):
+        for kv in range(KV_HEADS):
+            expected = rig.attended(layer, q, kv, list(range(PROMPT)), PROMPT)
+            assert torch.allclose(out[:, kv * GROUP : (kv + 1) * GROUP].double(), expected, atol=1e-5)
+    assert counted(rig) == [1, 0]
+    assert rig.runtime.state.attended.tolist() == [LAYERS * KV_HEADS * PROMPT] * 2
+
+
+def test_a_map_of_the_target_alone_splits_the_budget(tmp_path) -> None:
+    shares = [[0.8, 1.2]] * LAYERS
+    head_map = {"version": 1, "tp": 1, "target": COUNTS._asdict(), "draft": None, "shares": shares}
+    (tmp_path / "map.json").write_text(json.dumps(head_map))
+    config = {"policy": "ratio", "keep": 0.5, "budget": 0, "head_map": str(tmp_path / "map.json")}
+    rig = Alone(config)
+    assert rig.runtime.head_map.origin == "map.json"
+    for length in (PROMPT, PROMPT + 6):
+        own = [-(-length * share // 10) for share in (4, 6)]
+        rig.check(length, {kv: (own[kv] - length % PAGE) // PAGE for kv in range(KV_HEADS)})
+    assert counted(rig) == [2, 0]
+
+
+def test_every_third_step_attends_to_everything_from_the_prefill_on() -> None:
+    rig = Alone({"full_verify_every": 3})
+    queries = [torch.randn(1, Q_HEADS * DIM) for _ in range(LAYERS)]
+    for _ in range(2):
+        rig.prefill(0, PROMPT)
+        rig.runtime.state.totals.zero_()
+        for length in range(PROMPT, PROMPT + 7):
+            rig.step(length, queries)
+        assert rig.runtime.state.totals[[Count.SPARSE_VERIFIES, Count.FULL_VERIFIES]].tolist() == [5, 2]
+
+
+def test_dense_layers_attend_by_the_dense_backend() -> None:
+    rig = Alone({"dense_layers": [0]})
+    queries = [torch.randn(1, Q_HEADS * DIM) for _ in range(LAYERS)]
+    outs = rig.step(PROMPT, queries)
+    for kv in range(KV_HEADS):
+        expected = rig.attended(0, queries[0], kv, list(range(PROMPT)), PROMPT)
+        assert torch.allclose(outs[0][:, kv * GROUP : (kv + 1) * GROUP].double(), expected, atol=1e-5)
+    assert list(rig.runtime.sketches.of_layer) == [1]
+    assert rig.runtime.state.attended.tolist()[1] == LAYERS * KV_HEADS * PROMPT
+
+
+def test_a_dump_says_what_pages_were_worth(tmp_path) -> None:
+    """To every head in the last step: in equal parts of a page, unknown behind the last complete one."""
+    rig = Alone({"inspect_dir": str(tmp_path), "dense_layers": [0]})
+    rig.step(PROMPT, [torch.randn(1, Q_HEADS * DIM) for _ in range(LAYERS)])
+    length = PROMPT + 1
+    queries = [torch.randn(1, Q_HEADS * DIM) for _ in range(LAYERS)]
+    rig.step(length, queries)
+    importance, channels, signal = rig.runtime.selector.scored(rig.REQ, rig.slots[: length + 1])
+    assert signal == "page scores" and channels.tolist() == [[0, 1], [2, 3]]
+    complete = length // PAGE * PAGE
+    assert (importance[channels[0]] == UNKNOWN).all() and (importance[:, complete:] == UNKNOWN).all()
+    for kv in range(KV_HEADS):
+        found = importance[channels[1, kv], :complete] / IMPORTANCE_SCALE * PAGE
+        expected = rig.page_scores(1, queries[1], kv, length).repeat_interleave(PAGE)
+        assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-7)
+    other = rig.runtime.selector.scored(rig.REQ - 1, rig.slots[:20])
+    assert (other.importance == UNKNOWN).all()
+
+
+def test_what_nobody_scores_takes_no_room() -> None:
+    state = Alone({}).runtime.state
+    assert state.importance.numel() == state.indices.numel() == state.carried.numel() == 0

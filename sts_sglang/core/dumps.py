@@ -37,16 +37,16 @@ MAX_META = 2**20
 MAX_DIRECTORY = 4096  # of the archive
 MAX_SCORE = 65504  # of float16, in which slots remember
 PIECE = 2**20  # bytes read at a time
-SIGNALS = ("history", "last round")
+SIGNALS = ("history", "last round", "page scores")
 ARRAYS = {"importance": "f", "channels": "i", "tokens": "i"}
 
 _numbers = itertools.count()
 
 
 class Dump(NamedTuple):
-    """importance float32 [channels, L], a draft attention probability by position, UNKNOWN (-1) where
-    nothing is known; channels int32 [target layers, KV heads]; tokens int32 [L], the context; meta:
-    configuration, head map, lengths."""
+    """importance float32 [channels, L], by position a draft attention probability or a part of a page's,
+    UNKNOWN (-1) where nothing is known; channels int32 [target layers, KV heads]; tokens int32 [L], the
+    context; meta: configuration, head map, lengths."""
 
     importance: np.ndarray
     channels: np.ndarray
@@ -70,30 +70,24 @@ def finished(runtime: Runtime, ended: Finished, table: torch.Tensor) -> None:
 
 
 def of_request(runtime: Runtime, ended: Finished, table: torch.Tensor) -> Dump:
-    """What slots remember of the request's tokens or, without history, how its last round scored them."""
+    """What is known of the request's tokens, by what selects."""
     tokens, row = ended.tokens, ended.request.row
     if table.is_cuda:  # rounds in flight on the stream of the forwards
         torch.cuda.synchronize(table.device)
-    state, head_map = runtime.state, runtime.head_map
-    if state.history is not None:
-        slots = table[row, : len(tokens)].long()
-        # Some at a time: the device may have no room for all.
-        importance = torch.cat([state.history.remembered[some].cpu() for some in slots.split(4096)]).T
-    else:
-        importance = state.last_scores(row, len(tokens))
-    importance = importance.cpu().float()
+    importance, channels, signal = runtime.selector.scored(row, table[row, : len(tokens)].long())
+    importance = importance.float()
     importance = torch.where(importance == UNKNOWN, importance, importance / IMPORTANCE_SCALE)
     return Dump(
         importance.numpy(),
-        np.array([head_map.head_channels(i) for i in range(len(head_map.sources))], dtype=np.int32),
+        channels.numpy(),
         np.array(tokens, dtype=np.int32),
         {
             "version": VERSION,
             "prompt_tokens": len(ended.request.prompt),
             "cached_tokens": ended.cached,
             "config": json.loads(runtime.config.to_json()),
-            "head_map": head_map.origin,
-            "signal": "last round" if state.history is None else "history",
+            "head_map": runtime.head_map.origin,
+            "signal": signal,
         },
     )
 

@@ -73,6 +73,15 @@ class Draft(NamedTuple):
     pools: KvPools
 
 
+class LastRound(NamedTuple):
+    """Where the scores of a request stand for a dump: its place in the batch, the first of its columns of
+    importance, and the context's length."""
+
+    place: int
+    column: int
+    length: int
+
+
 class RoundState:
     """Static buffers of one draft-target pair, and what is written into them between two selections.
 
@@ -196,16 +205,22 @@ class RoundState:
         """What `keep_lists` was given for this round's batch."""
         return Lists(self.indices, self.starts[:bs], self.counts[:bs])
 
+    def last_round(self, row: int) -> LastRound | None:
+        """Of a request; None once others' scores are there. Waits for the device."""
+        column, length, round_ = self.scored[:, row].tolist()
+        if column < 0 or round_ != int(self.scored_round):
+            return None
+        return LastRound(column // self.room.columns, column, length)
+
     def last_scores(self, row: int, context: int) -> torch.Tensor:
         """[channels, context] of a request's latest round, UNKNOWN where none, on the CPU; waits for the
         device, which needs no room for it."""
         shape = (self.importance.shape[0], context)
         found = torch.full(shape, UNKNOWN, dtype=self.importance.dtype)
-        column, scored, round_ = self.scored[:, row].tolist()
-        if column >= 0 and round_ == int(self.scored_round):  # else others' scores are there by now
-            end = min(scored, context)
+        if (last := self.last_round(row)) is not None:
+            end = min(last.length, context)
             for own, scores in zip(found, self.importance, strict=True):
-                own[SHIFT:end] = scores[column + SHIFT : column + end]
+                own[SHIFT:end] = scores[last.column + SHIFT : last.column + end]
         return found
 
     def scores(self, starts: torch.Tensor) -> Scores:

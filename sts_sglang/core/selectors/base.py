@@ -25,6 +25,18 @@ class LayerCall(NamedTuple):
     scale: float
 
 
+class Scored(NamedTuple):
+    """What the tokens of a request were worth when it was last looked at.
+
+    importance: [channels, L], of IMPORTANCE_SCALE; UNKNOWN where nothing is known. channels: int32 [layers,
+    H_kv], its row for every KV head of the target. signal: one of dumps.SIGNALS.
+    """
+
+    importance: torch.Tensor
+    channels: torch.Tensor
+    signal: str
+
+
 class Selector(Protocol):
     """Chooses what a verify attends to, at list lengths that `size_lists` has settled.
 
@@ -48,6 +60,10 @@ class Selector(Protocol):
     def list_layer(self, lists: Lists, call: LayerCall) -> None:
         """Write the entries of a layer's lists, where they are not there yet. Lists of two layers may lie in
         one place: the layer attends before the next one writes."""
+
+    def scored(self, row: int, slots: torch.Tensor) -> Scored:
+        """For a dump, on the CPU; waits for the device. row: of a request in the table; slots: int64 [L], of
+        its context. Raises ConfigError where there is nothing to tell."""
 
     def nbytes(self) -> int:
         """Of what it has beside the buffers of a round."""

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from sts_kernels import Ops
 from sts_kernels.layout import ALIGN, IMPORTANCE_SCALE, PAGE, Contexts, Lists, Scores, Sizes
-from sts_sglang.config import StsConfig
-from sts_sglang.core.selectors.base import HeadLists, LayerCall, list_bytes
+from sts_sglang.config import StsConfig, not_allowed
+from sts_sglang.core.selectors.base import HeadLists, LayerCall, Scored, list_bytes
 from sts_sglang.core.sizes import Capacity, Need
 from sts_sglang.core.verifier import TargetShape
 
@@ -206,6 +206,11 @@ class LayerSelector:
             own,
             sink=self.config.sink,
             recent=self.config.recent,
+        )
+
+    def scored(self, row: int, slots: Tensor) -> Scored:
+        raise not_allowed(
+            "sts_config.selector", f"{self.config.selector!r} keeps no scores", "another selector"
         )
 
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ from sts_kernels.layout import Contexts, Lists, Sizes
 from sts_sglang.config import StsConfig
 from sts_sglang.core.channels import Channels
 from sts_sglang.core.round import RoundState
-from sts_sglang.core.selectors.base import LayerCall
+from sts_sglang.core.selectors.base import LayerCall, Scored
 
 
 class DraftSelector:
@@ -59,6 +59,15 @@ class DraftSelector:
 
     def list_layer(self, lists: Lists, call: LayerCall) -> None:
         """They are made."""
+
+    def scored(self, row: int, slots: torch.Tensor) -> Scored:
+        """What slots remember or, without history, the importance of the last round."""
+        state = self.state
+        if state.history is None:
+            return Scored(state.last_scores(row, slots.numel()), self.channels.cpu(), "last round")
+        # Some at a time: the device may have no room for all.
+        found = [state.history.remembered[some].cpu() for some in slots.split(4096)]
+        return Scored(torch.cat(found).T, self.channels.cpu(), "history")
 
     def nbytes(self) -> int:
         return 0

@@ -15,6 +15,8 @@ import torch
 from sts_kernels import Ops
 from sts_kernels.layout import (
     ALIGN,
+    PAGE,
+    UNKNOWN,
     Contexts,
     Count,
     Lists,
@@ -28,7 +30,7 @@ from sts_kernels.layout import (
 from sts_sglang.config import StsConfig
 from sts_sglang.core import sketches
 from sts_sglang.core.round import RoundState
-from sts_sglang.core.selectors.base import HeadLists, LayerCall, list_bytes
+from sts_sglang.core.selectors.base import HeadLists, LayerCall, Scored, list_bytes
 from sts_sglang.core.selectors.draft import DraftSelector
 from sts_sglang.core.sizes import Capacity, Need
 from sts_sglang.core.sketches import Sketches
@@ -54,7 +56,12 @@ class PageScores:
     ):
         self.config, self.ops, self.sketches = config, ops, sketches
         columns, kv_heads, device = page_columns(capacity.context), of_target.shape[1], of_target.device
-        self.scores = torch.zeros(kv_heads, capacity.requests * columns, dtype=dtype, device=device)
+        shape = (kv_heads, capacity.requests * columns)
+        # One buffer for all layers, unless what they scored is to be told later.
+        told = config.inspect_dir is not None and config.selector == "pages"
+        layers = sketches.of_layer if told else ()
+        self.kept = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
+        self.scores = torch.zeros(shape if not layers else (0, 0), dtype=dtype, device=device)
         self.starts = torch.arange(capacity.requests, device=device) * columns
         self._sizes: PageSizes | None = None  # of the running verify
         self._plan: Plan | None = None
@@ -72,7 +79,7 @@ class PageScores:
         """Of its own queries; sketches that are due are written first."""
         self.sketches.write(call.layer, call.pool.k)
         bs, tokens = call.q.shape[:2]
-        scores = Scores(self.scores, self.starts[:bs])
+        scores = Scores(self.kept.get(call.layer, self.scores), self.starts[:bs])
         self.ops.score_pages(
             call.q,
             self.sketches.of_layer[call.layer],
@@ -86,8 +93,15 @@ class PageScores:
         )
         return scores, self._sizes
 
+    def last(self, layer: int, place: int, pages: int) -> torch.Tensor:
+        """float32 [H_kv, pages * PAGE] on the CPU: importance of the tokens of the request at this place of
+        the last batch, its page's in equal parts; UNKNOWN where a page has no sketch."""
+        start = int(self.starts[place])
+        of_pages = self.kept[layer][:, start : start + pages].float().cpu() / PAGE
+        return of_pages.nan_to_num(nan=UNKNOWN).repeat_interleave(PAGE, 1)
+
     def nbytes(self) -> int:
-        return self.scores.nbytes + self.starts.nbytes
+        return self.scores.nbytes + self.starts.nbytes + sum(t.nbytes for t in self.kept.values())
 
 
 class PagesSelector:
@@ -112,6 +126,8 @@ class PagesSelector:
         wanted = self.lists.sized(lists)
         sizes = self.scores.begin(wanted, self.channels, contexts)
         self._count_unknown(wanted, sizes)
+        first = self.state.first_columns[: sizes.counts.shape[0]]
+        self.state.note_scores(torch.where((sizes.counts >= 0).any(1), first, -1), contexts)
         return wanted._replace(counts=sizes.counts)
 
     def list_layer(self, lists: Lists, call: LayerCall) -> None:
@@ -126,6 +142,16 @@ class PagesSelector:
             sink=self.config.sink,
             recent=self.config.recent,
         )
+
+    def scored(self, row: int, slots: torch.Tensor) -> Scored:
+        """What pages were worth to every head in the last step; nothing is known of dense layers."""
+        layers, kv_heads = self.channels.shape
+        found = torch.full((layers, kv_heads, slots.numel()), UNKNOWN)
+        if (last := self.state.last_round(row)) is not None:
+            pages = min(last.length, slots.numel()) // PAGE
+            for layer in self.scores.kept:
+                found[layer, :, : pages * PAGE] = self.scores.last(layer, last.place, pages)
+        return Scored(found.flatten(0, 1), self.channels.cpu(), "page scores")
 
     def nbytes(self) -> int:
         return self.scores.nbytes() + self.lists.nbytes()
@@ -200,6 +226,9 @@ class JoinedSelector:
         own, longest = self.lists.of_layer(call.layer)
         ops.select_tokens(Scores(joined, drafted.starts), contexts, longest, own, sink=sink, recent=recent)
 
+    def scored(self, row: int, slots: torch.Tensor) -> Scored:
+        return self.drafted.scored(row, slots)
+
     def nbytes(self) -> int:
         return self.scores.nbytes() + self.lists.nbytes() + self.joined.nbytes
 
@@ -209,11 +238,12 @@ def need(config: StsConfig, target: TargetShape) -> Need:
     capacity = Capacity.of(target.requests, target.context_len)
     columns = target.requests * page_columns(capacity.context)
     rows = target.tokens * target.q_heads // target.kv_heads
-    fixed = target.kv_heads * columns * (2 + 4 * rows)
+    layers = sum(not config.dense_verify(layer) for layer in range(target.layers))
+    kept = layers if config.inspect_dir is not None and config.selector == "pages" else 1
+    fixed = target.kv_heads * columns * (2 * kept + 4 * rows)
     fixed += list_bytes(target.kv_heads, target.requests, capacity.context) + sketches.SCRATCH
     if config.selector == "joined":
         fixed += 2 * target.kv_heads * target.requests * capacity.context
-    layers = sum(not config.dense_verify(layer) for layer in range(target.layers))
     return Need(fixed, sketches.bytes_per_token(layers, target.kv_heads, target.head_dim))
 
 
