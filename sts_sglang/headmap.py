@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +58,11 @@ class HeadCounts(NamedTuple):
     q_heads: int
     kv_heads: int
 
+    def of_rank(self, ranks: int) -> HeadCounts:
+        """What one of so many tensor-parallel ranks has; several have the same KV head where there are fewer
+        of them (sglang.srt.layers.linear.QKVParallelLinear)."""
+        return HeadCounts(self.layers, self.q_heads // ranks, max(1, self.kv_heads // ranks))
+
 
 class ModelPaths(NamedTuple):
     """Folders or hub names of a pair, or of a target alone, for their fingerprints."""
@@ -92,6 +98,7 @@ class HeadMap:
     dense_layers: target layers that are not to be sparse, besides the configuration's.
     draft: with it every KV head of the draft has a channel too, see `of_draft`.
     sha256: of the file, None for one that was made here.
+    whole: the shares of all ranks' heads, over which a budget is split, where this is one rank's map.
     """
 
     sources: tuple[tuple[tuple[Source, ...], ...], ...]
@@ -101,6 +108,7 @@ class HeadMap:
     shares: tuple[tuple[float, ...], ...] | None = None
     draft: HeadCounts | None = None
     sha256: str | None = None
+    whole: tuple[tuple[float, ...], ...] | None = None
 
     @cached_property
     def _by_channel(self) -> dict[tuple[tuple[Source, ...], float], int]:
@@ -173,14 +181,41 @@ class HeadMap:
         return max(1.0, *(mean * SPLIT_STEPS / step for step, mean in enumerate(means, 1)))
 
     def _parts(self, keep: float) -> list[float]:
-        """Of each channel: min(1, s * share) for the s at which their mean over heads is `keep`."""
-        shares, heads = [share for _, share in self._by_channel], [*self._by_channel.values()]
-        low, high = 0.0, 1.0 / min(shares)
+        """Of each channel: min(1, s * share) for the s at which their mean over all heads is `keep`."""
+        low, high = 0.0, 1.0 / min(*self._heads_by_share, *(share for _, share in self._by_channel))
         for _ in range(60):
             s = (low + high) / 2
-            mean = sum(n * min(1.0, s * share) for share, n in zip(shares, heads, strict=True)) / sum(heads)
-            low, high = (s, high) if mean < keep else (low, s)
-        return [min(1.0, high * share) for share in shares]
+            mean = sum(n * min(1.0, s * share) for share, n in self._heads_by_share.items())
+            low, high = (s, high) if mean < keep * self._heads_by_share.total() else (low, s)
+        return [min(1.0, high * share) for _, share in self._by_channel]
+
+    @cached_property
+    def _heads_by_share(self) -> Counter[float]:
+        """How many heads have a share, of all ranks."""
+        return Counter(share for layer in self.whole or self.shares for share in layer)
+
+    def of_rank(self, rank: int, ranks: int, target: HeadCounts, draft: HeadCounts | None) -> HeadMap:
+        """This map for the heads of one of so many ranks, numbered as the rank numbers them.
+
+        target, draft: of whole models. A head listens to those draft heads that its rank has (see `foreign`).
+        """
+        if ranks == 1:
+            return self
+        own, first = target.of_rank(ranks).kv_heads, rank * target.kv_heads // ranks
+        heads = slice(first, first + own)
+        group = draft.q_heads // ranks if draft else 0
+        sources = tuple(
+            tuple(
+                tuple(
+                    (layer, q - rank * group) for layer, q in head if rank * group <= q < (rank + 1) * group
+                )
+                for head in of_layer[heads]
+            )
+            for of_layer in self.sources
+        )
+        shares = self.shares and tuple(of_layer[heads] for of_layer in self.shares)
+        own_draft = self.draft and self.draft.of_rank(ranks)
+        return replace(self, sources=sources, shares=shares, draft=own_draft, whole=self.shares)
 
 
 def _within(sources: tuple[Source, ...], own: tuple[Source, ...]) -> bool:
@@ -189,21 +224,27 @@ def _within(sources: tuple[Source, ...], own: tuple[Source, ...]) -> bool:
 
 
 def of_config(
-    config: StsConfig, target: HeadCounts, draft: HeadCounts | None, models: ModelPaths | None = None
+    config: StsConfig,
+    target: HeadCounts,
+    draft: HeadCounts | None,
+    models: ModelPaths | None = None,
+    tp: int = 1,
 ) -> HeadMap:
     """The configured map for this pair, else the packaged map made for it, else the proportional default.
 
     `draft`: None without one, where a map only splits the budget. `models`: where the weights are; without it
-    fingerprints are not compared and no packaged map is used.
+    fingerprints are not compared and no packaged map is used. `tp`: tensor-parallel ranks; the map is of all
+    of them (HeadMap.of_rank).
 
     Raises:
         ConfigError: the map does not fit the pair, or joins draft layers while the pools differ.
     """
     if config.head_map:
-        head_map = load(config.head_map, target, draft, models)
+        head_map = load(config.head_map, target, draft, models, tp)
     else:
         default = undrafted(target) if draft is None else proportional(target, draft)
-        head_map = packaged(config, target, draft, models) or default
+        # The packaged maps are of one rank.
+        head_map = (packaged(config, target, draft, models) if tp == 1 else None) or default
     # Without the models' folders no packaged map is looked for, so that none can be missed.
     if config.head_map or models is not None:
         _check_file(config, head_map)
@@ -295,9 +336,13 @@ def undrafted(target: HeadCounts) -> HeadMap:
 
 
 def load(
-    path: str, target: HeadCounts, draft: HeadCounts | None, models: ModelPaths | None = None
+    path: str,
+    target: HeadCounts,
+    draft: HeadCounts | None,
+    models: ModelPaths | None = None,
+    tp: int = 1,
 ) -> HeadMap:
-    """Read and check a map file for this pair of models, or for a target without a draft.
+    """Read and check a map file for this pair of models, or for a target without a draft, on so many ranks.
 
     The file is a JSON object `{"version": 1, "shift": 1, "tp": 1, "target": {"layers", "q_heads",
     "kv_heads"}, "draft": {...}, "sources": [layer][kv head]}`. An entry of `sources` is a list of [draft
@@ -313,7 +358,7 @@ def load(
     """
     data, digest = _read(path)
     _keys(data, "", FIELDS)
-    expected = {"version": MAP_VERSION, "tp": 1, **({"shift": MAP_SHIFT} if draft else {})}
+    expected = {"version": MAP_VERSION, "tp": tp, **({"shift": MAP_SHIFT} if draft else {})}
     for field, value in expected.items():
         if type(data.get(field)) is not int or data[field] != value:
             raise _error(field, f"got {_short(data.get(field))}", str(value))
@@ -328,12 +373,32 @@ def load(
             "shares", "missing", "a part of the budget for every head, which a map without a draft is"
         )
     sources = _all_sources(data.get("sources"), target, draft) if draft else undrafted(target).sources
+    if draft and (apart := foreign(sources, target, draft, tp)):
+        raise _error(*apart)
     shares = _shares(data["shares"], target) if "shares" in data else None
     dense = _dense_layers(data.get("dense_layers", []), target)
     _check_best(data.get("best", {}), target)
     _check_texts(data.get("texts", []))
     _check_settings(data.get("settings", {}))
     return HeadMap(sources, os.path.basename(path), pool, dense, shares, sha256=digest)
+
+
+def foreign(
+    sources: tuple[tuple[tuple[Source, ...], ...], ...], target: HeadCounts, draft: HeadCounts, tp: int
+) -> tuple[str, str, str] | None:
+    """What a launch on `tp` ranks could not serve of these sources: field, problem and what is allowed. A
+    head needs sources on its own rank alone; one that several ranks have, on each of them."""
+    group = draft.q_heads // tp
+    for t, layer in enumerate(sources):
+        for h, heads in enumerate(layer):
+            own = {rank for rank in range(tp) if rank * target.kv_heads // tp == h} or {
+                h * tp // target.kv_heads
+            }
+            if heads and {q // group for _, q in heads} != own:
+                named = " and ".join(f"[{rank * group}..{(rank + 1) * group - 1}]" for rank in sorted(own))
+                problem = f"got draft heads {_short(sorted({q for _, q in heads}))} with tp {tp}"
+                return f"sources[{t}][{h}]", problem, f"heads of {named}, which the ranks of this head have"
+    return None
 
 
 def _check_made_for(data: dict[str, Any], target: HeadCounts, draft: HeadCounts | None) -> None:

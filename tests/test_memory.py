@@ -131,6 +131,7 @@ def model():
 def server_args(graphs: int = 0) -> SimpleNamespace:
     decode = PhaseConfig(backend="full" if graphs else "disabled", bs=[graphs] if graphs else None)
     return SimpleNamespace(
+        tp_size=1,
         speculative_eagle_topk=1,
         speculative_num_draft_tokens=4,
         max_running_requests=64,

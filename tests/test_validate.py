@@ -282,7 +282,7 @@ def test_every_listed_target_is_tried():
 
 # One bad value for every rule: a rule without a row fails the test below.
 BAD_VALUES = {
-    "tp_size": 2,
+    "tp_size": 3,
     "pp_size": 2,
     "dp_size": 2,
     "ep_size": 2,

@@ -25,6 +25,7 @@ from sts_kernels.layout import IMPORTANCE_SCALE, UNKNOWN
 from sts_sglang.config import ConfigError, HistoryMode, one_line, quoted, request_inspect
 from sts_sglang.core.request import Finished
 from sts_sglang.core.runtime import Runtime
+from sts_sglang.core.selectors.base import Scored
 
 logger = logging.getLogger(__name__)
 
@@ -63,22 +64,29 @@ def finished(runtime: Runtime, ended: Finished, table: torch.Tensor) -> None:
     try:
         if folder is None or not request_inspect(request.params, runtime.config):
             return
-        path = write(Path(folder), of_request(runtime, ended, table))
-        logger.info("STS: request %s dumped to %s", quoted(request.rid), path.name)
+        if (dump := of_request(runtime, ended, table)) is not None:
+            path = write(Path(folder), dump)
+            logger.info("STS: request %s dumped to %s", quoted(request.rid), path.name)
     except (ConfigError, OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
         logger.warning("STS: request %s was not dumped: %s", quoted(request.rid), one_line(error, 300))
 
 
-def of_request(runtime: Runtime, ended: Finished, table: torch.Tensor) -> Dump:
-    """What is known of the request's tokens, by what selects."""
+def of_request(runtime: Runtime, ended: Finished, table: torch.Tensor) -> Dump | None:
+    """What is known of the request's tokens, by what selects. Of several ranks, which have to ask together,
+    the first one tells it for the heads of all, and the others None."""
     tokens, row = ended.tokens, ended.request.row
     if table.is_cuda:  # rounds in flight on the stream of the forwards
         torch.cuda.synchronize(table.device)
-    importance, channels, signal = runtime.selector.scored(row, table[row, : len(tokens)].long())
-    importance = importance.float()
-    importance = torch.where(importance == UNKNOWN, importance, importance / IMPORTANCE_SCALE)
+    own = _scored(runtime, row, table[row, : len(tokens)].long())
+    by_rank, numbers = runtime.ranks.gather(own.importance), runtime.ranks.gather(own.channels)
+    if by_rank is None:
+        return None
+    if not all(len(rows) for rows in by_rank):
+        raise ValueError("there was no room for its scores")
+    first = itertools.accumulate((len(rows) for rows in by_rank), initial=0)
+    channels = torch.cat([of_rank + start for of_rank, start in zip(numbers, first, strict=False)], 1)
     return Dump(
-        importance.numpy(),
+        torch.cat(by_rank).numpy(),
         channels.numpy(),
         np.array(tokens, dtype=np.int32),
         {
@@ -87,9 +95,21 @@ def of_request(runtime: Runtime, ended: Finished, table: torch.Tensor) -> Dump:
             "cached_tokens": ended.cached,
             "config": json.loads(runtime.config.to_json()),
             "head_map": runtime.head_map.origin,
-            "signal": signal,
+            "signal": own.signal,
         },
     )
+
+
+def _scored(runtime: Runtime, row: int, slots: torch.Tensor) -> Scored:
+    """With importance as a probability; without a row of it where there is no room, for others wait."""
+    try:
+        found = runtime.selector.scored(row, slots)
+        importance = found.importance.float()
+        importance = torch.where(importance == UNKNOWN, importance, importance / IMPORTANCE_SCALE)
+    except (MemoryError, torch.OutOfMemoryError):
+        channels = torch.zeros_like(runtime.selector.channels, device="cpu")
+        return Scored(torch.empty(0, slots.numel()), channels, "last round")
+    return found._replace(importance=importance)
 
 
 def write(folder: Path, dump: Dump) -> Path:

@@ -12,6 +12,7 @@ from sts_kernels import Ops
 from sts_kernels.layout import Contexts, Lists, Plan, Pooling
 from sts_sglang.config import ConfigError, StsConfig, quoted, request_keep
 from sts_sglang.core.channels import NO_MEMBERS, Channels
+from sts_sglang.core.ranks import ALONE, Ranks
 from sts_sglang.core.request import Request
 from sts_sglang.core.round import Cache, Draft, KvPools, RoundState
 from sts_sglang.core.selectors.base import LayerCall, Selector
@@ -47,6 +48,7 @@ class Runtime:
     config: as served, the head map's own choices included. draft: None without one, where a round is one
     decode step. kernel: `triton`, `torch`, or `flashinfer`. verifier: attends to what `selector` chose.
     whole: attends to whole contexts, in dense layers. sketches: of the target's pages, where they have a say.
+    ranks: who has the other heads.
     """
 
     config: StsConfig
@@ -62,6 +64,7 @@ class Runtime:
     verifier: Verifier
     whole: Verifier
     sketches: Sketches | None
+    ranks: Ranks = ALONE
     _loaded: list[torch.Tensor] = field(default_factory=list)
 
     @property
@@ -80,6 +83,10 @@ class Runtime:
         """Of the carried row and of every branch of every step that scores."""
         rows = 1 + self.scoring_steps * self.draft.topk
         return Pooling(self.config.pool_rows, self.config.pool_heads, rows)
+
+    def totals(self) -> torch.Tensor:
+        """int64 [by Count] on the CPU, of all ranks, which have to ask together; waits for the device."""
+        return self.ranks.whole(self.state.totals.cpu())
 
     def admit(self, requests: list[Request]) -> None:
         """Note the keep each request of a prefill batch asks for; its row may have had another owner."""

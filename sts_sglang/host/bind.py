@@ -19,6 +19,7 @@ from sts_sglang.backends.target import StsTargetBackend
 from sts_sglang.config import StsConfig, not_allowed
 from sts_sglang.core import sizes
 from sts_sglang.core.channels import Channels
+from sts_sglang.core.ranks import ALONE, Ranks
 from sts_sglang.core.round import Cache, Draft, RoundState
 from sts_sglang.core.runtime import Runtime
 from sts_sglang.core.selectors import registry as selectors
@@ -59,13 +60,15 @@ class Bound:
         return self.runtime.draft is None
 
     def describe(self) -> dict[str, Any]:
-        """The start-up line as data, with the counters so far; also in /server_info."""
+        """The start-up line as data, with the counters so far; also in /server_info. Bytes and channels are
+        of a rank. Every rank has to ask, for the counters are of all."""
         runtime, own = self.runtime, self.runtime.nbytes()
         return {
             "config": json.loads(runtime.config.to_json()),
             "selects_by": runtime.selects_by,
             "head_map": runtime.head_map.origin,
             "channels": runtime.channels.number,
+            "ranks": runtime.ranks.size,
             "device": runtime.device,
             "kernel": runtime.kernel,
             "dense": self.dense,
@@ -76,7 +79,7 @@ class Bound:
             **self._history_bytes(),
             **_simulated(),
             "memory_share": round(sum(own.values()) / self.kv_bytes, 4),
-            "counters": read_counters(runtime.state.totals, runtime.verifier.host_plans),
+            "counters": read_counters(runtime.totals(), runtime.verifier.host_plans),
         }
 
     def _history_bytes(self) -> dict[str, int]:
@@ -156,10 +159,11 @@ def bind(worker: EAGLEWorkerV2, config: StsConfig) -> Bound:
         target.model.counts,
         draft.model.counts,
         _cache_of(draft),
-        _draft_of(worker, draft),
+        _draft_of(worker, draft, args.tp_size),
         target.device,
-        views.paths(args),
-        _target_of(args, target),
+        models=views.paths(args),
+        shape=_target_of(args, target),
+        ranks=views.ranks(args),
     )
     release.use_qlen_tree_mask(worker._draft_worker)
     for backend in (found.verify, found.extend, found.steps):
@@ -182,9 +186,16 @@ def bind_alone(worker: TpModelWorker, config: StsConfig) -> Bound:
     _check_ours((backend, StsTargetBackend))
     target, args = views.runner(model_runner), views.resolved(worker.server_args)
     _check_kv(target)
-    cache, shape = _cache_of(target), _target_of(args, target)
     runtime = assemble(
-        config, target.model.counts, None, cache, None, target.device, views.paths(args), shape
+        config,
+        target.model.counts,
+        None,
+        _cache_of(target),
+        None,
+        target.device,
+        models=views.paths(args),
+        shape=_target_of(args, target),
+        ranks=views.ranks(args),
     )
     backend.bind(runtime)
     _bound = Bound(runtime, type(backend.dense).__name__, target.pools.nbytes(), {})
@@ -218,21 +229,25 @@ def assemble(
     cache: Cache,
     draft: Draft | None,
     device: str,
+    *,
     models: ModelPaths | None = None,
     shape: TargetShape | None = None,
+    ranks: Ranks = ALONE,
 ) -> Runtime:
-    """The runtime of a pair, or of a target alone.
+    """The runtime of a pair, or of a target alone; on one of several ranks, of its heads.
 
     Args:
-        config: validated configuration. target, draft_counts: attention shapes of the models.
+        config: validated configuration. target, draft_counts: attention shapes of the whole models.
         cache: where contexts are. draft: of its pass, None without one. device: where the state lives.
         models: where the weights are, for the fingerprints of head maps.
-        shape: of the target, for verifiers that plan for it.
+        shape: of the target on this rank, for verifiers that plan for it. ranks: who has the other heads.
     """
     config.check_layers(target.layers)
     config = config.for_launch(drafts=draft is not None)
-    head_map = headmap.of_config(config, target, draft_counts, models)
+    head_map = headmap.of_config(config, target, draft_counts, models, ranks.size)
     config = headmap.served(config, head_map)
+    head_map = head_map.of_rank(ranks.rank, ranks.size, target, draft_counts)
+    target = target.of_rank(ranks.size)
     kernel = kernel_for(config, device)
     own_ops = ops_for(kernel, device)
     own = ops(own_ops)
@@ -258,6 +273,7 @@ def assemble(
         verifier=verifiers.of(kernel).make(made_of),
         whole=by_ops.make(made_of),
         sketches=sketches,
+        ranks=ranks,
     )
 
 
@@ -304,7 +320,8 @@ def _batch_limit(server_args: Any, table: torch.Tensor) -> int:
 
 
 def _target_of(server_args: Any, target: views.Runner) -> TargetShape:
-    shape = reserve.target_shape(server_args, target.model, _batch_limit(server_args, target.table))
+    requests = _batch_limit(server_args, target.table)
+    shape = reserve.target_shape(server_args, target.model.of_rank(server_args.tp_size), requests)
     return shape._replace(slots=target.pools.slots)
 
 
@@ -315,12 +332,13 @@ def _cache_of(runner: views.Runner) -> Cache:
     return Cache(runner.table, runner.pools.slots, capacity)
 
 
-def _draft_of(worker: EAGLEWorkerV2, draft: views.Runner) -> Draft:
+def _draft_of(worker: EAGLEWorkerV2, draft: views.Runner, ranks: int) -> Draft:
+    counts = draft.model.counts.of_rank(ranks)
     return Draft(
         num_steps=worker.speculative_num_steps,
         topk=worker.topk,
-        q_heads=draft.model.counts.q_heads,
-        kv_heads=draft.model.counts.kv_heads,
+        q_heads=counts.q_heads,
+        kv_heads=counts.kv_heads,
         head_dim=draft.model.head_dim,
         dtype=draft.dtype,
         pools=draft.pools,

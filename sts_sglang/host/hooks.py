@@ -211,6 +211,7 @@ def _count(runtime: Runtime, args: ServerArgs) -> None:
         enable_metrics=args.enable_metrics,
         interval=args.decode_log_interval,
         plans=lambda: runtime.verifier.host_plans,
+        ranks=runtime.ranks,
     )
 
 

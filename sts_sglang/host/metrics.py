@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from sts_kernels.layout import Count
+from sts_sglang.core.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -65,32 +66,43 @@ class Exporter:
     """Publishes the totals: Prometheus when asked for, a log line every `interval` rounds.
 
     The hot loop never waits for the device: its totals are copied to pinned memory and read one round
-    later. `plans` gives the host's.
+    later. `plans` gives the host's. Of several ranks the first one publishes, every `interval` rounds: then
+    they all meet to add up.
     """
 
     def __init__(
-        self, counts: torch.Tensor, enable_metrics: bool, interval: int, plans: Callable[[], int] = int
+        self,
+        counts: torch.Tensor,
+        enable_metrics: bool,
+        interval: int,
+        plans: Callable[[], int] = int,
+        ranks: Ranks = ALONE,
     ):
-        self._counts, self._plans = counts, plans
+        self._counts, self._plans, self._ranks = counts, plans, ranks
         self._cpu = torch.zeros_like(counts, device="cpu", pin_memory=counts.is_cuda)
         self._counters = Counters()
         self._interval = interval
         self._rounds = 0
         self._published = Counters()
         self._logged = Counters()
-        self._prometheus = _prometheus_metrics() if enable_metrics else None
+        self._prometheus = _prometheus_metrics() if enable_metrics and ranks.rank == 0 else None
 
     def on_round(self) -> None:
         """Called once a verify round, after its results are on the CPU."""
         self._rounds += 1
-        self._counters = _counters(self._cpu, self._plans())  # of the round before on a GPU
+        due = self._ranks.size == 1 or self._rounds % self._interval == 0
+        if due and self._counts.is_cuda:
+            self._read()  # of the round before
         self._cpu.copy_(self._counts, non_blocking=True)
-        if not self._counts.is_cuda:
-            self._counters = _counters(self._cpu, self._plans())
-        if self._prometheus:
+        if due and not self._counts.is_cuda:
+            self._read()
+        if due and self._prometheus:
             self._publish()
-        if self._rounds % self._interval == 0:
+        if self._rounds % self._interval == 0 and self._ranks.rank == 0:
             self._log()
+
+    def _read(self) -> None:
+        self._counters = _counters(self._ranks.whole(self._cpu), self._plans())
 
     def _publish(self) -> None:
         for name in _HELP:

@@ -74,6 +74,7 @@ HOOKS: Targets = {
 SYMBOLS = (
     "sglang.srt.configs.model_config.ModelConfig.from_server_args",
     "sglang.srt.constrained.base_grammar_backend.register_grammar_backend",
+    "sglang.srt.distributed.parallel_state.get_tp_group",
     "sglang.srt.entrypoints.engine.Engine.server_args_class",
     "sglang.srt.environ.envs.SGLANG_DISABLE_DRAFT_EXTEND_CUDA_GRAPH",
     "sglang.srt.environ.envs.SGLANG_ENABLE_OVERLAP_PLAN_STREAM",
@@ -236,6 +237,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     ),
     f"{_EAGLE}.EagleVerifyInput": ("custom_mask", "draft_token_num", "topk"),
     f"{_EAGLE}.EagleDraftExtendInput": ("num_accept_tokens", "num_tokens_per_req"),
+    "sglang.srt.distributed.parallel_state.GroupCoordinator": ("cpu_group", "rank_in_group", "world_size"),
     "sglang.srt.layers.radix_attention.RadixAttention": (
         "layer_id",
         "qk_head_dim",

@@ -62,13 +62,19 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
     if (drafts := serves.draft_config(server_args, target)) is not None:
         draft = views.model(drafts)
     requests = server_args.max_running_requests or MAX_REQUESTS
+    ranks, whole = server_args.tp_size, (of.counts, draft and draft.counts)
     # Fingerprints say whose map it is, not how large it is.
-    head_map = headmap.of_config(config, of.counts, draft and draft.counts)
+    head_map = headmap.of_config(config, *whole, tp=ranks)
+    of, draft = of.of_rank(ranks), draft and draft.of_rank(ranks)
     rows = (1 + (server_args.speculative_eagle_topk or 1)) * draft.group if draft else 0
     shape = target_shape(server_args, of, requests)
-    launch = _Launch(config, shape, draft, head_map, rows, requests)
     kv_bytes = of.kv_bytes + (draft.kv_bytes if draft else 0)
-    reserved = sizes.reserve(available, kv_bytes, shape.context_len, launch.need)
+    launches = [
+        _Launch(config, shape, draft, head_map.of_rank(rank, ranks, *whole), rows, requests)
+        for rank in range(ranks)
+    ]
+    # The same on every rank, whose pools must be of one size.
+    reserved = max(sizes.reserve(available, kv_bytes, shape.context_len, launch.need) for launch in launches)
     if reserved >= available:
         raise not_allowed(
             "--max-running-requests",
@@ -80,7 +86,7 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
 
 
 def target_shape(server_args: Any, target: views.Model, requests: int) -> TargetShape:
-    """Of a launch, given the requests of the largest batch."""
+    """Of one rank of a launch, whose heads `target` has, given the requests of the largest batch."""
     return TargetShape(
         tokens=server_args.speculative_num_draft_tokens or 1,
         layers=target.counts.layers,

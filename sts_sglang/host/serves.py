@@ -86,15 +86,16 @@ class _Rule(NamedTuple):
     drafted: bool | None = None
 
 
-_ONE_PROCESS = "one process must see all heads and all tokens"
+RANKS = (1, 2, 4, 8)
+_ONE_PROCESS = "one process must see all layers of a request, and all its tokens"
 _DTYPE = "KV must have the model's dtype"
 _OTHER_LAYOUT = "it reads KV as [slot, head, dim]"
 _ROADS = "this cache may bring a prefix back without the draft's KV, or without a word of the slots it takes"
 _ALL_RULES = (
+    _Rule("tp_size", RANKS, "the heads of a model are shared out among so many"),
     *(
         _Rule(field, (1,), _ONE_PROCESS)
         for field in (
-            "tp_size",
             "pp_size",
             "dp_size",
             "ep_size",
@@ -410,6 +411,7 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
         check_draft(draft, target)
     check_preferred(server_args, config, target)
     _check_kv_dtype(server_args, target, draft)
+    _check_heads(server_args.tp_size, target, draft)
     _check_weights(server_args, target, draft)
     config.check_layers(target.num_hidden_layers)
     if server_args.device == "cuda" and config.kernel != "torch":
@@ -417,9 +419,8 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     models = views.paths(server_args)
     # Weights of a hub name may not be here yet: the map's fingerprints are compared when they are loaded.
     models = models if models.are_folders() else None
-    head_map = headmap.of_config(
-        config, views.model(target).counts, draft and views.model(draft).counts, models
-    )
+    counts = views.model(target).counts, draft and views.model(draft).counts
+    head_map = headmap.of_config(config, *counts, models, server_args.tp_size)
     return headmap.pinned(config, head_map)
 
 
@@ -605,6 +606,17 @@ def _check_kv_dtype(server_args: ServerArgs, target: ModelConfig, draft: ModelCo
             raise Refusal(
                 f"{asked} {value}: {flag} runs in {model.dtype}, and KV must have the model's dtype; "
                 f"use {asked} auto or --dtype bfloat16"
+            )
+
+
+def _check_heads(ranks: int, target: ModelConfig, draft: ModelConfig | None) -> None:
+    """Whether the heads can be shared out; of KV heads there may be fewer than ranks."""
+    for flag, model in (("--model-path", target), ("--speculative-draft-model-path", draft)):
+        heads = () if model is None else (model.num_attention_heads, model.num_key_value_heads)
+        if heads and (heads[0] % ranks or (heads[1] % ranks and ranks % heads[1])):
+            raise Refusal(
+                f"--tp-size {ranks}: {flag} has {heads[0]} query and {heads[1]} KV heads, which so many "
+                "ranks cannot share evenly; use --tp-size 1 or another divisor of them"
             )
 
 

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sts_kernels.layout import Contexts, KvPool
+from sts_sglang.core.ranks import ALONE, Ranks
 from sts_sglang.core.request import Finished, Request
 from sts_sglang.headmap import HeadCounts, ModelPaths
 from sts_sglang.host.releases import release
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
@@ -224,12 +226,16 @@ def slots_of(pool: ReqToTokenPool) -> torch.Tensor:
 
 
 class Model(NamedTuple):
-    """A model's shape, all ranks together."""
+    """A model's shape: of all ranks together, or of one."""
 
     counts: HeadCounts
     head_dim: int
     dtype: torch.dtype
     context_len: int
+
+    def of_rank(self, ranks: int) -> Model:
+        """Of one of so many."""
+        return self._replace(counts=self.counts.of_rank(ranks))
 
     @property
     def group(self) -> int:
@@ -249,6 +255,16 @@ def model(config: ModelConfig) -> Model:
         kv_heads=config.get_total_num_kv_heads(),
     )
     return Model(counts, config.head_dim, config.dtype, config.context_len)
+
+
+def ranks(args: ServerArgs) -> Ranks:
+    """Of a launch, once its processes know each other."""
+    from sglang.srt.distributed.parallel_state import get_tp_group
+
+    if args.tp_size == 1:
+        return ALONE
+    group: GroupCoordinator = get_tp_group()
+    return Ranks(group.rank_in_group, group.world_size, group.cpu_group)
 
 
 def paths(args: ServerArgs) -> ModelPaths:
