@@ -6,7 +6,9 @@ import json
 import math
 import random
 import re
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
@@ -14,7 +16,7 @@ from transformers import AutoTokenizer
 from sts_sglang import cli
 from sts_sglang.calibrate.command import read_texts
 from sts_sglang.config import StsConfig
-from sts_sglang.evaluate import asking, gate, items, pair, recall
+from sts_sglang.evaluate import asking, command, gate, items, pair, recall
 from sts_sglang.evaluate.asking import Cell, Reply
 from sts_sglang.evaluate.items import Copy, Item, Plain, Recital, Source, Text, TooShort
 from sts_sglang.tools.demo import MODELS
@@ -183,6 +185,15 @@ def test_without_a_task_nothing_is_shown_unless_none_was_wanted():
     assert gate.judge(found, 0.1, tasks_wanted=False).passes
 
 
+def test_without_a_draft_no_round_has_a_length():
+    found = cells({0.1: DENSE_TEXT, 1.0: DENSE_TEXT}, {})
+    for cell in found.values():
+        cell.rounds = [0] * len(cell.rounds)
+    judged = gate.judge(found, 0.1, tasks_wanted=False)
+    assert judged.passes and judged.accept is None
+    assert "tokens a round" not in gate.table(found, [judged])
+
+
 def test_the_smallest_keep_passes_with_every_larger_one():
     found = cells(dict.fromkeys((0.05, 0.1, 0.25, 1.0), DENSE_TEXT), {})
     passing = {k: gate.judge(found, k, tasks_wanted=False) for k in (0.05, 0.1, 0.25)}
@@ -242,6 +253,9 @@ def test_help_states_the_gate_and_the_tasks(capsys):
         (["--tasks", "keys", "x"], "--tasks: got ['x']"),
         (["--concurrency", "0"], "--concurrency: got 0"),
         (["--algorithm", "NGRAM"], "--algorithm: got 'NGRAM'"),
+        (["--algorithm", "NONE"], "given with --algorithm NONE; allowed: one of the two"),
+        (["--draft", "--algorithm", "STANDALONE"], "--algorithm STANDALONE: given without --draft"),
+        (["--draft", "--sts-config", '{"selector": "joined"}'], "sts_config.selector: got 'joined' without"),
         (["--sts-config", '{"kep": 1}'], "sts_config: unknown key"),
         (["--sts-config", '{"policy": "top_p"}'], "--sts-config: policy 'top_p'"),
         (["--sts-config", '{"verify": "dense"}'], "--sts-config: verify 'dense'"),
@@ -259,7 +273,8 @@ def test_bad_input_is_one_line_that_names_the_flag(flags, problem, tiny, tmp_pat
         if word.startswith("--"):
             last = next((j for j in range(i + 1, len(flags)) if flags[j].startswith("--")), len(flags))
             given[word] = [named.get(value, value) for value in flags[i + 1 : last]]
-    assert cli.main(["evaluate", *(x for flag, values in given.items() for x in (flag, *values))]) == 2
+    said = [x for flag, values in given.items() if values for x in (flag, *values)]
+    assert cli.main(["evaluate", *said]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines()[-1].startswith("error: ") and problem in err.splitlines()[-1]
 
@@ -283,6 +298,29 @@ def test_the_algorithm_is_what_the_draft_is_made_for(tiny, head):
     known = pair.check(str(tiny["target"]), str(tiny[head]), None)
     assert known.pair.algorithm == head.upper() and known.positions == 32768
     assert known.pair.named() == {"target": "target", "draft": head, "algorithm": head.upper()}
+
+
+def test_a_target_alone_has_no_flags_of_a_draft(tiny):
+    for algorithm in (None, "NONE"):
+        known = pair.check(str(tiny["target"]), None, algorithm)
+        assert known.pair == pair.Alone(str(tiny["target"])) and known.positions == 32768
+    assert known.pair.flags() == [] and list(known.pair.paths().fingerprints()) == ["target"]
+    assert known.pair.named() == {"target": "target", "draft": None, "algorithm": "NONE"}
+
+
+@pytest.mark.parametrize("draft", [None, "eagle3"])
+def test_the_last_line_is_the_command_to_serve_with(tiny, draft):
+    known = pair.check(str(tiny["target"]), draft and str(tiny[draft]), None)
+    judged = gate.judge(cells({0.1: DENSE_TEXT, 1.0: DENSE_TEXT}, {}), 0.1, tasks_wanted=False)
+    plan = SimpleNamespace(config={"recent": 16}, known=known, suite=SimpleNamespace(checksum="0"))
+    words = shlex.split(command.report_of(plan, "", [judged], [], judged).splitlines()[-1])
+    assert words[:5] == ["serve", "with:", "python", "-m", "sglang.launch_server"]
+    given = dict(zip(words[5::2], words[6::2], strict=True))
+    assert given["--model-path"] == str(tiny["target"]) and given["--attention-backend"] == "sts"
+    assert json.loads(given["--sts-config"]) == {"recent": 16, "keep": 0.1}
+    drafting = {flag: value for flag, value in given.items() if flag.startswith("--speculative")}
+    assert drafting.get("--speculative-draft-model-path") == (draft and str(tiny[draft]))
+    assert len(given) == 3 + len(drafting) and bool(drafting) == bool(draft)
 
 
 # ---- the server
@@ -311,6 +349,28 @@ def test_a_pair_is_evaluated(tiny, tmp_path, capsys, monkeypatch):
     assert "| loss of text, 512 (%) | 4 |" in out and "no keep passes the gate" in out
     assert (tmp_path / "out" / "report.md").read_text() == out
     assert (tmp_path / "out" / "server.log").stat().st_size > 1000
+
+
+@pytest.mark.server
+def test_a_target_alone_is_evaluated(tiny, tmp_path, capsys, monkeypatch):
+    """Every token after the first is forced through a sparse decode step, and nothing is said of rounds."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    given = ["--target", str(tiny["target"]), "--tasks", "text", "--lengths", "512", "--items", "4"]
+    given += ["--keeps", "0.3", "--sts-config", '{"recent": 16}', "--out", str(tmp_path), "--device", "cpu"]
+    assert cli.main(["evaluate", *given]) == 1
+    out, _ = capsys.readouterr()
+    header, *rows = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert header["pair"] == {"target": "target", "draft": None, "algorithm": "NONE"}
+    assert header["sts"]["config"]["selector"] == "pages" and list(header["models"]) == ["target"]
+    by_keep = {row["keep"]: row for row in rows}
+    assert by_keep[0.3]["score"] != by_keep[1.0]["score"] and by_keep[0.3]["out"] == by_keep[1.0]["out"]
+    for keep, row in by_keep.items():
+        counters = row["counters"]
+        share = counters["selected_tokens"] / counters["available_tokens"]
+        assert keep - 0.03 <= share <= keep, "whole pages of 16"
+        # One more than the tokens after the first, where the step after the last is on its way already.
+        assert 0 <= counters["sparse_verifies"] - 4 * items.FORCED <= 4
+    assert out.startswith("target alone; texts ") and "tokens a round" not in out
 
 
 def test_verifies_that_were_something_else_are_seen():

@@ -1,1 +1,1 @@
-"""What a pair loses under sparse verify: asked of a real server, judged by a gate stated beforehand."""
+"""What sparse verify loses, with a draft or without: asked of a real server, judged by a stated gate."""

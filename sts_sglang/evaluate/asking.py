@@ -27,7 +27,7 @@ class NotAsked(RuntimeError):
 class Reply:
     score: float  # from 0 to 1; of text, minus nats a token
     tokens: int
-    rounds: int
+    rounds: int  # of drafting and verifying; 0 where nothing drafts
     out: str  # checksum of the output ids
     text: str = ""
     ids: tuple[int, ...] = ()

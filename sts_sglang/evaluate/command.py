@@ -1,4 +1,5 @@
-"""`sts-sglang evaluate`: what a pair loses under sparse verify, and the smallest keep that passes a gate."""
+"""`sts-sglang evaluate`: what sparse verify loses, with a draft or without, and the smallest keep that passes
+a gate."""
 
 from __future__ import annotations
 
@@ -57,14 +58,17 @@ def add(commands: Any) -> None:
     tasks = "\n".join(f"  {name:9} {about}" for name, about in ABOUT.items())
     parser = commands.add_parser(
         "evaluate",
-        help="measure what your pair loses in answers, and which keep passes a gate",
-        description="Serves a target and its draft on this machine and asks the same items densely and at\n"
-        "several keeps: the loss of text that is forced through decode, look-ups and copies of\n"
-        "what stands far back. A task that the model does not do densely (below 0.6) is left out.\n"
+        help="measure what your models lose in answers, and which keep passes a gate",
+        description="Serves a target, with its draft or alone, on this machine and asks the same items\n"
+        "densely and at several keeps: the loss of text that is forced through decode, look-ups\n"
+        "and copies of what stands far back. A task that the model does not do densely (below 0.6)\n"
+        "is left out. With --draft, what the draft attends to selects; without, every decode step\n"
+        "is sparse, and the target's own queries select pages of 16 tokens.\n"
         f"\nThe gate, stated beforehand:\n{_wrapped(GATE)}\n"
-        "\nExit code 0 and the --sts-config to serve with where a keep passes, 1 where none does,\n"
-        "2 for bad input.",
+        "\nExit code 0 and the command to serve with where a keep passes, 1 where none does, 2 for\n"
+        "bad input.",
         epilog=f"tasks:\n{tasks}\n\nexamples:\n"
+        "  sts-sglang evaluate --target TARGET --text docs/*.md --out found\n"
         "  sts-sglang evaluate --target TARGET --draft DRAFT --text docs/*.md --out found\n"
         "  sts-sglang evaluate --target TARGET --draft HEAD --algorithm EAGLE3 --keeps 0.1 0.25\n"
         '  sts-sglang evaluate --target TARGET --draft DRAFT --sts-config \'{"head_map": "map.json"}\'',
@@ -73,8 +77,12 @@ def add(commands: Any) -> None:
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     flag = parser.add_argument
     flag("--target", required=True, help="folder or hub name")
-    flag("--draft", required=True, help="draft, EAGLE or EAGLE-3 head: folder or hub name")
-    flag("--algorithm", metavar="NAME", help="STANDALONE, EAGLE3 or EAGLE (what the draft is made for)")
+    flag("--draft", help="draft, EAGLE or EAGLE-3 head: folder or hub name (none: the target alone)")
+    flag(
+        "--algorithm",
+        metavar="NAME",
+        help="STANDALONE, EAGLE3 or EAGLE (what the draft is made for), or NONE",
+    )
     flag("--text", nargs="+", metavar="FILE", help="texts like those you serve (the package's held-out ones)")
     flag(
         "--keeps", nargs="+", type=float, default=[0.05, 0.1, 0.25, 0.5], metavar="K", help="(.05 .1 .25 .5)"
@@ -83,7 +91,9 @@ def add(commands: Any) -> None:
     flag("--items", type=int, help="documents of a task and length (48, on a CPU 20)")
     flag("--tasks", nargs="+", metavar="TASK", help="(all)")
     flag("--sts-config", metavar="JSON|PATH", help="what you would serve with, beside keep ({})")
-    flag("--no-recall", action="store_true", help="do not also measure what of the attention is held")
+    flag(
+        "--no-recall", action="store_true", help="with --draft: do not measure what of the attention is held"
+    )
     flag("--device", choices=("auto", "cuda", "cpu"), default="auto", help="(auto)")
     flag("--concurrency", type=int, metavar="N", help="requests at a time (8, on a CPU 4)")
     flag("--out", metavar="DIR", help="also write results.jsonl, report.md and server.log there")
@@ -105,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="sts-evaluate-") as spare:
         out = _folder(args.out) if args.out else None
         _say(f"the gate: {gate.GATE}")
-        held = {} if args.no_recall else _recall(plan)
+        held = _recall(plan) if plan.known.pair.drafts and not args.no_recall else {}
         cells, left_out, about = measure(plan, (out or Path(spare)) / "server.log")
     wanted = plan.tasks != [LOSS]
     judged = [gate.judge(cells, keep, wanted) for keep in plan.keeps] if cells else []
@@ -127,14 +137,16 @@ def plan_of(args: argparse.Namespace) -> Plan:
     if not all(0 < keep < 1 for keep in keeps):
         raise ConfigError(f"--keeps: got {shown(args.keeps)}; allowed: numbers above 0 and below 1")
     config = _config(args.sts_config)
-    if args.algorithm not in (None, "STANDALONE", "EAGLE3", "EAGLE"):
-        raise ConfigError(f"--algorithm: got {shown(args.algorithm)}; allowed: STANDALONE, EAGLE3, EAGLE")
     texts = read_texts(args.text, "heldout", "--text")
     from sts_sglang.evaluate import pair
     from sts_sglang.evaluate.items import Plain, Source
 
+    if args.algorithm not in (None, *pair.ALGORITHMS, pair.NONE):
+        names = ", ".join((*pair.ALGORITHMS, pair.NONE))
+        raise ConfigError(f"--algorithm: got {shown(args.algorithm)}; allowed: {names}")
     device = _device(args.device)
     known = pair.check(args.target, args.draft, args.algorithm)
+    StsConfig.parse(config).for_launch(known.pair.drafts)
     length, items, concurrency = SIZES[device]
     lengths = sorted(set(args.lengths or [min(length, known.positions or length)]))
     most = known.positions or 2**24
@@ -159,7 +171,7 @@ def measure(plan: Plan, log: Path) -> tuple[dict, list[dict], dict[str, Any]]:
 
     longest = max(plan.lengths) + pair.ROOM
     # Its fingerprints first: they refuse damaged files.
-    about = {"pair": plan.known.pair.named(), "models": _fingerprints(plan.known.pair)}
+    about = {"pair": plan.known.pair.named(), "models": plan.known.pair.paths().fingerprints()}
     _say(f"starting the server, its log: {log}")
     server = pair.start(
         plan.known.pair,
@@ -178,8 +190,8 @@ def measure(plan: Plan, log: Path) -> tuple[dict, list[dict], dict[str, Any]]:
         raise ConfigError(f"--target {plan.known.pair.target}: {error}") from None
     except (RuntimeError, OSError) as error:  # it did not start, or ended while it was asked
         raise ConfigError(
-            f"--target {plan.known.pair.target}: the server failed, {_last_error(log, error)}; allowed: a "
-            "pair that sts serves on this device (with --out its log is kept)"
+            f"--target {plan.known.pair.target}: the server failed, {_last_error(log, error)}; allowed: "
+            "models that sts serves on this device (with --out its log is kept)"
         ) from None
 
 
@@ -238,11 +250,13 @@ def _recall(plan: Plan) -> dict[float, Recall]:
 def report_of(
     plan: Plan, table: str, judged: list[Judged], left_out: list[dict], found: Judged | None
 ) -> str:
-    """Markdown: the pair, the table, what was left out, and the verdict."""
-    from sts_sglang.evaluate import gate
+    """Markdown: the models, the table, what was left out, the verdict, and the command to serve with."""
+    from sts_sglang.evaluate import gate, pair
 
-    pair = plan.known.pair.named()
-    lines = [f"{pair['target']} with {pair['draft']}, {pair['algorithm']}; texts {plan.suite.checksum}", ""]
+    models = plan.known.pair
+    named = models.named()
+    said = "{target} with {draft}, {algorithm}" if models.drafts else "{target} alone"
+    lines = [f"{said.format(**named)}; texts {plan.suite.checksum}", ""]
     lines += [table, ""] if table else []
     lines += [
         f"left out, {row['task']} of {row['length']:,} tokens: dense attention scores {row['dense']:.2f}"
@@ -250,16 +264,16 @@ def report_of(
     ]
     lines += [f"keep {j.keep:g} {gate.verdict(j)}: {'; '.join(j.problems)}" for j in judged if j.problems]
     if found is None:
-        return "\n".join([*lines, "no keep passes the gate: serve this pair without sts, or try other keeps"])
-    line = json.dumps({**plan.config, "keep": found.keep})
-    lines.append(f"keep {found.keep:g} is the smallest that passes; serve with --sts-config '{line}'")
+        return "\n".join([*lines, "no keep passes the gate: serve without sts, or try other keeps"])
+    lines.append(f"keep {found.keep:g} is the smallest that passes")
     if "budget" not in plan.config:
         floor = StsConfig().budget
         lines.append(
             f"(measured without a floor; the default floor of {floor:,} tokens keeps more below "
             f"{floor / found.keep:,.0f})"
         )
-    return "\n".join(lines)
+    line = pair.launch_line(models, {**plan.config, "keep": found.keep})
+    return "\n".join([*lines, f"serve with: {line}"])
 
 
 def _config(given: str | None) -> dict[str, Any]:
@@ -308,12 +322,6 @@ def _folder(path: str) -> Path:
     for name in ("results.jsonl", "report.md", "server.log"):
         files.check_output("--out", folder / name)
     return folder
-
-
-def _fingerprints(pair: Any) -> dict[str, Any]:
-    from sts_sglang.headmap import ModelPaths
-
-    return ModelPaths(pair.target, pair.draft).fingerprints()
 
 
 def _origin(plan: Plan, server: LocalServer) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Judged(NamedTuple):
         loss: by length, the rise of the loss as a share of the dense one.
         tasks: by (task, length), the change of its mean score, from -1 to 1.
         mean: of all tasks, None where none was asked.
-        accept: tokens a verify round, and dense.
+        accept: tokens a verify round, and dense; None where nothing drafts.
         problems: what keeps it out. shown: False where only too few or too uncertain documents do.
     """
 
@@ -44,7 +44,7 @@ class Judged(NamedTuple):
     loss: dict[int, Interval]
     tasks: dict[tuple[str, int], Interval]
     mean: Interval | None
-    accept: tuple[float, float]
+    accept: tuple[float, float] | None
     problems: tuple[str, ...]
     shown: bool
 
@@ -95,13 +95,15 @@ def smallest(judged: Sequence[Judged]) -> Judged | None:
     return found
 
 
-def _accept(cells: Cells, keep: float) -> tuple[float, float]:
+def _accept(cells: Cells, keep: float) -> tuple[float, float] | None:
     """Tokens a round, the first token (the prefill's) not counted: at the keep, and dense."""
     found = []
     for wanted in (keep, DENSE):
         own = [cell for cell in cells.values() if cell.keep == wanted]
         rounds = sum(sum(cell.rounds) for cell in own)
-        found.append(sum(sum(cell.tokens) - len(cell.tokens) for cell in own) / max(1, rounds))
+        if not rounds:
+            return None
+        found.append(sum(sum(cell.tokens) - len(cell.tokens) for cell in own) / rounds)
     return found[0], found[1]
 
 
@@ -122,8 +124,9 @@ def table(cells: Cells, judged: Sequence[Judged], recall: Mapping[float, Recall]
             rows.append([*row, *(_said(one.tasks[task, length], 1) for one in keeps)])
     if keeps[0].mean:
         rows.append(["mean of the tasks (points)", "", "", *(_said(one.mean, 1) for one in keeps)])
-    accept = [f"{one.accept[0]:.2f}" for one in keeps]
-    rows.append(["tokens a round", "", f"{keeps[0].accept[1]:.2f}", *accept])
+    if keeps[0].accept:
+        accept = [f"{one.accept[0]:.2f}" for one in keeps]
+        rows.append(["tokens a round", "", f"{keeps[0].accept[1]:.2f}", *accept])
     if recall:
         held = [recall.get(one.keep) for one in keeps]
         said = [f"{100 * r.draft:.0f} ({100 * r.latest:.0f}, {100 * r.best:.0f})" if r else "-" for r in held]

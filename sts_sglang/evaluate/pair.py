@@ -1,19 +1,42 @@
-"""A target and its draft: checked before anything is loaded, and served with forced text."""
+"""A target with its draft or alone: checked before anything is loaded, and served with forced text."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from sts_sglang.config import BACKEND, CHAIN_FLAGS, ConfigError, shown
+from sts_sglang.headmap import ModelPaths
 from sts_sglang.tools.local_server import LocalServer
 
 ALGORITHMS = ("STANDALONE", "EAGLE3", "EAGLE")
+NONE = "NONE"  # in place of an algorithm: nothing drafts for the target
 FORCED_SERVER = "sts_sglang.host.forced"
 ROOM = 256  # positions of a server beyond the longest prompt, where the models have them
+
+
+class Models(Protocol):
+    """What is served.
+
+    drafts: whether something drafts for the target. algorithm: how, or NONE.
+    """
+
+    target: str
+    algorithm: str
+    drafts: bool
+
+    def flags(self) -> list[str]:
+        """Of a server, for the draft."""
+
+    def paths(self) -> ModelPaths:
+        """Where the weights are."""
+
+    def named(self) -> dict[str, str | None]:
+        """For a result file: without this machine's folders."""
 
 
 class Pair(NamedTuple):
@@ -22,52 +45,90 @@ class Pair(NamedTuple):
     target: str
     draft: str
     algorithm: str
+    drafts = True
 
     def flags(self) -> list[str]:
         """Of the draft: a chain of 3 steps, 4 tokens a verify."""
         draft = ["--speculative-algorithm", self.algorithm, "--speculative-draft-model-path", self.draft]
         return [*draft, *CHAIN_FLAGS.split()]
 
-    def named(self) -> dict[str, str]:
-        """For a result file: without this machine's folders."""
-        models = {key: getattr(self, key) for key in ("target", "draft")}
-        names = {k: Path(v).resolve().name if os.path.isdir(v) else v for k, v in models.items()}
+    def paths(self) -> ModelPaths:
+        return ModelPaths(self.target, self.draft)
+
+    def named(self) -> dict[str, str | None]:
+        names = {"target": _named(self.target), "draft": _named(self.draft)}
         return {**names, "algorithm": self.algorithm}
 
 
+class Alone(NamedTuple):
+    """The folder or hub name of a target that nothing drafts for: a verify is one decode step."""
+
+    target: str
+    algorithm = NONE
+    drafts = False
+
+    def flags(self) -> list[str]:
+        return []
+
+    def paths(self) -> ModelPaths:
+        return ModelPaths(self.target, None)
+
+    def named(self) -> dict[str, str | None]:
+        return {"target": _named(self.target), "draft": None, "algorithm": NONE}
+
+
+def _named(model: str) -> str:
+    return Path(model).resolve().name if os.path.isdir(model) else model
+
+
 class Known(NamedTuple):
-    """What was read of a pair before it is loaded."""
+    """What was read of the models before they are loaded."""
 
-    pair: Pair
+    pair: Models
     tokenizer: Any  # transformers', of the target
-    positions: int | None  # the most that both models have, if they say
+    positions: int | None  # the most that all of them have, if they say
 
 
-def check(target: str, draft: str, algorithm: str | None) -> Known:
-    """Reads both configurations and the tokenizers.
+def check(target: str, draft: str | None, algorithm: str | None) -> Known:
+    """Reads the configurations and the tokenizers.
 
     Args:
-        algorithm: None: what the draft's architecture is for.
+        draft: None: the target is served alone.
+        algorithm: None: what the draft's architecture is for; NONE, or None, without one.
 
     Raises:
         ConfigError: one line that names the flag, for what is no model, not served, or no pair.
     """
-    from sts_sglang.calibrate.record import read_config, tokenizer_of
-    from sts_sglang.host.serves import DRAFTS, TARGETS
+    if draft is None:
+        return _check_alone(target, algorithm)
+    if algorithm == NONE:
+        raise ConfigError(f"--draft {draft}: given with --algorithm {NONE}; allowed: one of the two")
+    return _check_pair(target, draft, algorithm)
 
-    configs = {"--target": read_config("--target", target), "--draft": read_config("--draft", draft)}
-    names = {flag: (config.get("architectures") or [""])[0] for flag, config in configs.items()}
-    if names["--target"] not in TARGETS:
-        problem = f"--target {target}: architecture {shown(names['--target'])}"
-        raise ConfigError(f"{problem}; allowed: {', '.join(sorted(TARGETS))}")
-    algorithms = [name for name in ALGORITHMS if names["--draft"] in DRAFTS[name]]
+
+def _check_alone(target: str, algorithm: str | None) -> Known:
+    from sts_sglang.calibrate.record import tokenizer_of
+
+    if algorithm not in (None, NONE):
+        raise ConfigError(f"--algorithm {algorithm}: given without --draft; allowed: with one, or {NONE}")
+    config = _target_config(target)
+    return Known(Alone(target), tokenizer_of(target, "--target"), _positions(config))
+
+
+def _check_pair(target: str, draft: str, algorithm: str | None) -> Known:
+    from sts_sglang.calibrate.record import read_config, tokenizer_of
+    from sts_sglang.host.serves import DRAFTS
+
+    configs = _target_config(target), read_config("--draft", draft)
+    name = _architecture(configs[1])
+    algorithms = [known for known in ALGORITHMS if name in DRAFTS[known]]
     if not algorithms or (algorithm and algorithm not in algorithms):
         served = DRAFTS[algorithm] if algorithm else frozenset().union(*DRAFTS.values())
         under = f" under --algorithm {algorithm}" if algorithm else ""
-        problem = f"--draft {draft}: architecture {shown(names['--draft'])}{under}"
+        problem = f"--draft {draft}: architecture {shown(name)}{under}"
         raise ConfigError(f"{problem}; allowed: {', '.join(sorted(served))}")
     pair = Pair(target, draft, algorithm or algorithms[0])
-    sizes = [config.get("vocab_size") for config in configs.values()]
+    sizes = [config.get("vocab_size") for config in configs]
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f"--draft {draft}: vocabulary of {shown(sizes[1])}, the target's is {shown(sizes[0])}; "
@@ -76,8 +137,28 @@ def check(target: str, draft: str, algorithm: str | None) -> Known:
     tokenizer = tokenizer_of(target, "--target")
     if pair.algorithm == "STANDALONE":
         _check_tokens(draft, tokenizer)
-    positions = [config.get("max_position_embeddings") for config in configs.values()]
-    return Known(pair, tokenizer, min((n for n in positions if type(n) is int), default=None))
+    return Known(pair, tokenizer, _positions(*configs))
+
+
+def _target_config(target: str) -> dict[str, Any]:
+    """Of a target that sts serves."""
+    from sts_sglang.calibrate.record import read_config
+    from sts_sglang.host.serves import TARGETS
+
+    config = read_config("--target", target)
+    if (name := _architecture(config)) not in TARGETS:
+        problem = f"--target {target}: architecture {shown(name)}"
+        raise ConfigError(f"{problem}; allowed: {', '.join(sorted(TARGETS))}")
+    return config
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    return (config.get("architectures") or [""])[0]
+
+
+def _positions(*configs: dict[str, Any]) -> int | None:
+    found = [config.get("max_position_embeddings") for config in configs]
+    return min((n for n in found if type(n) is int), default=None)
 
 
 def _check_tokens(draft: str, tokenizer: Any) -> None:
@@ -97,8 +178,15 @@ def _check_tokens(draft: str, tokenizer: Any) -> None:
         )
 
 
+def launch_line(models: Models, config: dict) -> str:
+    """The command that serves them with this configuration of sts."""
+    words = ["python", "-m", "sglang.launch_server", "--model-path", models.target]
+    words += ["--attention-backend", BACKEND, "--sts-config", json.dumps(config), *models.flags()]
+    return shlex.join(words)
+
+
 def start(
-    pair: Pair,
+    models: Models,
     log: Path,
     *,
     device: str,
@@ -108,7 +196,7 @@ def start(
     extra: Sequence[str] = (),
     start_seconds: int = 900,
 ) -> LocalServer:
-    """A server of the pair that can be told which tokens to emit (host/forced.py).
+    """A server of the models that can be told which tokens to emit (host/forced.py).
 
     Args:
         log: takes the server's output.
@@ -123,7 +211,7 @@ def start(
     # be shared.
     args += ["--max-total-tokens", str(5 * concurrency * (context + ROOM) // 4)]
     args += ["--grammar-backend", "forced", "--skip-server-warmup", "--random-seed", "0"]
-    env = {"HF_HUB_OFFLINE": "1"} if os.path.isdir(pair.target) and os.path.isdir(pair.draft) else {}
+    env = {"HF_HUB_OFFLINE": "1"} if models.paths().are_folders() else {}
     if device == "cpu":
         args += ["--device", "cpu", "--dtype", "float32"]
         env |= {"SGLANG_PLATFORM": "sts_cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
@@ -132,7 +220,7 @@ def start(
     if config is not None:
         args += ["--attention-backend", BACKEND, "--sts-config", json.dumps(config)]
     if config is not None or device != "cpu":
-        args += pair.flags()
+        args += models.flags()
     return LocalServer(
-        pair.target, log, *args, *extra, env=env, start_seconds=start_seconds, module=FORCED_SERVER
+        models.target, log, *args, *extra, env=env, start_seconds=start_seconds, module=FORCED_SERVER
     )

@@ -3,10 +3,11 @@
     python -m sts_sglang.host.forced --grammar-backend forced ...     # further arguments as for SGLang
 
 Prefill is dense under STS, so the loss of held-out text has to be measured where verify is sparse: while
-decoding. A grammar backend (SGLang's public registry) is what reaches the logits of verify. The one here
-allows the next token of the given text and nothing else, so drafts are accepted and refused by the true
-text and the KV cache grows as in serving. The logprob that the target gave the token before it was forced
-rides along as the logit of a second token: it is top_logprobs[mark] - top_logprobs[forced] + 1.
+decoding. A grammar backend (SGLang's public registry) is what reaches the logits of verify, and those of a
+decode step where nothing drafts. The one here allows the next token of the given text and nothing else, so
+drafts are accepted and refused by the true text and the KV cache grows as in serving. The logprob that the
+target gave the token before it was forced rides along as the logit of a second token: it is
+top_logprobs[mark] - top_logprobs[forced] + 1.
 """
 
 from __future__ import annotations
