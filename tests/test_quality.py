@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import items, measure, report
-from benchmarks.quality.arms import ARMS, Dense, Plan
+from benchmarks.quality.arms import ALONE, ARMS, Dense, Plan
+from sts_sglang.config import StsConfig
 from sts_sglang.evaluate import asking, stats
-from sts_sglang.evaluate.pair import Pair
+from sts_sglang.evaluate.pair import Alone, Pair
 from sts_sglang.host.forced import ForcedText
 from sts_sglang.tools.demo import MODELS
 from sts_sglang.tools.tiny_pair import make_pair
@@ -264,6 +265,23 @@ def test_the_head_is_the_shipped_one_and_its_suite_the_shipped(writer):
     assert set(plan.tasks) == {*items.TASKS, "shared", "text"}
 
 
+def test_a_target_alone_is_asked_of_arms_that_need_no_draft(writer):
+    plan = planned("--algorithm", "NONE", "--device", "cpu", "--arm", 'own={"dense_layers": [0]}')
+    assert plan.pair == Alone(str(MODELS / "target")) and set(plan.tasks) == {*items.TASKS, "shared", "text"}
+    assert list(plan.arms) == [*ALONE, "own"]
+    for arm in plan.arms.values():
+        StsConfig.parse(arm.config or {}).for_launch(drafts=False)
+    for more, problem in (
+        (["--arms", "joined"], "--arms: no joined; there are stock, dense, sts"),
+        (["--arm", 'x={"history": "warm"}'], "--arm x: sts_config.history: got 'warm' without"),
+        (["--draft", "d"], "--draft d: given with --algorithm NONE"),
+    ):
+        with pytest.raises(SystemExit, match=problem):
+            planned("--algorithm", "NONE", *more)
+    with pytest.raises(SystemExit, match="--draft: needed with --target, or --algorithm NONE"):
+        planned("--target", str(MODELS / "target"))
+
+
 def test_any_pair_is_asked_in_plain_words(tmp_path):
     pair = make_pair(tmp_path)
     (tmp_path / "text").write_text("One line.\n" * 400)
@@ -302,23 +320,39 @@ def test_the_report_names_the_pair_and_what_was_left_out(small_results):
     assert "do them with dense attention: keys of 4,096 (31.0)." in text
 
 
+def test_the_report_of_a_target_alone_says_nothing_of_drafts(small_results):
+    report.write(small_results)
+    assert "| accept length, dense |" in (small_results / "report.md").read_text()
+    for path in small_results.glob("*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[0]["pair"] = Alone("T").named()
+        for row in rows[1:]:
+            row["rounds"] = [0] * len(row["rounds"])
+        path.write_text("\n".join(map(json.dumps, rows)))
+    report.write(small_results)
+    text = (small_results / "report.md").read_text()
+    assert "Target alone: T; a verify is one decode step" in text and "Pair:" not in text
+    assert "| accept length, dense |" not in text and "2.50 (-1.50)" not in text
+    assert "| quest | **+37.5 [" in text
+
+
 @pytest.mark.server
-def test_oracle_serves_a_tenth_and_scores_forced_text(tmp_path):
+@pytest.mark.parametrize("drafts", [True, False], ids=["drafted", "alone"])
+def test_oracle_serves_a_tenth_and_scores_forced_text(tmp_path, drafts):
     """At full budget the forced losses are Hugging Face's; at a tenth verify is sparse and they differ."""
     pair = make_pair(tmp_path)
     config = {"keep": 0.1, "budget": 0, "sink": 2, "recent": 8, "selector": "oracle"}
     args = ("--attention-backend", "sts", "--sts-config", json.dumps(config), "--grammar-backend", "forced")
-    args += ("--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", str(pair["draft"]))
-    args += ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1")
-    args += ("--speculative-num-draft-tokens", "4")
+    models = Pair(str(pair["target"]), str(pair["draft"]), "STANDALONE")
+    args += tuple(models.flags()) if drafts else ()
     ids = random_ids(240, 5)
     texts = [items.Text(ids[:200], ids[200:]), items.Text(random_ids(90, 6), random_ids(30, 7))]
     with Server(pair["target"], tmp_path / "log", *args, module="sts_sglang.host.forced") as server:
         client = asking.Client(server)
         dense = [text.ask(client, 1.0)[0] for text in texts]
-        before = server.counters()
+        before = client.counters()
         sparse = [text.ask(client, 0.1)[0] for text in texts]
-        after = server.counters()
+        after = client.counters()
         again = [text.ask(client, 0.1)[0] for text in texts]
     model = AutoModelForCausalLM.from_pretrained(pair["target"], dtype=torch.float32).eval()
     for text, reply in zip(texts, dense, strict=True):
@@ -329,7 +363,9 @@ def test_oracle_serves_a_tenth_and_scores_forced_text(tmp_path):
         assert reply.score == pytest.approx(float(expected), abs=1e-4)
     assert [r.score for r in sparse] == [r.score for r in again] != [r.score for r in dense]
     delta = {key: after[key] - before[key] for key in after}
-    assert delta["sparse_verifies"] == sum(r.rounds for r in sparse) > 0
+    verifies = sum(r.rounds if drafts else r.tokens - 1 for r in sparse)
+    # Without a draft the step after a request's last is on its way when it ends.
+    assert 0 < verifies <= delta["sparse_verifies"] <= verifies + (0 if drafts else len(texts))
     assert delta["dense_verifies"] == delta["full_verifies"] == 0
     assert 0.08 < delta["selected_tokens"] / delta["available_tokens"] < 0.14
 

@@ -4,15 +4,16 @@
     python -m benchmarks.quality --items 200 --lengths 16384 32768 --text-lengths 4096 16384 32768
     python -m benchmarks.quality --algorithm EAGLE3 --lengths 4096          # the shipped EAGLE-3 head
     python -m benchmarks.quality --target T --draft D --out DIR             # any pair, in plain words
+    python -m benchmarks.quality --target T --algorithm NONE --out DIR      # a target alone
 
-Each arm is a server of its own (speculation 3 steps, 4 tokens); all get the same items at every keep,
-greedily. The shipped target is asked recall tasks in the manner of RULER, several questions over one document
-in the manner of SCBench (`shared`), and held-out text, forced token by token (`text`). Any other is asked
-look-ups, copies and text in plain words (sts_sglang/evaluate/items.py), each with dense attention first: what
-scores below 0.6 there is left out and stated. Results go to OUT/ARM.jsonl, a line a cell as it is done; cells
-that are there are not measured again, so a run that was cut off goes on where it stopped. At the end
-benchmarks.quality.report makes OUT/report.md and OUT/pareto.png from these files. A verify that was not what
-the arm says ends the run.
+Each arm is a server of its own (speculation 3 steps, 4 tokens; with NONE every decode step is sparse); all
+get the same items at every keep, greedily. The shipped target is asked recall tasks in the manner of RULER,
+several questions over one document in the manner of SCBench (`shared`), and held-out text, forced token by
+token (`text`). Any other is asked look-ups, copies and text in plain words (sts_sglang/evaluate/items.py),
+each with dense attention first: what scores below 0.6 there is left out and stated. Results go to
+OUT/ARM.jsonl, a line a cell as it is done; cells that are there are not measured again, so a run that was cut
+off goes on where it stopped. At the end benchmarks.quality.report makes OUT/report.md and OUT/pareto.png from
+these files. A verify that was not what the arm says ends the run.
 
 arms:
 """
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from benchmarks.harness import end_orderly_when_terminated
 from benchmarks.quality import items, report
-from benchmarks.quality.arms import ARMS, ROOT, Arm, Plan, Suite
+from benchmarks.quality.arms import ALONE, ARMS, ROOT, Arm, Plan, Suite
 from benchmarks.quality.measure import run_arm, try_dense
 from sts_sglang.calibrate.command import read_texts
 from sts_sglang.config import ConfigError, StsConfig
@@ -64,6 +65,7 @@ FULL = {  # by suite
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     about = __doc__ + "\n".join(f"  {name:17} {arm.about}" for name, arm in ARMS.items())
+    about += f"\n\nwith --algorithm NONE: {', '.join(ALONE)}; `sts` are pages"
     p = argparse.ArgumentParser(
         prog="python -m benchmarks.quality",
         description=about,
@@ -72,7 +74,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--quick", action="store_true", help=f"a small run: {QUICK}, unless given")
     p.add_argument("--target", help="folder or hub name (the shipped target)")
     p.add_argument("--draft", help="folder or hub name (the shipped draft, or head under EAGLE3)")
-    p.add_argument("--algorithm", choices=pairs.ALGORITHMS, help="(what the draft is made for)")
+    p.add_argument(
+        "--algorithm", choices=(*pairs.ALGORITHMS, pairs.NONE), help="(what the draft is made for)"
+    )
     p.add_argument("--suite", choices=FULL, help="(shipped for the shipped target, plain for others)")
     p.add_argument("--text", nargs="+", metavar="FILE", help="plain: texts (packages installed here)")
     p.add_argument("--dense-first", type=int, metavar="N", help="items of the first look (plain: 20)")
@@ -100,14 +104,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def known_pair(options: argparse.Namespace) -> pairs.Known:
-    """The pair that is asked for; the shipped models where none are named."""
-    if options.target and not options.draft:
-        raise SystemExit("--draft: needed with --target")
-    shipped = MODELS / ("eagle3" if options.algorithm == "EAGLE3" else "draft")
+    """The models that are asked for; the shipped ones where none are named."""
+    draft = options.draft
+    if not draft and options.algorithm != pairs.NONE:
+        if options.target:
+            raise SystemExit(f"--draft: needed with --target, or --algorithm {pairs.NONE}")
+        draft = str(MODELS / ("eagle3" if options.algorithm == "EAGLE3" else "draft"))
     try:
-        return pairs.check(
-            options.target or str(MODELS / "target"), options.draft or str(shipped), options.algorithm
-        )
+        return pairs.check(options.target or str(MODELS / "target"), draft, options.algorithm)
     except ConfigError as error:
         raise SystemExit(str(error)) from None
 
@@ -122,13 +126,13 @@ def suite_of(options: argparse.Namespace, known: pairs.Known) -> tuple[str, Suit
     return name, Plain(Source(known.tokenizer, texts))
 
 
-def arms_of(options: argparse.Namespace) -> dict[str, Arm]:
-    """ARMS, and those of --arm."""
-    arms = dict(ARMS)
+def arms_of(options: argparse.Namespace, drafts: bool) -> dict[str, Arm]:
+    """Those of a pair or of a target alone, and those of --arm."""
+    arms = dict(ARMS if drafts else ALONE)
     for given in options.arm:
         name, _, config = given.partition("=")
         try:
-            StsConfig.parse(config)
+            StsConfig.parse(config).for_launch(drafts)
         except ConfigError as error:
             raise SystemExit(f"--arm {name}: {error}") from None
         arms[name] = Arm(json.loads(config), config, own=True)
@@ -163,7 +167,7 @@ def plan_of(options: argparse.Namespace, known: pairs.Known, name: str, suite: S
         pair=known.pair,
         server_args=tuple(options.server),
         config={"budget": 0, **json.loads(options.sts_config)},
-        arms=arms_of(options),
+        arms=arms_of(options, known.pair.drafts),
         positions=known.positions,
     )
 
@@ -186,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         if not plan.cells():
             raise SystemExit("this model does none of the tasks, not with dense attention either")
     own = [arm for arm in plan.arms if plan.arms[arm].own]
-    arms = list(dict.fromkeys([*(options.arms or ARMS), *own]))
+    arms = list(dict.fromkeys([*(options.arms or plan.arms), *own]))
     tqdm.write(f"{len(arms)} arms, device {plan.device}, server logs in {logs}")
     servers: list[LocalServer] = []
     with ThreadPoolExecutor(options.parallel) as pool:

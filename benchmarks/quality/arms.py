@@ -15,7 +15,7 @@ from benchmarks.harness import commit
 from sts_sglang import headmap
 from sts_sglang.evaluate import pair as pairs
 from sts_sglang.evaluate.asking import Asked
-from sts_sglang.evaluate.pair import Pair
+from sts_sglang.evaluate.pair import Models, Pair
 from sts_sglang.tools.local_server import LocalServer
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +53,12 @@ ARMS = {
     "recent": Arm({"selector": "recent"}, "sink and the last tokens (StreamingLLM)"),
     "random": Arm({"selector": "random"}, "chance"),
 }
+ALONE = {  # of a target that nothing drafts for, whose pages select
+    "stock": ARMS["stock"],
+    "dense": Arm({"verify": "dense"}, "decode attends to everything", keeps=False),
+    "sts": Arm({}, "mean and deviation of pages of 16, by the target's own queries"),
+    **{name: ARMS[name] for name in ("sts-again", "sts-full4", "oracle", "quest", "recent", "random")},
+}
 
 
 class Suite(Protocol):
@@ -85,7 +91,7 @@ class Plan:
     items: int
     concurrency: int
     device: str
-    pair: Pair
+    pair: Models
     server_args: tuple[str, ...] = ()
     config: Mapping = field(default_factory=lambda: {"budget": 0})  # of every arm; a floor would hide keeps
     arms: Mapping[str, Arm] = field(default_factory=lambda: ARMS)
@@ -155,7 +161,7 @@ def common(plan: Plan, checksum: str) -> dict:
         "items": plan.items,
         "keeps": list(plan.keeps),
         "text": checksum,
-        "models": headmap.ModelPaths(plan.pair.target, plan.pair.draft).fingerprints(),
+        "models": plan.pair.paths().fingerprints(),
         "config": dict(plan.config),
     }
 

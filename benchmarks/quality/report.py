@@ -19,6 +19,7 @@ from benchmarks import pictures
 from sts_sglang.evaluate.stats import ENOUGH, Interval, interval, macro_interval
 
 DENSE = 1.0
+ALONE = "Target alone: {target}; a verify is one decode step, and `sts` are page scores of its own queries. "
 LOSS = "text"
 RIVALS = ("quest", "pages", "recent", "random", "oracle", "sts-uniform", "sts-proportional")
 RIVALS += ("sts-warm", "sts-blend", "sts-full4")
@@ -323,9 +324,11 @@ def noise(r: Results) -> str:
 
 
 def dense_speculation(r: Results) -> str:
-    """Accept length without sparsity, stock's beside ours."""
+    """Accept length without sparsity, stock's beside ours; nothing where nobody drafts."""
     arms = [arm for arm in ("stock", "dense", "sts") if arm in r.arms]
     found = {(arm, n): r.accept_length(arm, DENSE, n, r.tasks) for arm in arms for n in r.lengths()}
+    if not any(found.values()):
+        return ""
     rows = [
         [f"`{arm}`", *(f"{v:.3f}" if (v := found[arm, n]) else "no draft" for n in r.lengths())]
         for arm in arms
@@ -355,7 +358,9 @@ def origin(r: Results) -> str:
         f"{', '.join(commits)}."
     )
     if "pair" in head:
-        said = "Pair: {target} with {draft}, {algorithm}. ".format(**head["pair"]) + said
+        pair = head["pair"]
+        named = "Pair: {target} with {draft}, {algorithm}. " if pair["draft"] else ALONE
+        said = named.format(**pair) + said
     if left := [t for t in head.get("tried", ()) if not t["kept"]]:
         named = ", ".join(f"{t['task']} of {t['length']:,} ({points(t['score'])})" for t in left)
         said += f"\n\nLeft out, because the model does not do them with dense attention: {named}."
