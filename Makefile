@@ -16,7 +16,10 @@ SERVED := $(patsubst %,'tests/test_serving.py::test_full_budget_then_small[%]',s
 	tests/test_serving.py::test_metrics_and_server_info \
 	tests/test_serving.py::test_updates_of_weights_are_400s_and_touch_none \
 	tests/test_serving.py::test_pages_of_16_with_retraction \
-	tests/test_serving.py::test_history_follows_the_prefix_and_forgets_with_its_slots
+	tests/test_serving.py::test_history_follows_the_prefix_and_forgets_with_its_slots \
+	$(addprefix tests/test_alone.py::test_,small_budgets_agree_with_the_oracle full_budget_equals_stock \
+	a_branch_within_a_page_reads_its_own_sketches what_the_host_cache_brings_back_is_sketched_anew) \
+	'tests/test_tensor_parallel.py::test_two_ranks_draft_and_verify_as_one[STANDALONE-draft-shape0]'
 
 .PHONY: env demo test contract contract-checks contract-servers lint format clean
 

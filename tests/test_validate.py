@@ -115,6 +115,8 @@ ALONE = {"speculative_algorithm": None, "speculative_draft_model_path": None}
 SERVED = {
     "standalone": {},
     "alone": ALONE,
+    "two ranks": {"tp_size": 2},
+    "more ranks than KV heads": {"tp_size": 4},
     "alone, pages of 64": {**ALONE, "page_size": 64},
     "alone, all flags": {**ALONE, **dict.fromkeys(BACKEND_FIELDS[:3], "sts")},
     "alone, hidden states": {**ALONE, "enable_return_hidden_states": True},
@@ -515,6 +517,16 @@ REFUSED = {
         {"speculative_token_map": "map.pt"},
         "--speculative-token-map",
         "remove --speculative-token-map",
+    ),
+    "heads that ranks cannot share": (
+        {"tp_size": 8, "target": {**LLAMA, "num_attention_heads": 6, "hidden_size": 96}},
+        "--tp-size 8",
+        "use --tp-size 1 or another divisor of them",
+    ),
+    "a draft whose heads ranks cannot share": (
+        {"tp_size": 4, "draft": {**LLAMA, "hidden_size": 96, "num_attention_heads": 6}},
+        "--tp-size 4: --speculative-draft-model-path has 6 query and 2 KV heads",
+        "use --tp-size 1 or another divisor of them",
     ),
     "torch.compile": ({"enable_torch_compile": True}, "--enable-torch-compile", "remove it"),
 }
