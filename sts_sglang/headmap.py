@@ -180,6 +180,14 @@ class HeadMap:
         means = [sum(parts) / len(parts) for parts in self.split()[1:]]
         return max(1.0, *(mean * SPLIT_STEPS / step for step, mean in enumerate(means, 1)))
 
+    def longest_growth(self) -> float:
+        """How much longer the longest list is, at most and at whatever keep, than with the same budget for
+        every head. At least 1."""
+        if self.shares is None:
+            return 1.0
+        longest = (max(parts) * SPLIT_STEPS / step for step, parts in enumerate(self.split()[1:], 1))
+        return max(1.0, *longest)
+
     def _parts(self, keep: float) -> list[float]:
         """Of each channel: min(1, s * share) for the s at which their mean over all heads is `keep`."""
         low, high = 0.0, 1.0 / min(*self._heads_by_share, *(share for _, share in self._by_channel))

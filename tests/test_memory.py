@@ -167,7 +167,7 @@ def test_what_another_selector_takes_is_reserved(monkeypatch, model):
     growth = [reserved("quest", context) - reserved("draft", context) for context in (8192, 131072)]
     scoring = selectors.request_bytes(131072, 8, 128, 2, 16)
     assert growth[0] > selectors.SCRATCH
-    own = 64 * (131072 - 8192) * 6 * 8
+    own = 64 * (131072 - 8192) * 3 * 8  # a score of 2 bytes, and an entry of 4 for every fourth token
     assert growth[1] - growth[0] == pytest.approx(own + scoring - selectors.SCRATCH, rel=0.01)
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sts_kernels.layout import IMPORTANCE_SCALE, NO_PAGE, PAGE, UNKNOWN, Count
+from sts_kernels.layout import IMPORTANCE_SCALE, NO_PAGE, PAGE, UNKNOWN, Contexts, Count, KvPool
 from sts_sglang.config import ConfigError, StsConfig
+from sts_sglang.core.selectors import pages
+from sts_sglang.core.selectors.base import LayerCall
 from sts_sglang.core.selectors.pages import page_columns
 from sts_sglang.core.verifier import TargetShape
 from sts_sglang.headmap import HeadCounts
@@ -360,3 +362,47 @@ def test_a_dump_says_what_pages_were_worth(tmp_path) -> None:
 def test_what_nobody_scores_takes_no_room() -> None:
     state = Alone({}).runtime.state
     assert state.importance.numel() == state.indices.numel() == state.carried.numel() == 0
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_batch_is_scored_alike_some_requests_at_a_time(monkeypatch, drafts) -> None:
+    """Scratch bounds how many: outputs and scores are those of all at once."""
+    rig = Request({"selector": "pages"}, drafts=drafts, chunks=())
+    runtime, lens, tokens = rig.runtime, torch.tensor([250, 90, 180, 160, 300]), TOKENS if drafts else 1
+    order = torch.randperm(428, generator=torch.Generator().manual_seed(3)).int()
+    table = torch.stack([order.roll(3 * PAGE * b)[:WIDTH] for b in range(8)])
+    contexts = Contexts(table, torch.tensor([4, 1, 6, 2, 5]), lens)
+    runtime.sketches.begin_prefill(contexts, torch.zeros(5, dtype=torch.int64))
+    pool = KvPool(rig.target_pool.k[0], rig.target_pool.v[0])
+    runtime.sketches.write(0, pool.k)
+    q, mask = torch.randn(5, tokens, Q_HEADS, DIM), torch.ones(5, tokens, tokens, dtype=torch.bool).tril()
+    found = []
+    for most in (5, 2):
+        monkeypatch.setattr(pages, "at_once", lambda *_, most=most: most)
+        runtime.state.carried_lens[contexts.reqs] = lens
+        lists = runtime.begin_verify(contexts)
+        out = runtime.verify(LayerCall(0, q, pool, contexts, mask, DIM**-0.5), lists)
+        shares = runtime.selector.scores._shares
+        assert [few for few, _, _ in shares] == [slice(i, min(i + most, 5)) for i in range(0, 5, most)]
+        found.append((out, runtime.selector.scores.scores.clone(), lists.counts))
+    (whole, scores, counts), (parted, parted_scores, parted_counts) = found
+    assert (counts >= 0).sum(1).bool().tolist() == [True, False, True, True, True]
+    assert torch.equal(whole, parted) and torch.equal(counts, parted_counts)
+    assert torch.equal(scores.nan_to_num(-1), parted_scores.nan_to_num(-1)) and scores.any()
+
+
+def test_lists_are_no_longer_than_a_head_can_want(tmp_path) -> None:
+    """A quarter of the longest context or twice the keep; with shares as much more as a head has."""
+    shares = [[0.5, 1.5]] * LAYERS
+    head_map = {"version": 1, "tp": 1, "target": COUNTS._asdict(), "draft": None, "shares": shares}
+    (tmp_path / "map.json").write_text(json.dumps(head_map))
+    config = {"policy": "ratio", "keep": 0.3, "budget": 0}
+    for more, longest in (({}, 0.6), ({"request_keep": "off"}, 0.3), ({"head_map": "map"}, 0.9)):
+        own = {**more, "head_map": str(tmp_path / "map.json")} if "head_map" in more else more
+        rig = Alone({**config, **own}, chunks=())
+        capacity, lists = rig.runtime.cache.capacity, rig.runtime.selector.lists
+        entries = lists.indices.numel() // (capacity.requests * KV_HEADS)
+        assert entries == pytest.approx(longest * capacity.context, abs=4)
+        assert torch.equal(
+            lists.starts.flatten().diff(), torch.full((capacity.requests * KV_HEADS - 1,), entries)
+        )

@@ -14,7 +14,7 @@ from sts_kernels import ops
 from sts_kernels.layout import Contexts, KvPool, Lists
 from sts_sglang.config import SelectorName, StsConfig
 from sts_sglang.core.selectors import compare as selectors
-from sts_sglang.core.selectors.base import LayerCall
+from sts_sglang.core.selectors.base import HeadLists, LayerCall
 from sts_sglang.core.sizes import Capacity
 
 SINK, RECENT, PAGE = 2, 8, 16
@@ -81,9 +81,8 @@ class Batch:
         """Layers of which every KV head has a channel of its own."""
         of_target = torch.arange(KV_HEADS, dtype=torch.int32, device=device).expand(8, -1)
         requests = len(self.lengths) + 1
-        return selectors.LayerSelector(
-            config, kernel_ops, of_target, self.capacity, requests, dtype, width=width
-        )
+        lists = HeadLists(of_target, self.capacity.requests, self.capacity.context)
+        return selectors.LayerSelector(config, kernel_ops, lists, self.capacity, requests, dtype, width=width)
 
     def arguments(self, counts: list[int], number: int, device: str, to=None) -> tuple[Lists, LayerCall]:
         """Lists by channel, and a call; `to` stands in for moving a tensor to the device."""

@@ -215,6 +215,12 @@ class PageSizes(NamedTuple):
     starts: torch.Tensor
     pages: torch.Tensor
 
+    def some(self, few: slice) -> PageSizes:
+        """Of some neighbours of the batch."""
+        own = self.contexts._replace(reqs=self.contexts.reqs[few], lens=self.contexts.lens[few])
+        by_request = [part[few] for part in (self.counts, self.starts)]
+        return PageSizes(self.known[few], self.unknown[few], own, *by_request, self.pages[:, few])
+
     def lists(self, layer: int) -> Lists:
         """Room for the lists of page numbers of one layer."""
         room = self.starts.numel() * self.known.shape[1]

@@ -41,6 +41,13 @@ class Capacity(NamedTuple):
             budget = min(self.context, max(OWN_SLACK * budget, math.ceil(OWN_KEEP * self.context)))
         return budget
 
+    def longest(self, config: StsConfig, head_map: HeadMap) -> int:
+        """Tokens of the longest list of a head."""
+        longest = math.ceil(head_map.longest_growth() * self.budget(config))
+        if head_map.shares is not None:  # parts are rounded up, and have sink and recent at least
+            longest = max(longest, config.forced) + 1
+        return min(longest, self.context)
+
     def room(self, config: StsConfig, head_map: HeadMap) -> Room:
         """Of one request."""
         channels, budget = len(head_map.channels), self.budget(config)

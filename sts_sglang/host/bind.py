@@ -258,6 +258,7 @@ def assemble(
     dtype = torch.float32 if exact else torch.float16
     state = RoundState(config, head_map, channels, cache, draft, device, dtype)
     sketches = _sketches(config, own, target, shape, cache, state.importance)
+    longest = cache.capacity.longest(config, head_map)
     made_of = VerifierParts(config, head_map, channels, state, own, cache.table.shape[1], shape)
     return Runtime(
         config=config,
@@ -269,7 +270,7 @@ def assemble(
         ops=own,
         kernel=kernel,
         device=device,
-        selector=selectors.make(config, state, channels, own, cache, sketches),
+        selector=selectors.make(config, state, channels, own, cache, sketches, longest),
         verifier=verifiers.of(kernel).make(made_of),
         whole=by_ops.make(made_of),
         sketches=sketches,

@@ -35,7 +35,7 @@ class _Launch(NamedTuple):
         shape = self.target._replace(requests=capacity.requests, context_len=capacity.context)
         needs = [
             self._of_round(capacity),
-            selectors.need(config, shape),
+            selectors.need(config, shape, capacity.longest(config, self.head_map)),
             verifiers.of(config.kernel).need(config, shape),
         ]
         return Need(*map(sum, zip(*needs, strict=True)))

@@ -74,8 +74,7 @@ class HeadLists:
 
     Args:
         of_target: int32 [layers, H_kv], Channels.of_target: whose list length a KV head takes.
-        requests: of the largest batch. entries: of a list at most: under a map with shares a head may have
-            many times the budget, so that only the longest context bounds it.
+        requests: of the largest batch. entries: of a list at most (Capacity.longest).
     """
 
     def __init__(self, of_target: torch.Tensor, requests: int, entries: int):

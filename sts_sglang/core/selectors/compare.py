@@ -155,7 +155,7 @@ class LayerSelector:
 
     Args:
         config: `selector` names the rule. ops: the ops in use.
-        of_target: int32 [layers, H_kv], Channels.of_target: whose list length a KV head takes.
+        lists: of every (request, KV head).
         capacity: of the buffers of a round. requests: rows of the table.
         dtype: of the scores, float16 for the kernels.
         width: positions of every request that are looked at, so that no length is read from the device;
@@ -166,7 +166,7 @@ class LayerSelector:
         self,
         config: StsConfig,
         ops: Ops,
-        of_target: Tensor,
+        lists: HeadLists,
         capacity: Capacity,
         requests: int,
         dtype: torch.dtype,
@@ -174,9 +174,8 @@ class LayerSelector:
         width: int | None = None,
     ):
         self.config, self.ops, self.rule, self.width = config, ops, RULES[config.selector], width
-        self.lists = HeadLists(of_target, capacity.requests, capacity.context)
-        self.channels, self.columns = self.lists.channels, capacity.requests * capacity.context
-        kv_heads, device = of_target.shape[1], of_target.device
+        self.lists, kv_heads, device = lists, lists.kv_heads, lists.channels.device
+        self.channels, self.columns = lists.channels, capacity.requests * capacity.context
         # Behind them, in whole blocks as before, one that takes the scores of what is no context.
         self.scores = torch.zeros(kv_heads, self.columns + ALIGN, dtype=dtype, device=device)
         self.starts = torch.arange(capacity.requests, device=device) * capacity.context
@@ -257,10 +256,10 @@ def request_bytes(width: int, kv_heads: int, dim: int, itemsize: int, rows: int)
     return width * kv_heads * (dim * (itemsize + 4) + 16 * rows)
 
 
-def need(target: TargetShape) -> Need:
+def need(target: TargetShape, longest: int) -> Need:
     """Of a LayerSelector: scores and lists of every request, and what scoring a layer takes."""
     rows = target.tokens * target.q_heads // target.kv_heads
     layer = request_bytes(target.context_len, target.kv_heads, target.head_dim, target.dtype.itemsize, rows)
     scores = 2 * target.kv_heads * (target.requests * target.context_len + ALIGN)
-    lists = list_bytes(target.kv_heads, target.requests, target.context_len)
+    lists = list_bytes(target.kv_heads, target.requests, longest)
     return Need(scores + lists + max(SCRATCH, layer))

@@ -9,6 +9,7 @@ every list, and the draft's best of the other tokens the rest.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -32,9 +33,17 @@ from sts_sglang.core import sketches
 from sts_sglang.core.round import RoundState
 from sts_sglang.core.selectors.base import HeadLists, LayerCall, Scored, list_bytes
 from sts_sglang.core.selectors.draft import DraftSelector
-from sts_sglang.core.sizes import Capacity, Need
+from sts_sglang.core.sizes import SCRATCH, Capacity, Need
 from sts_sglang.core.sketches import Sketches
 from sts_sglang.core.verifier import TargetShape
+
+
+class Share(NamedTuple):
+    """Neighbours of a batch whose pages are scored at once, and how their work is parted."""
+
+    requests: slice
+    sizes: PageSizes
+    plan: Plan | None
 
 
 class PageScores:
@@ -54,8 +63,8 @@ class PageScores:
         capacity: Capacity,
         dtype: torch.dtype,
     ):
-        self.config, self.ops, self.sketches = config, ops, sketches
-        columns, kv_heads, device = page_columns(capacity.context), of_target.shape[1], of_target.device
+        self.config, self.ops, self.sketches, self.kv_heads = config, ops, sketches, of_target.shape[1]
+        columns, kv_heads, device = page_columns(capacity.context), self.kv_heads, of_target.device
         shape = (kv_heads, capacity.requests * columns)
         # One buffer for all layers, unless what they scored is to be told later.
         told = config.inspect_dir is not None and config.selector == "pages"
@@ -63,35 +72,48 @@ class PageScores:
         self.kept = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
         self.scores = torch.zeros(shape if not layers else (0, 0), dtype=dtype, device=device)
         self.starts = torch.arange(capacity.requests, device=device) * columns
+        self.columns = columns  # of a request
         self._sizes: PageSizes | None = None  # of the running verify
-        self._plan: Plan | None = None
+        self._shares: list[Share] | None = None
 
     def begin(self, lists: Lists, channels: torch.Tensor, contexts: Contexts) -> PageSizes:
         """How many pages are on lists of these lengths, see `size_pages`."""
-        config, kv_heads = self.config, channels.shape[1]
+        config = self.config
         self._sizes = self.ops.size_pages(
             contexts, self.sketches.tags, lists, channels, sink=config.sink, recent=config.recent
         )
-        self._plan = self.ops.plan_pages(self._sizes, kv_heads=kv_heads)
+        self._shares = None  # how large they may be, the queries say
         return self._sizes
 
     def of_layer(self, call: LayerCall) -> tuple[Scores, PageSizes]:
         """Of its own queries; sketches that are due are written first."""
         self.sketches.write(call.layer, call.pool.k)
-        bs, tokens = call.q.shape[:2]
-        scores = Scores(self.kept.get(call.layer, self.scores), self.starts[:bs])
-        self.ops.score_pages(
-            call.q,
-            self.sketches.of_layer[call.layer],
-            call.contexts,
-            self._sizes,
-            scores,
-            scale=call.scale,
-            # The pool of the configuration, or of a head map, is what suits the draft's heads.
-            pooling=Pooling("max", "max", tokens),
-            plan=self._plan,
-        )
-        return scores, self._sizes
+        (bs, tokens, q_heads, _), (table, reqs, lens) = call.q.shape, call.contexts
+        buffer = self.kept.get(call.layer, self.scores)
+        if self._shares is None:
+            self._shares = self._shared_out(bs, tokens * q_heads // self.kv_heads)
+        for few, sizes, plan in self._shares:
+            own = buffer[:, few.start * self.columns : few.stop * self.columns]
+            self.ops.score_pages(
+                call.q[few],
+                self.sketches.of_layer[call.layer],
+                Contexts(table, reqs[few], lens[few]),
+                sizes,
+                Scores(own, self.starts[: few.stop - few.start]),
+                scale=call.scale,
+                # The pool of the configuration, or of a head map, is what suits the draft's heads.
+                pooling=Pooling("max", "max", tokens),
+                plan=plan,
+            )
+        return Scores(buffer[:, : bs * self.columns], self.starts[:bs]), self._sizes
+
+    def _shared_out(self, bs: int, rows: int) -> list[Share]:
+        """Alike in all layers of a step: as many requests at a time as there is scratch for."""
+        kv_heads = self.kv_heads
+        most = at_once(self.columns, kv_heads, rows)
+        some = [slice(first, min(first + most, bs)) for first in range(0, bs, most)]
+        parts = [(few, self._sizes.some(few)) for few in some]
+        return [Share(few, own, self.ops.plan_pages(own, kv_heads=kv_heads)) for few, own in parts]
 
     def last(self, layer: int, place: int, pages: int) -> torch.Tensor:
         """float32 [H_kv, pages * PAGE] on the CPU: importance of the tokens of the request at this place of
@@ -233,18 +255,33 @@ class JoinedSelector:
         return self.scores.nbytes() + self.lists.nbytes() + self.joined.nbytes
 
 
-def need(config: StsConfig, target: TargetShape) -> Need:
-    """Of either selector beside the buffers of a round: scores and their logits, lists, and the sketches."""
+def need(config: StsConfig, target: TargetShape, longest: int) -> Need:
+    """Of either selector beside the buffers of a round: scores and their logits, lists of pages and of
+    tokens, and the sketches."""
     capacity = Capacity.of(target.requests, target.context_len)
-    columns = target.requests * page_columns(capacity.context)
+    own = page_columns(capacity.context)
+    columns = target.requests * own
     rows = target.tokens * target.q_heads // target.kv_heads
     layers = sum(not config.dense_verify(layer) for layer in range(target.layers))
     kept = layers if config.inspect_dir is not None and config.selector == "pages" else 1
-    fixed = target.kv_heads * columns * (2 * kept + 4 * rows)
-    fixed += list_bytes(target.kv_heads, target.requests, capacity.context) + sketches.SCRATCH
+    fixed = target.kv_heads * columns * (2 * kept + 4)
+    fixed += min(target.requests, at_once(own, target.kv_heads, rows)) * logit_bytes(
+        own, target.kv_heads, rows
+    )
+    fixed += list_bytes(target.kv_heads, target.requests, longest) + sketches.SCRATCH
     if config.selector == "joined":
         fixed += 2 * target.kv_heads * target.requests * capacity.context
     return Need(fixed, sketches.bytes_per_token(layers, target.kv_heads, target.head_dim))
+
+
+def logit_bytes(columns: int, kv_heads: int, rows: int) -> int:
+    """Of one request, while a layer's pages are scored: a float32 for each of a KV head's query rows."""
+    return 4 * kv_heads * columns * rows
+
+
+def at_once(columns: int, kv_heads: int, rows: int) -> int:
+    """Requests whose pages are scored within sizes.SCRATCH bytes, and at least one."""
+    return max(1, SCRATCH // logit_bytes(columns, kv_heads, rows))
 
 
 def page_columns(context: int) -> int:

@@ -21,26 +21,29 @@ def make(
     ops: Ops,
     cache: Cache,
     sketches: Sketches | None,
+    longest: int,
 ) -> Selector:
-    """The selector of a launch. sketches: where it needs them (`StsConfig.by_pages`)."""
+    """The selector of a launch. sketches: where it needs them (`StsConfig.by_pages`). longest: of the lists
+    (Capacity.longest)."""
     drafted = DraftSelector(config, state, channels, ops)
     if config.by_draft:
         return drafted
     capacity, of_target = cache.capacity, channels.of_target
     if config.by_pages:
         scores = pages.PageScores(config, ops, sketches, of_target, capacity, state.importance.dtype)
-        lists = HeadLists(of_target, capacity.requests, capacity.context)
+        lists = HeadLists(of_target, capacity.requests, longest)
         if config.selector == "pages":
             return pages.PagesSelector(config, state, scores, lists)
         return pages.JoinedSelector(config, state, drafted, scores, lists)
     scores, table = state.importance, cache.table
     # On a GPU without a look at the lengths.
     width = None if scores.device.type == "cpu" else table.shape[1]
-    return compare.LayerSelector(config, ops, of_target, capacity, table.shape[0], scores.dtype, width=width)
+    lists = HeadLists(of_target, capacity.requests, longest)
+    return compare.LayerSelector(config, ops, lists, capacity, table.shape[0], scores.dtype, width=width)
 
 
-def need(config: StsConfig, target: TargetShape) -> Need:
+def need(config: StsConfig, target: TargetShape, longest: int) -> Need:
     """What it takes beside the buffers of a round: nothing, where the draft selects."""
     if config.by_draft:
         return Need()
-    return pages.need(config, target) if config.by_pages else compare.need(target)
+    return pages.need(config, target, longest) if config.by_pages else compare.need(target, longest)
