@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -172,7 +173,8 @@ def test_dense_layers_and_full_steps(pair, logs, oracle):  # noqa: F811
 
 
 def test_what_the_host_cache_brings_back_is_sketched_anew(pair, logs, oracle):  # noqa: F811
-    with alone(pair, logs, "hicache", SPARSE, *HICACHE, module="tests.hicache_on_cpu") as server:
+    args = (*HICACHE, "--admin-api-key", "key")
+    with alone(pair, logs, "hicache", SPARSE, *args, module="tests.hicache_on_cpu") as server:
         prompt = random_ids(400, 31)
         oracle.agree(server.generate(prompt, 24)["output_ids"], prompt, RULE)
         for seed in range(4):  # every slot gets another occupant, who leaves sketches there
@@ -182,3 +184,12 @@ def test_what_the_host_cache_brings_back_is_sketched_anew(pair, logs, oracle):  
         assert answer["meta_info"]["cached_tokens_details"]["host"] >= len(prompt) - 1
         oracle.agree(answer["output_ids"], turn, RULE)
         assert server.counters()["dense_verifies"] == 0
+        assert "hicache_storage_backend: not served by sts" in refusal(attach_storage, server)
+
+
+def attach_storage(server: Server) -> None:
+    """What a launch refuses is not attached later either."""
+    body = json.dumps({"hicache_storage_backend": "file"}).encode()
+    headers = {"content-type": "application/json", "authorization": "Bearer key"}
+    url = f"http://127.0.0.1:{server.port}/hicache/storage-backend"
+    urllib.request.urlopen(urllib.request.Request(url, body, headers, method="PUT"), timeout=60)

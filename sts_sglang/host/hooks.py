@@ -326,6 +326,7 @@ HOOKS: tuple[tuple[Callable, str], ...] = (
     (refused.update_from_ipc, "AROUND"),
     (refused.update_from_distributed, "AROUND"),
     (refused.check_weights, "AROUND"),
+    (refused.attach_storage, "AROUND"),
     (refused.begin_update, "AROUND"),
     (refused.end_update, "AROUND"),
 )

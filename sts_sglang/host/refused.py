@@ -26,6 +26,7 @@ FROM_DISTRIBUTED = (
     f"map is of the old weights; {_ANEW}"
 )
 SESSION = f"not served by sts: SGLang would make the weights of draft and target ready for others; {_ANEW}"
+STORAGE = "not served by sts: it may bring a prefix back without the draft's KV; leave it out"
 RESET = f"not served by sts: it overwrites the weights of draft and target, and no update is served; {_ANEW}"
 
 
@@ -62,6 +63,16 @@ async def check_weights(original, self: TokenizerManager, obj: CheckWeightsReqIn
     if _drafts(self.server_args) and obj.action == "reset_tensors":
         return False, f"weights_checker: action 'reset_tensors' is {RESET}", None, None
     return await original(self, obj, request)
+
+
+async def attach_storage(original, self: TokenizerManager, hicache_storage_backend: str, *args, **kwargs):
+    """AROUND TokenizerControlMixin.attach_hicache_storage: what a launch with sts refuses is not attached
+    later either."""
+    if asks_for_sts(self.server_args):
+        from sglang.srt.managers.io_struct import AttachHiCacheStorageReqOutput
+
+        return AttachHiCacheStorageReqOutput(success=False, message=f"hicache_storage_backend: {STORAGE}")
+    return await original(self, hicache_storage_backend, *args, **kwargs)
 
 
 def validate_request(result: None, self: TokenizerManager, obj: GenerateReqInput, input_ids) -> None:

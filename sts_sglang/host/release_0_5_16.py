@@ -68,6 +68,7 @@ HOOKS: Targets = {
     "update_from_ipc": (f"{_CONTROL}.update_weights_from_ipc", _CALL),
     "update_from_distributed": (f"{_CONTROL}.update_weights_from_distributed", _CALL),
     "check_weights": (f"{_CONTROL}.check_weights", _CALL),
+    "attach_storage": (f"{_CONTROL}.attach_hicache_storage", ("self", "hicache_storage_backend")),
 }
 
 # Names that are called or subclassed rather than hooked.
@@ -258,6 +259,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "rid",
         "sampling_params",
     ),
+    "sglang.srt.managers.io_struct.AttachHiCacheStorageReqOutput": ("message", "success"),
     "sglang.srt.managers.io_struct.CheckWeightsReqInput": ("action",),
     "sglang.srt.managers.io_struct.GenerateReqInput": ("input_embeds", "positional_embed_overrides"),
     "sglang.srt.managers.io_struct.GetInternalStateReqOutput": ("internal_state",),
