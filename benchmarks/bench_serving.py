@@ -10,16 +10,20 @@ Arms (each its own server, `--repeats` times in alternating order):
   sts-warm             sts with "history": "warm"
   sts-blend            sts with "history": "blend"
   sts-draft-blend      sts with "draft": "all" and "history": "blend"
+With `--algorithm NONE` nothing drafts, every decode step is sparse, and the arms are stock and sts.
 
 For every shape CONTEXTxREQUESTS the prompts are prefilled once, so that the measured requests find them
 in the prefix cache; then all requests decode `--new-tokens` at the same time, `--passes` times. Prompts of
-a shorter context begin like those of a longer one: give the longest first. With `--shared N` all begin with
-the same N tokens, as agents over one history do. An sts arm whose counters show no sparse verify, or a
-dense one, ends the benchmark.
+a shorter context begin like those of a longer one: give the longest first. A shape that a server has no room
+for at once is left out. With `--shared N` all begin with the same N tokens, as agents over one history do.
+An sts arm whose counters show no sparse verify, a dense one, or another share of the context than was asked
+for (within one page of 16 tokens) ends the benchmark.
 
-Example, on a GPU, with models that have the shapes of Llama-3.1-8B and 3.2-1B but dummy weights:
+Examples, on a GPU, with models that have the shapes of Llama-3.1-8B and 3.2-1B but dummy weights:
   python -m benchmarks.bench_serving --dummy --shapes 32000x8,16000x8,8000x8,4000x8 --accept-length 3 \\
       --server-args "--context-length 131072 --cuda-graph-max-bs 8" --out serving.jsonl
+  python -m benchmarks.bench_serving --dummy --algorithm NONE --shapes 128000x1,32000x16,8000x64 \\
+      --server-args "--context-length 131072 --cuda-graph-max-bs 64" --out serving.jsonl
 """
 
 from __future__ import annotations
@@ -35,37 +39,9 @@ from pathlib import Path
 
 from benchmarks import dummy_models
 from benchmarks.harness import check_arms, commit, end_orderly_when_terminated
+from benchmarks.serving_arms import ARMS_OF, DUMMY_DRAFTS, arm_args, check_kept, launched
+from sts_sglang.evaluate.pair import NONE
 from sts_sglang.tools.local_server import LocalServer, sparse_between
-
-# On top of the given --sts-config.
-CONFIGS: dict[str, dict] = {
-    "sts-dense": {"dense_layers": "all"},
-    "sts": {},
-    "sts-draft": {"draft": "all"},
-    "sts-warm": {"history": "warm"},
-    "sts-blend": {"history": "blend"},
-    "sts-draft-blend": {"draft": "all", "history": "blend"},
-}
-DUMMY_DRAFTS = {"STANDALONE": "llama-1b", "EAGLE3": "llama-8b-eagle3"}
-ARMS = ("stock", "stock-spec", "stock-spec-captured", *CONFIGS)
-
-
-def arm_args(arm: str, options: argparse.Namespace) -> list[str]:
-    """Arguments of an arm's server on top of the common ones."""
-    if arm == "stock":
-        return []
-    steps = options.steps
-    args = ["--speculative-algorithm", options.algorithm]
-    args += ["--speculative-draft-model-path", str(options.draft)]
-    args += ["--speculative-num-steps", str(steps), "--speculative-eagle-topk", "1"]
-    args += ["--speculative-num-draft-tokens", str(steps + 1)]
-    if arm.startswith("stock-spec"):
-        return args
-    config = {**json.loads(options.sts_config), **CONFIGS[arm]}
-    if config.get("dense_layers") == "all":
-        layers = json.loads((options.target / "config.json").read_text())["num_hidden_layers"]
-        config["dense_layers"] = list(range(layers))
-    return [*args, "--attention-backend", "sts", "--sts-config", json.dumps(config)]
 
 
 def prompt(request: int, context: int, vocab: int, shared: int = 0) -> list[int]:
@@ -107,24 +83,27 @@ def measured(answers: list[dict], seconds: float, new_tokens: int) -> dict:
 
 def serve(arm: str, repeat: int, options: argparse.Namespace) -> LocalServer:
     """The server of an arm."""
-    log = options.logs / f"{arm}-{repeat}.log"
-    args = [*shlex.split(options.server_args), *arm_args(arm, options)]
+    log, known = options.logs / f"{arm}-{repeat}.log", ARMS_OF[options.algorithm][arm]
+    args = [*shlex.split(options.server_args), *arm_args(known, options)]
     env = {"SGLANG_SIMULATE_ACC_LEN": str(options.accept_length)} if options.accept_length else {}
-    module = "benchmarks.captured_stock" if arm == "stock-spec-captured" else "sglang.launch_server"
-    return LocalServer(options.target, log, *args, env=env, start_seconds=600, module=module)
+    return LocalServer(options.target, log, *args, env=env, start_seconds=600, module=known.module)
 
 
 def run_arm(arm: str, repeat: int, shapes: list[tuple[int, int]], options: argparse.Namespace) -> list[dict]:
-    """All shapes of one arm on one server."""
-    rows = []
+    """All shapes of one arm on one server that it has room for."""
+    known, rows = ARMS_OF[options.algorithm][arm], []
     with serve(arm, repeat, options) as server:
         for context, requests in shapes:
-            before = server.counters() if arm.startswith("sts") else None
+            if lacks := lacking(server.state(), context, requests, options):
+                print(f"{arm} {context}x{requests}: left out, {lacks}", flush=True)
+                continue
+            before = None if known.config is None else server.counters()
             shape = {"arm": arm, "repeat": repeat, "context": context, "requests": requests}
-            shape |= {"algorithm": options.algorithm, "shared": options.shared}
+            shape |= {"algorithm": options.algorithm, "tp": options.tp, "shared": options.shared}
             passes = run_shape(server, context, requests, options)
             if before is not None:
                 delta = sparse_between(before, server.counters())
+                check_kept(delta["keep_ratio"], known, context, options)
                 shape["sparse_verifies"] = delta["sparse_verifies"]
                 shape["keep_ratio"] = round(delta["keep_ratio"], 4)
             for row in passes:
@@ -134,6 +113,21 @@ def run_arm(arm: str, repeat: int, shapes: list[tuple[int, int]], options: argpa
                 with options.out.open("a") as f:
                     f.writelines(json.dumps({**row, **options.where}) + "\n" for row in rows[-len(passes) :])
     return rows
+
+
+def lacking(state: dict, context: int, requests: int, options: argparse.Namespace) -> str:
+    """What a server has too little of to decode a shape's requests at the same time; "" where it fits.
+
+    Requests that wait for others would be measured in turn, and prompts that make room prefilled again.
+    """
+    tokens = options.shared + requests * (context - options.shared + options.new_tokens)
+    for wanted, there, what in (
+        (requests, state["effective_max_running_requests_per_dp"], "requests at a time"),
+        (tokens, state["memory_usage"]["token_capacity"], "tokens of KV"),
+    ):
+        if wanted > there:
+            return f"room for {there:,} {what}, not for {wanted:,}"
+    return ""
 
 
 def origin() -> dict:
@@ -153,24 +147,34 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--target", type=Path, help="folder of the target model")
     p.add_argument("--draft", type=Path, help="folder of the draft model, or of the EAGLE-3 head")
     p.add_argument(
-        "--algorithm", choices=DUMMY_DRAFTS, default="STANDALONE", help="of speculation (%(default)s)"
+        "--algorithm",
+        choices=ARMS_OF,
+        default="STANDALONE",
+        help=f"of speculation, or {NONE}: the target alone (%(default)s)",
     )
     p.add_argument(
         "--dummy",
         type=Path,
         nargs="?",
         const=Path("."),
-        help="write an 8B and its draft here, use those",
+        help="write an 8B, and its draft, here and use those",
     )
     p.add_argument(
         "--shapes", default="32000x1,32000x8", help="CONTEXTxREQUESTS, comma separated (%(default)s)"
     )
     p.add_argument("--shared", type=int, default=0, help="tokens that all prompts begin with (%(default)s)")
-    p.add_argument("--arms", default=",".join(ARMS), help="comma separated (%(default)s)")
+    p.add_argument("--arms", help="comma separated (all of the algorithm)")
+    p.add_argument(
+        "--tp",
+        type=int,
+        choices=(1, 2, 4, 8),
+        default=1,
+        help="GPUs that share the heads, in every arm (%(default)s)",
+    )
     p.add_argument("--sts-config", default='{"keep": 0.1}', help="inline JSON (%(default)s)")
     p.add_argument("--new-tokens", type=int, default=256, help="decoded per request (%(default)s)")
     p.add_argument("--passes", type=int, default=3, help="measured per shape and server (%(default)s)")
-    p.add_argument("--steps", type=int, default=3, help="draft steps a round (%(default)s)")
+    p.add_argument("--steps", type=int, help="draft steps a round (3)")
     p.add_argument(
         "--accept-length", type=float, help="simulate this accept length (SGLANG_SIMULATE_ACC_LEN)"
     )
@@ -180,21 +184,48 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--logs", type=Path, default=Path("."), help="folder of the server logs (%(default)s)")
     p.add_argument("--out", type=Path, help="append raw results to this JSONL file")
     options = p.parse_args(argv)
-    if not options.dummy and not (options.target and options.draft):
-        p.error("give --target and --draft, or --dummy")
-    check_arms(p, options.arms, ARMS)
+    check_models(p, options)
+    arms = tuple(ARMS_OF[options.algorithm])
+    options.arms = options.arms or ",".join(arms)
+    check_arms(p, options.arms, arms)
+    options.steps = options.steps or 3
     return options
+
+
+def check_models(p: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with a usage error where models are missing, or something is said of a draft that there is not."""
+    drafts = options.algorithm != NONE
+    given = options.target and (options.draft or not drafts)
+    if not options.dummy and not given:
+        p.error(f"give --target{' and --draft' if drafts else ''}, or --dummy")
+    if not options.dummy and not (options.target / "config.json").is_file():
+        p.error(f"--target {options.target}: no folder with a config.json")
+    for flag in () if drafts else ("draft", "steps", "accept_length"):
+        if getattr(options, flag) is not None:
+            p.error(f"--{flag.replace('_', '-')}: nothing drafts with --algorithm {NONE}")
 
 
 def prepare(options: argparse.Namespace) -> None:
     """Write the dummy models if asked for, and note where the numbers come from."""
     if options.dummy:
-        options.target, options.draft = (
-            dummy_models.write(n, options.dummy) for n in ("llama-8b", DUMMY_DRAFTS[options.algorithm])
-        )
+        options.target = dummy_models.write("llama-8b", options.dummy)
+        if draft := DUMMY_DRAFTS.get(options.algorithm):
+            options.draft = dummy_models.write(draft, options.dummy)
         options.server_args += " --load-format dummy --skip-tokenizer-init"
         options.vocab = 128000
+    check_configs(options)
     options.where = {**origin(), "commit": commit(), "simulated": options.accept_length}
+
+
+def check_configs(options: argparse.Namespace) -> None:
+    """End before the first server starts where a later one could not."""
+    for arm in options.arms.split(","):
+        known = ARMS_OF[options.algorithm][arm]
+        try:
+            if known.config is not None:
+                launched(known, options)
+        except ValueError as error:  # ConfigError, or no JSON
+            raise SystemExit(f"--sts-config, as arm {arm} takes it: {error}") from None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -211,9 +242,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{shape[0]} x {shape[1]}")
         for arm in options.arms.split(","):
             mine = [r for r in rows if (r["arm"], r["context"], r["requests"]) == (arm, *shape)]
-            speeds = [r["tokens_per_s"] for r in mine]
-            middle, spread = statistics.median(speeds), max(speeds) - min(speeds)
-            print(f"  {arm:12} {middle:9.1f} tokens/s  (spread {spread:.1f})")
+            if speeds := [r["tokens_per_s"] for r in mine]:
+                middle, spread = statistics.median(speeds), max(speeds) - min(speeds)
+                print(f"  {arm:12} {middle:9.1f} tokens/s  (spread {spread:.1f})")
 
 
 if __name__ == "__main__":

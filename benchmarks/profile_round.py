@@ -2,10 +2,14 @@
 
     python -m benchmarks.profile_round --dummy --shape 32000x8 --accept-length 3 --arms stock-spec,sts \\
         --server-args "--context-length 131072 --cuda-graph-max-bs 8" --out profile.jsonl
+    python -m benchmarks.profile_round --dummy --algorithm NONE --shape 32000x8 \\
+        --server-args "--context-length 131072 --cuda-graph-max-bs 8" --out profile.jsonl
 
 Serves each arm of bench_serving, prefills, and records a few rounds in SGLang's own profiler while all
-requests decode. Counts are per round (target verify). A host that waits for the device (cudaStreamSynchronize
-and its kind, cudaMalloc, blocking copies) in sts and not in stock is a defect.
+requests decode. Counts are per round: a target verify, or without a draft a decode step, which is one launch
+of a graph. What scores pages and selects is shown by the files of its kernels (sts_kernels/page_scores.py,
+pages.py, select.py), as a share of the round. A host that waits for the device (cudaStreamSynchronize and
+its kind, cudaMalloc, blocking copies) in sts and not in stock is a defect.
 """
 
 from __future__ import annotations
@@ -18,10 +22,14 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from benchmarks import bench_serving
 from benchmarks.harness import end_orderly_when_terminated
+from benchmarks.serving_arms import ARMS_OF
+from sts_kernels import page_scores, pages, select
 from sts_sglang.tools.local_server import LocalServer
 
 WAITS = (
@@ -33,6 +41,9 @@ WAITS = (
     "cudaMemcpyAsync",
     "cudaGraphLaunch",
 )
+
+SELECTS = {"page_scores": page_scores, "pages": pages, "select": select}
+REST = "rest"
 
 
 def record(server: LocalServer, prompts: list[list[int]], rounds: int, tokens: int = 1500) -> list[dict]:
@@ -50,12 +61,13 @@ def record(server: LocalServer, prompts: list[list[int]], rounds: int, tokens: i
         body = {"output_dir": folder, "activities": ["CPU", "GPU"], "num_steps": rounds, "with_stack": False}
         server.post_text("/start_profile", body)
         deadline = time.monotonic() + 60
-        while not (found := list(Path(folder).rglob("*.json.gz"))):
+        while not any(Path(folder).rglob("*.json.gz")):
             if time.monotonic() > deadline:
                 raise SystemExit("the server wrote no trace")
             time.sleep(0.5)
         time.sleep(2)  # written to its end
-        with gzip.open(found[0]) as file:
+        first = min(Path(folder).rglob("*.json.gz"))  # under --tp every rank writes one
+        with gzip.open(first) as file:
             events = json.load(file)["traceEvents"]
     server.post_text("/abort_request", {"rid": "", "abort_all": True})
     for thread in running:
@@ -81,27 +93,63 @@ def timeline(kernels: list[dict]) -> tuple[float, dict[str, float]]:
     return end - begin, gaps
 
 
-def summary(events: list[dict], top: int) -> dict:
+def verifies(kernels: Counter, host: Counter) -> int:
+    """Rounds of a target with a draft, by what each has once, whatever the server."""
+    # A selector for comparison launches `_select_kernel` in every layer.
+    names = ("VerifyTree", "verify_tree", "TreeSpeculative", "simulate", "_select_kernel")
+    return next((n for key in names for name, n in kernels.items() if key in name), 0)
+
+
+def steps(kernels: Counter, host: Counter) -> int:
+    """Decode steps of a target alone. Stock has no kernel of its own in each, but both replay one graph."""
+    return host["cudaGraphLaunch"]
+
+
+def parts(spent: dict[str, float]) -> dict[str, float]:
+    """Microseconds of what scores pages and selects, by the file that defines the kernel, and of the rest."""
+    of = {kernel: part for part, module in SELECTS.items() for kernel in kernels_of(module)}
+    found = dict.fromkeys((*SELECTS, REST), 0.0)
+    for name, us in spent.items():
+        found[of.get(name, REST)] += us
+    return found
+
+
+def kernels_of(module: ModuleType) -> list[str]:
+    """Names in a trace."""
+    return [name for name in vars(module) if name.endswith("_kernel")]
+
+
+def summary(events: list[dict], top: int, rounds_of: Callable[[Counter, Counter], int] = verifies) -> dict:
     """Per round: microseconds by kernel, busy and idle time of the device, what it idles between, and the
-    host's calls."""
+    host's calls.
+
+    Args:
+        rounds_of: `verifies` or `steps`, from how often each kernel ran and each call of the host.
+
+    Raises:
+        SystemExit: no kernels, or no round.
+    """
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     if not kernels:
         raise SystemExit("the trace holds no kernels")
-    # Once a round, whatever the server; a selector for comparison launches `_select_kernel` in every layer.
-    verify = ("VerifyTree", "verify_tree", "TreeSpeculative", "simulate", "_select_kernel")
     counts = Counter(short(e["name"]) for e in kernels)
-    rounds = next((n for key in verify for name, n in counts.items() if key in name), 0) or 1
+    host = Counter(e["name"] for e in events if e.get("cat") == "cuda_runtime")
+    if not (rounds := rounds_of(counts, host)):
+        raise SystemExit(f"the trace holds no {rounds_of.__name__}")
     spent: dict[str, float] = defaultdict(float)
     for e in kernels:
         spent[short(e["name"])] += e["dur"]
     wall, gaps = timeline(kernels)
-    host = Counter(e["name"] for e in events if e.get("cat") == "cuda_runtime")
+    by_part = parts(spent)
+    selecting = sum(by_part.values()) - by_part[REST]
     order = sorted(spent, key=spent.get, reverse=True)
     between = sorted(gaps, key=gaps.get, reverse=True)[: top // 2]
     return {
         "rounds": rounds,
         "round_us": round(wall / rounds, 1),
         "idle_us": round(sum(gaps.values()) / rounds, 1),
+        "parts": {part: round(us / rounds, 1) for part, us in by_part.items()},
+        "select_share": round(selecting / wall, 4),
         "kernels": {
             n: {"us": round(spent[n] / rounds, 1), "calls": round(counts[n] / rounds, 2)} for n in order[:top]
         },
@@ -127,13 +175,17 @@ def main(argv: list[str] | None = None) -> None:
     prompts = [bench_serving.prompt(i, context, options.vocab) for i in range(requests)]
     for arm in options.arms.split(","):
         with bench_serving.serve(arm, 0, options) as server:
-            found = summary(record(server, prompts, own.rounds), own.top)
+            rounds_of = verifies if ARMS_OF[options.algorithm][arm].drafts else steps
+            found = summary(record(server, prompts, own.rounds), own.top, rounds_of)
             row = {"arm": arm, "context": context, "requests": requests, **found}
+            row |= {"algorithm": options.algorithm, "tp": options.tp}
             row |= {"server": server.shown_command(), **options.where}
         if options.out:
             with options.out.open("a") as f:
                 f.write(json.dumps(row) + "\n")
         print(f"\n{arm} {own.shape}: round {found['round_us']:.0f} us, idle {found['idle_us']:.0f} us")
+        spent = ", ".join(f"{part} {us:.0f} us" for part, us in found["parts"].items())
+        print(f"  scores pages and selects: {found['select_share']:.1%} of a round; {spent}")
         print(f"  host per round: {found['host_calls']}")
         for name, k in found["kernels"].items():
             print(f"  {k['us']:9.1f} us  {k['calls']:7.2f} x  {name}")

@@ -122,9 +122,13 @@ class LocalServer:
         with urllib.request.urlopen(request, timeout=timeout) as response:
             return response.read()
 
+    def state(self) -> dict:
+        """What /server_info says of its scheduler."""
+        return json.loads(self.get("/server_info"))["internal_states"][0]
+
     def sts(self) -> dict:
         """What /server_info says of STS: the start-up line and the counters so far."""
-        return json.loads(self.get("/server_info"))["internal_states"][0]["sts"]
+        return self.state()["sts"]
 
     def counters(self) -> dict:
         return self.sts()["counters"]

@@ -1,0 +1,91 @@
+"""The servers that bench_serving compares, and how much of the context those of sts must have attended to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sts_kernels.layout import PAGE
+from sts_sglang.config import StsConfig
+from sts_sglang.evaluate.pair import NONE
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A server to compare.
+
+    config: of sts, on top of the given --sts-config; None: stock SGLang. drafts: whether something drafts for
+    the target. module: what launches it.
+    """
+
+    config: dict | None
+    drafts: bool = True
+    module: str = "sglang.launch_server"
+
+
+ARMS = {
+    "stock": Arm(None, drafts=False),
+    "stock-spec": Arm(None),
+    "stock-spec-captured": Arm(None, module="benchmarks.captured_stock"),
+    "sts-dense": Arm({"dense_layers": "all"}),
+    "sts": Arm({}),
+    "sts-draft": Arm({"draft": "all"}),
+    "sts-warm": Arm({"history": "warm"}),
+    "sts-blend": Arm({"history": "blend"}),
+    "sts-draft-blend": Arm({"draft": "all", "history": "blend"}),
+}
+ALONE = {name: replace(ARMS[name], drafts=False) for name in ("stock", "sts")}
+DUMMY_DRAFTS = {"STANDALONE": "llama-1b", "EAGLE3": "llama-8b-eagle3"}
+ARMS_OF = {NONE: ALONE, **dict.fromkeys(DUMMY_DRAFTS, ARMS)}  # by algorithm
+
+
+def arm_args(arm: Arm, options: argparse.Namespace) -> list[str]:
+    """Arguments of an arm's server on top of --server-args."""
+    args = ["--tp-size", str(options.tp)] if options.tp > 1 else []
+    if arm.drafts:
+        args += ["--speculative-algorithm", options.algorithm]
+        args += ["--speculative-draft-model-path", str(options.draft)]
+        args += ["--speculative-num-steps", str(options.steps), "--speculative-eagle-topk", "1"]
+        args += ["--speculative-num-draft-tokens", str(options.steps + 1)]
+    if arm.config is not None:
+        args += ["--attention-backend", "sts", "--sts-config", json.dumps(sts_config(arm, options))]
+    return args
+
+
+def sts_config(arm: Arm, options: argparse.Namespace) -> dict:
+    """Of an sts arm."""
+    config = {**json.loads(options.sts_config), **arm.config}
+    if config.get("dense_layers") == "all":
+        config["dense_layers"] = list(range(layers_of(options.target)))
+    return config
+
+
+def launched(arm: Arm, options: argparse.Namespace) -> StsConfig:
+    """The configuration that an sts arm launches with. Raises `ConfigError` for one that it could not."""
+    return StsConfig.parse(sts_config(arm, options)).for_launch(arm.drafts)
+
+
+def layers_of(target: Path) -> int:
+    return json.loads((target / "config.json").read_text())["num_hidden_layers"]
+
+
+def check_kept(ratio: float, arm: Arm, context: int, options: argparse.Namespace) -> None:
+    """End the benchmark where verifies attended to another share of the context than was asked for.
+
+    Pages are whole, and the parts of a map's heads rounded up, so a list may miss its budget by less than one
+    page. How much a top-p set or verifies of everything come to is not known beforehand.
+    """
+    known = launched(arm, options)
+    if known.policy == "top_p" or known.full_verify_every or known.verify == "dense":
+        return
+    dense = len(known.dense_layers) / layers_of(options.target)
+    shares = [known.budget_for(n) / n for n in (context, context + options.new_tokens)]
+    low, high = (dense + (1 - dense) * share for share in (min(shares), max(shares)))
+    within = PAGE / context
+    if not low - within <= ratio <= high + within:
+        raise SystemExit(
+            f"{context} tokens: verifies attended to {ratio:.4f} of them; asked for was {low:.4f} to "
+            f"{high:.4f}, within a page; nothing is reported"
+        )
