@@ -36,7 +36,7 @@ def facts() -> dict[str, str]:
 
 
 def _speed() -> dict[str, str]:
-    found = tables.rows("serving.jsonl")
+    found = serving.drafted()
     low, high = serving.null_result(found)
     long = (32_000, 8)
     slower = []

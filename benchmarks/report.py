@@ -25,7 +25,9 @@ HERE = Path(__file__).parent
 README, REPORT, TEMPLATE = HERE.parent / "README.md", HERE / "REPORT.md", HERE / "report_template.md"
 TABLES: dict[str, Callable[[], str]] = {
     "serving": serving.serving,
+    "alone": serving.alone,
     "round": kernels.round_time,
+    "step": kernels.step_time,
     "verify": kernels.verify,
     "ops": kernels.round_ops,
     "importance": kernels.importance_cost,
@@ -82,7 +84,7 @@ def readme(text: str) -> str:
 
 def break_even() -> dict[str, list[tuple[int, float]]]:
     """By "arm requests stock", the (context, gain) of what the README shows in its plot."""
-    found = tables.rows("serving.jsonl")
+    found = serving.drafted()
     lines: dict[str, list[tuple[int, float]]] = {}
     for arm in ("sts", "sts-draft"):
         for shape in tables.shapes_of(found):

@@ -92,6 +92,33 @@ def test_the_front_table_compares_with_the_captured_stock_and_says_the_null_resu
     assert "brings nothing: 1.25x to 1.25x" in serving.front()
 
 
+def test_a_target_alone_has_a_table_of_its_own(some_serving, tmp_path):
+    of_pairs = serving.serving(), serving.front(), report.break_even()
+    assert serving.alone() == "Not measured yet."
+    row = {
+        "gpu": "G",
+        "sglang": "0",
+        "context": 1000,
+        "requests": 2,
+        "algorithm": "NONE",
+        "keep_ratio": 0.0984,
+    }
+    runs = [(1, "b", "stock", 50), (1, "c", "stock", 100), (1, "c", "sts", 150), (1, "c", "sts", 154)]
+    runs += [(2, "c", "stock", 200), (2, "c", "sts", 200), (1, "d", "sts", 900)]
+    with (tmp_path / "serving.jsonl").open("a") as file:
+        for tp, commit, arm, speed in runs:
+            file.write(
+                "\n" + json.dumps({**row, "tp": tp, "commit": commit, "arm": arm, "tokens_per_s": speed})
+            )
+    shown = serving.alone().splitlines()
+    assert shown[2:4] == [
+        "| 1,000 x 2 | 1 | 100 ± 0 | 152 ± 2 | 9.8 % | 1.52x |",
+        "| 1,000 x 2 | 2 | 200 ± 0 | 200 ± 0 | 9.8 % | 1.00x |",
+    ]
+    assert "commit c;" in shown[-1]
+    assert (serving.serving(), serving.front(), report.break_even()) == of_pairs
+
+
 def test_what_sts_adds_to_a_round_shows_the_newest_of_what_was_measured(tmp_path, monkeypatch):
     row = {"context": 1000, "batch": 2, "gpu": "G", "commit": "c", "keep": 0.1}
     found = {
@@ -126,7 +153,15 @@ def test_a_round_is_parted_by_kernels(tmp_path, monkeypatch):
     (tmp_path / "profile.jsonl").write_text(json.dumps(row))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     own = "1.50 | 2.00 | 0.25 | 0.00 | 0.00 | 0.00 | 0.12 | 0.12 | 4.00"
-    assert f"| `sts`, 1,000 x 2, c | {own} |" in kernels.round_time()
+    of_pairs = kernels.round_time()
+    assert f"| `sts`, 1,000 x 2, c | {own} |" in of_pairs
+    assert kernels.step_time() == "Not measured yet."
+    parts = {"page_scores": 500, "pages": 250, "select": 250, "rest": 2000}
+    step = {**row, "algorithm": "NONE", "tp": 1, "parts": parts, "select_share": 0.25, "kernels": {}}
+    (tmp_path / "profile.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(step)}")
+    own = "1 | 0.50 | 0.25 | 0.25 | 2.00 | 0.12 | 4.00 | 25.0 %"
+    assert f"| `sts`, 1,000 x 2 | {own} |" in kernels.step_time()
+    assert kernels.round_time() == of_pairs
 
 
 def test_what_slots_remember_and_what_maps_hold(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import statistics
 
 from benchmarks.quality.report import table
 from benchmarks.tables import MISSING, commits, rows, timings
+from sts_sglang.evaluate.pair import NONE
 
 OPS = {
     "FA3": ("draft_attention", "fa3-dense", 0),
@@ -29,6 +30,13 @@ CLASSES = {
     "history": ("_remember_kernel", "_claim_kernel"),
 }
 OTHERS = "norms, rotations and other small kernels"
+# Of profile_round, which goes by the files of kernels.
+STEP_PARTS = {
+    "page_scores": "page scores",
+    "pages": "sketches and lists of pages",
+    "select": "selection",
+    "rest": "all else",
+}
 
 
 def verify() -> str:
@@ -133,7 +141,7 @@ def importance_cost() -> str:
 
 def round_time() -> str:
     """Where the device spends a round, by kernels."""
-    found = rows("profile.jsonl")
+    found = [r for r in rows("profile.jsonl") if r.get("algorithm") != NONE]
     if not found:
         return MISSING
     lines = []
@@ -146,6 +154,24 @@ def round_time() -> str:
         lines.append([f"`{r['arm']}`, {r['context']:,} x {r['requests']}, {r['commit']}", *cells])
     note = f"Milliseconds of one round, means over {found[0]['rounds']} rounds. {found[0]['gpu']}."
     return table(["server", *CLASSES, OTHERS, "idle device", "round"], lines) + "\n\n" + note
+
+
+def step_time() -> str:
+    """Where the device spends a decode step without a draft, by the files of kernels."""
+    found = [r for r in rows("profile.jsonl") if r.get("algorithm") == NONE]
+    if not found:
+        return MISSING
+    lines = []
+    for r in found:
+        times = (*(r["parts"][part] for part in STEP_PARTS), r["idle_us"], r["round_us"])
+        cells = [*(f"{us / 1000:.2f}" for us in times), f"{100 * r['select_share']:.1f} %"]
+        lines.append([f"`{r['arm']}`, {r['context']:,} x {r['requests']}", r["tp"], *cells])
+    note = (
+        f"Milliseconds of one step, means over {found[0]['rounds']} steps. {found[0]['gpu']}, commit "
+        f"{commits(found)}. The last column is what the first three are of a step."
+    )
+    head = ["server", "GPUs", *STEP_PARTS.values(), "idle device", "step", "scores and selects"]
+    return table(head, lines) + "\n\n" + note
 
 
 def pages() -> str:

@@ -6,6 +6,7 @@ import statistics
 
 from benchmarks.quality.report import table
 from benchmarks.tables import MISSING, commits, rows, shapes_of, spread
+from sts_sglang.evaluate.pair import NONE
 
 ARMS = {
     "stock": "stock FA3, no speculation",
@@ -19,9 +20,42 @@ ARMS = {
 FRONT = ((128_000, 1), (32_000, 8), (8_000, 8), (2_000, 8), (2_000, 1))
 
 
+def drafted() -> list[dict]:
+    """What was measured of pairs, on one GPU."""
+    return [r for r in rows("serving.jsonl") if r.get("algorithm") != NONE and r.get("tp", 1) == 1]
+
+
+def alone() -> str:
+    """Tokens per second without a draft, of the newest run of a shape that has both arms."""
+    found = [r for r in rows("serving.jsonl") if r.get("algorithm") == NONE]
+    lines, shown = [], []
+    for tp in sorted({r["tp"] for r in found}):
+        of_tp = [r for r in found if r["tp"] == tp]
+        for shape in sorted(shapes_of(of_tp), reverse=True):
+            own = newest(of_tp, shape, "stock", "sts")
+            if not all(own):
+                continue
+            stock, sts = ([r["tokens_per_s"] for r in of_arm] for of_arm in own)
+            kept = max(r["keep_ratio"] for r in own[1])
+            gained = f"{statistics.median(sts) / statistics.median(stock):.2f}x"
+            cells = [f"{shape[0]:,} x {shape[1]}", tp, spread(stock), spread(sts), f"{100 * kept:.1f} %"]
+            lines.append([*cells, gained])
+            shown += [r for of_arm in own for r in of_arm]
+    if not lines:
+        return MISSING
+    first = shown[0]
+    note = (
+        f"Tokens per second, median ± half the spread. {first['gpu']}, SGLang {first['sglang']}, commit "
+        f"{commits(shown)}; shape of Llama-3.1-8B, dummy weights (the output is meaningless, the work is "
+        f"not), prefix cached. Kept is what decode attends to."
+    )
+    head = ["context x requests", "GPUs", "stock FA3", "sts, `keep` 0.1", "kept", "gain"]
+    return table(head, lines) + "\n\n" + note
+
+
 def serving() -> str:
     """Tokens per second by arm; the gain of sts over stock with the same draft."""
-    found = rows("serving.jsonl")
+    found = drafted()
     if not found:
         return MISSING
     lines = []
@@ -54,7 +88,7 @@ def serving() -> str:
 
 def front() -> str:
     """The README's few rows of `serving`: where sts gains, and where it does not."""
-    found = rows("serving.jsonl")
+    found = drafted()
     if not found:
         return MISSING
     lines = []
@@ -80,10 +114,15 @@ def front() -> str:
 
 
 def speeds(found: list[dict], shape: tuple[int, int], *arms: str) -> list[list[float]]:
-    """Tokens per second of each arm, of the newest run (commit) that has all of them; else empty lists."""
+    """Tokens per second of each arm, as `newest` finds them."""
+    return [[r["tokens_per_s"] for r in own] for own in newest(found, shape, *arms)]
+
+
+def newest(found: list[dict], shape: tuple[int, int], *arms: str) -> list[list[dict]]:
+    """Rows of each arm, of the newest run (commit) that has all of them; else empty lists."""
     for run in reversed(dict.fromkeys(r["commit"] for r in found)):
         mine = [r for r in found if (r["commit"], r["context"], r["requests"]) == (run, *shape)]
-        own = [[r["tokens_per_s"] for r in mine if r["arm"] == arm] for arm in arms]
+        own = [[r for r in mine if r["arm"] == arm] for arm in arms]
         if all(own):
             return own
     return [[] for _ in arms]
