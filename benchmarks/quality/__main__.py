@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             for server in servers:
                 server.stop()
-            raise
+            raise SystemExit("interrupted; the same command goes on where this one stopped") from None
     report.write(options.out)
 
 
