@@ -308,6 +308,17 @@ def test_a_target_alone_has_no_flags_of_a_draft(tiny):
     assert known.pair.named() == {"target": "target", "draft": None, "algorithm": "NONE"}
 
 
+def test_where_no_keep_passes_it_is_said_what_the_floor_of_a_server_would_change(tiny):
+    known = pair.check(str(tiny["target"]), None, None)
+    judged = [gate.judge(cells({keep: DENSE_TEXT, 1.0: DENSE_TEXT}, {}), keep) for keep in (0.1, 0.25)]
+    plan = SimpleNamespace(config={}, known=known, suite=SimpleNamespace(checksum="0"))
+    *_, floor, last = command.report_of(plan, "", judged, [], None).splitlines()
+    assert "floor of 1,024 tokens keeps more than 0.1 of contexts below 10,240" in floor
+    assert last.startswith("no keep passes the gate")
+    plan.config["budget"] = 0
+    assert "floor" not in command.report_of(plan, "", judged, [], None)
+
+
 @pytest.mark.parametrize("draft", [None, "eagle3"])
 def test_the_last_line_is_the_command_to_serve_with(tiny, draft):
     known = pair.check(str(tiny["target"]), draft and str(tiny[draft]), None)

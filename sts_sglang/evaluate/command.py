@@ -263,15 +263,17 @@ def report_of(
         for row in left_out
     ]
     lines += [f"keep {j.keep:g} {gate.verdict(j)}: {'; '.join(j.problems)}" for j in judged if j.problems]
-    if found is None:
-        return "\n".join([*lines, "no keep passes the gate: serve without sts, or try other keeps"])
-    lines.append(f"keep {found.keep:g} is the smallest that passes")
+    if found is not None:
+        lines.append(f"keep {found.keep:g} is the smallest that passes")
     if "budget" not in plan.config:
-        floor = StsConfig().budget
+        floor, keep = StsConfig().budget, min(j.keep for j in judged) if found is None else found.keep
         lines.append(
-            f"(measured without a floor; the default floor of {floor:,} tokens keeps more below "
-            f"{floor / found.keep:,.0f})"
+            f"(measured without a floor; the default floor of {floor:,} tokens keeps more than {keep:g} of "
+            f"contexts below {floor / keep:,.0f})"
         )
+    if found is None:
+        remedy = "serve without sts, or try other keeps, and the lengths that you serve"
+        return "\n".join([*lines, f"no keep passes the gate: {remedy}"])
     line = pair.launch_line(models, {**plan.config, "keep": found.keep})
     return "\n".join([*lines, f"serve with: {line}"])
 
