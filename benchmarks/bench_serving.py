@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
         arms = options.arms.split(",")
         for arm in arms if repeat % 2 == 0 else reversed(arms):
             rows += run_arm(arm, repeat, shapes, options)
-    for shape in shapes:
+    for shape in dict.fromkeys((r["context"], r["requests"]) for r in rows):
         print(f"\n{shape[0]} x {shape[1]}")
         for arm in options.arms.split(","):
             mine = [r for r in rows if (r["arm"], r["context"], r["requests"]) == (arm, *shape)]
