@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,6 +44,9 @@ _WIDTHS = {
     8: "U64 I64 F64 C64",
 }
 WIDTHS = {dtype: width for width, dtypes in _WIDTHS.items() for dtype in dtypes.split()}
+
+
+_OF_A_LAYER = re.compile(r"(?P<stack>(?:[a-z_]+\.)+)(?P<layer>\d+)(?P<part>\..+)")
 
 
 class Tensor(NamedTuple):
@@ -155,15 +159,18 @@ def _check_index(what: str, folder: Path, files: dict[str, dict[str, Tensor]]) -
 
 
 def check_tensors(what: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], strict: bool) -> None:
-    """That a checkpoint holds what its configuration asks for, in its shapes; nothing for architectures that
-    sts does not serve, and quantized ones, whose tensors have other names.
+    """That a checkpoint holds what its configuration asks for, in its shapes; of an architecture whose
+    tensors are not known here, that all layers have the same of attention. Nothing for quantized ones, whose
+    tensors have other names.
 
     Raises:
         ConfigError: a tensor is missing or has another shape; with `strict`, one is there for no reason.
     """
     expected = _expected(config)
-    if expected is None or config.get("quantization_config"):
+    if config.get("quantization_config"):
         return
+    if expected is None:
+        return _check_alike(what, config, tensors)
     bare = {name.removeprefix("model.") if _is_head(config) else name: t for name, t in tensors.items()}
     names = {name.replace("midlayer.", "layers.0.", 1): t for name, t in bare.items()}
     missing = [name for name, shape in expected.items() if name not in names and shape is not None]
@@ -176,6 +183,19 @@ def check_tensors(what: str, config: Mapping[str, Any], tensors: Mapping[str, Te
     unexpected = [name for name in names if name not in expected and "rotary_emb." not in name]
     if strict and unexpected:
         raise _error(what, "weights", _some("unexpected", unexpected), _made_for(config))
+
+
+def _check_alike(what: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """That what one layer has of attention every layer has; of experts the first layers may have none."""
+    layers = config.get("num_hidden_layers")
+    found: dict[str, set[int]] = {}
+    for name in tensors:
+        if (match := _OF_A_LAYER.match(name)) and "att" in match["part"]:
+            found.setdefault(f"{match['stack']}{{}}{match['part']}", set()).add(int(match["layer"]))
+    numbers = range(layers if type(layers) is int else 0)
+    missing = [name.format(i) for name, there in found.items() for i in numbers if i not in there]
+    if missing:
+        raise _error(what, "weights", _some("missing", missing), _made_for(config))
 
 
 def _some(kind: str, names: list[str]) -> str:

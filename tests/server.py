@@ -26,6 +26,15 @@ def logged(log: Path) -> str:
     return _FROZEN.sub("", log.read_text())
 
 
+ENVIRONMENT = {
+    "SGLANG_PLATFORM": "sts_cpu",
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRITON_INTERPRET": "0",  # the tests' own processes interpret kernels, servers do not
+    "OMP_NUM_THREADS": "1",  # tiny models: threads that spin cost more than they bring
+}
+
+
 class Server(LocalServer):
     """float32, small pools, SGLang's strict leak check on."""
 
@@ -42,15 +51,7 @@ class Server(LocalServer):
         for flag, value in (("--max-total-tokens", "20000"), ("--max-running-requests", "8")):
             if flag not in args:
                 fixed += [flag, value]
-        environment = {
-            "SGLANG_PLATFORM": "sts_cpu",
-            "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TRITON_INTERPRET": "0",  # the tests' own processes interpret kernels, servers do not
-            "OMP_NUM_THREADS": "1",  # tiny models: threads that spin cost more than they bring
-            **(env or {}),
-        }
-        super().__init__(model, log, *fixed, *args, env=environment, module=module)
+        super().__init__(model, log, *fixed, *args, env={**ENVIRONMENT, **(env or {})}, module=module)
 
     def generate(self, ids: list[int], new_tokens: int, **extra) -> dict:
         """Greedy /generate of exactly `new_tokens`; keyword arguments join the body or its params."""

@@ -28,6 +28,7 @@ from sts_sglang.host import bind, views
 DIM, LAYERS, Q_HEADS, KV_HEADS, TOKENS = 16, 2, 4, 2, 4
 CONTEXT = 40
 COUNTS = HeadCounts(LAYERS, Q_HEADS, KV_HEADS)
+SCALE = 0.7 * DIM**-0.5  # as Granite has: not what the heads' dimensions say
 
 
 class Pool:
@@ -77,6 +78,7 @@ class Rig:
             DIM,
             torch.float32,
             views.Pools(self.draft_pool),
+            (SCALE,) * LAYERS,
         )
         cache = Cache(table, slots, Capacity.of(8, width))
         tokens = TOKENS if drafts else 1
@@ -96,7 +98,7 @@ class Rig:
             tp_k_head_num=KV_HEADS,
             qk_head_dim=DIM,
             v_head_dim=DIM,
-            scaling=DIM**-0.5,
+            scaling=SCALE,
         )
 
     def batch(self, mode: ForwardMode, length: int, **extra) -> SimpleNamespace:
@@ -311,7 +313,7 @@ def test_a_batch_is_scored_alike_some_requests_at_a_time():
         state.importance.fill_(torch.nan)
         shares = runtime.shares(lens)
         assert [share.requests for share in shares] == [slice(i, min(i + most, 5)) for i in range(0, 5, most)]
-        out = runtime.score(1, q, contexts, shares, step=0, scale=DIM**-0.5)
+        out = runtime.score(1, q, contexts, shares, step=0, scale=SCALE)
         found.append((out, state.importance.clone()))
     (out, scores), (parted, parted_scores) = found
     assert torch.equal(out, parted)
@@ -319,6 +321,30 @@ def test_a_batch_is_scored_alike_some_requests_at_a_time():
     scored = ~scores.isnan().view(len(scores), 8, -1)
     fed = scored.any(2).any(1)
     assert fed.any() and scored[fed].sum(2).tolist() == [[*(lens - 1).tolist(), 0, 0, 0]] * int(fed.sum())
+
+
+def test_a_round_of_one_step_scores_by_the_layers_own_scale():
+    rig, length = Rig(CONFIG, num_steps=1), CONTEXT + 1
+    rig.draft_extend(CONTEXT, 1, torch.randn(TOKENS, Q_HEADS * DIM))
+    rig.plan(length)
+    runtime, lens = rig.runtime, torch.tensor([length])
+    found = runtime.state.importance.clone()
+    contexts = Contexts(rig.target.table, torch.tensor([Rig.REQ]), lens)
+    for scale, same in ((SCALE, True), (DIM**-0.5, False)):
+        for layer in range(LAYERS):
+            runtime.score(layer, None, contexts, runtime.shares(lens), step=0, scale=scale)
+        assert torch.equal(found.nan_to_num(-1), runtime.state.importance.nan_to_num(-1)) is same
+
+
+def test_attention_that_is_asked_for_more_ends():
+    """Sinks come as an argument of the call, and a kernel that knows none would leave them out."""
+    rig = Rig(CONFIG)
+    rig.draft_extend(CONTEXT, 1, torch.randn(TOKENS, Q_HEADS * DIM))
+    fb, q = rig.verify_batch(CONTEXT + 1), torch.randn(TOKENS, Q_HEADS * DIM)
+    rig.target.init_forward_metadata(fb)
+    rig.target.forward_extend(q, None, None, rig.layer(0), fb)
+    with pytest.raises(RuntimeError, match="^STS: layer 0 asks its attention for sinks"):
+        rig.target.forward_extend(q, None, None, rig.layer(0), fb, sinks=torch.zeros(Q_HEADS))
 
 
 def test_request_keep_overrides_the_policy_and_ends_with_its_request():
@@ -408,7 +434,7 @@ def test_verify_attends_to_the_selection_and_counts_it(layer):
             positions = chosen[channel] + list(range(CONTEXT + 1, CONTEXT + 2 + row))
             keys = rig.target_pool.k[layer, rig.slots[positions], kv].double()
             values = rig.target_pool.v[layer, rig.slots[positions], kv].double()
-            weights = (keys @ q.view(TOKENS, Q_HEADS, DIM)[row, head].double() * DIM**-0.5).softmax(0)
+            weights = (keys @ q.view(TOKENS, Q_HEADS, DIM)[row, head].double() * SCALE).softmax(0)
             torch.testing.assert_close(out[row, head].double(), weights @ values, rtol=1e-5, atol=1e-5)
     assert rig.runtime.state.totals.tolist() == [1, 0, 7 * KV_HEADS, (CONTEXT + 1) * KV_HEADS, 0, 0, 0, 0]
 
@@ -484,7 +510,7 @@ def test_draft_steps_attend_to_their_own_branch():
         for head in range(Q_HEADS):
             keys = rig.draft_pool.k[0, rig.slots[positions], head // 2].double()
             values = rig.draft_pool.v[0, rig.slots[positions], head // 2].double()
-            weights = (keys @ q.view(topk, Q_HEADS, DIM)[branch, head].double() * DIM**-0.5).softmax(0)
+            weights = (keys @ q.view(topk, Q_HEADS, DIM)[branch, head].double() * SCALE).softmax(0)
             found = out.view(topk, Q_HEADS, DIM)[branch, head].double()
             torch.testing.assert_close(found, weights @ values, rtol=1e-5, atol=1e-5)
 
@@ -511,7 +537,7 @@ def test_a_sparse_draft_extend_attends_to_the_selection_and_to_itself():
                 keys = rig.draft_pool.k[0, slots, head // (Q_HEADS // KV_HEADS)].double()
                 values = rig.draft_pool.v[0, slots, head // (Q_HEADS // KV_HEADS)].double()
                 query = q.view(TOKENS, Q_HEADS, DIM)[row, head].double()
-                expected = (keys @ query * DIM**-0.5).softmax(0) @ values
+                expected = (keys @ query * SCALE).softmax(0) @ values
                 found = out.view(TOKENS, Q_HEADS, DIM)[row, head].double()
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

@@ -292,6 +292,26 @@ def test_the_shipped_models_are_launched(launched):
     launched(MODELS / "target", MODELS / "eagle3", "EAGLE3")
 
 
+OTHERS = {
+    "GPT2LMHeadModel": "transformer.h.{}.attn.c_attn.weight",
+    "InternLM2ForCausalLM": "model.layers.{}.attention.wqkv.weight",
+    "Qwen3MoeForCausalLM": "model.layers.{}.self_attn.q_norm.weight",
+}
+
+
+@pytest.mark.parametrize(("name", "tensor"), OTHERS.items(), ids=OTHERS)
+def test_layers_of_other_architectures_have_the_same_of_attention(name, tensor):
+    """Whose tensors are not known here; the layers' experts may differ."""
+    config = {"architectures": [name], "num_hidden_layers": 3}
+    whole = {tensor.format(i): None for i in range(4)}  # the last one of what predicts the token but one
+    whole |= {"model.layers.1.mlp.experts.0.up_proj.weight": None, "model.embed_tokens.weight": None}
+    checkpoints.check_tensors("it", config, whole, strict=False)
+    short = {key: value for key, value in whole.items() if key != tensor.format(1)}
+    with pytest.raises(ConfigError, match=f"^it: weights: missing tensor '{tensor.format(1)}'"):
+        checkpoints.check_tensors("it", config, short, strict=False)
+    checkpoints.check_tensors("it", {**config, "quantization_config": {"bits": 4}}, short, strict=False)
+
+
 @pytest.mark.parametrize("model", ["target", "draft"])
 @all_of(FILES, CONFIGS, NUMBERS, TENSORS)
 def test_a_launch_with_damaged_models_is_refused(launched, pair, tmp_path, model, damage, words):

@@ -6,6 +6,7 @@ Triton's interpreter runs the latter on a CPU, in a process of its own: `python 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import random
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -268,6 +270,32 @@ def test_vocab_mask() -> None:
     cpu_ops.apply_vocab_mask(None, logits, allowed)
     kept = [(row == 0).nonzero().flatten().tolist() for row in logits]
     assert kept == [[0, 2], [*range(32), 39]]
+
+
+def test_a_gate_weighs_the_shared_expert() -> None:
+    hidden, gate, shared, out = torch.randn(3, 8), torch.randn(8), torch.randn(3, 8), torch.randn(3, 8)
+    weights = [1 / (1 + math.exp(-sum(a * b for a, b in zip(row, gate, strict=True)))) for row in hidden]
+    expected = [row + w * own for row, w, own in zip(out.clone(), weights, shared, strict=True)]
+    cpu_ops.fused_gate_sigmoid_mul_add(hidden, gate, shared, out)
+    torch.testing.assert_close(out, torch.stack(expected))
+
+
+def test_queries_and_keys_are_normed_by_their_own() -> None:
+    norms = SimpleNamespace(_q_norm=lambda x: x + 1, _k_norm=lambda x: x * 2)
+    assert cpu_ops.minimax_qk_norm(norms, 5, 7) == (6, 14)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("shape", [(4,), (1, 4)], ids=["a bias by expert", "a row of it"])
+def test_a_bias_chooses_experts_and_weighs_none(scoring: str, shape: tuple[int, ...]) -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    bias = torch.tensor([-9.0, 0.0, 0.0, 9.0]).view(shape)
+    weights, ids = cpu_ops.fused_topk_torch_native(None, logits, 2, False, bias, scoring)
+    score = logits.softmax(1) if scoring == "softmax" else logits.sigmoid()
+    assert sorted(ids[0].tolist()) == [1, 3] and torch.equal(weights, score.gather(1, ids))
+    weights, ids = cpu_ops.fused_topk_torch_native(None, logits, 2, True, None, scoring)
+    assert ids.tolist() == [[0, 1]]
+    assert weights.sum().item() == pytest.approx(1) and weights[0, 0] > weights[0, 1]
 
 
 def test_stand_ins_do_what_sglangs_triton_kernels_do() -> None:

@@ -83,7 +83,7 @@ def test_what_is_allocated_is_reserved(monkeypatch, model, config):
     head_map = proportional(TARGET, DRAFT)
     capacity = memory.Capacity.of(requests, min(131072 + 4 + 4, pool))
     table = torch.zeros(requests, 1, device="meta")
-    cache, draft = Cache(table, pool + 1, capacity), Draft(3, 1, 32, 8, 64, torch.bfloat16, None)
+    cache, draft = Cache(table, pool + 1, capacity), Draft(3, 1, 32, 8, 64, torch.bfloat16, None, ())
     state = RoundState(config, head_map, Channels.of(head_map, "meta"), cache, draft, "meta", torch.float16)
     taken = sum(state.nbytes().values())
     shared = 4 * requests * capacity.context if config.history != "off" else 0  # who holds a slot too
@@ -176,7 +176,7 @@ def test_the_state_allocates_what_was_counted():
     head_map = proportional(HeadCounts(4, 4, 2), HeadCounts(2, 4, 2))
     capacity, channels = memory.Capacity.of(5, 1000), len(head_map.channels)
     cache = Cache(torch.zeros(5, 1), 1001, capacity)
-    draft = Draft(3, 1, 4, 2, 8, torch.float32, None)
+    draft = Draft(3, 1, 4, 2, 8, torch.float32, None, ())
     state = RoundState(config, head_map, Channels.of(head_map, "cpu"), cache, draft, "cpu", torch.float16)
     assert state.importance.shape == (channels, 5 * 1024)  # whole blocks of 64
     assert state.indices.numel() == 5 * channels * 256

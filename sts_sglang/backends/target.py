@@ -102,6 +102,8 @@ class StsTargetBackend(Bindable, AttentionBackend):
     def _attend(self, q, k, v, layer, forward_batch, save_kv_cache, **kwargs) -> torch.Tensor:
         """To what was selected or, in a dense layer, to everything."""
         runtime, of = self.runtime, views.layer(layer)
+        if kwargs:  # sinks, or parts of a key: what no kernel of ours would use
+            raise RuntimeError(f"STS: layer {of.number} asks its attention for {', '.join(sorted(kwargs))}")
         attend, lists = runtime.verify, self._lists
         if runtime.config.dense_verify(of.number):
             if self._dense_verifies(forward_batch):

@@ -61,7 +61,7 @@ class Draft(NamedTuple):
     """The draft's pass over a context.
 
     num_steps, topk: of speculation. q_heads, kv_heads, head_dim, dtype: of the draft's queries. pools: its
-    KV.
+    KV. scales: of the logits, by layer.
     """
 
     num_steps: int
@@ -71,6 +71,7 @@ class Draft(NamedTuple):
     head_dim: int
     dtype: torch.dtype
     pools: KvPools
+    scales: tuple[float, ...]
 
 
 class LastRound(NamedTuple):

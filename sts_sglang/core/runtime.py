@@ -237,7 +237,7 @@ class Runtime:
         """A round of one step has no draft decode step: nothing but the carried rows is scored."""
         shares = self.shares(contexts.lens)
         for layer in self.channels.members:
-            self.score(layer, None, contexts, shares, step=0, scale=self.draft.head_dim**-0.5)
+            self.score(layer, None, contexts, shares, step=0, scale=self.draft.scales[layer])
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by purpose."""

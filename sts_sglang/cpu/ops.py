@@ -207,3 +207,25 @@ def apply_vocab_mask(self, logits, vocab_mask):
     from xgrammar import apply_token_bitmask_inplace
 
     apply_token_bitmask_inplace(logits, vocab_mask)
+
+
+def fused_gate_sigmoid_mul_add(hidden_states, gate_weight, shared_output, final_hidden_states):
+    """final_hidden_states += the shared expert's output, by Qwen2-MoE's gate; a Triton kernel elsewhere."""
+    final_hidden_states += torch.sigmoid(hidden_states @ gate_weight).unsqueeze(1) * shared_output
+
+
+def fused_topk_torch_native(
+    hidden_states, gating_output, topk, renormalize, correction_bias=None, scoring_func="softmax"
+):
+    """Each token's experts, and their weights. SGLang's own takes no bias of [1, experts], as is Ernie's."""
+    score = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid}[scoring_func]
+    scores = score(gating_output.float())
+    chosen_by = scores if correction_bias is None else scores + correction_bias.reshape(1, -1)
+    ids = chosen_by.topk(topk, dim=-1).indices
+    weights = scores.gather(1, ids)
+    return weights / weights.sum(-1, keepdim=True) if renormalize else weights, ids
+
+
+def minimax_qk_norm(self, q, k):
+    """Queries and keys of MiniMax-M2 by their own norms, which Triton kernels join elsewhere."""
+    return self._q_norm(q), self._k_norm(k)

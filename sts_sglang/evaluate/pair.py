@@ -117,7 +117,7 @@ def _check_alone(target: str, algorithm: str | None) -> Known:
 
 def _check_pair(target: str, draft: str, algorithm: str | None) -> Known:
     from sts_sglang.calibrate.record import read_config, tokenizer_of
-    from sts_sglang.host.serves import DRAFTS
+    from sts_sglang.host.serves import DRAFTS, listed
 
     configs = _target_config(target), read_config("--draft", draft)
     name = _architecture(configs[1])
@@ -126,7 +126,7 @@ def _check_pair(target: str, draft: str, algorithm: str | None) -> Known:
         served = DRAFTS[algorithm] if algorithm else frozenset().union(*DRAFTS.values())
         under = f" under --algorithm {algorithm}" if algorithm else ""
         problem = f"--draft {draft}: architecture {shown(name)}{under}"
-        raise ConfigError(f"{problem}; allowed: {', '.join(sorted(served))}")
+        raise ConfigError(f"{problem}; allowed: {listed(served)}")
     pair = Pair(target, draft, algorithm or algorithms[0])
     sizes = [config.get("vocab_size") for config in configs]
     if sizes[0] != sizes[1]:
@@ -143,12 +143,12 @@ def _check_pair(target: str, draft: str, algorithm: str | None) -> Known:
 def _target_config(target: str) -> dict[str, Any]:
     """Of a target that sts serves."""
     from sts_sglang.calibrate.record import read_config
-    from sts_sglang.host.serves import TARGETS
+    from sts_sglang.host.serves import TARGETS, listed
 
     config = read_config("--target", target)
     if (name := _architecture(config)) not in TARGETS:
         problem = f"--target {target}: architecture {shown(name)}"
-        raise ConfigError(f"{problem}; allowed: {', '.join(sorted(TARGETS))}")
+        raise ConfigError(f"{problem}; allowed: {listed(TARGETS)}")
     return config
 
 

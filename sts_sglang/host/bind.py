@@ -16,7 +16,7 @@ from sts_sglang.backends import dense
 from sts_sglang.backends.carry import CarryLastRow
 from sts_sglang.backends.draft import DraftMultiStepBackend
 from sts_sglang.backends.target import StsTargetBackend
-from sts_sglang.config import StsConfig, not_allowed
+from sts_sglang.config import StsConfig, not_allowed, shown
 from sts_sglang.core import sizes
 from sts_sglang.core.channels import Channels
 from sts_sglang.core.ranks import ALONE, Ranks
@@ -154,12 +154,13 @@ def bind(worker: EAGLEWorkerV2, config: StsConfig) -> Bound:
     for runner in (target, draft):
         _check_kv(runner)
     args = views.resolved(worker.server_args)
+    _attention_of(found.target, target, args.tp_size)
     runtime = assemble(
         config,
         target.model.counts,
         draft.model.counts,
         _cache_of(draft),
-        _draft_of(worker, draft, args.tp_size),
+        _draft_of(worker, draft, _attention_of(found.draft, draft, args.tp_size)),
         target.device,
         models=views.paths(args),
         shape=_target_of(args, target),
@@ -186,6 +187,7 @@ def bind_alone(worker: TpModelWorker, config: StsConfig) -> Bound:
     _check_ours((backend, StsTargetBackend))
     target, args = views.runner(model_runner), views.resolved(worker.server_args)
     _check_kv(target)
+    _attention_of(model_runner, target, args.tp_size)
     runtime = assemble(
         config,
         target.model.counts,
@@ -220,6 +222,36 @@ def _check_kv(runner: views.Runner) -> None:
             f"keys are kept as {kept}, and the model runs in {runner.dtype}",
             "bfloat16 with a model that runs in it",
         )
+
+
+def _attention_of(of_model: ModelRunner, runner: views.Runner, ranks: int) -> list[views.Layer]:
+    """The attention layers that a model has on one of so many ranks, in their order, once it is known that they
+    are what its configuration was taken for: another package may have put a class of its own in the place of
+    one that was read.
+
+    Raises:
+        RuntimeError: naming the layer.
+    """
+    counts, dim = runner.model.counts.of_rank(ranks), runner.model.head_dim
+    found = sorted(views.attention_layers(of_model), key=lambda layer: views.layer(layer).number)
+    layers = [views.layer(layer) for layer in found]
+    which = "draft" if of_model.is_draft_worker else "target"
+    if [layer.number for layer in layers] != list(range(counts.layers)):
+        numbers = [layer.number for layer in layers]
+        raise RuntimeError(
+            f"STS: the {which} has attention layers {shown(numbers)}, and its configuration {counts.layers} "
+            "layers; sts serves one attention layer in each"
+        )
+    for layer, shape in zip(found, layers, strict=True):
+        if (what := views.beyond_plain(layer)) is not None:
+            raise RuntimeError(f"STS: layer {shape.number} of the {which} has {what}; sts does not serve it")
+        has = shape.q_heads, shape.kv_heads, shape.head_dim, shape.v_head_dim
+        if has != (counts.q_heads, counts.kv_heads, dim, dim):
+            raise RuntimeError(
+                f"STS: layer {shape.number} of the {which} has {has} query heads, KV heads, dimensions of "
+                f"keys and of values; its configuration says {(counts.q_heads, counts.kv_heads, dim, dim)}"
+            )
+    return layers
 
 
 def assemble(
@@ -333,16 +365,16 @@ def _cache_of(runner: views.Runner) -> Cache:
     return Cache(runner.table, runner.pools.slots, capacity)
 
 
-def _draft_of(worker: EAGLEWorkerV2, draft: views.Runner, ranks: int) -> Draft:
-    counts = draft.model.counts.of_rank(ranks)
+def _draft_of(worker: EAGLEWorkerV2, draft: views.Runner, layers: list[views.Layer]) -> Draft:
     return Draft(
         num_steps=worker.speculative_num_steps,
         topk=worker.topk,
-        q_heads=counts.q_heads,
-        kv_heads=counts.kv_heads,
+        q_heads=layers[0].q_heads,
+        kv_heads=layers[0].kv_heads,
         head_dim=draft.model.head_dim,
         dtype=draft.dtype,
         pools=draft.pools,
+        scales=tuple(layer.scale for layer in layers),
     )
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
 VERSION = "0.5.16"
+# Whether the architectures are there that only the newer release has (host/architectures.py).
+HAS_NEWER_MODELS = False
 
 # What is done to a function -> (its path, the parameter names that is relied on).
 Targets = dict[str, tuple[str, tuple[str, ...]]]
@@ -239,13 +241,20 @@ FIELDS: dict[str, tuple[str, ...]] = {
     f"{_EAGLE}.EagleVerifyInput": ("custom_mask", "draft_token_num", "topk"),
     f"{_EAGLE}.EagleDraftExtendInput": ("num_accept_tokens", "num_tokens_per_req"),
     "sglang.srt.distributed.parallel_state.GroupCoordinator": ("cpu_group", "rank_in_group", "world_size"),
+    "sglang.srt.layers.radix_attention.AttentionType": ("DECODER",),
     "sglang.srt.layers.radix_attention.RadixAttention": (
+        "attn_type",
+        "is_cross_attention",
         "layer_id",
+        "logit_cap",
         "qk_head_dim",
         "scaling",
+        "sliding_window_size",
         "tp_k_head_num",
         "tp_q_head_num",
+        "use_irope",
         "v_head_dim",
+        "xai_temperature_len",
     ),
     "sglang.srt.managers.schedule_batch.ScheduleBatch": ("forward_mode", "reqs"),
     "sglang.srt.managers.schedule_batch.Req": (
@@ -296,6 +305,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "device",
         "dtype",
         "is_draft_worker",
+        "model",
         "model_config",
         "req_to_token_pool",
         "token_to_kv_pool",
@@ -395,6 +405,18 @@ CPU_HOOKS: Targets = {
     "apply_vocab_mask": (
         "sglang.srt.constrained.xgrammar_backend.XGrammarGrammar.apply_vocab_mask",
         ("self", "logits", "vocab_mask"),
+    ),
+    "fused_gate_sigmoid_mul_add": (
+        "sglang.kernels.ops.layernorm.elementwise.fused_gate_sigmoid_mul_add",
+        ("hidden_states", "gate_weight", "shared_output", "final_hidden_states"),
+    ),
+    "minimax_qk_norm": (
+        "sglang.srt.models.minimax_m2.MiniMaxM2QKRMSNorm._forward_naive",
+        ("self", "q", "k"),
+    ),
+    "fused_topk_torch_native": (
+        "sglang.srt.layers.moe.topk.fused_topk_torch_native",
+        ("hidden_states", "gating_output", "topk", "renormalize", "correction_bias", "scoring_func"),
     ),
 }
 _PAGED = "sglang.srt.mem_cache.allocator.paged"

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
 VERSION = "0.5.23"
+# Whether the architectures are there that only the newer release has (host/architectures.py).
+HAS_NEWER_MODELS = True
 
 _SPEC = "sglang.srt.speculative"
 _ARGS = "sglang.srt.server_args.ServerArgs"
@@ -116,7 +118,15 @@ CPU_BRANCHES: dict[str, dict[str, str]] = {
     f"{_SPEC}.eagle_worker_v2": {},
 }
 # Platforms that do not say they run Triton get torch allocators and writers.
-CPU_HOOKS: before.Targets = {name: before.CPU_HOOKS[name] for name in ("gather_spec_extras", "get_last_loc")}
+CPU_HOOKS: before.Targets = {
+    name: before.CPU_HOOKS[name]
+    for name in ("gather_spec_extras", "get_last_loc", "fused_topk_torch_native", "minimax_qk_norm")
+} | {
+    "fused_gate_sigmoid_mul_add": (
+        "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add",
+        before.CPU_HOOKS["fused_gate_sigmoid_mul_add"][1],
+    )
+}
 CPU_KERNELS: dict[str, str] = {}
 CPU_SYMBOLS = (
     *(f"{module}._is_cpu" for module in CPU_BRANCHES),

@@ -8,6 +8,7 @@ and refuses deterministic inference, pages with trees, or GPT-OSS, in words that
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from sts_sglang.config import (
     shown,
 )
 from sts_sglang.host import views
+from sts_sglang.host.architectures import DRAFTS, HEADED_TARGETS, TARGETS, why_not
 from sts_sglang.host.releases import release
 from sts_sglang.host.sampling import check_sampling
 from sts_sglang.verifiers import registry as verifiers
@@ -43,22 +45,15 @@ BACKEND_FIELDS = (
 ALGORITHMS = ("STANDALONE", "EAGLE", "EAGLE3")
 OTHERWISE = "or use another --attention-backend"
 
-# Every layer is one RadixAttention over all cached tokens, with neither window, sink, soft cap nor
-# bias (read in sglang/srt/models). Being a list, it keeps out what is not on it: latent attention,
-# encoder-decoders, multimodal, hybrid, embedding and diffusion models. Mixtures of experts with such
-# attention exist (Qwen3-MoE), but the tests serve none, and SGLang takes a draft of it for its MTP layer.
-TARGETS = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
-# An EAGLE head under STANDALONE, or a whole model under EAGLE, would load and draft nonsense.
-DRAFTS = {
-    "STANDALONE": TARGETS,
-    "EAGLE": frozenset({"LlamaForCausalLMEagle", "MistralForCausalLMEagle", "Qwen2ForCausalLMEagle"}),
-    "EAGLE3": frozenset({"LlamaForCausalLMEagle3"}),
-}
-
 # A device that is not listed is not served.
 KERNELS = {"cpu": ("auto", "torch"), "cuda": ("auto", "triton", "flashinfer", "torch")}
 DENSE = {"cpu": ("auto", "torch"), "cuda": ("auto", "fa3", "flashinfer", "torch")}
 
+_OTHER_WINDOWS = ("sliding_window_size", "window_size")
+_HEADS_READ = {
+    "EAGLE": "embeddings and the output layer",
+    "EAGLE3": "hidden states of some layers, embeddings and the output layer",
+}
 _SPECIAL_FIELDS = (
     "attention_chunk_size",
     "dual_chunk_attention_config",
@@ -67,6 +62,8 @@ _SPECIAL_FIELDS = (
     "add_full_attention_sink_bias",
     "add_swa_attention_sink_bias",
     "alibi",
+    "use_cla",  # keys and values of another layer
+    "mixer_types",  # MiniCPM's: a kind of attention, or none, by layer
 )
 
 
@@ -386,6 +383,7 @@ def check_target(target: ModelConfig) -> None:
 def check_draft(draft: ModelConfig, target: ModelConfig) -> None:
     """Check the draft's configuration, and that it was made for this target. Raises `Refusal`."""
     algorithm = draft.speculative_algorithm
+    _check_headed(algorithm, target)
     _check_model("--speculative-draft-model-path", draft, DRAFTS[algorithm])
     if algorithm == "STANDALONE":
         _check_equal("vocab_size", draft.vocab_size, target.vocab_size)
@@ -629,6 +627,16 @@ def _may_bring_fp8(model: ModelConfig) -> bool:
     )
 
 
+def _check_headed(algorithm: str, target: ModelConfig) -> None:
+    """Whether SGLang's class of the target offers what a head of this algorithm reads."""
+    able = HEADED_TARGETS.get(algorithm, TARGETS)
+    if unable := next((name for name in target.hf_config.architectures if name not in able), None):
+        raise Refusal(
+            f"--speculative-algorithm {algorithm}: SGLang's {unable} does not hand a head what it reads "
+            f"({_HEADS_READ[algorithm]}); use --speculative-algorithm STANDALONE, or none"
+        )
+
+
 def _check_equal(what: str, draft: int, target: int) -> None:
     if draft != target:
         raise Refusal(
@@ -712,17 +720,25 @@ def _unreadable(flag: str, path: str, error: Exception) -> Refusal:
 
 def _check_config(flag: str, path: str, config: PretrainedConfig, served: frozenset[str]) -> None:
     if unserved := next((name for name in config.architectures or () if name not in served), None):
+        why = f" ({reason})" if (reason := why_not(unserved)) else ""
         raise Refusal(
-            f"{flag} {path}: has architecture {quoted(unserved)}, which sts does not serve here; give a "
-            f"model of architecture {' or '.join(sorted(served))} {OTHERWISE}"
+            f"{flag} {path}: has architecture {quoted(unserved)}, which sts does not serve here{why}; give a "
+            f"model of architecture {listed(served)} {OTHERWISE}"
         )
     if problem := _special_field(config.get_text_config()):
         raise _special(flag, path, problem)
 
 
+def listed(served: frozenset[str]) -> str:
+    """For a message: all names, or of many those that everybody knows."""
+    if len(served) < 5:
+        return " or ".join(sorted(served))
+    return "LlamaForCausalLM, Qwen3ForCausalLM, or another of docs/limits.md"
+
+
 def _check_model(flag: str, model: ModelConfig, served: frozenset[str]) -> None:
     _check_config(flag, model.model_path, model.hf_config, served)
-    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    heads, kv_heads = model.num_attention_heads, model.get_total_num_kv_heads()
     if model.is_multimodal or model.model_is_mrope:
         raise _special(flag, model.model_path, "multimodal inputs or positions")
     if model.head_dim != model.v_head_dim:
@@ -748,11 +764,18 @@ def _special_field(text_config: PretrainedConfig) -> str | None:
     kinds = {shown(kind) for kind in types if kind != "full_attention"}
     if kinds:
         return f"layer_types with {', '.join(sorted(kinds))}"
-    windows = ("sliding_window", "sliding_window_size", "window_size")
-    # Qwen2 configs name a window and switch it off.
-    if getattr(text_config, "use_sliding_window", None) is False:
-        windows = ()
-    for field in (*windows, *_SPECIAL_FIELDS):
+    for field in (*_windows(text_config), *_SPECIAL_FIELDS):
         if value := getattr(text_config, field, None):
             return f"{field} = {shown(value)}"
     return None
+
+
+def _windows(text_config: PretrainedConfig) -> list[str]:
+    """Fields of windows that are on, and shorter than the longest context."""
+    # Qwen2 configs name a window and switch it off.
+    if getattr(text_config, "use_sliding_window", None) is False:
+        return []
+    longest = getattr(text_config, "max_position_embeddings", None)
+    whole = longest if type(longest) is int else math.inf
+    values = {field: getattr(text_config, field, None) for field in ("sliding_window", *_OTHER_WINDOWS)}
+    return [field for field, value in values.items() if type(value) is not int or value < whole]

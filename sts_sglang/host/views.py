@@ -8,6 +8,7 @@ what is meant.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -162,6 +163,29 @@ def layer(of_model: RadixAttention) -> Layer:
         of_model.v_head_dim,
         of_model.scaling,
     )
+
+
+def attention_layers(of_model: ModelRunner) -> Iterator[RadixAttention]:
+    """Every attention layer of a loaded model."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    model: torch.nn.Module = of_model.model
+    return (module for module in model.modules() if isinstance(module, RadixAttention))
+
+
+def beyond_plain(of_model: RadixAttention) -> str | None:
+    """What an attention layer does beyond attending to every token before it, or None."""
+    from sglang.srt.layers.radix_attention import AttentionType
+
+    found = {
+        f"a window of {of_model.sliding_window_size}": of_model.sliding_window_size != -1,
+        f"a soft cap of {of_model.logit_cap}": of_model.logit_cap > 0,
+        f"attention of kind {of_model.attn_type}": of_model.attn_type != AttentionType.DECODER,
+        "cross attention": of_model.is_cross_attention,
+        "chunks": of_model.use_irope,
+        "a temperature by position": of_model.xai_temperature_len > 0,
+    }
+    return next((what for what, there in found.items() if there), None)
 
 
 class Pools:

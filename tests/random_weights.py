@@ -1,0 +1,28 @@
+"""SGLang's server with dummy weights of a useful size: python -m tests.random_weights ARGS
+
+SGLang's own dummy weights are so small that attention is the mean of its values, and a selection would change
+next to nothing. Worker processes import this file again when they are spawned.
+"""
+
+import zlib
+
+import torch
+from sglang.srt.model_loader import loader
+
+
+def draw(model: torch.nn.Module) -> None:
+    """By the parameter's name, so that two servers of one model hold the same."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            drawn = torch.randn(parameter.shape, generator=generator)
+            scale = parameter.dim() == 1 and name.endswith("weight")  # of a norm
+            parameter.data.copy_(1 + 0.3 * drawn if scale else 0.2 * drawn)
+
+
+loader.initialize_dummy_weights = draw
+
+if __name__ == "__main__":
+    import runpy
+
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=False)
