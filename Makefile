@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 # What a release can break, in two lists that take about as long: the contract with it, what is checked and
 # refused, backends, and some launches; and servers.
-CHECKS := $(addprefix tests/test_,$(addsuffix .py,architecture mutations plugin patches cli validate checkpoints \
+CHECKS := $(addprefix tests/test_,$(addsuffix .py,architecture architectures mutations plugin patches cli validate checkpoints \
 	requests backends flashinfer_verify verify_modes page_selectors cpu_ops headmap history memory extending hicache)) \
 	tests/test_evaluate.py::test_a_pair_is_evaluated \
 	tests/test_launch.py::test_engine_takes_a_dict_and_refuses_a_second_config \
@@ -21,7 +21,7 @@ SERVED := $(patsubst %,'tests/test_serving.py::test_full_budget_then_small[%]',s
 	a_branch_within_a_page_reads_its_own_sketches what_the_host_cache_brings_back_is_sketched_anew) \
 	'tests/test_tensor_parallel.py::test_two_ranks_draft_and_verify_as_one[STANDALONE-draft-shape0]'
 
-.PHONY: env demo test contract contract-checks contract-servers lint format clean
+.PHONY: env demo test architectures contract contract-checks contract-servers lint format clean
 
 env: $(STAMP)
 
@@ -36,6 +36,10 @@ demo: env
 
 test: lint
 	$(VENV)/bin/python -m pytest
+
+# Every served architecture on every road, against stock: half an hour.
+architectures: env
+	$(VENV)/bin/python -m pytest -m architectures tests/test_architectures.py
 
 # With -j2 both at once: a server of the tests takes one core.
 contract: contract-checks contract-servers

@@ -10,6 +10,7 @@ import ast
 import functools
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -226,13 +227,34 @@ def test_layers_that_are_not_what_was_read_end_the_launch(otherwise, problem):
         bind._attention_of(runner, known)
 
 
+PAGE = (Path(__file__).parents[1] / "docs" / "limits.md").read_text()
+
+
+def row(start: str) -> set[str]:
+    """Names in the line of the page's tables that starts so."""
+    (line,) = (line for line in PAGE.splitlines() if line.startswith(f"| {start} "))
+    return set(re.findall(r"`(\w+)`", line))
+
+
 def test_the_page_says_what_is_served():
-    """Of the newer release, which has all that the older has."""
-    page = (Path(__file__).parents[1] / "docs" / "limits.md").read_text()
-    shown = {name for name in declared() if f"`{name}`" in page}
-    assert TARGETS | DRAFTS["EAGLE"] | DRAFTS["EAGLE3"] <= shown
+    """And of the newer release, which has all that the older has, how much."""
+    newer = set(architectures._NEWER.split())
+    for start, names in (("dense", DENSE), ("mixtures of experts", EXPERTS)):
+        assert row(start) - newer == names - newer and names <= row(start)
+        assert f"| {start} ({len(row(start))}) |" in PAGE
+    assert row("drafts under STANDALONE") == architectures.DRAFTED_BY_A_LAYER
+    assert row("heads under EAGLE") == DRAFTS["EAGLE"] | EAGLE_TARGETS
+    assert row("heads under EAGLE3") == DRAFTS["EAGLE3"] | (EAGLE_TARGETS - EAGLE3_TARGETS)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert f"[{len(row('dense') | row('mixtures of experts'))} architectures]" in readme
+
+
+def test_the_page_says_why_others_are_refused():
     for why in set(architectures.REFUSED.values()):
-        assert f"| {why} |" in page, why
+        names = {name for name, reason in architectures.REFUSED.items() if reason == why}
+        newer = set(architectures._NEWER.split())
+        assert row(why) - newer <= names
+        assert (names <= row(why)) or len(row(why)) == 3, why
 
 
 def eagle_head(folder: Path, algorithm: str) -> Path:

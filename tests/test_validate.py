@@ -607,7 +607,10 @@ def test_architecture_is_refused_before_sglang_acts_on_it(launch):
 WINDOW = ["full_attention", "sliding_attention"]
 SPECIAL_FIELDS = {
     "mistral window": ({**MISTRAL, "sliding_window": 128}, "sliding_window = 128"),
-    "mistral default": ({k: v for k, v in MISTRAL.items() if k != "sliding_window"}, "sliding_window = 4096"),
+    "mistral default": (
+        {k: v for k, v in {**MISTRAL, "max_position_embeddings": 8192}.items() if k != "sliding_window"},
+        "sliding_window = 4096",
+    ),
     "qwen2 window": (
         {**QWEN2, "use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1},
         "layer_types with 'sliding_attention'",

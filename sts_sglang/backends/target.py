@@ -114,7 +114,7 @@ class StsTargetBackend(Bindable, AttentionBackend):
             attend, lists = runtime.verify_whole, self._whole
         if save_kv_cache and k is not None:
             self.pools.write(k, v, layer, forward_batch)
-        return attend(self._call(q, of), lists).view(q.shape[0], -1)
+        return attend(self._call(q, of), lists).view(-1, of.q_heads * of.v_head_dim)
 
     def _selects(self, fb: ForwardBatch) -> bool:
         """Whether a forward attends to a selection: verify does, and decode where nothing is drafted."""

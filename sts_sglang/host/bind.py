@@ -225,9 +225,9 @@ def _check_kv(runner: views.Runner) -> None:
 
 
 def _attention_of(of_model: ModelRunner, runner: views.Runner, ranks: int) -> list[views.Layer]:
-    """The attention layers that a model has on one of so many ranks, in their order, once it is known that they
-    are what its configuration was taken for: another package may have put a class of its own in the place of
-    one that was read.
+    """The attention layers that a model has on one of so many ranks, in their order, once it is known that
+    they are what its configuration was taken for: another package may have put a class of its own in the
+    place of one that was read.
 
     Raises:
         RuntimeError: naming the layer.
