@@ -290,10 +290,10 @@ def test_queries_and_keys_are_normed_by_their_own() -> None:
 def test_a_bias_chooses_experts_and_weighs_none(scoring: str, shape: tuple[int, ...]) -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     bias = torch.tensor([-9.0, 0.0, 0.0, 9.0]).view(shape)
-    weights, ids = cpu_ops.fused_topk_torch_native(None, logits, 2, False, bias, scoring)
+    weights, ids = cpu_ops.fused_topk_native(None, logits, 2, False, bias, scoring)
     score = logits.softmax(1) if scoring == "softmax" else logits.sigmoid()
     assert sorted(ids[0].tolist()) == [1, 3] and torch.equal(weights, score.gather(1, ids))
-    weights, ids = cpu_ops.fused_topk_torch_native(None, logits, 2, True, None, scoring)
+    weights, ids = cpu_ops.fused_topk_native(None, logits, 2, True, None, scoring)
     assert ids.tolist() == [[0, 1]]
     assert weights.sum().item() == pytest.approx(1) and weights[0, 0] > weights[0, 1]
 

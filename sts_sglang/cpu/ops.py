@@ -214,7 +214,7 @@ def fused_gate_sigmoid_mul_add(hidden_states, gate_weight, shared_output, final_
     final_hidden_states += torch.sigmoid(hidden_states @ gate_weight).unsqueeze(1) * shared_output
 
 
-def fused_topk_torch_native(
+def fused_topk_native(
     hidden_states, gating_output, topk, renormalize, correction_bias=None, scoring_func="softmax"
 ):
     """Each token's experts, and their weights. SGLang's own takes no bias of [1, experts], as is Ernie's."""

@@ -414,8 +414,8 @@ CPU_HOOKS: Targets = {
         "sglang.srt.models.minimax_m2.MiniMaxM2QKRMSNorm._forward_naive",
         ("self", "q", "k"),
     ),
-    "fused_topk_torch_native": (
-        "sglang.srt.layers.moe.topk.fused_topk_torch_native",
+    "fused_topk_native": (
+        "sglang.srt.layers.moe.topk.fused_topk_native",
         ("hidden_states", "gating_output", "topk", "renormalize", "correction_bias", "scoring_func"),
     ),
 }
