@@ -14,10 +14,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from sts_kernels import torch_ops
+from sts_kernels.layout import IMPORTANCE_SCALE, NO_PAGE, PAGE, WHOLE, Contexts, Lists, Pooling, Scores
 from sts_sglang import cli, fingerprint, headmap
+from sts_sglang.calibrate import alone, search
 from sts_sglang.calibrate import report as reports
-from sts_sglang.calibrate import search
-from sts_sglang.calibrate.record import Pair, Record, Table, choose_windows, disk_bytes
+from sts_sglang.calibrate.record import (
+    Pair,
+    Record,
+    Seen,
+    Table,
+    Target,
+    choose_windows,
+    disk_bytes,
+    page_scores,
+)
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.headmap import HeadCounts, HeadMap
 from sts_sglang.tools import tiny_pair
@@ -84,6 +95,98 @@ def test_what_leaving_a_token_out_changes_by_definition(pair):
             found = record.change.read(i, range(2 * layer, 2 * layer + 2)).double()
             # A value near the output is a difference of large numbers.
             torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.max()), rtol=1e-3)
+
+
+def test_the_error_of_a_decode_step_by_definition(pair):
+    """Of every query head, over what its list has and itself; the error is of a KV head's heads together."""
+    draw, dim, steps = torch.Generator().manual_seed(5), 32, [120, 171]
+    chosen = [torch.rand(4, 2, 3, t, generator=draw) < 0.5 for t in steps]  # [layers, KV heads, ways, t]
+    found = Target(str(pair["target"])).output_errors(
+        TOKENS, steps, lambda i, seen: chosen[i][seen.layer], 3, rows_each=1
+    )
+    model, target, hidden = attentions(pair["target"], TOKENS)
+    for layer, block in enumerate(model.model.layers):
+        with torch.no_grad():
+            values = block.self_attn.v_proj(block.input_layernorm(hidden[layer])).double()
+        output = block.self_attn.o_proj.weight.detach().double()
+        for i, t in enumerate(steps):
+            added, apart = hidden[layer][t].detach().double(), torch.zeros(2, 3, output.shape[0]).double()
+            for h in range(4):
+                probs, kv = target[layer, h, t, : t + 1].double(), h // 2
+                own = values[: t + 1, kv * dim : (kv + 1) * dim] @ output[:, h * dim : (h + 1) * dim].T
+                added = added + probs @ own
+                for way in range(3):
+                    left = probs * torch.cat([chosen[i][layer, kv, way], torch.ones(1, dtype=torch.bool)])
+                    apart[kv, way] += (left / left.sum() - probs) @ own
+            expected = apart.square().sum(-1) / added.square().sum()
+            torch.testing.assert_close(found[i, layer].double(), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("t", [80, 95])
+def test_pages_are_scored_as_the_server_scores_them(t):
+    draw, heads, dim = torch.Generator().manual_seed(6), 2, 32
+    q, k = torch.randn(6, 100, dim, generator=draw), torch.randn(heads, 100, dim, generator=draw)
+    keys, tags = k.transpose(0, 1).contiguous(), torch.full((100,), NO_PAGE, dtype=torch.int32)
+    table = torch.arange(100, dtype=torch.int32).expand(2, -1).contiguous()
+    contexts = Contexts(table, torch.tensor([1]), torch.tensor([t]))
+    torch_ops.tag_pages(contexts, torch.tensor([0]), tags, most=t)
+    sketches = torch.zeros(100, heads, 2 * dim // PAGE)
+    torch_ops.sketch_pages(keys, sketches, contexts, torch.tensor([0]), tags, most=t)
+    channels = torch.arange(heads, dtype=torch.int32)[None]
+    lists = Lists(torch.zeros(200, dtype=torch.int32), torch.tensor([[0, 100]]), torch.full((1, 2), 48).int())
+    sizes = torch_ops.size_pages(contexts, tags, lists, channels, sink=1, recent=1)
+    assert (sizes.counts != WHOLE).all()
+    scores = Scores(torch.zeros(heads, 64), torch.tensor([0]))
+    pooling = Pooling("max", "max", 1)
+    row = q[None, None, :, t].contiguous()
+    torch_ops.score_pages(row, sketches, contexts, sizes, scores, scale=0.3, pooling=pooling)
+    found = page_scores(Seen(0, q, k, k, 0.3), t)
+    assert found.shape == (heads, t // PAGE)
+    expected = scores.importance[:, : t // PAGE] / IMPORTANCE_SCALE
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+WAYS = ("sink + recent only", "pages, equal budgets", "pages, split budget", "best tokens, equal budgets")
+ALONE = StsConfig(selector="pages", keep=0.4, budget=0, sink=2, recent=8)
+
+
+class TwoHeads:
+    """Head 0 wants all pages alike, and head 1 what one page in the middle says; by attention left out."""
+
+    target_counts = HeadCounts(1, 2, 2)
+
+    def output_errors(self, ids, steps, kept, ways, rows_each):
+        assert rows_each == 1
+        found = torch.zeros(len(steps), 1, 2, ways)
+        for i, t in enumerate(steps):
+            k = torch.zeros(2, t + 1, 16)
+            k[1, 96:112, 0] = 8.0
+            q = torch.ones(2, t + 1, 16)
+            probs = (q[:, t, None] @ k[:, :t].mT).softmax(-1)
+            found[i, 0] = (probs * ~kept(i, Seen(0, q, k, k, 1.0))).sum(-1)
+        return found
+
+
+def test_the_budget_of_a_target_alone_goes_to_the_head_that_loses_by_every_page():
+    texts = [alone.Passage(name, [], steps) for name, steps in (("a", [400, 500]), ("b", [450]))]
+    report = alone.measure(TwoHeads(), ALONE, texts, [alone.Passage("c", [], [480])], lambda text: None)
+    (wide, narrow), least = report["shares"][0], ALONE.forced / 450 / 0.4
+    assert least < narrow <= 0.5 and wide == 1.5
+    error = report["error"]
+    assert error["best tokens, equal budgets"] <= error["pages, equal budgets"] < error["sink + recent only"]
+    assert error["pages, split budget"] < error["pages, equal budgets"]
+    assert report["error_by_domain"]["pages, split budget"] == {"c": error["pages, split budget"]}
+    assert report["list_share"]["pages, split budget"] == pytest.approx(0.4, abs=0.01)
+    # Of 480 tokens 192, which are 12 of the 30 pages, all of them alike to the first head.
+    assert error["pages, equal budgets"] == pytest.approx((1 - 12 / 30) / 2, abs=0.01)
+
+
+def test_no_list_is_measured_that_is_shorter_than_the_servers():
+    steps = [alone.Passage("a", [], [300, 500])]
+    parts = alone.parts_of(ALONE, steps)
+    assert parts[0] == ALONE.forced / 400 and parts[-1] == 1 and parts == sorted(set(parts))
+    assert alone.list_lengths(parts, 300, ALONE).tolist()[:3] == [ALONE.forced, ALONE.forced, 90]
+    assert alone.list_lengths(parts, 300, ALONE)[-1] == 300
 
 
 def test_a_map_by_output_weighs_windows_by_what_they_change():
@@ -397,7 +500,7 @@ def test_windows_are_inside_the_text_and_follow_the_seed():
         choose_windows(310, 16, 300, seed=1)
 
 
-def run(pair, folder, draft="draft", *more):
+def run(pair, folder, draft: str | None = "draft", *more):
     folder.mkdir(exist_ok=True)
     texts = {}
     for name, seed in (("a", 1), ("b", 2), ("held", 3)):
@@ -406,7 +509,8 @@ def run(pair, folder, draft="draft", *more):
         texts[name].write_text("".join(map(chr, letters)))
     out = folder / "map.json"
     code = cli.main(
-        ["calibrate", "--model", str(pair["target"]), "--draft", str(pair[draft]), "--out", str(out)]
+        ["calibrate", "--model", str(pair["target"]), "--out", str(out)]
+        + (["--draft", str(pair[draft])] if draft else [])
         + ["--text", str(texts["a"]), str(texts["b"]), "--holdout", str(texts["held"]), "--windows", "3"]
         + ["--keep", "0.2", "--sink", "2", "--recent", "8", *more]
     )
@@ -436,6 +540,78 @@ def test_command_writes_map_table_report_and_plot(pair, tmp_path, capsys, draft)
     assert json.loads(report.read_text())["dense_layers"] == [0, 1, 2, 3]
     again, other = run(pair, tmp_path / "again", draft, "--dense-below", "1")
     assert again == 0 and json.loads(other.read_text()) == json.loads(out.read_text())
+
+
+def test_command_without_a_draft_writes_map_table_report_and_plot(pair, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    plot, report = tmp_path / "map.png", tmp_path / "report.json"
+    flags = ("--keep", "0.4", "--plot", str(plot), "--report", str(report))
+    code, out = run(pair, tmp_path, None, *flags)
+    assert code == 0
+    shown = capsys.readouterr()
+    table, progress = shown.out.splitlines(), shown.err.splitlines()
+    assert [line.strip() for line in progress if "[" in line] == ["[1/2] a", "[2/2] b", "[1/1] held"]
+    rows = [line for line in table if line.startswith("  ")]
+    assert [any(row.startswith(f"  {name}") for row in rows) for name in WAYS] == [True] * 4
+    assert any("the split takes away" in line for line in table)
+    assert table[-1] == f"""wrote {out}; use it with --sts-config '{{"head_map": "{out}"}}'"""
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    target, _ = counts_of(pair)
+    models = headmap.ModelPaths(str(pair["target"]), None)
+    head_map = headmap.of_config(StsConfig(head_map=str(out)), target, None, models)
+    found = json.loads(report.read_text())
+    assert [list(row) for row in head_map.shares] == found["shares"] and head_map.dense_layers == ()
+    assert sum(map(sum, found["shares"])) <= 8 + 1e-6
+    error = found["error"]
+    assert error["best tokens, equal budgets"] < error["pages, equal budgets"] < error["sink + recent only"]
+    data = json.loads(out.read_text())
+    assert data["draft"] is None and set(data) <= set(headmap.ALONE)
+    assert [text["domain"] for text in data["texts"]] == ["a", "b"] and data["settings"]["keep"] == 0.4
+    again, other = run(pair, tmp_path / "again", None, "--keep", "0.4")
+    assert again == 0 and json.loads(other.read_text()) == data
+    wrong = headmap.ModelPaths(str(pair["draft"]), None)
+    with pytest.raises(ConfigError, match=r"head_map\.fingerprints\.target\.config"):
+        headmap.of_config(StsConfig(head_map=str(out)), target, None, wrong)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--heads", "6"], "--heads: is about draft heads"),
+        (["--pool", "auto"], "--pool: is about draft heads"),
+        (["--band", "all"], "--band: is about draft heads"),
+        (["--dense-below", "0.5"], "--dense-below: is about draft heads"),
+        (["--measure", "mass"], "--measure: got 'mass' without --draft; allowed: output"),
+        (["--budget", "uniform"], "--budget: got 'uniform' without --draft"),
+        (["--keep", "0.2"], "too short for 3 windows beyond 401 tokens"),  # 79 tokens are on every list
+    ],
+)
+def test_what_says_nothing_of_a_target_alone_is_refused_without_a_draft(pair, tmp_path, capsys, flags, said):
+    code, out = run(pair, tmp_path, None, "--keep", "0.4", *flags)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and not out.exists()
+    assert len(errors) == 1 and said in errors[0] and "allowed: " in errors[0] and len(errors[0]) < 300
+
+
+def test_heads_without_sketches_are_refused_without_a_draft(pair):
+    target = Target(str(pair["target"]))
+    target.check_pages()
+    target.target.config.head_dim = 24
+    with pytest.raises(ConfigError, match="--model: heads of 24 dimensions; allowed: a multiple of 16"):
+        target.check_pages()
+
+
+def test_the_table_says_when_a_split_is_worth_nothing():
+    report = {
+        "shares": [[1.0, 1.0]],
+        "error": dict(zip(WAYS, (0.004, 0.002, 0.003, 0.001), strict=True)),
+        "error_by_domain": {name: {"x": 0.1} for name in WAYS},
+        "list_share": {},
+    }
+    assert "no better than none" in reports.table_alone(report)
+    report["error"]["pages, split budget"] = 0.001
+    shown = reports.table_alone(report)
+    assert "no better" not in shown and "takes away 50.0%" in shown
 
 
 def test_the_table_says_what_it_leaves_out(pair, tmp_path, capsys):

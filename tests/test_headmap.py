@@ -220,6 +220,90 @@ def test_a_map_that_does_not_fit_is_refused_by_field(tmp_path, change, field):
     assert "\n" not in str(error.value)
 
 
+def lone() -> dict:
+    """A map of a target alone with every optional field."""
+    data = {field: value for field, value in full().items() if field in headmap.ALONE}
+    for name in ("heads", "band", "dense_below", "pool"):
+        del data["settings"][name]
+    return data | {"draft": None, "fingerprints": {"target": dict(PRINT)}}
+
+
+def test_a_map_of_a_target_alone_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(ModelPaths, "fingerprints", lambda self: {"target": PRINT})
+    models = ModelPaths("t", None)
+    head_map = load(write(tmp_path, lone()), TARGET, None, models)
+    assert head_map.shares == ((0.5, 2.0),) * 4 and head_map.dense_layers == (1, 3)
+    assert head_map.pool is None and head_map.sources == headmap.undrafted(TARGET).sources
+    for field in ("fingerprints", "dense_layers", "texts", "settings"):
+        less = lone()
+        del less[field]
+        load(write(tmp_path, less), TARGET, None, models)
+    load(write(tmp_path, {**lone(), "tp": 2}), TARGET, None, models, tp=2)
+
+
+def _without(key):
+    return lambda data: data.pop(key)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (_set("sources", [[[[0, 0]], [[0, 1]]]] * 4), "sources"),
+        (_set("pool", "max"), "pool"),
+        (_set("shift", 1), "shift"),
+        (_set("best", {}), "best"),
+        (_without("shares"), "shares"),
+        (_set("shares", None), "shares"),
+        (_set("shares", 3, [1.0]), "shares[3]"),
+        (_set("shares", 3, 1, 0), "shares[3][1]"),
+        (_without("draft"), "draft"),
+        (_set("draft", DRAFT._asdict()), "draft"),
+        (_set("draft", {}), "draft"),
+        (_set("draft", False), "draft"),
+        (_without("target"), "target"),
+        (_set("target", "layers", 5), "target"),
+        (_without("version"), "version"),
+        (_without("tp"), "tp"),
+        (_set("tp", 2), "tp"),
+        (_set("fingerprints", "draft", PRINT), "fingerprints"),
+        (_set("fingerprints", {}), "fingerprints"),
+        (_set("fingerprints", "target", "weights", "e"), "fingerprints.target"),
+        (_set("dense_layers", [4]), "dense_layers[0]"),
+        (_set("texts", 0, "tokens", 0), "texts[0].tokens"),
+        (_set("settings", "keep", 2), "settings.keep"),
+    ],
+)
+def test_a_map_of_a_target_alone_that_does_not_fit_is_refused_by_field(tmp_path, change, field):
+    data = lone()
+    change(data)
+    with pytest.raises(ConfigError, match=rf"^head_map\.{re.escape(field)}: .*allowed: ") as error:
+        load(write(tmp_path, data), TARGET, None)
+    assert "\n" not in str(error.value)
+
+
+def test_maps_with_and_without_a_draft_are_not_for_each_other(tmp_path):
+    with pytest.raises(ConfigError, match=r"^head_map\.draft: made for .*; allowed: null, for this"):
+        load(write(tmp_path, {**valid(), "shares": SHARES}), TARGET, None)
+    with pytest.raises(ConfigError, match=r"^head_map\.shift: "):
+        load(write(tmp_path, lone()), TARGET, DRAFT)
+    with pytest.raises(ConfigError, match=r"^head_map\.draft: made for None"):
+        load(write(tmp_path, {**lone(), "shift": 1}), TARGET, DRAFT)
+
+
+def test_a_packaged_map_of_a_target_alone_is_its_default_without_a_draft(tmp_path, monkeypatch):
+    monkeypatch.setattr("sts_sglang.headmap.MAPS", tmp_path)
+    monkeypatch.setattr(ModelPaths, "fingerprints", lambda self: {"target": PRINT})
+    models = ModelPaths("t", None)
+    write(tmp_path, lone())
+    assert of_config(StsConfig(), TARGET, None, models).origin == "packaged map.json"
+    other = {"target": {**PRINT, "weights": "e" * 64}}
+    for found in (other, {"target": None}, {"target": PRINT, "draft": PRINT}):
+        monkeypatch.setattr(ModelPaths, "fingerprints", lambda self, found=found: found)
+        assert of_config(StsConfig(), TARGET, None, models) == headmap.undrafted(TARGET)
+    # A pair of the same target takes no map of it alone.
+    assert of_config(StsConfig(), TARGET, DRAFT, ModelPaths("t", "d")) == proportional(TARGET, DRAFT)
+
+
 def test_every_optional_field_is_read(tmp_path):
     head_map = load(write(tmp_path, full()), TARGET, DRAFT)
     assert (head_map.pool, head_map.dense_layers) == ("mean", (1, 3))

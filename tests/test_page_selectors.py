@@ -8,7 +8,9 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sts_kernels.layout import IMPORTANCE_SCALE, NO_PAGE, PAGE, UNKNOWN, Contexts, Count, KvPool
+from sts_kernels.layout import IMPORTANCE_SCALE, NO_PAGE, PAGE, UNKNOWN, WHOLE, Contexts, Count, KvPool
+from sts_sglang.calibrate import alone
+from sts_sglang.calibrate.record import Seen
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core.selectors import pages
 from sts_sglang.core.selectors.base import LayerCall
@@ -316,6 +318,42 @@ def test_a_map_of_the_target_alone_splits_the_budget(tmp_path) -> None:
         own = [-(-length * share // 10) for share in (4, 6)]
         rig.check(length, {kv: (own[kv] - length % PAGE) // PAGE for kv in range(KV_HEADS)})
     assert counted(rig) == [2, 0]
+
+
+@pytest.mark.parametrize("shares", [None, [[0.8, 1.2]] * LAYERS, [[0.4, 3.0], [0.6, 0.2]]])
+def test_calibration_measures_the_pages_that_the_server_lists(tmp_path, shares) -> None:
+    """At every place within a page, with lists that a map splits; some are as short as they may be."""
+    config = {"policy": "ratio", "keep": 0.45, "budget": 0}
+    if shares:
+        head_map = {"version": 1, "tp": 1, "target": COUNTS._asdict(), "draft": None, "shares": shares}
+        (tmp_path / "map.json").write_text(json.dumps(head_map))
+        config["head_map"] = str(tmp_path / "map.json")
+    rig, seen = Alone(config), []
+    attend = rig.runtime.verifier.attend
+
+    def watched(call, lists, channels, attended):
+        for kv, channel in enumerate(channels.tolist()):
+            start, count = int(lists.starts[0, channel]), int(lists.counts[0, channel])
+            seen.append((call.layer, kv, set(lists.indices[start : start + count].tolist()), count))
+        return attend(call, lists, channels, attended)
+
+    rig.runtime.verifier.attend = watched
+    for length in range(PROMPT, PROMPT + PAGE + 1):
+        queries = [torch.randn(1, Q_HEADS * DIM) for _ in range(LAYERS)]
+        seen.clear()
+        rig.step(length, queries)
+        lengths = alone.served_lengths(rig.runtime.head_map, length, rig.runtime.config)
+        for layer, kv, listed, count in seen:
+            slots = rig.slots[: length + 1]
+            keys = rig.target_pool.k[layer, slots].transpose(0, 1)
+            q = torch.zeros(Q_HEADS, length + 1, DIM)
+            q[:, length] = queries[layer].view(Q_HEADS, DIM)
+            at = Seen(layer, q, keys, keys, DIM**-0.5)
+            chosen = alone.page_reach(rig.runtime.config)(at, length)[kv] <= lengths[layer, kv]
+            assert count == WHOLE and chosen.all() or listed == set(slots[:-1][chosen].tolist())
+        assert len(seen) == LAYERS * KV_HEADS
+    if shares and shares[0][1] == 3:
+        assert {count == WHOLE for *_, count in seen} == {True, False}
 
 
 def test_every_third_step_attends_to_everything_from_the_prefill_on() -> None:

@@ -30,6 +30,10 @@ class Text(NamedTuple):
     content: str
 
 
+# Flags that say how draft heads are searched, and what they are unless given.
+BY_DRAFT = {"heads": 6, "pool": "auto", "band": None, "dense_below": None}
+
+
 class Recorded(NamedTuple):
     """A text that both models ran over."""
 
@@ -41,64 +45,82 @@ def add(commands) -> None:
     """Register the subcommand."""
     parser = commands.add_parser(
         "calibrate",
-        help="find which draft heads speak for which target heads, and say how well",
-        description="Runs both models over a few texts, takes for every target (layer, KV head) the draft\n"
-        "heads whose selection changes its output least, and writes the head map. Then measures\n"
-        "the map on texts that were not used for it.",
-        epilog="example:\n"
+        help="find which draft heads speak for which target heads and which need more, and say how well",
+        description="With a draft: runs both models over a few texts, takes for every target (layer, KV\n"
+        "head) the draft heads whose selection changes its output least, splits the budget over\n"
+        "target heads, and writes the head map.\n"
+        "Without: runs the target, finds what its output loses at every length of a head's list of\n"
+        "pages, and writes a map that splits the budget over heads so that least is lost.\n"
+        "Either way the map is then measured on texts that were not used for it.",
+        epilog="examples:\n"
         "  sts-sglang calibrate --model TARGET --draft DRAFT --out map.json --plot map.png\n"
+        "  sts-sglang calibrate --model TARGET --out map.json     # to serve without a draft\n"
         '  python -m sglang.launch_server ... --sts-config \'{"head_map": "map.json"}\'',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     flag = parser.add_argument
     flag("--model", required=True, help="target: folder or hub name")
-    flag("--draft", required=True, help="draft, EAGLE or EAGLE-3 head: folder or hub name")
+    flag("--draft", help="draft, EAGLE or EAGLE-3 head: folder or hub name; none: the target is served alone")
     flag("--out", required=True, metavar="FILE", help="head map to write")
     flag("--text", nargs="+", metavar="FILE", help=f"texts to calibrate on (default: {', '.join(DOMAINS)})")
     flag("--holdout", nargs="+", metavar="FILE", help="texts to check on (default: others of the same kinds)")
     flag("--tokens", type=_count(MAX_TOKENS), default=4096, help="most tokens of a text (default 4096)")
-    flag("--windows", type=_count(MAX_TOKENS), default=16, help="verify windows of a text (default 16)")
+    flag(
+        "--windows",
+        type=_count(MAX_TOKENS),
+        default=16,
+        help="verify windows, or decode steps, of a text (default 16)",
+    )
     flag("--keep", type=float, default=0.1, help="share of the context to select (default 0.1)")
     flag("--sink", type=int, default=4, help="first tokens always kept (default 4)")
     flag("--recent", type=int, default=64, help="last tokens always kept (default 64)")
     flag(
-        "--heads", type=_count(MAX_SOURCES), default=6, help="most draft heads for a target head (default 6)"
+        "--heads",
+        type=_count(MAX_SOURCES),
+        default=argparse.SUPPRESS,
+        help=f"most draft heads for a target head (default {BY_DRAFT['heads']})",
     )
     flag(
         "--measure",
         choices=("output", "mass"),
         default="output",
         help="what a map is good by: how little the target's output changes (default), or the attention\n"
-        "that it holds, which diffuse heads own",
+        "that it holds, which diffuse heads own (with a draft)",
     )
     flag(
         "--pool",
         choices=("auto", *POOLS),
-        default="auto",
+        default=argparse.SUPPRESS,
         help="pool of rows and heads (default: the better)",
     )
     flag(
         "--budget",
         choices=("split", "uniform"),
         default="split",
-        help="give heads that lose more a larger part of the budget (default), or all the same",
+        help="give heads that lose more a larger part of the budget (default), or, with a draft, all\n"
+        "the same",
     )
     flag(
         "--band",
         type=_band,
-        default=None,
+        default=argparse.SUPPRESS,
         metavar="N|all",
         help="search draft layers this near (default all)",
     )
     flag(
         "--dense-below",
         type=_share,
+        default=argparse.SUPPRESS,
         metavar="R",
-        help="keep target layers dense whose mean recall on the texts is below R, 0 to 1",
+        help="keep target layers dense whose mean recall on the texts is below R, 0 to 1 (with a draft)",
     )
     flag("--report", metavar="FILE", help="write the raw numbers as JSON")
-    flag("--plot", metavar="FILE", help="draw recall by target layer and head (needs matplotlib)")
+    flag(
+        "--plot",
+        metavar="FILE",
+        help="draw recall, or shares of the budget, by target layer and head\n(needs matplotlib)",
+    )
     flag("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     flag("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default float32)")
     flag("--seed", type=_seed, default=0, help="of the windows' positions (default 0)")
@@ -107,8 +129,12 @@ def add(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0. Raises ConfigError, one line that names the flag."""
+    if args.draft is None:
+        _refuse_by_draft(args)
+    vars(args).update({name: getattr(args, name, default) for name, default in BY_DRAFT.items()})
+    selector = "pages" if args.draft is None else "draft"
     try:
-        config = StsConfig(keep=args.keep, sink=args.sink, recent=args.recent, budget=0)
+        config = StsConfig(keep=args.keep, sink=args.sink, recent=args.recent, budget=0, selector=selector)
     except ConfigError as error:
         raise ConfigError(str(error).replace("sts_config.", "--")) from None
     _check_outputs(args)
@@ -118,23 +144,39 @@ def run(args: argparse.Namespace) -> int:
     )
     if same := {t.content for t in texts} & {t.content for t in holdout}:
         raise ConfigError(f"--holdout: {len(same)} text(s) also given to --text; allowed: other texts")
+    if args.plot:
+        from sts_sglang.calibrate import report as reports
 
-    from sts_sglang import fingerprint
+        reports.check_plot(args.plot)
+    _check_device(args.device)
+    (_calibrate_alone if args.draft is None else _calibrate_pair)(args, config, texts, holdout)
+    print(f"""wrote {args.out}; use it with --sts-config '{{"head_map": "{args.out}"}}'""")
+    return 0
+
+
+def _refuse_by_draft(args: argparse.Namespace) -> None:
+    """What says nothing of a target alone."""
+    for name in BY_DRAFT:
+        if hasattr(args, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag}: is about draft heads; allowed: with --draft, or leave {flag} out")
+    if args.measure != "output":
+        raise ConfigError(f"--measure: got {args.measure!r} without --draft; allowed: output")
+    if args.budget != "split":
+        raise ConfigError(
+            f"--budget: got {args.budget!r} without --draft, as is served without any map; allowed: split"
+        )
+
+
+def _calibrate_pair(args, config: StsConfig, texts: list[Text], holdout: list[Text]) -> None:
     from sts_sglang.calibrate import report as reports
     from sts_sglang.calibrate.record import Pair
 
-    if args.plot:
-        reports.check_plot(args.plot)
-    _check_device(args.device)
     # Checks the files; and a model of the hub is here only after it was loaded.
     pair = Pair(args.model, args.draft, args.device, args.dtype)
-    prints = {}
-    for name, flag, path in (("target", "--model", args.model), ("draft", "--draft", args.draft)):
-        prints[name] = fingerprint.of_model(path)
-        if prints[name] is None:
-            raise ConfigError(f"{flag}: no safetensors files to fingerprint; allowed: a safetensors model")
-    recorded = _record(pair, args, config, texts, "--text", args.measure == "output")
-    held = _record(pair, args, config, holdout, "--holdout")
+    prints = _fingerprints({"target": ("--model", args.model), "draft": ("--draft", args.draft)})
+    recorded = _record(pair, args, texts, "--text", args.measure == "output")
+    held = _record(pair, args, holdout, "--holdout")
     found, report = measure(pair, args, config, recorded, held)
     print(reports.table(report))
     _write("--out", args.out, _map(pair, args, found, report, prints, texts, recorded))
@@ -142,8 +184,48 @@ def run(args: argparse.Namespace) -> int:
         _write("--report", args.report, report)
     if args.plot:
         reports.plot(args.plot, report, f"held-out recall at keep {args.keep:g}")
-    print(f"""wrote {args.out}; use it with --sts-config '{{"head_map": "{args.out}"}}'""")
-    return 0
+
+
+def _calibrate_alone(args, config: StsConfig, texts: list[Text], holdout: list[Text]) -> None:
+    from sts_sglang.calibrate import alone
+    from sts_sglang.calibrate import report as reports
+    from sts_sglang.calibrate.record import Target
+
+    target = Target(args.model, args.device, args.dtype)
+    target.check_pages()
+    prints = _fingerprints({"target": ("--model", args.model)})
+    found, held = (
+        [
+            alone.Passage(text.domain, *chosen)
+            for text, chosen in zip(part, _windows(target, args, part, flag, config.forced), strict=True)
+        ]
+        for part, flag in ((texts, "--text"), (holdout, "--holdout"))
+    )
+    report = alone.measure(target, config, found, held, _say)
+    print(reports.table_alone(report))
+    head_map = {"draft": None, "shares": report["shares"], "dense_layers": []}
+    settings = [name for name in SETTINGS if name not in BY_DRAFT]
+    _write(
+        "--out",
+        args.out,
+        _made_of(args, target, prints, texts, [text.ids for text in found], settings) | head_map,
+    )
+    if args.report:
+        _write("--report", args.report, report)
+    if args.plot:
+        reports.plot_shares(args.plot, report, f"shares of the budget at keep {args.keep:g}")
+
+
+def _fingerprints(models: dict[str, tuple[str, str]]) -> dict[str, dict[str, str]]:
+    """Of models by name, each with its flag and where it is."""
+    from sts_sglang import fingerprint
+
+    found = {}
+    for name, (flag, path) in models.items():
+        found[name] = fingerprint.of_model(path)
+        if found[name] is None:
+            raise ConfigError(f"{flag}: no safetensors files to fingerprint; allowed: a safetensors model")
+    return found
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -264,8 +346,8 @@ def output_errors(pair, texts: list[Recorded], windows, ways: int, kept) -> Any:
     return search.over_domains(windows, torch.cat(found))
 
 
-def _of_window(kept, windows, i: int, layer: int):
-    return kept(windows[i], layer)
+def _of_window(kept, windows, i: int, seen):
+    return kept(windows[i], seen.layer)
 
 
 def _saved(pair, texts, windows, head_map, keep: float) -> dict[str, float]:
@@ -305,13 +387,9 @@ def _map(pair, args, found, report: dict[str, Any], prints, texts: list[Text], r
         for key in ("recall", "jaccard")
         for rows in [report[f"candidate_{key}"]]
     }
-    return {
-        "version": MAP_VERSION,
+    return _made_of(args, pair, prints, texts, [text.ids for text in recorded], SETTINGS) | {
         "shift": MAP_SHIFT,
-        "tp": 1,
-        "target": pair.target_counts._asdict(),
         "draft": pair.draft_counts._asdict(),
-        "fingerprints": prints,
         "pool": found.head_map.pool,
         "sources": [
             [[list(source) for source in h] or LATEST for h in layer] for layer in found.head_map.sources
@@ -319,15 +397,25 @@ def _map(pair, args, found, report: dict[str, Any], prints, texts: list[Text], r
         **({"shares": found.head_map.shares} if found.head_map.shares else {}),
         "dense_layers": report["dense_layers"],
         "best": best,
+    }
+
+
+def _made_of(args, target, prints, texts: list[Text], ids: list[list[int]], settings) -> dict[str, Any]:
+    """What a map says of how it was made, by the names of these settings."""
+    return {
+        "version": MAP_VERSION,
+        "tp": 1,
+        "target": target.target_counts._asdict(),
+        "fingerprints": prints,
         "texts": [
             {
-                "domain": t.domain,
-                "sha256": hashlib.sha256(t.content.encode()).hexdigest(),
-                "tokens": len(r.ids),
+                "domain": text.domain,
+                "sha256": hashlib.sha256(text.content.encode()).hexdigest(),
+                "tokens": len(own),
             }
-            for t, r in zip(texts, recorded, strict=True)
+            for text, own in zip(texts, ids, strict=True)
         ],
-        "settings": {name: getattr(args, name) for name in SETTINGS},
+        "settings": {name: getattr(args, name) for name in settings},
     }
 
 
@@ -369,24 +457,32 @@ def _text(path: str, flag: str) -> Text:
     return Text(one_line(file.stem)[:255], content)
 
 
-def _record(pair, args, config: StsConfig, texts: list[Text], flag: str, change: bool = False):
+def _record(pair, args, texts: list[Text], flag: str, change: bool = False) -> list[Recorded]:
+    windows = _windows(pair, args, texts, flag, args.sink + args.recent)
+    found = []
+    for n, (text, (ids, own)) in enumerate(zip(texts, windows, strict=True), 1):
+        _say(f"[{n}/{len(texts)}] {text.domain}")
+        found.append(Recorded(ids, pair.record(text.domain, ids, own, change)))
+    return found
+
+
+def _windows(target, args, texts: list[Text], flag: str, forced: int) -> list[tuple[list[int], list[int]]]:
+    """(token ids, committed lengths) of every text; forced: what is selected in any case."""
     from sts_sglang.calibrate.record import choose_windows, tokenizer_of
 
     tokenizer = tokenizer_of(args.model)
-    # Below this the budget is sink + recent and nothing is selected.
-    least = int((args.sink + args.recent + 1) / args.keep) + 1 if args.keep < 1 else 0
-    records = []
+    # Below this the budget is forced and nothing is selected.
+    least = int((forced + 1) / args.keep) + 1 if args.keep < 1 else 0
+    found = []
     for i, text in enumerate(texts):
-        _say(f"[{i + 1}/{len(texts)}] {text.domain}")
         ids = tokenizer(text.content, verbose=False)["input_ids"][: args.tokens]
-        if pair.positions and len(ids) > pair.positions:
+        if target.positions and len(ids) > target.positions:
             raise ConfigError(
                 f"--tokens {args.tokens}: {flag} {text.domain} has {len(ids)}, the models have positions for "
-                f"{pair.positions}; allowed: at most {pair.positions}"
+                f"{target.positions}; allowed: at most {target.positions}"
             )
-        windows = choose_windows(len(ids), args.windows, least, args.seed + i, flag)
-        records.append(Recorded(ids, pair.record(text.domain, ids, windows, change)))
-    return records
+        found.append((ids, choose_windows(len(ids), args.windows, least, args.seed + i, flag)))
+    return found
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Runs both models over a text and keeps the attention of a few verify windows.
+"""Runs the target, and its draft, over a text and keeps the attention of a few verify windows.
 
 A *window* is one round as the server sees it: `t` committed tokens, target rows t..t+3, and the draft rows
 of tokens t, t+1, t+2 (the last draft token never runs through the draft). It is teacher-forced: the
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.nn.functional import linear, pad, rms_norm
 
-from sts_kernels.layout import SHIFT
+from sts_kernels.layout import PAGE, SHIFT
 from sts_sglang import checkpoints
 from sts_sglang.config import ConfigError, quoted, shown
 from sts_sglang.headmap import POOLS, HeadCounts
@@ -52,7 +52,7 @@ class Seen(NamedTuple):
 
 
 Collector = Callable[[Seen], None]
-Kept = Callable[[int, int], torch.Tensor]
+Kept = Callable[[int, Seen], torch.Tensor]
 
 
 class Table:
@@ -158,7 +158,60 @@ def choose_windows(tokens: int, count: int, least: int, seed: int, flag: str = "
     return [int(low + (i + share) * part) for i, share in enumerate(draw)]
 
 
-class Pair:
+class Target:
+    """A target: folder or hub name.
+
+    Raises:
+        ConfigError: a model that cannot be read.
+    """
+
+    def __init__(self, target: str, device: str = "cpu", dtype: str = "float32"):
+        self.device, self.dtype = device, getattr(torch, dtype)
+        _check("--model", target)
+        self.target = _load("--model", target, device, self.dtype)
+        self.target_counts = head_counts(self.target.config)
+        # Most tokens that there are positions for, by the config.
+        self.positions: int | None = getattr(self.target.config, "max_position_embeddings", None)
+
+    def check_pages(self) -> None:
+        """Raises ConfigError: heads whose keys have no sketches, so that no server selects by them."""
+        config = self.target.config
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if dim % PAGE:
+            raise ConfigError(
+                f"--model: heads of {dim} dimensions; allowed: a multiple of {PAGE}, or --draft"
+            )
+
+    @torch.no_grad()
+    def output_errors(
+        self, tokens: list[int], windows: list[int], kept: Kept, ways: int, rows_each: int = VERIFY_ROWS
+    ) -> torch.Tensor:
+        """float32 [windows, layers, KV heads, ways]: how far what a KV head's query heads add to the residual
+        is from what they add over the whole context, in squares, over the squared norm of the residual; mean
+        over the rows of a window.
+
+        Args:
+            kept: of a window's number and a layer's attention, bool [KV heads, ways, t], the tokens attended
+                to. rows_each: of a window, from t on.
+
+        Raises:
+            ConfigError: a target without an output projection that is known.
+        """
+        target = self.target_counts
+        found = torch.zeros(len(windows), target.layers, target.kv_heads, ways)
+
+        def weigh(seen: Seen) -> None:
+            _check_output(seen)
+            for i, t in enumerate(windows):
+                rows = range(t, t + rows_each)
+                probs = _attention(seen.q, seen.k, rows, seen.scaling)
+                found[i, seen.layer] = _errors(seen, rows, probs, kept(i, seen).to(probs.device)).cpu()
+
+        _run(self.target, torch.tensor([tokens], device=self.device), weigh)
+        return found
+
+
+class Pair(Target):
     """A target and its draft, a whole model (STANDALONE) or an EAGLE or EAGLE-3 head: folders or hub names.
 
     Raises:
@@ -166,10 +219,8 @@ class Pair:
     """
 
     def __init__(self, target: str, draft: str, device: str = "cpu", dtype: str = "float32"):
-        self.device, self.dtype = device, getattr(torch, dtype)
-        _check("--model", target)
         config = _check("--draft", draft)
-        self.target = _load("--model", target, device, self.dtype)
+        super().__init__(target, device, dtype)
         if config.get("vocab_size") != self.target.config.vocab_size:
             raise ConfigError(
                 f"--draft {draft}: vocabulary of {config.get('vocab_size')}, the target's is "
@@ -183,13 +234,8 @@ class Pair:
         else:
             self.draft_model = _load("--draft", draft, device, self.dtype)
             self.draft_counts = head_counts(self.draft_model.config)
-        self.target_counts = head_counts(self.target.config)
-        # Most tokens that both models have positions for, by their configs.
-        positions = (
-            getattr(self.target.config, "max_position_embeddings", None),
-            config.get("max_position_embeddings"),
-        )
-        self.positions = min((n for n in positions if n), default=None)
+        both = (self.positions, config.get("max_position_embeddings"))
+        self.positions = min((n for n in both if n), default=None)
 
     @torch.no_grad()
     def record(self, domain: str, tokens: list[int], windows: list[int], change: bool = False) -> Record:
@@ -212,10 +258,8 @@ class Pair:
                     scores[pool].write(i, seen.layer * draft.q_heads, pad(pooled, (SHIFT, 0)))
 
         def weigh(seen: Seen) -> None:
-            if change and seen.output is None:
-                raise ConfigError(
-                    "--measure output: this target's attention has no o_proj; allowed: --measure mass"
-                )
+            if change:
+                _check_output(seen)
             for i, t in enumerate(windows):
                 rows = range(t, t + VERIFY_ROWS)
                 probs = _attention(seen.q, seen.k, rows, seen.scaling)
@@ -233,27 +277,6 @@ class Pair:
             q, k, scaling = self.head(ids[0, SHIFT:], [h[0, :-SHIFT] for h in hidden])
             score(Seen(0, q, k, k, scaling))
         return Record(domain, windows, len(tokens), mass, scores, changed)
-
-    @torch.no_grad()
-    def output_errors(self, tokens: list[int], windows: list[int], kept: Kept, ways: int) -> torch.Tensor:
-        """float32 [windows, layers, KV heads, ways]: how far what a KV head's query heads add to the residual
-        is from what they add over the whole context, in squares, over the squared norm of the residual; mean
-        over the verify rows.
-
-        Args:
-            kept: of a window's number and a layer, bool [KV heads, ways, t], the tokens attended to.
-        """
-        target = self.target_counts
-        found = torch.zeros(len(windows), target.layers, target.kv_heads, ways)
-
-        def weigh(seen: Seen) -> None:
-            for i, t in enumerate(windows):
-                rows = range(t, t + VERIFY_ROWS)
-                probs = _attention(seen.q, seen.k, rows, seen.scaling)
-                found[i, seen.layer] = _errors(seen, rows, probs, kept(i, seen.layer).to(probs.device)).cpu()
-
-        _run(self.target, torch.tensor([tokens], device=self.device), weigh)
-        return found
 
 
 class EagleHead:
@@ -344,6 +367,13 @@ class EagleHead:
         return rms_norm(x, x.shape[-1:], self.w[f"{name}.weight"], self.config["rms_norm_eps"])
 
 
+def _check_output(seen: Seen) -> None:
+    if seen.output is None:
+        raise ConfigError(
+            "--measure output: this target's attention has no o_proj; allowed: --measure mass, with a draft"
+        )
+
+
 def _check_head(config: dict[str, Any]) -> None:
     eps, aux = config["rms_norm_eps"], config.get("eagle_config", {})
     if type(eps) is not float or not 0 < eps < 1:
@@ -370,6 +400,21 @@ def _attention(q: torch.Tensor, k: torch.Tensor, rows: range, scaling: float) ->
     logits = (queries.reshape(k.shape[0], -1, q.shape[2]) @ keys).view(q.shape[0], len(rows), -1)
     later = torch.arange(rows[-1] + 1, device=q.device) > torch.tensor(list(rows), device=q.device)[:, None]
     return logits.masked_fill_(later, -torch.inf).softmax(-1)
+
+
+def attention_at(seen: Seen, t: int) -> torch.Tensor:
+    """float32 [H_kv, t]: attention of the row at position t to those before it, the most of the group's."""
+    probs = _attention(seen.q, seen.k, range(t, t + 1), seen.scaling)[:, 0, :t]
+    return probs.unflatten(0, (seen.k.shape[0], -1)).amax(1)
+
+
+def page_scores(seen: Seen, t: int) -> torch.Tensor:
+    """float32 [H_kv, pages] of the complete pages before position t, by the row there: what
+    `sts_kernels.torch_ops.score_pages` gives it, without a pool of slots."""
+    pages = seen.k[:, : t // PAGE * PAGE].float().unflatten(1, (-1, PAGE))
+    rows = seen.q[:, t].float().unflatten(0, (seen.k.shape[0], -1))  # [H_kv, G, D]
+    logits = rows @ pages.mean(2).mT + rows.abs() @ pages.std(2, correction=0).mT
+    return (logits * seen.scaling).softmax(-1).amax(1)
 
 
 def _changes(seen: Seen, rows: range, probs: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,37 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def table_alone(report: dict[str, Any]) -> str:
+    """The same of a target without a draft: held-out error by way to select, and how uneven shares are."""
+    error, order = report["error"], ("sink + recent only", "pages, equal budgets", "pages, split budget")
+    domains = list(report["error_by_domain"][order[0]])
+    lines = [
+        "squared error of the output of attention on held-out texts, in thousandths of the residual's square",
+        " " * 30 + "lists    mean" + "".join(f"{name[:10]:>11}" for name in domains),
+    ]
+    for name in (*order, "best tokens, equal budgets"):
+        part = report["list_share"].get(name)
+        shown = f"{part:7.1%}" if part is not None else " " * 7
+        by_domain = report["error_by_domain"][name].values()
+        errors = "".join(f"{1e3 * value:9.4f}  " for value in (error[name], *by_domain))
+        lines += [f"  {name:<26}{shown}{errors}".rstrip()]
+    equal, split = error[order[1]], error[order[2]]
+    if equal > 0:
+        lines += [f"of the error with equal budgets, the split takes away {1 - split / equal:.1%}"]
+    if split >= equal:
+        lines += [
+            "the map is no better than none on these texts: give more or longer ones (--text, --tokens)"
+        ]
+    shares = torch.tensor(report["shares"]).flatten()
+    low, middle, high = shares.min(), shares.median(), shares.max()
+    below = float((shares < 1).float().mean())
+    lines += [
+        f"shares of the budget from {low:.2f} to {high:.2f}, median {middle:.2f}; {below:.0%} of heads have "
+        "less than an equal one"
+    ]
+    return "\n".join(lines)
+
+
 def weak_heads(recall: torch.Tensor, oracle: torch.Tensor) -> list[dict[str, Any]]:
     """Target heads [layers, KV heads] that keep less than WEAK of what is possible, worst first."""
     found = [
@@ -97,27 +128,48 @@ def plot(path: str, report: dict[str, Any], title: str) -> None:
     Raises:
         ConfigError: matplotlib is missing or cannot write there.
     """
+    listed = ", ".join(f"{w['layer']}.{w['head']} ({w['recall']:.2f})" for w in report["weak_heads"][:12])
+    more = f" and {len(report['weak_heads']) - 12} more" if len(report["weak_heads"]) > 12 else ""
+    note = f"weak heads, below {WEAK:.0%} of the oracle: {listed or 'none'}{more}"
+    outlined = [(w["layer"], w["head"]) for w in report["weak_heads"]]
+    label = "recall outside sink and recent"
+    _draw(path, torch.tensor(report["heldout_recall"]), 1.0, title, label, note, outlined)
+
+
+def plot_shares(path: str, report: dict[str, Any], title: str) -> None:
+    """The same of the shares of a target without a draft."""
+    shares = torch.tensor(report["shares"])
+    note = "1: as much as with equal budgets"
+    _draw(path, shares, float(shares.max()), title, "share of the budget", note, [])
+
+
+def _draw(
+    path: str,
+    values: torch.Tensor,
+    most: float,
+    title: str,
+    label: str,
+    note: str,
+    outlined: list[tuple[int, int]],
+) -> None:
+    """Values [layers, KV heads] from 0 to `most` as colors."""
     figure_class = _figure()
     from matplotlib.patches import Rectangle
 
-    recall, weak = torch.tensor(report["heldout_recall"]), report["weak_heads"]
-    layers, heads = recall.shape
+    layers, heads = values.shape
     figure = figure_class(figsize=(3 + 0.6 * layers, 2.4 + 0.4 * heads), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(recall.T.numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis")
+    image = axes.imshow(values.T.numpy(), vmin=0, vmax=most, aspect="auto", cmap="viridis")
     axes.set(xlabel="target layer", ylabel="KV head", title=title, xticks=range(layers), yticks=range(heads))
-    if recall.numel() <= 64:
+    if values.numel() <= 64:
         for t in range(layers):
             for h in range(heads):
-                color = "white" if recall[t, h] < 0.6 else "black"
-                axes.text(t, h, f"{recall[t, h]:.2f}", ha="center", va="center", color=color)
-    for head in weak:
-        corner = (head["layer"] - 0.5, head["head"] - 0.5)
-        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="red", linewidth=2))
-    figure.colorbar(image, label="recall outside sink and recent")
-    listed = ", ".join(f"{w['layer']}.{w['head']} ({w['recall']:.2f})" for w in weak[:12]) or "none"
-    more = f" and {len(weak) - 12} more" if len(weak) > 12 else ""
-    figure.supxlabel(f"weak heads, below {WEAK:.0%} of the oracle: {listed}{more}", fontsize=8, wrap=True)
+                color = "white" if values[t, h] < 0.6 * most else "black"
+                axes.text(t, h, f"{values[t, h]:.2f}", ha="center", va="center", color=color)
+    for t, h in outlined:
+        axes.add_patch(Rectangle((t - 0.5, h - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2))
+    figure.colorbar(image, label=label)
+    figure.supxlabel(note, fontsize=8, wrap=True)
     try:
         with files.replacing("--plot", path) as partial:
             figure.savefig(partial, format=Path(path).suffix[1:].lower())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -203,17 +204,23 @@ def search(
     return Calibrated(head_map, recall, scores)
 
 
-def by_domain(windows: list[Window], values: torch.Tensor) -> dict[str, float]:
-    """Means of `values` [windows] over each domain."""
+class Sample(Protocol):
+    """A window or a text."""
+
+    domain: str
+
+
+def by_domain(windows: Sequence[Sample], values: torch.Tensor) -> dict[str, float]:
+    """Means of `values` [windows] over each domain, of windows or of whole texts."""
     return {domain: float(mean) for domain, mean in _means(windows, values).items()}
 
 
-def over_domains(windows: list[Window], values: torch.Tensor) -> torch.Tensor:
+def over_domains(windows: Sequence[Sample], values: torch.Tensor) -> torch.Tensor:
     """Mean of `values` [windows, ..] over windows, where every domain counts the same."""
     return torch.stack([*_means(windows, values).values()]).mean(0)
 
 
-def _means(windows: list[Window], values: torch.Tensor) -> dict[str, torch.Tensor]:
+def _means(windows: Sequence[Sample], values: torch.Tensor) -> dict[str, torch.Tensor]:
     domains = dict.fromkeys(window.domain for window in windows)
     return {
         domain: values[[i for i, window in enumerate(windows) if window.domain == domain]].mean(0)
@@ -309,15 +316,22 @@ def split_budget(
             that part misses.
     """
     parts = parts_of(keep)
-    lost = (_lost(head_map, windows, target, draft, parts) if lost is None else lost).tolist()
-    level = [[0] * target.kv_heads for _ in range(target.layers)]
-    left = (keep - parts[0]) * target.layers * target.kv_heads
-    while (step := _best_step(lost, level, parts, left)) is not None:
+    lost = _lost(head_map, windows, target, draft, parts) if lost is None else lost
+    return replace(head_map, shares=split_shares(lost, parts, keep))
+
+
+def split_shares(lost: torch.Tensor, parts: list[float], keep: float) -> tuple[tuple[float, ...], ...]:
+    """[layer][KV head] of a budget of `keep` so that least is lost, of what is lost, [layers, KV heads,
+    parts], at each of these parts of the context."""
+    layers, kv_heads, _ = lost.shape
+    by_head = lost.tolist()
+    level = [[0] * kv_heads for _ in range(layers)]
+    left = (keep - parts[0]) * layers * kv_heads
+    while (step := _best_step(by_head, level, parts, left)) is not None:
         t, h, further = step
         left -= parts[further] - parts[level[t][h]]
         level[t][h] = further
-    shares = tuple(tuple(round(parts[i] / keep, 4) for i in row) for row in level)
-    return replace(head_map, shares=shares)
+    return tuple(tuple(round(parts[i] / keep, 4) for i in row) for row in level)
 
 
 def _best_step(lost: list, level: list[list[int]], parts: list[float], left: float):
