@@ -23,7 +23,7 @@ from sts_sglang.core.selectors.base import LayerCall
 from sts_sglang.core.verifier import TargetShape
 from sts_sglang.headmap import HeadCounts, proportional
 from sts_sglang.host import bind, hooks, views
-from sts_sglang.host.metrics import Exporter
+from sts_sglang.host.metrics import _HELP, Exporter
 from sts_sglang.verifiers.flashinfer import (
     PLAN_GRID,
     FlashInferVerifier,
@@ -423,6 +423,18 @@ def test_plans_are_published_and_logged(caplog):
     assert "3 sparse verifies, 0 dense, keep ratio 0.5000, 2 plans" in caplog.text
     exporter.on_round()
     assert "0 plans (last 1 rounds)" in caplog.text
+
+
+def test_a_copy_of_the_middle_of_a_round_takes_nothing_back():
+    """A verify counts as sparse until its pages are known; Prometheus ends a process that lowers a counter."""
+    totals, added = torch.tensor([3, 0, 5, 10, 0, 0, 0, 0]), []
+    exporter = Exporter(totals, enable_metrics=False, interval=9)
+    metric = SimpleNamespace(inc=added.append, set=lambda value: None)
+    exporter._prometheus = dict.fromkeys((*_HELP, "keep_ratio"), metric)
+    for sparse in (5, 4, 6):
+        totals[0] = sparse
+        exporter.on_round()
+    assert min(added) == 0 and sum(added) == 6 + 5 + 10
 
 
 def give_headwise(rig: Rig, wrapper: type) -> None:

@@ -18,7 +18,7 @@ from sts_sglang.core.selectors.pages import page_columns
 from sts_sglang.core.verifier import TargetShape
 from sts_sglang.headmap import HeadCounts
 from sts_sglang.host import bind
-from tests.test_backends import COUNTS, DIM, KV_HEADS, LAYERS, Q_HEADS, TOKENS, Rig
+from tests.test_backends import COUNTS, DIM, KV_HEADS, LAYERS, Q_HEADS, SCALE, TOKENS, Rig
 
 SINK, RECENT, WIDTH, PROMPT = 2, 4, 400, 250
 CONFIG = {"policy": "fixed", "budget": 100, "sink": SINK, "recent": RECENT, "spread": 0}
@@ -78,7 +78,7 @@ class Request(Rig):
         for t in range(len(rows)):
             slots = self.slots[[*positions, *range(length, length + t + 1)]]
             keys, values = pool.k[layer, slots, kv].double(), pool.v[layer, slots, kv].double()
-            out[t] = (rows[t].double() @ keys.T * DIM**-0.5).softmax(-1) @ values
+            out[t] = (rows[t].double() @ keys.T * SCALE).softmax(-1) @ values
         return out
 
     def best_pages(self, layer: int, q: torch.Tensor, kv: int, length: int, number: int) -> list[int]:
@@ -93,7 +93,7 @@ class Request(Rig):
         keys = self.target_pool.k[layer, self.slots[: length // PAGE * PAGE], kv].double().view(-1, PAGE, DIM)
         mean, deviation = keys.mean(1), keys.std(1, correction=0)
         rows = q.view(-1, Q_HEADS, DIM)[:, kv * GROUP : (kv + 1) * GROUP].double()
-        return ((rows @ mean.T + rows.abs() @ deviation.T) * DIM**-0.5).softmax(-1).amax((0, 1))
+        return ((rows @ mean.T + rows.abs() @ deviation.T) * SCALE).softmax(-1).amax((0, 1))
 
 
 def tokens_of(pages: list[int], length: int) -> list[int]:
@@ -348,7 +348,7 @@ def test_calibration_measures_the_pages_that_the_server_lists(tmp_path, shares) 
             keys = rig.target_pool.k[layer, slots].transpose(0, 1)
             q = torch.zeros(Q_HEADS, length + 1, DIM)
             q[:, length] = queries[layer].view(Q_HEADS, DIM)
-            at = Seen(layer, q, keys, keys, DIM**-0.5)
+            at = Seen(layer, q, keys, keys, SCALE)
             chosen = alone.page_reach(rig.runtime.config)(at, length)[kv] <= lengths[layer, kv]
             assert count == WHOLE and chosen.all() or listed == set(slots[:-1][chosen].tolist())
         assert len(seen) == LAYERS * KV_HEADS
@@ -419,7 +419,7 @@ def test_a_batch_is_scored_alike_some_requests_at_a_time(monkeypatch, drafts) ->
         monkeypatch.setattr(pages, "at_once", lambda *_, most=most: most)
         runtime.state.carried_lens[contexts.reqs] = lens
         lists = runtime.begin_verify(contexts)
-        out = runtime.verify(LayerCall(0, q, pool, contexts, mask, DIM**-0.5), lists)
+        out = runtime.verify(LayerCall(0, q, pool, contexts, mask, SCALE), lists)
         shares = runtime.selector.scores._shares
         assert [few for few, _, _ in shares] == [slice(i, min(i + most, 5)) for i in range(0, 5, most)]
         found.append((out, runtime.selector.scores.scores.clone(), lists.counts))

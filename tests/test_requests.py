@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sts_sglang import cpu
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.host import hooks
+from sts_sglang.host.releases import release
 
 
 @pytest.fixture
@@ -94,3 +97,43 @@ def test_without_a_draft_sampling_is_as_ever(verify, monkeypatch):
         verify(True, **params)
     with pytest.raises(ConfigError, match="custom_params.sts.keep"):
         verify(True, custom_params={"sts": {"keep": 2}})
+
+
+@pytest.mark.skipif("beam_width" not in SamplingParams.__dict__, reason="a field of later releases")
+def test_beams_are_refused_with_a_draft_and_without(verify, monkeypatch):
+    """Their rows of a batch belong to no request: nothing that was asked for would reach them."""
+    for speculates in (True, False):
+        monkeypatch.setattr(hooks._Launch, "speculates", speculates)
+        verify(False, temperature=0.7, beam_width=1)
+        with pytest.raises(ConfigError, match="^beam_width: got 4"):
+            verify(False, temperature=0.7, beam_width=4)
+
+
+def test_checks_of_speculation_stay_once_a_launch_speculates(monkeypatch):
+    """An engine without a draft in the same process does not switch them off for one that has one."""
+    monkeypatch.setattr(hooks, "check_all", lambda args, config: config)
+    monkeypatch.setattr(hooks.handover, "leave", lambda *args: None)
+    monkeypatch.setattr(hooks.views, "resolved", lambda args: args)
+    for name, value in (("config", None), ("speculates", False)):
+        monkeypatch.setattr(hooks._Launch, name, value)
+    for algorithm, expected in ((None, False), ("EAGLE3", True), (None, True)):
+        args = SimpleNamespace(model_path="m", speculative_algorithm=algorithm)
+        hooks._check(args, StsConfig())
+        assert hooks._Launch.speculates is expected
+
+
+def test_a_decode_step_that_reads_the_table_to_its_end_holds_the_scheduler_back(monkeypatch):
+    """Where an event says that the table is free, before the graph that reads it has run."""
+    runner = SimpleNamespace(war_fastpath_read_done_event="early")
+    worker, seen = SimpleNamespace(model_runner=runner), []
+    for alone in (False, True):
+        bound = SimpleNamespace(alone=alone, runtime="runtime")
+        monkeypatch.setattr(hooks.bind, "current", lambda bound=bound: bound)
+        monkeypatch.setattr(hooks, "_before_forward", lambda runtime, batch: seen.append(batch))
+        assert hooks.forward_target(lambda self, batch, flag: (batch, flag), worker, "batch", 7) == (
+            "batch",
+            7,
+        )
+        held = alone and release.VERSION == "0.5.16"
+        assert runner.war_fastpath_read_done_event == (None if held else "early")
+    assert seen == ["batch"]

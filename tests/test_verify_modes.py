@@ -9,7 +9,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sts_kernels.layout import Contexts
 from sts_sglang.core.request import Request
 from sts_sglang.core.selectors.compare import prompt_seed
-from tests.test_backends import CONFIG, CONTEXT, DIM, KV_HEADS, LAYERS, Q_HEADS, TOKENS, NoVerify, Rig
+from tests.test_backends import CONFIG, CONTEXT, DIM, KV_HEADS, LAYERS, Q_HEADS, SCALE, TOKENS, NoVerify, Rig
 
 LENGTH = CONTEXT + 1
 GROUP = Q_HEADS // KV_HEADS
@@ -32,7 +32,7 @@ def attention(rig: Rig, layer: int, q: torch.Tensor, row: int, head: int, positi
     """(probabilities, output) of one row over context positions and its tail."""
     positions = [*positions, *range(LENGTH, LENGTH + row + 1)]
     keys = rig.target_pool.k[layer, rig.slots[positions], head // GROUP].double()
-    weights = (keys @ q.view(TOKENS, Q_HEADS, DIM)[row, head].double() * DIM**-0.5).softmax(0)
+    weights = (keys @ q.view(TOKENS, Q_HEADS, DIM)[row, head].double() * SCALE).softmax(0)
     return weights, weights @ rig.target_pool.v[layer, rig.slots[positions], head // GROUP].double()
 
 

@@ -77,7 +77,7 @@ def of_request(runtime: Runtime, ended: Finished, table: torch.Tensor) -> Dump |
     tokens, row = ended.tokens, ended.request.row
     if table.is_cuda:  # rounds in flight on the stream of the forwards
         torch.cuda.synchronize(table.device)
-    own = _scored(runtime, row, table[row, : len(tokens)].long())
+    own = _scored(runtime, row, table[row, : len(tokens)])
     by_rank, numbers = runtime.ranks.gather(own.importance), runtime.ranks.gather(own.channels)
     if by_rank is None:
         return None
@@ -103,7 +103,7 @@ def of_request(runtime: Runtime, ended: Finished, table: torch.Tensor) -> Dump |
 def _scored(runtime: Runtime, row: int, slots: torch.Tensor) -> Scored:
     """With importance as a probability; without a row of it where there is no room, for others wait."""
     try:
-        found = runtime.selector.scored(row, slots)
+        found = runtime.selector.scored(row, slots.long())
         importance = found.importance.float()
         importance = torch.where(importance == UNKNOWN, importance, importance / IMPORTANCE_SCALE)
     except (MemoryError, torch.OutOfMemoryError):

@@ -40,7 +40,7 @@ class _Launch:
     """State of the launching process, where ServerArgs are built and requests are validated."""
 
     config: StsConfig | None = None  # of the first `sts` launch
-    speculates = False  # by a draft
+    speculates = False  # whether a draft does in any launch of this process
     user_env: Any = UNSET  # STS_CONFIG as the user left it, before we hand canonical JSON to children
     given: Any = None  # --sts-config or Engine(sts_config=...), on its way to the arguments it came with
 
@@ -135,7 +135,8 @@ def _check(server_args: ServerArgs, config: StsConfig) -> None:
     checked = config
     if server_args.model_path.lower() not in ("none", "dummy"):  # SGLang's own placeholder: resolves nothing
         checked = check_all(views.resolved(server_args), config)
-    _Launch.config, _Launch.speculates = config, speculates(views.resolved(server_args))
+    _Launch.config = config
+    _Launch.speculates |= speculates(views.resolved(server_args))
     handover.leave(views.resolved(server_args), checked)
 
 
@@ -155,6 +156,7 @@ def sampling_verify(result: None, self: SamplingParams, vocab_size: int) -> None
     """AFTER SamplingParams.verify: what a request asks of us; ValueError becomes HTTP 400."""
     if _Launch.config is not None:
         check_request(self.custom_params, _Launch.config)
+        release.refuse_beams(self)
         if _Launch.speculates:
             check_sampling(self, cpu=cpu.selected())
 
@@ -235,10 +237,15 @@ def init_target_graphs(result: None, self: TpModelWorker, *args, **kwargs) -> No
         bind.announce(bind.note_graphs(bind.captured_alone(self)))
 
 
-def forward_target(self: TpModelWorker, batch: ScheduleBatch | None, *args, **kwargs) -> None:
-    """BEFORE TpModelWorker.forward_batch_generation: as `forward_batch`, of a target that was bound alone."""
-    if (bound := bind.current()) is not None and bound.alone and batch is not None:
+def forward_target(original, self: TpModelWorker, batch: ScheduleBatch | None, *args, **kwargs) -> Any:
+    """AROUND TpModelWorker.forward_batch_generation: as `forward_batch`, of a target that was bound alone."""
+    if (bound := bind.current()) is None or not bound.alone:
+        return original(self, batch, *args, **kwargs)
+    if batch is not None:
         _before_forward(bound.runtime, batch)
+    result = original(self, batch, *args, **kwargs)
+    release.hold_table(self.model_runner)
+    return result
 
 
 def decode_complete(result: None, self, *args, **kwargs) -> None:
@@ -308,7 +315,7 @@ HOOKS: tuple[tuple[Callable, str], ...] = (
     (verify_complete, "AFTER"),
     (init_target_backends, "AFTER"),
     (init_target_graphs, "AFTER"),
-    (forward_target, "BEFORE"),
+    (forward_target, "AROUND"),
     (decode_complete, "AFTER"),
     (profile_available_bytes, "AFTER"),
     (internal_state, "AFTER"),

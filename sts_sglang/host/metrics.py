@@ -106,9 +106,11 @@ class Exporter:
 
     def _publish(self) -> None:
         for name in _HELP:
-            self._prometheus[name].inc(getattr(self._counters, name) - getattr(self._published, name))
+            # A copy may be of the middle of a round, where a verify still counts as what it will not be.
+            self._prometheus[name].inc(max(0, getattr(self._counters, name) - getattr(self._published, name)))
         self._prometheus["keep_ratio"].set(_since(self._counters, self._published).keep_ratio)
-        self._published = Counters(**asdict(self._counters))
+        highest = {name: max(getattr(self._counters, name), getattr(self._published, name)) for name in _HELP}
+        self._published = Counters(**highest)
 
     def _log(self) -> None:
         recent = _since(self._counters, self._logged)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
@@ -268,7 +270,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "rid",
         "sampling_params",
     ),
-    "sglang.srt.managers.io_struct.AttachHiCacheStorageReqOutput": ("message", "success"),
     "sglang.srt.managers.io_struct.CheckWeightsReqInput": ("action",),
     "sglang.srt.managers.io_struct.GenerateReqInput": ("input_embeds", "positional_embed_overrides"),
     "sglang.srt.managers.io_struct.GetInternalStateReqOutput": ("internal_state",),
@@ -309,6 +310,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "model_config",
         "req_to_token_pool",
         "token_to_kv_pool",
+        "war_fastpath_read_done_event",
     ),
     "sglang.srt.configs.model_config.ModelConfig": (
         "context_len",
@@ -499,6 +501,19 @@ def use_qlen_tree_mask(draft: EagleDraftWorker) -> None:
 def reads_table_to_the_end(cls: type) -> type:
     """Decorator of backends that read the table of slots in every layer: nobody asks here."""
     return cls
+
+
+def hold_table(runner: ModelRunner) -> None:
+    """After a decode graph was launched whose backend reads the table of slots to its end.
+
+    The runner publishes an event before the replay, by which the scheduler would write the table while the
+    replay reads it. Without the event it waits for the whole forward.
+    """
+    runner.war_fastpath_read_done_event = None
+
+
+def refuse_beams(params: SamplingParams) -> None:
+    """No request can ask for beam search."""
 
 
 def captured_draft_extend(cls: type) -> type:

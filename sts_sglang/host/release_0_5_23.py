@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sts_sglang.config import not_allowed
 from sts_sglang.host import release_0_5_16 as before
 
 if TYPE_CHECKING:
     from sglang.srt.arg_groups.model_override_base import ResolvingConfig
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
@@ -88,6 +91,8 @@ def _changed(path: str, gone: set[str], new: set[str]) -> tuple[str, ...]:
 
 _BACKEND = f"{_ATTENTION}.base_attn_backend.AttentionBackend"
 _FA3 = f"{_ATTENTION}.flashattention_backend.FlashAttentionBackend"
+_RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
+_PARAMS = "sglang.srt.sampling.sampling_params.SamplingParams"
 _DRAFT_WORKER = f"{_SPEC}.eagle_worker_v2.EagleDraftWorker"
 FIELDS: dict[str, tuple[str, ...]] = {
     **before.FIELDS,
@@ -97,6 +102,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
         _BACKEND, {"get_verify_buffers_to_fill_after_draft"}, {"shared_read_ends", "verify_mask"}
     ),
     f"{_ATTENTION}.verify_mask.VerifyMask": ("buffer", "max_bs", "mode"),
+    _RUNNER: _changed(_RUNNER, {"war_fastpath_read_done_event"}, set()),
+    _PARAMS: _changed(_PARAMS, set(), {"beam_width"}),
     _FA3: ("forward_extend",),
     _DRAFT_WORKER: _changed(_DRAFT_WORKER, {"tree_mask_mode"}, set()),
     _ARGS: SERVER_ARGS_READ,
@@ -217,6 +224,22 @@ def reads_table_to_the_end(cls: type) -> type:
 
     cls.shared_read_ends = shared_read_ends
     return cls
+
+
+def hold_table(runner: ModelRunner) -> None:
+    """The backend has said how long it reads (`reads_table_to_the_end`)."""
+
+
+def refuse_beams(params: SamplingParams) -> None:
+    """Beam search is a request's own choice: its beams are rows of a batch that no request stands for.
+
+    Raises:
+        ConfigError: where a request asks for several.
+    """
+    if (params.beam_width or 1) > 1:
+        raise not_allowed(
+            "beam_width", f"got {params.beam_width}, and sts does not know the rows of a beam", "none, or 1"
+        )
 
 
 def captured_draft_extend(cls: type) -> type:

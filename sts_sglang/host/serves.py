@@ -128,7 +128,7 @@ _ALL_RULES = (
     _Rule("hicache_host_memory_mode", ("cache",), _ROADS),
     _Rule("enable_unified_cache_external_linker", (False,), _ROADS),
     _Rule("radix_cache_backend", (None,), _ROADS),
-    _Rule("enable_deterministic_inference", (False,), "the selection depends on the batch"),
+    _Rule("enable_deterministic_inference", (False,), "the order of sums depends on the batch"),
     _Rule("rl_on_policy_target", (None,), "it turns deterministic inference on"),
     _Rule("speculative_adaptive", (False,), "it swaps attention backends while serving"),
     _Rule("enable_multi_layer_eagle", (False,), "every draft layer is a worker of its own"),
