@@ -426,7 +426,7 @@ def test_plans_are_published_and_logged(caplog):
 
 
 def test_a_copy_of_the_middle_of_a_round_takes_nothing_back():
-    """A verify counts as sparse until its pages are known; Prometheus ends a process that lowers a counter."""
+    """A verify is sparse until its pages are known; Prometheus ends a process that lowers a counter."""
     totals, added = torch.tensor([3, 0, 5, 10, 0, 0, 0, 0]), []
     exporter = Exporter(totals, enable_metrics=False, interval=9)
     metric = SimpleNamespace(inc=added.append, set=lambda value: None)
