@@ -189,13 +189,13 @@ def test_the_layer_for_the_next_token_but_one_is_refused_as_a_draft(monkeypatch,
             launch(monkeypatch, tmp_path / name, name, **given)
 
 
-def loaded(*layers: dict) -> tuple[SimpleNamespace, views.Runner]:
-    """A model with attention layers as SGLang makes them, which are otherwise in these ways."""
+def loaded(*layers: dict) -> tuple[SimpleNamespace, views.Runner, int]:
+    """A model with attention layers as SGLang makes them, which are otherwise in these ways; on one rank."""
     plain = {"num_heads": 4, "head_dim": 16, "scaling": 0.25, "num_kv_heads": 2}
     made = [RadixAttention(**{**plain, "layer_id": i, **otherwise}) for i, otherwise in enumerate(layers)]
     runner = SimpleNamespace(model=torch.nn.ModuleList(made), is_draft_worker=False)
     model = views.Model(HeadCounts(len(layers), 4, 2), 16, torch.float32, 128)
-    return runner, views.Runner("cpu", torch.float32, model, None, None)
+    return runner, views.Runner("cpu", torch.float32, model, None, None), 1
 
 
 def test_layers_are_looked_at_once_they_are_made():
