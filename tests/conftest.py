@@ -14,6 +14,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes half an hour runs when it is asked for by its name."""
+    if "architectures" in config.option.markexpr:
+        return
+    on_demand = [item for item in items if item.get_closest_marker("architectures")]
+    config.hook.pytest_deselected(items=on_demand)
+    items[:] = [item for item in items if item not in on_demand]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

@@ -71,6 +71,7 @@ def test_every_architecture_of_sglang_is_in_the_table():
 def test_what_heads_ask_of_a_target_is_there():
     """SGLang calls these while it starts, and would end in a traceback."""
     able = {name for name in TARGETS if hasattr(registered()[name], "get_embed_and_head")}
+    able.remove("OPTForCausalLM")  # asks its model for a field that it does not have
     assert able == EAGLE_TARGETS
     able &= {name for name in TARGETS if hasattr(registered()[name], "set_eagle3_layers_to_capture")}
     assert able == EAGLE3_TARGETS
@@ -90,7 +91,7 @@ def test_what_sglang_makes_of_a_draft_is_known(tmp_path):
 
 def test_every_served_architecture_has_a_tiny_model():
     assert set(tiny_architectures.TINY) & declared() == TARGETS
-    assert set(tiny_architectures.ON_A_GPU) <= set(architectures.REFUSED)
+    assert set(tiny_architectures.UNSEEN) <= set(architectures.REFUSED)
 
 
 def launch(monkeypatch, folder: Path, name: str, *, change=None, draft=None, **arguments) -> str:
@@ -342,6 +343,7 @@ ROADS = {"alone": TARGETS, "STANDALONE": TARGETS, "EAGLE3": EAGLE3_TARGETS, "EAG
 
 
 @pytest.mark.architectures
+@pytest.mark.server
 @pytest.mark.parametrize(("road", "name"), [(road, name) for road in ROADS for name in sorted(ROADS[road])])
 def test_each_is_served_on_every_road(forking, stocks, tmp_path, name, road):
     model = tiny_architectures.make(tmp_path, name)

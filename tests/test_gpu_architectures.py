@@ -44,12 +44,12 @@ def margins(answer: dict) -> list[float]:
     return [best[0] - second[0] for best, second in answer["meta_info"]["output_top_logprobs"]]
 
 
-@pytest.mark.parametrize("name", [*SERVED, *tiny_architectures.ON_A_GPU])
+@pytest.mark.parametrize("name", [*SERVED, *tiny_architectures.UNSEEN])
 def test_full_budget_is_stock_but_for_near_ties(tmp_path, name):
     """Up to the first token whose two best logits are as near as another order of summation decides."""
     model = tiny_architectures.make(tmp_path, name)
     module = "tests.unseen_architectures"
-    assert name in architectures.TARGETS or name in tiny_architectures.ON_A_GPU
+    assert name in architectures.TARGETS or name in tiny_architectures.UNSEEN
     with LocalServer(model, tmp_path / "stock.log", *COMMON, module=module) as server:
         stock = ask(server)
     args = ("--attention-backend", "sts", "--sts-config", SPARSE)

@@ -7,7 +7,7 @@ Worker processes import this file again when they are spawned.
 from sts_sglang.host import serves
 from tests import random_weights, tiny_architectures  # noqa: F401
 
-serves.TARGETS |= frozenset(tiny_architectures.ON_A_GPU)
+serves.TARGETS |= frozenset(tiny_architectures.UNSEEN)
 
 if __name__ == "__main__":
     import runpy

@@ -47,9 +47,8 @@ DENSE = _names(
     GraniteForCausalLM IQuestCoderForCausalLM InternLM2ForCausalLM InternLM3ForCausalLM LlamaForCausalLM
     MiMoForCausalLM MiniCPMForCausalLM Ministral3ForCausalLM MistralForCausalLM OPTForCausalLM
     Olmo2ForCausalLM OlmoForCausalLM OrionForCausalLM PersimmonForCausalLM Phi3ForCausalLM PhiForCausalLM
-    QWenLMHeadModel Qwen2ForCausalLM Qwen3ForCausalLM SolarForCausalLM StableLmForCausalLM
-    Starcoder2ForCausalLM TeleFLMForCausalLM TorchNativeLlamaForCausalLM TorchNativePhi3ForCausalLM
-    XverseForCausalLM
+    QWenLMHeadModel Qwen2ForCausalLM Qwen3ForCausalLM StableLmForCausalLM Starcoder2ForCausalLM
+    TeleFLMForCausalLM TorchNativeLlamaForCausalLM TorchNativePhi3ForCausalLM XverseForCausalLM
     """
 )
 # Mixtures of experts.
@@ -69,21 +68,20 @@ DRAFTED_BY_A_LAYER = _names(
     MiMoForCausalLM Qwen3MoeForCausalLM
     """
 )
-# Whose embeddings and logits a head of EAGLE can share (get_embed_and_head in SGLang's class of it).
+# Whose embeddings and logits a head of EAGLE can share (get_embed_and_head in SGLang's class; OPT's fails).
 EAGLE_TARGETS = _names(
     """
     ApertusForCausalLM BailingMoEForCausalLM BailingMoeForCausalLM BailingMoeV2ForCausalLM
     Ernie4_5_ForCausalLM Ernie4_5_MoeForCausalLM Glm4ForCausalLM Glm4MoeForCausalLM HYV3ForCausalLM
     IQuestCoderForCausalLM InternLM3ForCausalLM LlamaForCausalLM MiMoForCausalLM MiniMaxM2ForCausalLM
-    Ministral3ForCausalLM MistralForCausalLM OPTForCausalLM Phi3ForCausalLM Qwen2ForCausalLM
-    Qwen3ForCausalLM Qwen3MoeForCausalLM SarvamMoEForCausalLM TeleFLMForCausalLM
+    Ministral3ForCausalLM MistralForCausalLM Phi3ForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM
+    Qwen3MoeForCausalLM SarvamMoEForCausalLM TeleFLMForCausalLM
     """
 )
 # And hand hidden states of single layers to one of EAGLE-3 (set_eagle3_layers_to_capture).
 EAGLE3_TARGETS = EAGLE_TARGETS - _names(
     """
     Ernie4_5_ForCausalLM Ernie4_5_MoeForCausalLM Glm4ForCausalLM HYV3ForCausalLM MiMoForCausalLM
-    OPTForCausalLM
     """
 )
 
@@ -184,9 +182,9 @@ _REASONS = {
     "another library's model, which says nothing of its attention": """
     MindSporeForCausalLM TransformersForCausalLM TransformersMoEForCausalLM
     """,
-    "not seen running: a CPU cannot, or nobody has tried": """
+    "not seen running: SGLang cannot on a CPU, or in one release at all, or nobody has tried": """
     DbrxForCausalLM DeepseekForCausalLM HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM
-    K2HorizonForCausalLM XllmForCausalLM XverseMoeForCausalLM
+    K2HorizonForCausalLM SolarForCausalLM XllmForCausalLM XverseMoeForCausalLM
     """,
 }
 REFUSED = {name: why for why, names in _REASONS.items() for name in _names(names)}
