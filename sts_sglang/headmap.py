@@ -24,6 +24,7 @@ MAX_SOURCES = (
     64  # draft heads of one target head, repetitions counted; a map of every draft head may have more
 )
 MAX_TEXTS = 1024
+RANKS = (1, 2, 4, 8)  # tensor-parallel launches that are served
 LATEST = "latest"  # in place of sources: the head selects the last tokens, whatever the draft says
 POOLS = ("max", "mean")
 MAX_SHARE = 1000.0
@@ -62,6 +63,15 @@ class HeadCounts(NamedTuple):
         """What one of so many tensor-parallel ranks has; several have the same KV head where there are fewer
         of them (sglang.srt.layers.linear.QKVParallelLinear)."""
         return HeadCounts(self.layers, self.q_heads // ranks, max(1, self.kv_heads // ranks))
+
+    def ranks_of(self, kv_head: int, ranks: int) -> range:
+        """Those of so many ranks that have this KV head: one, or several where there are fewer heads."""
+        first = kv_head * ranks // self.kv_heads
+        return range(first, first + max(1, ranks // self.kv_heads))
+
+    def shared_evenly(self, ranks: int) -> bool:
+        """Whether so many ranks can share the heads out."""
+        return not (self.q_heads % ranks or (self.kv_heads % ranks and ranks % self.kv_heads))
 
 
 class ModelPaths(NamedTuple):
@@ -399,11 +409,9 @@ def foreign(
     group = draft.q_heads // tp
     for t, layer in enumerate(sources):
         for h, heads in enumerate(layer):
-            own = {rank for rank in range(tp) if rank * target.kv_heads // tp == h} or {
-                h * tp // target.kv_heads
-            }
-            if heads and {q // group for _, q in heads} != own:
-                named = " and ".join(f"[{rank * group}..{(rank + 1) * group - 1}]" for rank in sorted(own))
+            own = target.ranks_of(h, tp)
+            if heads and {q // group for _, q in heads} != set(own):
+                named = " and ".join(f"[{rank * group}..{(rank + 1) * group - 1}]" for rank in own)
                 problem = f"got draft heads {_short(sorted({q for _, q in heads}))} with tp {tp}"
                 return f"sources[{t}][{h}]", problem, f"heads of {named}, which the ranks of this head have"
     return None

@@ -146,6 +146,11 @@ def test_pages_are_scored_as_the_server_scores_them(t):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_a_list_has_what_is_forced_then_the_highest_and_of_equal_ones_the_later():
+    scores = torch.tensor([[9.0, 1.0, 1.0, 3.0, 1.0, 0.0, 0.0], [0.0, 1.0, 2.0, 3.0, 4.0, 9.0, 9.0]])
+    assert alone._places(scores, 1, 2).tolist() == [[3, 7, 6, 4, 5, 3, 3], [3, 7, 6, 5, 4, 3, 3]]
+
+
 WAYS = ("sink + recent only", "pages, equal budgets", "pages, split budget", "best tokens, equal budgets")
 ALONE = StsConfig(selector="pages", keep=0.4, budget=0, sink=2, recent=8)
 
@@ -334,6 +339,48 @@ def test_the_band_limits_the_draft_layers():
     head_map = search.best_map(windows, target, draft, 1).head_map
     for t, layer in enumerate(head_map.sources):
         assert all(abs(d - t) <= 1 for heads in layer for d, _ in heads)
+
+
+@pytest.mark.parametrize(("kv_heads", "tp"), [(4, 1), (4, 2), (2, 4)])  # in the last, ranks share heads
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_a_head_listens_to_the_draft_heads_of_its_own_ranks(kv_heads, tp, pool):
+    """Every head follows a draft head of the last rank, which only the last heads may listen to."""
+    target, draft = HeadCounts(2, 8, kv_heads), HeadCounts(2, 8, 2)
+    speakers = [8 * layer + 7 for layer in range(2) for _ in range(kv_heads)]
+    windows = search.windows_of([recorded(*planted(9, target, draft, speakers))], CONFIG)
+    found = search.best_map(windows, target, draft, None, 4, (pool,), tp)
+    sources = found.head_map.sources
+    assert headmap.foreign(sources, target, draft, tp) is None
+    own = [(layer, 7) in heads for layer, of_layer in enumerate(sources) for heads in of_layer]
+    of_last_rank = {1: range(4), 2: (2, 3), 4: (1,)}[tp]
+    assert own == [h in of_last_rank for _ in range(2) for h in range(kv_heads)]
+    assert all(len(heads) <= 4 for of_layer in sources for heads in of_layer)
+    if tp > 1:
+        free = search.best_map(windows, target, draft, None, 4, (pool,)).head_map.sources
+        assert headmap.foreign(free, target, draft, tp)[0] == "sources[0][0]"
+
+
+@pytest.mark.parametrize("draft", ["draft", None])
+def test_a_map_is_of_so_many_ranks(pair, tmp_path, draft):
+    code, out = run(pair, tmp_path, draft, "--keep", "0.4", "--tp", "2")
+    counts = counts_of(pair)
+    given = (counts[0], draft and counts[1])
+    assert code == 0 and json.loads(out.read_text())["tp"] == 2
+    head_map = headmap.load(str(out), *given, tp=2)
+    assert bool(draft) == any(heads for layer in head_map.sources for heads in layer)
+    with pytest.raises(ConfigError, match=r"head_map\.tp: got 2; allowed: 1"):
+        headmap.load(str(out), *given)
+
+
+@pytest.mark.parametrize("draft", ["draft", None])
+@pytest.mark.parametrize(("tp", "said"), [("8", "--tp 8: --model has 4 query and 2 KV heads"), ("3", "--tp")])
+def test_ranks_that_cannot_share_the_heads_are_refused(pair, tmp_path, capsys, draft, tp, said):
+    try:
+        code, out = run(pair, tmp_path, draft, "--keep", "0.4", "--tp", tp)
+    except SystemExit as error:
+        code, out = error.code, tmp_path / "map.json"
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert code == 2 and not out.exists() and len(errors) == 1 and said in errors[0]
 
 
 def test_a_head_that_follows_two_gets_both_and_not_more_than_allowed():

@@ -83,6 +83,17 @@ def test_a_map_says_its_ranks_and_is_refused_with_others(tmp_path) -> None:
             load(path, *counts, tp=tp)
 
 
+@pytest.mark.parametrize(("target", "draft", "tp"), PAIRS)
+def test_the_ranks_of_a_head_are_those_that_number_it(target, draft, tp) -> None:
+    found = [[rank for rank in range(tp) if rank in target.ranks_of(h, tp)] for h in range(target.kv_heads)]
+    own = target.of_rank(tp).kv_heads
+    firsts = [rank * target.kv_heads // tp for rank in range(tp)]
+    assert found == [
+        [r for r, first in enumerate(firsts) if first <= h < first + own] for h in range(target.kv_heads)
+    ]
+    assert target.shared_evenly(tp) and not target.shared_evenly(7)
+
+
 @pytest.mark.parametrize(
     ("tp", "sources", "named"),
     [

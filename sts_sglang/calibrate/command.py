@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sts_sglang import files
 from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig, one_line
-from sts_sglang.headmap import LATEST, MAP_SHIFT, MAP_VERSION, MAX_SOURCES, POOLS, SETTINGS
+from sts_sglang.headmap import LATEST, MAP_SHIFT, MAP_VERSION, MAX_SOURCES, POOLS, RANKS, SETTINGS
 
 if TYPE_CHECKING:
     from sts_sglang.calibrate.record import Record
+    from sts_sglang.headmap import HeadCounts
 
 TEXTS = Path(__file__).parent.parent / "texts"
 DOMAINS = ("prose", "code", "dialogue", "recall")
@@ -115,6 +116,13 @@ def add(commands) -> None:
         metavar="R",
         help="keep target layers dense whose mean recall on the texts is below R, 0 to 1 (with a draft)",
     )
+    flag(
+        "--tp",
+        type=int,
+        choices=RANKS,
+        default=1,
+        help="ranks of the launch, its --tp-size (default 1): a head listens to draft heads of its own rank",
+    )
     flag("--report", metavar="FILE", help="write the raw numbers as JSON")
     flag(
         "--plot",
@@ -174,6 +182,7 @@ def _calibrate_pair(args, config: StsConfig, texts: list[Text], holdout: list[Te
 
     # Checks the files; and a model of the hub is here only after it was loaded.
     pair = Pair(args.model, args.draft, args.device, args.dtype)
+    _check_ranks(args.tp, {"--model": pair.target_counts, "--draft": pair.draft_counts})
     prints = _fingerprints({"target": ("--model", args.model), "draft": ("--draft", args.draft)})
     recorded = _record(pair, args, texts, "--text", args.measure == "output")
     held = _record(pair, args, holdout, "--holdout")
@@ -193,6 +202,7 @@ def _calibrate_alone(args, config: StsConfig, texts: list[Text], holdout: list[T
 
     target = Target(args.model, args.device, args.dtype)
     target.check_pages()
+    _check_ranks(args.tp, {"--model": target.target_counts})
     prints = _fingerprints({"target": ("--model", args.model)})
     found, held = (
         [
@@ -214,6 +224,16 @@ def _calibrate_alone(args, config: StsConfig, texts: list[Text], holdout: list[T
         _write("--report", args.report, report)
     if args.plot:
         reports.plot_shares(args.plot, report, f"shares of the budget at keep {args.keep:g}")
+
+
+def _check_ranks(tp: int, models: dict[str, HeadCounts]) -> None:
+    for flag, counts in models.items():
+        if not counts.shared_evenly(tp):
+            fitting = " | ".join(str(ranks) for ranks in RANKS if counts.shared_evenly(ranks))
+            raise ConfigError(
+                f"--tp {tp}: {flag} has {counts.q_heads} query and {counts.kv_heads} KV heads, which so many "
+                f"ranks cannot share evenly; allowed: {fitting}"
+            )
 
 
 def _fingerprints(models: dict[str, tuple[str, str]]) -> dict[str, dict[str, str]]:
@@ -266,7 +286,7 @@ def measure(pair, args, config, recorded: list[Recorded], held: list[Recorded]):
 
     def find(windows):
         pools = POOLS if args.pool == "auto" else (args.pool,)
-        return search.best_map(windows, target, draft, args.band, args.heads, pools)
+        return search.best_map(windows, target, draft, args.band, args.heads, pools, args.tp)
 
     _say("searching")
     windows = windows_to_find_by(records)
@@ -404,7 +424,7 @@ def _made_of(args, target, prints, texts: list[Text], ids: list[list[int]], sett
     """What a map says of how it was made, by the names of these settings."""
     return {
         "version": MAP_VERSION,
-        "tp": 1,
+        "tp": args.tp,
         "target": target.target_counts._asdict(),
         "fingerprints": prints,
         "texts": [

@@ -150,10 +150,11 @@ def best_map(
     band: int | None = None,
     heads: int = 6,
     pools: Sequence[str] = POOLS,
+    tp: int = 1,
 ) -> Calibrated:
     """The map whose pool has the highest recall on these windows."""
     found = [
-        search(windows, score(windows, target, pool), target, draft, band, heads, pool) for pool in pools
+        search(windows, score(windows, target, pool), target, draft, band, heads, pool, tp) for pool in pools
     ]
     return max(found, key=lambda f: float(f.recall.mean()))
 
@@ -166,14 +167,18 @@ def search(
     band: int | None,
     heads: int,
     pool: str = "max",
+    tp: int = 1,
 ) -> Calibrated:
     """For each target head, what greedy forward selection over the best candidates gives, at most `heads`.
 
     Under the mean a head may be taken again, to weigh more. A head that the latest tokens serve better, in
     every domain, gets no sources: where they are better on average only, what they lose is what is far away.
 
-    `band`: how far a draft layer may lie from the proportional one, None for all layers.
+    `band`: how far a draft layer may lie from the proportional one, None for all layers. `tp`: ranks of the
+    launch; a head can listen to the draft heads of its own rank. One that several ranks have gets some of
+    each, and is judged by all of them, although each rank selects by its own.
     """
+    rank_of = torch.arange(draft.layers * draft.q_heads) % draft.q_heads // (draft.q_heads // tp)
     sources: list[list[tuple[Source, ...]]] = []
     recall = torch.zeros(target.layers, target.kv_heads)
     spared: list[tuple[float, int, int, tuple[Source, ...]]] = []
@@ -185,11 +190,13 @@ def search(
         shares = [window.shares(_rows(layer, target)) for window in windows]
         sources.append([])
         for h in range(target.kv_heads):
-            ranked = scores.recall[layer * target.kv_heads + h].masked_fill(~allowed, -1)
-            ranked = ranked.argsort(descending=True, stable=True)
-            ranked = ranked[: min(SHORTLIST, int(allowed.sum()))].sort().values.tolist()
-            picks, held = _forward(windows, [s[h] for s in shares], ranked, heads, pool)
-            own = tuple(sorted(divmod(c, draft.q_heads) for c in picks))
+            row, ranks = scores.recall[layer * target.kv_heads + h], target.ranks_of(h, tp)
+            most, found = max(1, heads // len(ranks)), []
+            for rank in ranks:
+                ranked = _shortlist(row, allowed & (rank_of == rank))
+                found.append(_forward(windows, [s[h] for s in shares], ranked, most, pool))
+            own = tuple(sorted(divmod(c, draft.q_heads) for picks, _ in found for c in picks))
+            held = torch.stack([recalls for _, recalls in found]).mean(0)
             latest = torch.stack([window.latest(s[h]) for window, s in zip(windows, shares, strict=True)])
             if min(by_domain(windows, latest - held).values()) > LEAST_GAIN:
                 spared.append((float((latest - held).mean()), layer, h, own))
@@ -202,6 +209,12 @@ def search(
         recall[layer, h] -= gain
     head_map = HeadMap(tuple(map(tuple, sources)), "calibrated", pool)
     return Calibrated(head_map, recall, scores)
+
+
+def _shortlist(recall: torch.Tensor, allowed: torch.Tensor) -> list[int]:
+    """The best candidates of those allowed, in order of their numbers."""
+    ranked = recall.masked_fill(~allowed, -1).argsort(descending=True, stable=True)
+    return ranked[: min(SHORTLIST, int(allowed.sum()))].sort().values.tolist()
 
 
 class Sample(Protocol):

@@ -83,13 +83,12 @@ class _Rule(NamedTuple):
     drafted: bool | None = None
 
 
-RANKS = (1, 2, 4, 8)
 _ONE_PROCESS = "one process must see all layers of a request, and all its tokens"
 _DTYPE = "KV must have the model's dtype"
 _OTHER_LAYOUT = "it reads KV as [slot, head, dim]"
 _ROADS = "this cache may bring a prefix back without the draft's KV, or without a word of the slots it takes"
 _ALL_RULES = (
-    _Rule("tp_size", RANKS, "the heads of a model are shared out among so many"),
+    _Rule("tp_size", headmap.RANKS, "the heads of a model are shared out among so many"),
     *(
         _Rule(field, (1,), _ONE_PROCESS)
         for field in (
@@ -610,11 +609,10 @@ def _check_kv_dtype(server_args: ServerArgs, target: ModelConfig, draft: ModelCo
 def _check_heads(ranks: int, target: ModelConfig, draft: ModelConfig | None) -> None:
     """Whether the heads can be shared out; of KV heads there may be fewer than ranks."""
     for flag, model in (("--model-path", target), ("--speculative-draft-model-path", draft)):
-        heads = () if model is None else (model.num_attention_heads, model.num_key_value_heads)
-        if heads and (heads[0] % ranks or (heads[1] % ranks and ranks % heads[1])):
+        if model is not None and not (counts := views.model(model).counts).shared_evenly(ranks):
             raise Refusal(
-                f"--tp-size {ranks}: {flag} has {heads[0]} query and {heads[1]} KV heads, which so many "
-                "ranks cannot share evenly; use --tp-size 1 or another divisor of them"
+                f"--tp-size {ranks}: {flag} has {counts.q_heads} query and {counts.kv_heads} KV heads, which so "
+                "many ranks cannot share evenly; use --tp-size 1 or another divisor of them"
             )
 
 
