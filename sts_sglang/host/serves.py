@@ -611,8 +611,8 @@ def _check_heads(ranks: int, target: ModelConfig, draft: ModelConfig | None) -> 
     for flag, model in (("--model-path", target), ("--speculative-draft-model-path", draft)):
         if model is not None and not (counts := views.model(model).counts).shared_evenly(ranks):
             raise Refusal(
-                f"--tp-size {ranks}: {flag} has {counts.q_heads} query and {counts.kv_heads} KV heads, which so "
-                "many ranks cannot share evenly; use --tp-size 1 or another divisor of them"
+                f"--tp-size {ranks}: {flag} has {counts.q_heads} query and {counts.kv_heads} KV heads, which "
+                "so many ranks cannot share evenly; use --tp-size 1 or another divisor of them"
             )
 
 
