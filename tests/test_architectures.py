@@ -222,10 +222,10 @@ def test_layers_that_are_not_what_was_read_end_the_launch(otherwise, problem):
     """Another package may put its own model in the place of SGLang's."""
     with pytest.raises(RuntimeError, match=f"^STS: .*{problem}"):
         bind._attention_of(*loaded({}, otherwise))
-    runner, known = loaded({}, {})
+    runner, *known = loaded({}, {})
     list(runner.model)[1].xai_temperature_len = 1024
     with pytest.raises(RuntimeError, match="layer 1 of the target has a temperature by position"):
-        bind._attention_of(runner, known)
+        bind._attention_of(runner, *known)
 
 
 PAGE = (Path(__file__).parents[1] / "docs" / "limits.md").read_text()

@@ -211,17 +211,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2ForCausalLM": ("qwen2", {"use_sliding_window": False}),
     "Qwen3ForCausalLM": ("qwen3", {"use_sliding_window": False}),
     "Qwen3MoeForCausalLM": ("qwen3_moe", {**EXPERTS, "decoder_sparse_step": 1, "use_sliding_window": False}),
-    "SarvamMoEForCausalLM": (
-        "sarvam_moe",
-        {
-            "embedding_dropout": 0.0,
-            **SHARED,
-            "use_qk_norm": True,
-            "n_group": 1,
-            "topk_group": 1,
-            "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-        },
-    ),
+    "SarvamMoEForCausalLM": ("sarvam_moe", {**BAILING, "use_qk_norm": True, "n_group": 1, "topk_group": 1}),
     "StableLmForCausalLM": (
         "stablelm",
         {"partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5, "use_qkv_bias": True},
