@@ -19,7 +19,7 @@ from sts_sglang.core.ranks import ALONE, Ranks
 from sts_sglang.headmap import HeadCounts, load, of_config, proportional
 from tests.oracle import Oracle, Rule
 from tests.server import Server, logged, random_ids
-from tests.test_serving import CHAIN, LEAK, SHAPES, TREE, Whole, logs, pair, reference, scenario  # noqa: F401
+from tests.test_serving import LEAK, SHAPES, TREE, Whole, logs, pair, reference, scenario  # noqa: F401
 
 torch.set_num_threads(1)
 
@@ -159,9 +159,7 @@ def check_whole(server: Server, traces: list) -> None:
 
 
 @pytest.mark.server
-@pytest.mark.parametrize(
-    ("algorithm", "model", "shape"), [("STANDALONE", "draft", TREE), ("EAGLE3", "eagle3", CHAIN)]
-)
+@pytest.mark.parametrize(("algorithm", "model", "shape"), [("STANDALONE", "draft", TREE)])
 def test_two_ranks_draft_and_verify_as_one(pair, logs, reference, algorithm, model, shape):  # noqa: F811
     config = {"keep": 0.1, "budget": 0, "sink": 2, "recent": 8}
     rule, oracle = Rule(keep=0.1, sink=2, recent=8, **SHAPES[shape]), Oracle(pair["target"], pair[model])
