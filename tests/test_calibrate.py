@@ -181,7 +181,7 @@ def test_the_budget_of_a_target_alone_goes_to_the_head_that_loses_by_every_page(
     assert error["best tokens, equal budgets"] <= error["pages, equal budgets"] < error["sink + recent only"]
     assert error["pages, split budget"] < error["pages, equal budgets"]
     assert report["error_by_domain"]["pages, split budget"] == {"c": error["pages, split budget"]}
-    assert report["list_share"]["pages, split budget"] == pytest.approx(0.4, abs=0.01)
+    assert report["list_share"] == pytest.approx(0.4, abs=0.01)
     # Of 480 tokens 192, which are 12 of the 30 pages, all of them alike to the first head.
     assert error["pages, equal budgets"] == pytest.approx((1 - 12 / 30) / 2, abs=0.01)
 
@@ -358,6 +358,17 @@ def test_a_head_listens_to_the_draft_heads_of_its_own_ranks(kv_heads, tp, pool):
     if tp > 1:
         free = search.best_map(windows, target, draft, None, 4, (pool,)).head_map.sources
         assert headmap.foreign(free, target, draft, tp)[0] == "sources[0][0]"
+
+
+def test_the_ranks_of_a_shared_head_have_as_many_draft_heads_as_one_may_have():
+    """It follows them all, so that every further one helps."""
+    target, draft = HeadCounts(1, 4, 2), HeadCounts(2, 8, 2)
+    scores, mass, _ = planted(11, target, draft, [0, 1])
+    for score, own in zip(scores, mass, strict=True):
+        own[:] = score.sum(0)
+    windows = search.windows_of([recorded(scores, mass)], CONFIG)
+    sources = search.best_map(windows, target, draft, None, 4, ("mean",), 4).head_map.sources
+    assert [len(heads) for heads in sources[0]] == [4, 4]
 
 
 @pytest.mark.parametrize("draft", ["draft", None])
@@ -653,7 +664,7 @@ def test_the_table_says_when_a_split_is_worth_nothing():
         "shares": [[1.0, 1.0]],
         "error": dict(zip(WAYS, (0.004, 0.002, 0.003, 0.001), strict=True)),
         "error_by_domain": {name: {"x": 0.1} for name in WAYS},
-        "list_share": {},
+        "list_share": 0.1,
     }
     assert "no better than none" in reports.table_alone(report)
     report["error"]["pages, split budget"] = 0.001

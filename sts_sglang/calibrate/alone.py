@@ -60,17 +60,18 @@ def measure(
 
     lost = _errors(target, texts, [Ways(reach, by_part)], len(parts), say)
     lost = search.over_domains(texts, lost)
-    equal = undrafted(counts)
-    split = HeadMap(equal.sources, "split", shares=search.split_shares(lost, parts, config.keep))
+    shares = search.split_shares(lost, parts, config.keep)
+    split = HeadMap(undrafted(counts).sources, "split", shares=shares)
     say("checking on held-out texts")
-    served = {t: [served_lengths(m, t, config) for m in (equal, split)] for text in held for t in text.steps}
+    # In short contexts heads of small shares have more than those; equal budgets are as much in all.
+    served = {t: served_lengths(split, t, config) for text in held for t in text.steps}
+    equal = {t: lengths.double().mean().ceil().long() for t, lengths in served.items()}
 
     def of_maps(t: int, layer: int) -> torch.Tensor:
-        return torch.stack([lengths[layer] for lengths in served[t]], 1)
+        return torch.stack([equal[t].expand(counts.kv_heads), served[t][layer]], 1)
 
     def of_tokens(t: int, layer: int) -> torch.Tensor:
-        forced = torch.full((counts.kv_heads,), config.sink + config.recent)
-        return torch.stack([forced, served[t][0][layer]], 1)
+        return torch.stack([torch.tensor(config.sink + config.recent), equal[t]]).expand(counts.kv_heads, -1)
 
     names = (
         "pages, equal budgets",
@@ -84,10 +85,7 @@ def measure(
         "shares": split.shares,
         "error": dict(zip(names, search.over_domains(held, errors).tolist(), strict=True)),
         "error_by_domain": {name: search.by_domain(held, errors[:, i]) for i, name in enumerate(names)},
-        "list_share": {
-            name: _mean(float(lengths[i].double().mean()) / t for t, lengths in served.items())
-            for i, name in enumerate(names[:2])
-        },
+        "list_share": _mean(float(lengths.double().mean()) / t for t, lengths in served.items()),
         "parts": parts,
         "error_by_part": lost.tolist(),
     }

@@ -67,14 +67,13 @@ def table_alone(report: dict[str, Any]) -> str:
     domains = list(report["error_by_domain"][order[0]])
     lines = [
         "squared error of the output of attention on held-out texts, in thousandths of the residual's square",
-        " " * 30 + "lists    mean" + "".join(f"{name[:10]:>11}" for name in domains),
+        " " * 31 + "mean" + "".join(f"{name[:10]:>11}" for name in domains),
     ]
     for name in (*order, "best tokens, equal budgets"):
-        part = report["list_share"].get(name)
-        shown = f"{part:7.1%}" if part is not None else " " * 7
         by_domain = report["error_by_domain"][name].values()
         errors = "".join(f"{1e3 * value:9.4f}  " for value in (error[name], *by_domain))
-        lines += [f"  {name:<26}{shown}{errors}".rstrip()]
+        lines += [f"  {name:<26}{errors}".rstrip()]
+    lines += [f"lists are {report['list_share']:.1%} of the context, with either budget"]
     equal, split = error[order[1]], error[order[2]]
     if equal > 0:
         lines += [f"of the error with equal budgets, the split takes away {1 - split / equal:.1%}"]
