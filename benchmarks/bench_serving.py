@@ -41,6 +41,7 @@ from benchmarks import dummy_models
 from benchmarks.harness import check_arms, commit, end_orderly_when_terminated
 from benchmarks.serving_arms import ARMS_OF, DUMMY_DRAFTS, arm_args, check_kept, launched
 from sts_sglang.evaluate.pair import NONE
+from sts_sglang.headmap import RANKS
 from sts_sglang.tools.local_server import LocalServer, sparse_between
 
 
@@ -167,7 +168,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--tp",
         type=int,
-        choices=(1, 2, 4, 8),
+        choices=RANKS,
         default=1,
         help="GPUs that share the heads, in every arm (%(default)s)",
     )

@@ -16,6 +16,7 @@ from sts_sglang.core.ranks import ALONE, Ranks
 from sts_sglang.core.request import Request
 from sts_sglang.core.round import Cache, Draft, KvPools, RoundState
 from sts_sglang.core.selectors.base import LayerCall, Selector
+from sts_sglang.core.sizes import parted
 from sts_sglang.core.sketches import Sketches
 from sts_sglang.core.verifier import Verifier
 from sts_sglang.headmap import HeadMap
@@ -143,7 +144,7 @@ class Runtime:
         """How draft steps that attend to everything part their work, alike in every layer: as many requests
         at a time as there is scratch for (`sizes.SCRATCH`)."""
         bs, most, width = lens.numel(), self.state.at_once, self.cache.table.shape[1]
-        some = [slice(first, min(first + most, bs)) for first in range(0, bs, most)]
+        some = parted(bs, most)
         plan = self.ops.plan_contexts
         return [Share(few, plan(lens[few], kv_heads=self.draft.kv_heads, max_context=width)) for few in some]
 

@@ -82,6 +82,11 @@ def at_once(context: int, kv_heads: int, rows: int) -> int:
     return max(1, SCRATCH // scratch_bytes(context, kv_heads, rows))
 
 
+def parted(requests: int, most: int) -> list[slice]:
+    """A batch in neighbours, so many at a time."""
+    return [slice(first, min(first + most, requests)) for first in range(0, requests, most)]
+
+
 def history_bytes_per_token(channels: int, bytes_per_score: int = 2) -> int:
     """float16 a channel, or what the reference server has, and int64: who touched the slot, and when."""
     return bytes_per_score * channels + 8

@@ -33,7 +33,7 @@ from sts_sglang.core import sketches
 from sts_sglang.core.round import RoundState
 from sts_sglang.core.selectors.base import HeadLists, LayerCall, Scored, list_bytes
 from sts_sglang.core.selectors.draft import DraftSelector
-from sts_sglang.core.sizes import SCRATCH, Capacity, Need
+from sts_sglang.core.sizes import SCRATCH, Capacity, Need, parted
 from sts_sglang.core.sketches import Sketches
 from sts_sglang.core.verifier import TargetShape
 
@@ -111,8 +111,7 @@ class PageScores:
         """Alike in all layers of a step: as many requests at a time as there is scratch for."""
         kv_heads = self.kv_heads
         most = at_once(self.columns, kv_heads, rows)
-        some = [slice(first, min(first + most, bs)) for first in range(0, bs, most)]
-        parts = [(few, self._sizes.some(few)) for few in some]
+        parts = [(few, self._sizes.some(few)) for few in parted(bs, most)]
         return [Share(few, own, self.ops.plan_pages(own, kv_heads=kv_heads)) for few, own in parts]
 
     def last(self, layer: int, place: int, pages: int) -> torch.Tensor:
