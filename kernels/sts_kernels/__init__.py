@@ -14,6 +14,7 @@ import torch
 from sts_kernels.layout import (
     Carried,
     Contexts,
+    Directions,
     History,
     KvPool,
     Lists,
@@ -179,6 +180,33 @@ class Ops(Protocol):
         sink: int,
         recent: int,
     ) -> None: ...
+
+    def sketch_tokens(
+        self,
+        keys: torch.Tensor,
+        sketches: torch.Tensor,
+        directions: Directions,
+        contexts: Contexts,
+        before: torch.Tensor,
+        *,
+        most: int,
+    ) -> None: ...
+
+    def score_tokens(
+        self,
+        q: torch.Tensor,
+        sketches: torch.Tensor,
+        directions: Directions,
+        contexts: Contexts,
+        scores: Scores,
+        *,
+        scale: float,
+        pooling: Pooling,
+        plan: Plan | None = None,
+    ) -> None: ...
+
+    def plan_scores(self, contexts: Contexts, *, kv_heads: int) -> Plan | None:
+        """`plan_lists` for score_tokens, alike in all layers of a step; None where none is needed."""
 
     def plan_pages(self, sizes: PageSizes, *, kv_heads: int) -> Plan | None:
         """`plan_lists` for score_pages, alike in all layers of a step; None where none is needed."""

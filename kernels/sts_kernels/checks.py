@@ -12,6 +12,7 @@ from sts_kernels.layout import (
     PAGE,
     Carried,
     Contexts,
+    Directions,
     History,
     KvPool,
     Lists,
@@ -197,6 +198,56 @@ def check_page_scores(
     _check_distance(op, q)
     _check_sketches(op, sketches, kv_heads, q.shape[3])
     _check_pooling(op, pooling)
+
+
+def check_token_sketches(
+    keys: torch.Tensor,
+    sketches: torch.Tensor,
+    directions: Directions,
+    contexts: Contexts,
+    before: torch.Tensor,
+) -> None:
+    """Arguments of sketch_tokens."""
+    op, lens = "sketch_tokens", tuple(contexts.lens.shape)
+    expect(op, tuple(before.shape) == lens, f"before must be {lens} as lens are, got {tuple(before.shape)}")
+    ok = keys.dim() == 3 and keys.stride(2) == 1
+    expect(op, ok, f"keys must be [slots, H_kv, D] with stride 1 in D, got {tuple(keys.shape)}")
+    _check_directions(op, sketches, directions, keys.shape[1], keys.shape[2])
+    got = directions.onto.dtype
+    expect(op, got == keys.dtype, f"directions.onto must be {keys.dtype} as keys are, got {got}")
+
+
+def check_token_scores(
+    q: torch.Tensor, sketches: torch.Tensor, directions: Directions, scores: Scores, pooling: Pooling
+) -> None:
+    """Arguments of score_tokens."""
+    op = "score_tokens"
+    _check_importance(op, scores)
+    kv_heads, bs = scores.importance.shape[0], scores.starts.numel()
+    ok = q.dim() == 4 and q.shape[0] == bs and q.shape[2] % kv_heads == 0
+    expect(op, ok, f"q must be [{bs}, T, H_q, D] for {kv_heads} KV heads, got {tuple(q.shape)}")
+    _check_distance(op, q)
+    _check_directions(op, sketches, directions, kv_heads, q.shape[3])
+    _check_pooling(op, pooling)
+
+
+def _check_directions(
+    op: str, sketches: torch.Tensor, directions: Directions, kv_heads: int, dim: int
+) -> None:
+    """Of sketches int8 [slots, H_kv, R]."""
+    ok = sketches.dim() == 3 and sketches.shape[1] == kv_heads and sketches.dtype == torch.int8
+    got = f"{sketches.dtype} {tuple(sketches.shape)}"
+    expect(
+        op,
+        ok and sketches.is_contiguous(),
+        f"sketches must be contiguous int8 [slots, {kv_heads}, R], got {got}",
+    )
+    number = sketches.shape[2]
+    wanted = {"onto": (kv_heads, dim, number), "centre": (kv_heads, number), "back": (kv_heads, dim, number)}
+    for name, shape in wanted.items():
+        own = getattr(directions, name)
+        ok = tuple(own.shape) == shape and own.is_contiguous()
+        expect(op, ok, f"directions.{name} must be contiguous {shape}, got {tuple(own.shape)}")
 
 
 def check_page_lists(scores: Scores, sizes: PageSizes, lists: Lists, channels: torch.Tensor) -> None:

@@ -32,6 +32,9 @@ WHOLE = -1
 # Positions that share a sketch of their keys: page p of a request is its positions from PAGE * p on. A sketch
 # is as wide as two keys and lies in PAGE equal slices beside the keys, one a slot.
 PAGE = 16
+# A sketch of a token has as many values as a key's dimensions, divided by this: a byte each.
+SKETCHED = 4
+MOST_STEPS = 127  # of a value of a sketch, in int8, either way
 # In place of the slot that ends a slot's page: the slice that lies there belongs to none.
 NO_PAGE = -1
 
@@ -226,6 +229,19 @@ class PageSizes(NamedTuple):
         room = self.starts.numel() * self.known.shape[1]
         indices = torch.empty(room, dtype=torch.int32, device=self.starts.device)
         return Lists(indices, self.starts, self.pages[layer])
+
+
+class Directions(NamedTuple):
+    """What the keys of one layer are projected on, to be sketched token by token.
+
+    onto: [H_kv, D, R], orthonormal directions divided by their steps, in the dtype of keys. centre: float32
+    [H_kv, R], the mean of keys on them, in steps. back: [H_kv, D, R], the directions times their steps, which
+    a query is projected on.
+    """
+
+    onto: torch.Tensor
+    centre: torch.Tensor
+    back: torch.Tensor
 
 
 class History(NamedTuple):

@@ -122,7 +122,7 @@ def score_pages(
     )
     pieces = -(-width // KNOBS.pool_pages)
     programs = max(1, min(KNOBS.pool_programs // (bs * kv_heads), pieces))
-    _pool_pages_kernel[(kv_heads, bs, programs)](
+    pool_logits_kernel[(kv_heads, bs, programs)](
         logits,
         stats,
         sizes.known,
@@ -238,13 +238,13 @@ def _score_kernel(
 
 
 @triton.jit
-def _pool_pages_kernel(
-    logits_ptr,  # float32 [H_kv, columns, T * GROUP]
+def pool_logits_kernel(
+    logits_ptr,  # float32 or float16 [H_kv, columns, T * GROUP]
     stats_ptr,  # float32 [H_kv, work, ROWS, 2]
-    known_ptr,  # uint8 [bs, width]
+    known_ptr,  # uint8 [bs, width], None: all of them are
     ends_ptr,  # int32 [bs + 1]
     importance_ptr,  # float16 [H_kv, columns]
-    lens_ptr,  # int [bs], pages
+    lens_ptr,  # int [bs], pages, or whatever has the logits
     column_ptr,  # int64 [bs], first columns
     columns,
     stride_channel,
@@ -284,13 +284,16 @@ def _pool_pages_kernel(
     for block in range(program * BLOCK, pages_end, PROGRAMS * BLOCK):
         pages = block + tl.arange(0, BLOCK)
         in_request = pages < pages_end
-        known = tl.load(known_ptr + b.to(tl.int64) * width + pages, mask=in_request, other=0) != 0
         line = (h.to(tl.int64) * columns + column + pages) * (T * GROUP)
         mask = in_request[:, None, None] & there[None, :, :]
         s = tl.load(logits_ptr + line[:, None, None] + row[None, :, :], mask=mask, other=float("-inf"))
+        s = s.to(tl.float32)
         p = tl.where(mask, tl.exp2(s - lse[None, :, :]), 0.0)  # [BLOCK, T, GROUP]
         p = tl.sum(p, 2) / GROUP if MEAN_HEADS else tl.max(p, 2)
         p = tl.sum(p, 1) if MEAN_ROWS else tl.max(p, 1)
-        p = tl.where(known, p * factor, float("nan")).to(tl.float16)
+        p = p * factor
+        if known_ptr is not None:
+            known = tl.load(known_ptr + b.to(tl.int64) * width + pages, mask=in_request, other=0) != 0
+            p = tl.where(known, p, float("nan"))
         row_ptr = importance_ptr + h.to(tl.int64) * stride_channel + column
-        tl.store(row_ptr + pages, p, mask=in_request)
+        tl.store(row_ptr + pages, p.to(tl.float16), mask=in_request)

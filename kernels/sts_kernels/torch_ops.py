@@ -27,9 +27,12 @@ from sts_kernels.checks import (
     check_sketches,
     check_spread,
     check_tags,
+    check_token_scores,
+    check_token_sketches,
 )
 from sts_kernels.layout import (
     IMPORTANCE_SCALE,
+    MOST_STEPS,
     NO_PAGE,
     PAGE,
     SHIFT,
@@ -38,6 +41,7 @@ from sts_kernels.layout import (
     Carried,
     Contexts,
     Count,
+    Directions,
     History,
     KvPool,
     Lists,
@@ -581,6 +585,91 @@ def score_pages(
         found = torch.full((kv_heads, pages), torch.nan, device=q.device)
         found[:, known] = pooled * IMPORTANCE_SCALE
         scores.importance[:, starts[b] : starts[b] + pages] = found.to(scores.importance.dtype)
+
+
+def sketch_tokens(
+    keys: torch.Tensor,
+    sketches: torch.Tensor,
+    directions: Directions,
+    contexts: Contexts,
+    before: torch.Tensor,
+    *,
+    most: int,
+) -> None:
+    """Write the sketches of one layer of the tokens that a forward has written, once their keys are there.
+
+    A sketch is a key on R directions, from the mean of keys on them, in whole steps of each. Keys differ
+    from each other in few directions, so that a quarter of the dimensions, a byte each, tells which of them
+    a query wants (the low-rank keys of Loki, arXiv 2406.02542).
+
+    Args:
+        keys: [slots, H_kv, D] of the layer.
+        sketches: int8 [slots, H_kv, R], written at the slots of positions [before, lens) of every request.
+            What is more than MOST_STEPS away becomes that. Row 0 of the table writes nothing.
+        directions: of this layer.
+        contexts: lens are the lengths after the forward.
+        before: int [bs], the first position that is written.
+        most: positions that a request writes at most, about; the work is parted by it.
+
+    Raises:
+        ValueError: a dtype or shape is not the one above.
+    """
+    check_token_sketches(keys, sketches, directions, contexts, before)
+    for b, req, length in _requests(contexts):
+        if req > 0:
+            slots = contexts.table[req, int(before[b]) : length].long()
+            found = torch.einsum("lhd,hdr->lhr", keys[slots].float(), directions.onto.float())
+            found = torch.floor(found - directions.centre + 0.5)
+            sketches[slots] = found.clamp(-MOST_STEPS, MOST_STEPS).to(torch.int8)
+
+
+def plan_scores(contexts: Contexts, *, kv_heads: int) -> Plan | None:
+    """None: plain torch needs no plan of its work."""
+    return None
+
+
+def score_tokens(
+    q: torch.Tensor,
+    sketches: torch.Tensor,
+    directions: Directions,
+    contexts: Contexts,
+    scores: Scores,
+    *,
+    scale: float,
+    pooling: Pooling,
+    plan: Plan | None = None,
+) -> None:
+    """Importance of the tokens of one layer to its own queries, by their sketches.
+
+    A token's logit is the product of its sketch and the query on the same directions. A row's logits become
+    probabilities among the tokens of the context, which makes rows comparable; then they are pooled over the
+    rows and heads that share a KV head.
+
+    Args:
+        q: [bs, T, H_q, D] queries of the step. Heads are contiguous; tokens may lie apart, as in a slice of a
+            fused projection.
+        sketches: of this layer, as sketch_tokens left them. directions: of this layer.
+        contexts: whose tokens are scored; a request of length 0 is not.
+        scores: written, for position p at column start + p, a row for every KV head: [H_kv, columns], [bs].
+        scale: of the logits.
+        plan: of `plan_scores`.
+
+    Raises:
+        ValueError: shapes or strides do not fit each other, or pooling is not of "max" and "mean".
+    """
+    check_token_scores(q, sketches, directions, scores, pooling)
+    kv_heads, starts = sketches.shape[1], scores.starts.tolist()
+    for b, req, length in _requests(contexts):
+        if length == 0:
+            continue
+        own = sketches[contexts.table[req, :length].long()].float()  # [L, H_kv, R]
+        rows = q[b].float().unflatten(1, (kv_heads, -1))  # [T, H_kv, G, D]
+        rows = torch.einsum("thgd,hdr->thgr", rows, directions.back.float())
+        probs = torch.softmax(torch.einsum("thgr,lhr->thgl", rows, own) * scale, -1)
+        pooled = probs.amax(2) if pooling.heads == "max" else probs.mean(2)
+        pooled = pooled.amax(0) if pooling.rows == "max" else pooled.sum(0) / pooling.total_rows
+        found = (pooled * IMPORTANCE_SCALE).to(scores.importance.dtype)
+        scores.importance[:, starts[b] : starts[b] + length] = found
 
 
 def list_pages(

@@ -9,6 +9,7 @@ from sts_kernels.select import select_tokens
 from sts_kernels.sizes import size_lists
 from sts_kernels.split_kv import plan_lists
 from sts_kernels.spread import spread_importance
+from sts_kernels.tokens import plan_scores, score_tokens, sketch_tokens
 from sts_kernels.verify import plan_attention, sparse_attention
 
 __all__ = [
@@ -21,11 +22,14 @@ __all__ = [
     "plan_contexts",
     "plan_lists",
     "plan_pages",
+    "plan_scores",
     "score_pages",
+    "score_tokens",
     "select_tokens",
     "size_lists",
     "size_pages",
     "sketch_pages",
+    "sketch_tokens",
     "sparse_attention",
     "spread_importance",
     "tag_pages",

@@ -1,0 +1,309 @@
+"""Sketches of single tokens in Triton: a key on few directions, a byte each, and the scores by them.
+
+A token's sketch lies beside its slot, so that it is shared and dies with the key. Scores take two kernels:
+one reads the sketches and leaves logits, one makes them importance, for which the sum over the whole context
+has to be known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from sts_kernels.checks import check_token_scores, check_token_sketches, expect_half
+from sts_kernels.layout import (
+    IMPORTANCE_SCALE,
+    MOST_STEPS,
+    Contexts,
+    Directions,
+    Plan,
+    Pooling,
+    Scores,
+)
+from sts_kernels.page_scores import pool_logits_kernel
+from sts_kernels.split_kv import LOG2E, SplitKnobs, padded, plan_whole, starts_early
+
+LARGEST = 65504.0  # of float16, which logits are kept in
+
+
+@dataclass(frozen=True)
+class TokensKnobs(SplitKnobs):
+    """sketch_block: keys that a program sketches at a time. sketch_programs: that all (request, KV head)
+    pairs are parted among. block: tokens that a program scores at a time. pooled: logits that a pooling
+    program takes at a time, of pool_programs for all pairs. pool_warps: of one. The rest: see SplitKnobs.
+    """
+
+    programs: int = 1056
+    least: int = 1024
+    num_stages: int = 4
+    sketch_block: int = 64
+    sketch_programs: int = 1056
+    block: int = 256
+    pooled: int = 2048
+    pool_programs: int = 1056
+    pool_warps: int = 4
+
+
+KNOBS = TokensKnobs()
+
+
+# Bytes of shared memory of the score kernel: of sketches and slots on their way, and for every query row of
+# what it is projected on and of the row itself.
+HELD_BYTES, ROW_BYTES = 65536, 512
+
+
+def shared_bytes(rows: int) -> int:
+    """About the bytes of shared memory that a thread block takes for so many query rows."""
+    return HELD_BYTES + ROW_BYTES * padded(rows)
+
+
+def sketch_tokens(
+    keys: torch.Tensor,
+    sketches: torch.Tensor,
+    directions: Directions,
+    contexts: Contexts,
+    before: torch.Tensor,
+    *,
+    most: int,
+) -> None:
+    """Kernel of `sts_kernels.torch_ops.sketch_tokens` (see there); graph-safe, no host sync."""
+    check_token_sketches(keys, sketches, directions, contexts, before)
+    bs, (_, kv_heads, dim), number = contexts.lens.numel(), keys.shape, sketches.shape[2]
+    if bs == 0:
+        return
+    block = min(KNOBS.sketch_block, padded(most))
+    programs = max(1, min(KNOBS.sketch_programs // (bs * kv_heads), -(-most // block)))
+    _sketch_kernel[(kv_heads, bs, programs)](
+        keys,
+        sketches,
+        directions.onto,
+        directions.centre,
+        contexts.table,
+        contexts.reqs,
+        contexts.lens,
+        before,
+        keys.stride(0),
+        keys.stride(1),
+        contexts.table.stride(0),
+        H_KV=kv_heads,
+        D=dim,
+        D_P2=padded(dim),
+        R=number,
+        R_P2=padded(number),
+        MOST=MOST_STEPS,
+        BLOCK=block,
+    )
+
+
+def plan_scores(contexts: Contexts, *, kv_heads: int) -> Plan | None:
+    """How the contexts of a batch are parted among the programs of score_tokens: alike for every KV head and
+    layer of a step. Never None."""
+    return plan_whole(contexts.lens, kv_heads=kv_heads, longest=contexts.table.shape[1], knobs=KNOBS)
+
+
+def score_tokens(
+    q: torch.Tensor,
+    sketches: torch.Tensor,
+    directions: Directions,
+    contexts: Contexts,
+    scores: Scores,
+    *,
+    scale: float,
+    pooling: Pooling,
+    plan: Plan | None = None,
+) -> None:
+    """Kernel of `sts_kernels.torch_ops.score_tokens` (see there); graph-safe, no host sync.
+
+    Queries are rounded to the dtype of the directions, and on those and as logits to float16. Without a plan,
+    which one launch of `plan_scores` makes for all layers of a step, the call makes its own.
+    """
+    check_token_scores(q, sketches, directions, scores, pooling)
+    expect_half("score_tokens", scores)
+    bs, tokens, q_heads, dim = q.shape
+    if bs == 0:
+        return
+    (kv_heads, columns), number = scores.importance.shape, sketches.shape[2]
+    plan = plan_scores(contexts, kv_heads=kv_heads) if plan is None else plan
+    work, group = plan.work.shape[0], q_heads // kv_heads
+    used, rows = tokens * group, padded(tokens * group)
+    logits = torch.empty(kv_heads, columns, used, dtype=torch.float16, device=q.device)
+    stats = torch.empty(kv_heads, work, rows, 2, dtype=torch.float32, device=q.device)
+    early = starts_early(q.device) if KNOBS.early else {}
+    _score_kernel[(kv_heads, work)](
+        q,
+        sketches,
+        directions.back,
+        logits,
+        stats,
+        plan.work,
+        plan.ends,
+        contexts.table,
+        contexts.reqs,
+        scores.starts,
+        scale * LOG2E,
+        q.stride(1 if tokens > 1 else 0),  # that of a dimension of one says nothing
+        contexts.table.stride(0),
+        columns,
+        bs,
+        T=tokens,
+        H_Q=q_heads,
+        H_KV=kv_heads,
+        D=dim,
+        D_P2=padded(dim),
+        R=number,
+        R_P2=padded(number),
+        ROWS=rows,
+        LARGEST=LARGEST,
+        BLOCK=KNOBS.block,
+        EARLY=bool(early),
+        num_warps=KNOBS.num_warps,
+        num_stages=KNOBS.num_stages,
+    )
+    width = contexts.table.shape[1]
+    block = max(16, KNOBS.pooled // triton.next_power_of_2(used))
+    programs = max(1, min(KNOBS.pool_programs // (bs * kv_heads), -(-width // block)))
+    pool_logits_kernel[(kv_heads, bs, programs)](
+        logits,
+        stats,
+        None,
+        plan.ends,
+        scores.importance,
+        contexts.lens,
+        scores.starts,
+        columns,
+        scores.importance.stride(0),
+        width,
+        work,
+        IMPORTANCE_SCALE / (pooling.total_rows if pooling.rows == "mean" else 1),
+        MEAN_ROWS=pooling.rows == "mean",
+        MEAN_HEADS=pooling.heads == "mean",
+        T=tokens,
+        T_P2=triton.next_power_of_2(tokens),
+        GROUP=group,
+        GROUP_P2=triton.next_power_of_2(group),
+        ROWS=rows,
+        SPLITS_P2=triton.next_power_of_2(plan.most),
+        PROGRAMS=programs,
+        BLOCK=block,
+        EARLY=bool(early),
+        num_warps=KNOBS.pool_warps,
+        **early,
+    )
+
+
+@triton.jit
+def _sketch_kernel(
+    k_ptr,  # [slots, H_kv, D]
+    sketch_ptr,  # int8 [slots, H_kv, R]
+    onto_ptr,  # [H_kv, D, R]
+    centre_ptr,  # float32 [H_kv, R]
+    table_ptr,  # int32 [requests, width]
+    reqs_ptr,  # int [bs]
+    lens_ptr,  # int [bs]
+    before_ptr,  # int [bs]
+    stride_slot,
+    stride_head,
+    stride_table,
+    H_KV: tl.constexpr,
+    D: tl.constexpr,
+    D_P2: tl.constexpr,  # padded to a power of two of at least 16, and so is the next
+    R: tl.constexpr,
+    R_P2: tl.constexpr,
+    MOST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    h, b, program = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    req = tl.load(reqs_ptr + b).to(tl.int64)
+    first, end = tl.load(before_ptr + b).to(tl.int32), tl.load(lens_ptr + b).to(tl.int32)
+    if (req == 0) | (first + program * BLOCK >= end):
+        return
+    slot_ptr = table_ptr + req * stride_table
+    dims, place = tl.arange(0, D_P2), tl.arange(0, R_P2)
+    here = (dims < D)[:, None] & (place < R)[None, :]
+    onto = tl.load(onto_ptr + (h * D + dims)[:, None] * R + place[None, :], mask=here, other=0.0)  # [D, R]
+    centre = tl.load(centre_ptr + h * R + place, mask=place < R, other=0.0)
+    for start in range(first + program * BLOCK, end, tl.num_programs(2) * BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        ok = offs < end
+        slots = tl.load(slot_ptr + offs, mask=ok, other=0).to(tl.int64)  # [BLOCK]
+        from_ptr = k_ptr + slots[:, None] * stride_slot + h * stride_head + dims[None, :]
+        k = tl.load(from_ptr, mask=ok[:, None] & (dims < D)[None, :], other=0.0)  # [BLOCK, D]
+        found = tl.dot(k, onto, input_precision="ieee") - centre[None, :]
+        found = tl.minimum(tl.maximum(tl.floor(found + 0.5), -MOST), MOST)
+        to_ptr = sketch_ptr + (slots[:, None] * H_KV + h) * R + place[None, :]
+        tl.store(to_ptr, found.to(tl.int8), mask=ok[:, None] & (place < R)[None, :])
+
+
+@triton.jit
+def _score_kernel(
+    q_ptr,  # [bs, T, H_q, D], tokens `stride_q` apart
+    sketch_ptr,  # int8 [slots, H_kv, R]
+    back_ptr,  # [H_kv, D, R]
+    logits_ptr,  # float16 [H_kv, columns, T * group], LOG2E included
+    stats_ptr,  # float32 [H_kv, work, ROWS, 2]: maximum of logits, sum of exp2(logit - maximum)
+    work_ptr,  # int64 [work, 4], see Plan
+    ends_ptr,  # int32 [bs + 1]
+    table_ptr,  # int32 [requests, ..]
+    reqs_ptr,  # int [bs]
+    column_ptr,  # int64 [bs], first columns
+    scale,  # of logits, LOG2E included
+    stride_q,
+    stride_table,
+    columns,
+    bs,
+    T: tl.constexpr,
+    H_Q: tl.constexpr,
+    H_KV: tl.constexpr,
+    D: tl.constexpr,
+    D_P2: tl.constexpr,  # padded to a power of two of at least 16, and so are the next two
+    R: tl.constexpr,
+    R_P2: tl.constexpr,
+    ROWS: tl.constexpr,  # T * group
+    LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr,  # tokens at a time
+    EARLY: tl.constexpr,
+):
+    h, program = tl.program_id(0), tl.program_id(1)
+    GROUP: tl.constexpr = H_Q // H_KV
+    entry = work_ptr + program * 4
+    b = tl.load(entry).to(tl.int32)
+    begin, number = tl.load(entry + 1).to(tl.int32), tl.load(entry + 2).to(tl.int32)
+    if program >= tl.load(ends_ptr + bs):
+        return
+    slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
+    column = tl.load(column_ptr + b)
+
+    rows, dims, place = tl.arange(0, ROWS), tl.arange(0, D_P2), tl.arange(0, R_P2)
+    q_offs = (b * T + rows // GROUP) * stride_q + (h * GROUP + rows % GROUP) * D
+    there = (rows < T * GROUP)[:, None] & (dims < D)[None, :]
+    q = tl.load(q_ptr + q_offs[:, None] + dims[None, :], mask=there, other=0.0)  # [ROWS, D]
+    here = (dims < D)[:, None] & (place < R)[None, :]
+    back = tl.load(back_ptr + (h * D + dims)[:, None] * R + place[None, :], mask=here, other=0.0)  # [D, R]
+    q = tl.dot(q.to(back.dtype), back, input_precision="ieee")
+    q = tl.trans(tl.minimum(tl.maximum(q, -LARGEST), LARGEST).to(tl.float16))  # [R, ROWS]
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    norm = tl.zeros([ROWS], tl.float32)
+    for block in range(begin, begin + number, BLOCK):
+        offs = block + tl.arange(0, BLOCK)
+        ok = offs < begin + number
+        slots = tl.load(slot_ptr + offs, mask=ok, other=0).to(tl.int64)  # [BLOCK]
+        from_ptr = sketch_ptr + (slots[:, None] * H_KV + h) * R + place[None, :]
+        sketch = tl.load(from_ptr, mask=ok[:, None] & (place < R)[None, :], other=0)  # [BLOCK, R]
+        s = tl.dot(sketch.to(tl.float16), q) * scale  # [BLOCK, ROWS]
+        s = tl.minimum(tl.maximum(s, -LARGEST), LARGEST)
+        line = (h.to(tl.int64) * columns + column + offs) * (T * GROUP)
+        mask = ok[:, None] & (rows < T * GROUP)[None, :]
+        tl.store(logits_ptr + line[:, None] + rows[None, :], s.to(tl.float16), mask=mask)
+        s = tl.where(ok[:, None], s, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(s, 0))
+        norm = norm * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(s - new_peak[None, :]), 0)
+        peak = new_peak
+    if EARLY:
+        gdc_launch_dependents()
+    base = (h * tl.num_programs(1) + program).to(tl.int64) * ROWS
+    tl.store(stats_ptr + (base + rows) * 2, peak)
+    tl.store(stats_ptr + (base + rows) * 2 + 1, norm)

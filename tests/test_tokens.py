@@ -1,0 +1,246 @@
+"""Sketches of single tokens and scores by them; both implementations, against their definition in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sts_kernels import ops, tokens
+from sts_kernels.layout import IMPORTANCE_SCALE, MOST_STEPS, SKETCHED, Contexts, Directions, Pooling, Scores
+from tests.test_kernels import DEVICE, KERNELS, on_device, skip_bf16_in_the_interpreter, tune
+
+POOLS = [("max", "max"), ("mean", "mean"), ("mean", "max"), ("max", "mean")]
+UNWRITTEN = -128  # no step of a sketch is
+
+
+class Pool:
+    """Requests with permuted slots; keys of unused slots are NaN, their sketches UNWRITTEN."""
+
+    def __init__(self, lens: list[int], *, kv_heads: int = 2, dim: int = 32, dtype=torch.float32):
+        self.lens, self.dim, self.kv_heads, self.dtype = torch.tensor(lens), dim, kv_heads, dtype
+        slots, width = sum(lens) + 40, max(lens, default=1) + 7
+        order = torch.randperm(slots - 1) + 1
+        self.table = torch.zeros(len(lens) + 1, width, dtype=torch.int32)
+        self.keys = torch.full((slots, kv_heads, dim), math.nan, dtype=dtype)
+        taken = 0
+        for row, length in enumerate(lens, 1):
+            own = order[taken : taken + length]
+            self.table[row, :length] = own.int()
+            self.keys[own] = (torch.randn(length, kv_heads, dim) + 0.5).to(dtype)
+            taken += length
+        number = dim // SKETCHED
+        turned = torch.linalg.qr(torch.randn(kv_heads, dim, dim)).Q[..., :number].contiguous()
+        steps = torch.rand(kv_heads, number) * 0.05 + 0.02
+        self.directions = Directions(
+            (turned / steps[:, None]).to(dtype),
+            torch.randn(kv_heads, number),
+            (turned * steps[:, None]).to(dtype),
+        )
+        self.sketches = torch.full((slots, kv_heads, number), UNWRITTEN, dtype=torch.int8)
+        self.rows = torch.arange(1, len(lens) + 1)
+
+    @property
+    def contexts(self) -> Contexts:
+        return Contexts(self.table, self.rows, self.lens)
+
+    def exact(self) -> torch.Tensor:
+        """float64 [slots, H_kv, R]: steps before they are rounded."""
+        onto = self.directions.onto.double()
+        return torch.einsum("lhd,hdr->lhr", self.keys.double(), onto) - self.directions.centre.double()
+
+    def sketch(self, kernel: str, before: list[int] | None = None, most: int | None = None) -> torch.Tensor:
+        before = torch.zeros_like(self.lens) if before is None else torch.tensor(before)
+        sketches = on_device(self.sketches)
+        ops(kernel).sketch_tokens(
+            on_device(self.keys),
+            sketches,
+            Directions(*map(on_device, self.directions)),
+            on_device(self.contexts),
+            on_device(before),
+            most=int((self.lens - before).max()) if most is None else most,
+        )
+        self.sketches = sketches.cpu()
+        return self.sketches
+
+    def score(self, kernel: str, q: torch.Tensor, pools=("max", "max"), plan: bool = False):
+        """(importance on the CPU, first columns), a block of columns a request."""
+        (bs, rows), columns = q.shape[:2], -(-self.table.shape[1] // 64) * 64
+        importance = torch.full((self.kv_heads, bs * columns + 64), -5.0).half().to(DEVICE)
+        starts, contexts = torch.arange(bs) * columns, on_device(self.contexts)
+        ops(kernel).score_tokens(
+            on_device(q),
+            on_device(self.sketches),
+            Directions(*map(on_device, self.directions)),
+            contexts,
+            Scores(importance, on_device(starts)),
+            scale=self.dim**-0.5,
+            pooling=Pooling(*pools, rows),
+            plan=ops(kernel).plan_scores(contexts, kv_heads=self.kv_heads) if plan else None,
+        )
+        return importance.cpu(), starts
+
+
+def draw_queries(pool: Pool, rows: int, group: int) -> torch.Tensor:
+    """A slice of a fused projection, as models have it: rows lie apart, with NaN between them."""
+    heads, bs = pool.kv_heads * group, pool.lens.numel()
+    fused = torch.full((bs, rows, heads + 1, pool.dim), math.nan, dtype=pool.dtype)
+    fused[:, :, :heads] = torch.randn(bs, rows, heads, pool.dim).to(pool.dtype)
+    return fused[:, :, :heads]
+
+
+def expected_scores(pool: Pool, q: torch.Tensor, pools, like: torch.Tensor, starts) -> torch.Tensor:
+    """float64, by definition."""
+    expected = torch.full_like(like, -5.0).double()
+    bs, rows, heads, _ = q.shape
+    group = heads // pool.kv_heads
+    for b, (row, length) in enumerate(zip(pool.rows.tolist(), pool.lens.tolist(), strict=True)):
+        for h in range(pool.kv_heads if length else 0):
+            own = pool.sketches[pool.table[row, :length].long(), h].double()
+            of_rows = []
+            for t in range(rows):
+                probs = []
+                for g in range(group):
+                    query = q[b, t, h * group + g].double() @ pool.directions.back[h].double()
+                    probs.append((own @ query * pool.dim**-0.5).softmax(0))
+                probs = torch.stack(probs)
+                of_rows.append(probs.amax(0) if pools[1] == "max" else probs.mean(0))
+            of_rows = torch.stack(of_rows)
+            pooled = of_rows.amax(0) if pools[0] == "max" else of_rows.mean(0)
+            expected[h, starts[b] : starts[b] + length] = pooled * IMPORTANCE_SCALE
+    return expected
+
+
+def check_sketches(pool: Pool, found: torch.Tensor) -> None:
+    """Written ones are what is nearest, where rounding is no matter of float error; others are untouched."""
+    exact, written = pool.exact(), torch.zeros(len(found), dtype=torch.bool)
+    for row, length in zip(pool.rows.tolist(), pool.lens.tolist(), strict=True):
+        written[pool.table[row, :length].long()] = True
+    assert (found[~written] == UNWRITTEN).all() and (found[written] > UNWRITTEN).all()
+    apart = (found[written].double() - exact[written].clamp(-MOST_STEPS, MOST_STEPS)).abs()
+    # Half a step, and what sums of D products of the keys' dtype are off by.
+    assert apart.max() <= 0.5 + 1e-3
+
+
+def check_scores(pool: Pool, kernel: str, rows: int, group: int, pools=("max", "max")) -> None:
+    q = draw_queries(pool, rows, group)
+    found, starts = pool.score(kernel, q, pools)
+    expected = expected_scores(pool, q, pools, found, starts)
+    # Queries on the directions and logits are rounded to float16, and to the directions' dtype before: logits
+    # of a few are off by a few of 2**-11 each, of bfloat16 2**-8.
+    rtol = 4e-2 if pool.dtype == torch.bfloat16 else 8e-3
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=2e-3)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dim", [32, 64, 80, 96])
+def test_a_sketch_is_the_key_on_its_directions(kernel: str, dim: int) -> None:
+    pool = Pool([130, 1, 0, 70], dim=dim)
+    check_sketches(pool, pool.sketch(kernel))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sketches_of_half_precision_keys(kernel: str, dtype: torch.dtype) -> None:
+    skip_bf16_in_the_interpreter(kernel, dtype)
+    pool = Pool([130, 20], dtype=dtype)
+    check_sketches(pool, pool.sketch(kernel))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_only_what_a_forward_wrote_is_sketched(kernel: str) -> None:
+    pool = Pool([90, 40, 70])
+    pool.rows[1] = 0  # pads a graph
+    found = pool.sketch(kernel, [85, 0, 70], most=5)
+    written = (found != UNWRITTEN).flatten(1).all(1).nonzero().flatten()
+    assert sorted(written.tolist()) == sorted(pool.table[1, 85:90].tolist())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_is_far_away_is_the_last_step(kernel: str) -> None:
+    pool = Pool([50])
+    pool.keys *= 100
+    found = pool.sketch(kernel)[pool.table[1, :50].long()]
+    assert found.min() == -MOST_STEPS and found.max() == MOST_STEPS
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("pools", POOLS)
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_scores_by_definition(kernel: str, rows: int, pools) -> None:
+    pool = Pool([150, 3, 0, 90])
+    pool.sketch(kernel)
+    check_scores(pool, kernel, rows, 2, pools)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("group", [1, 3, 4, 5, 7, 8])
+def test_scores_of_every_group(kernel: str, group: int) -> None:
+    pool = Pool([100, 60], dim=80 if group == 3 else 32)
+    pool.sketch(kernel)
+    check_scores(pool, kernel, 2, group)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_of_half_precision(kernel: str, dtype: torch.dtype) -> None:
+    skip_bf16_in_the_interpreter(kernel, dtype)
+    pool = Pool([200, 30], dim=64, dtype=dtype)
+    pool.sketch(kernel)
+    check_scores(pool, kernel, 1, 4)
+
+
+def test_programs_that_share_a_request_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    tune(monkeypatch, tokens, programs=12, least=16, block=16, pooled=64, pool_programs=12, sketch_block=16)
+    pool = Pool([230, 17, 100])
+    check_sketches(pool, pool.sketch("triton"))
+    check_scores(pool, "triton", 1, 4)
+    q = draw_queries(pool, 1, 4)
+    assert torch.equal(pool.score("triton", q)[0], pool.score("triton", q, plan=True)[0])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_an_empty_batch_is_nothing_to_do(kernel: str) -> None:
+    pool = Pool([5])
+    pool.lens, pool.rows = pool.lens[:0], pool.rows[:0]
+    assert (pool.sketch(kernel, [], most=1) == UNWRITTEN).all()
+    found, _ = pool.score(kernel, draw_queries(pool, 1, 2))
+    assert (found == -5).all()
+
+
+def test_kernels_sketch_and_rank_as_the_twins_do() -> None:
+    pool, other = Pool([300, 50], dim=64, dtype=torch.float16), None
+    other = pool.sketch("torch").clone()
+    assert (pool.sketch("triton").int() - other.int()).abs().max() <= 1
+    q = draw_queries(pool, 1, 4)
+    (a, starts), (b, _) = pool.score("triton", q), pool.score("torch", q)
+    for h in range(2):
+        best = [set(x[h, starts[0] : starts[0] + 300].float().topk(30).indices.tolist()) for x in (a, b)]
+        assert len(best[0] & best[1]) >= 29
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_tokens_refuse_shapes_that_do_not_fit(kernel: str) -> None:
+    pool = Pool([40])
+    op, before, directions = ops(kernel), torch.tensor([0]), pool.directions
+    made = {"contexts": on_device(pool.contexts), "most": 40}
+    keys, sketches = on_device(pool.keys), on_device(pool.sketches)
+    ours = Directions(*map(on_device, directions))
+    with pytest.raises(ValueError, match="sketch_tokens: before"):
+        op.sketch_tokens(keys, sketches, ours, before=on_device(before[:0]), **made)
+    with pytest.raises(ValueError, match="sketch_tokens: sketches"):
+        op.sketch_tokens(keys, sketches.int(), ours, before=on_device(before), **made)
+    with pytest.raises(ValueError, match="directions.centre"):
+        wrong = ours._replace(centre=ours.centre[:, :2])
+        op.sketch_tokens(keys, sketches, wrong, before=on_device(before), **made)
+    with pytest.raises(ValueError, match="directions.onto"):
+        wrong = ours._replace(onto=ours.onto.half())
+        op.sketch_tokens(keys, sketches, wrong, before=on_device(before), **made)
+    q = on_device(draw_queries(pool, 1, 2))
+    scores = on_device(Scores(torch.zeros(2, 64).half(), torch.tensor([0])))
+    rest = {"contexts": on_device(pool.contexts), "scores": scores, "scale": 1.0}
+    with pytest.raises(ValueError, match="score_tokens: q"):
+        op.score_tokens(q[:, :, :3], sketches, ours, pooling=Pooling("max", "max", 1), **rest)
+    with pytest.raises(ValueError, match="pooling.heads"):
+        op.score_tokens(q, sketches, ours, pooling=Pooling("max", "best", 1), **rest)
