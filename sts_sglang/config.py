@@ -34,7 +34,7 @@ PoolName = Literal["max", "mean"]
 KernelName = Literal["auto", "flashinfer", "triton", "torch"]
 DenseName = Literal["auto", "fa3", "flashinfer", "torch"]
 HistoryMode = Literal["off", "warm", "blend"]
-SelectorName = Literal["auto", "draft", "quest", "pages", "joined", "recent", "random", "oracle"]
+SelectorName = Literal["auto", "draft", "tokens", "pages", "joined", "quest", "recent", "random", "oracle"]
 VerifyMode = Literal["sparse", "dense"]
 DraftMode = Literal["dense", "steps", "all"]
 RequestKeep = Literal["any", "at_most", "off"]
@@ -251,11 +251,12 @@ class StsConfig:
     history_decay: float = 0.9
     """Factor on what a slot remembers, once in every round that touches it."""
     selector: SelectorName = "auto"
-    """What scores the context. `draft` is STS; `pages` the target's own queries, layer by layer, against the
-    mean and deviation of the keys of pages of 16; `joined` both; `auto` the draft where there is one, else
-    pages. The others are for comparison, slow, in plain torch, from the target layer's own queries and keys:
-    `oracle` its attention, `quest` bounds of pages of 16, `recent` nothing but sink and the last tokens,
-    `random` chance."""
+    """What scores the context. `draft` is STS; `tokens` the target's own queries, layer by layer, against
+    short forms of all keys, on the directions that a head map brings; `pages` the same against the mean and
+    deviation of the keys of pages of 16, which need no map; `joined` the draft and pages; `auto` the draft
+    where there is one, else tokens where the map has directions, else pages. The others are for comparison,
+    slow, in plain torch, from the target layer's own queries and keys: `oracle` its attention, `quest` bounds
+    of pages of 16, `recent` nothing but sink and the last tokens, `random` chance."""
     page_share: float = 0.75
     """Part of every list that pages have under selector `joined`, 0 < page_share < 1; the draft's choice has
     the rest."""
@@ -307,15 +308,15 @@ class StsConfig:
                     f"got {self.selector!r} with {field} {value!r}",
                     f"'draft' with {field} {value!r}, or another {field}",
                 )
-        if self.inspect_dir is not None and not self.by_pages:
+        if self.inspect_dir is not None and not self.by_sketches:
             problem = f"got {self.selector!r} with an inspect_dir"
             raise not_allowed(
-                "sts_config.selector", problem, "auto | draft | pages | joined, or no inspect_dir"
+                "sts_config.selector", problem, "auto | draft | tokens | pages | joined, or no inspect_dir"
             )
 
-    def for_launch(self, drafts: bool) -> StsConfig:
-        """With the selector that `auto` stands for, with or without a draft. Raises `ConfigError` for what
-        needs one."""
+    def for_launch(self, drafts: bool, directions: bool = False) -> StsConfig:
+        """With the selector that `auto` stands for, with or without a draft, and with or without directions
+        of keys in the head map. Raises `ConfigError` for what needs a draft."""
         if drafts:
             return replace(self, selector="draft") if self.selector == "auto" else self
         needs = [("selector", "draft"), ("selector", "joined"), ("policy", "top_p")]
@@ -327,7 +328,8 @@ class StsConfig:
                     f"got {value!r} without --speculative-algorithm, and only a draft's scores can do that",
                     f"{getattr(StsConfig, field)!r}, or a draft",
                 )
-        return replace(self, selector="pages") if self.selector == "auto" else self
+        own = "tokens" if directions else "pages"
+        return replace(self, selector=own) if self.selector == "auto" else self
 
     def dense_verify(self, layer: int) -> bool:
         """Whether a target layer attends to everything in every verify."""
@@ -347,6 +349,11 @@ class StsConfig:
     def by_pages(self) -> bool:
         """Whether sketches of pages have a say in what is selected."""
         return self.selector in ("pages", "joined")
+
+    @property
+    def by_sketches(self) -> bool:
+        """Whether sketches of any kind have."""
+        return self.by_pages or self.selector == "tokens"
 
     @property
     def forced(self) -> int:

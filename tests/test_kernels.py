@@ -756,7 +756,14 @@ def test_unknown_implementations_and_pools_are_refused() -> None:
 
 def test_benches_gate_what_they_time(monkeypatch) -> None:
     """At sizes the interpreter can do."""
-    from benchmarks import bench_draft_attention, bench_pages, bench_remember, bench_select, bench_verify
+    from benchmarks import (
+        bench_draft_attention,
+        bench_pages,
+        bench_remember,
+        bench_select,
+        bench_tokens,
+        bench_verify,
+    )
 
     monkeypatch.setattr(bench_select, "CHANNELS", 4)
     monkeypatch.setattr(bench_remember, "CHANNELS", 4)
@@ -769,6 +776,7 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
         (bench_select.prepare, {}),
         (bench_draft_attention.prepare, {"step": 0, "dim": 16, "group": 4}),
         (bench_pages.prepare, {"dim": 16, "rows": 2, "group": 4}),
+        (bench_tokens.prepare, {"dim": 32, "rows": 2, "group": 4}),
     ):
         _, check, nbytes = prepare(shape | more)
         check()
@@ -782,6 +790,10 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
     bench_pages.same_lists(step)
     bench_pages.same_joined(step, *step.draft())
     bench_pages.same_sketches(step, torch.randn(2 * 320 + 1, bench_pages.KV_HEADS, 16).to(DEVICE), 40)()
+    step = bench_tokens.Step.draw(shape | {"dim": 32, "rows": 1, "group": 2})
+    step.layer(0)
+    bench_tokens.same_lists(step)
+    bench_tokens.same_sketches(step, torch.randn(2 * 320 + 1, bench_tokens.KV_HEADS, 32).half(), 40)()
     split = bench_verify.cases_of(
         shape | {"dim": 16, "rows": 4, "group": 4}, [bench_verify.Pool.draw(shape | {"dim": 16}, 0)]
     )[0].split()
@@ -792,7 +804,7 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
 
 COMPILE = """
 import torch
-from benchmarks import bench_draft_attention, bench_pages, bench_select, bench_verify
+from benchmarks import bench_draft_attention, bench_pages, bench_select, bench_tokens, bench_verify
 from benchmarks.harness import compile_only
 from sts_kernels import ops
 from sts_kernels.layout import Contexts, History, Lists, PagedLists, Room, Rule, Scores
@@ -818,6 +830,7 @@ with compile_only() as compiled:
     bench_select.compile_one(shape, {})
     for odd in ({}, {"rows": 1}, {"dim": 64, "group": 8}, {"dim": 96, "group": 5}, {"dim": 256, "group": 7}):
         bench_pages.compile_one(shape | odd, {})
+        bench_tokens.compile_one(shape | odd, {})
     eight, two = Contexts(like(9, 4096), i(8), i(8)), Contexts(like(3, 4096), i(2), i(2))
     split, full = like(65, 128, dtype=torch.float64), like(8, dtype=torch.bool)
     for keep, *more in ((0.1, split, None), (0.1, None, full), (None, split, full)):
@@ -860,7 +873,8 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
         *("_edges_kernel", "_spread_kernel", "_sizes_kernel"),
         *("_claim_pages_kernel", "_tag_kernel", "_sketch_kernel"),
         *("_known_kernel", "_page_sizes_kernel", "_list_pages_kernel"),
-        *("_score_kernel", "_pool_pages_kernel"),
+        *("_score_kernel", "pool_logits_kernel"),
+        *("_sketch_tokens_kernel", "_score_tokens_kernel"),
         *("_copy_scores_kernel", "_mark_pages_kernel"),
     }
     for name, shared, asynchronous, single in kernels:

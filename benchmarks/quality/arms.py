@@ -47,17 +47,20 @@ ARMS = {
     "sts-draft-blend": Arm({"draft": "all", "history": "blend"}, "the same with history in every verify"),
     "sts-full4": Arm({"full_verify_every": 4}, "every 4th verify attends to everything"),
     "joined": Arm({"selector": "joined"}, "pages have three quarters of a list, the draft the rest"),
+    "tokens": Arm({"selector": "tokens"}, "the target's own queries against short forms of its keys"),
     "oracle": Arm({"selector": "oracle"}, "the target's own attention"),
     "quest": Arm({"selector": "quest"}, "Quest's bounds over pages of 16"),
     "pages": Arm({"selector": "pages"}, "mean and deviation of pages of 16"),
     "recent": Arm({"selector": "recent"}, "sink and the last tokens (StreamingLLM)"),
     "random": Arm({"selector": "random"}, "chance"),
 }
-ALONE = {  # of a target that nothing drafts for, whose pages select
+ALONE = {  # of a target that nothing drafts for
     "stock": ARMS["stock"],
     "dense": Arm({"verify": "dense"}, "decode attends to everything", keeps=False),
-    "sts": Arm({}, "mean and deviation of pages of 16, by the target's own queries"),
-    **{name: ARMS[name] for name in ("sts-again", "sts-full4", "oracle", "quest", "recent", "random")},
+    "sts": Arm({}, "the target's own queries: tokens with a map that has directions, else pages"),
+    "sts-uniform": ARMS["sts-uniform"],
+    **{name: ARMS[name] for name in ("sts-again", "sts-full4", "tokens", "pages")},
+    **{name: ARMS[name] for name in ("oracle", "quest", "recent", "random")},
 }
 
 

@@ -39,7 +39,7 @@ class TokensKnobs(SplitKnobs):
 
     programs: int = 1056
     least: int = 1024
-    num_stages: int = 4
+    num_stages: int = 5
     sketch_block: int = 64
     sketch_programs: int = 1056
     block: int = 256
@@ -77,7 +77,7 @@ def sketch_tokens(
         return
     block = min(KNOBS.sketch_block, padded(most))
     programs = max(1, min(KNOBS.sketch_programs // (bs * kv_heads), -(-most // block)))
-    _sketch_kernel[(kv_heads, bs, programs)](
+    _sketch_tokens_kernel[(kv_heads, bs, programs)](
         keys,
         sketches,
         directions.onto,
@@ -133,7 +133,7 @@ def score_tokens(
     logits = torch.empty(kv_heads, columns, used, dtype=torch.float16, device=q.device)
     stats = torch.empty(kv_heads, work, rows, 2, dtype=torch.float32, device=q.device)
     early = starts_early(q.device) if KNOBS.early else {}
-    _score_kernel[(kv_heads, work)](
+    _score_tokens_kernel[(kv_heads, work)](
         q,
         sketches,
         directions.back,
@@ -196,7 +196,7 @@ def score_tokens(
 
 
 @triton.jit
-def _sketch_kernel(
+def _sketch_tokens_kernel(
     k_ptr,  # [slots, H_kv, D]
     sketch_ptr,  # int8 [slots, H_kv, R]
     onto_ptr,  # [H_kv, D, R]
@@ -239,7 +239,7 @@ def _sketch_kernel(
 
 
 @triton.jit
-def _score_kernel(
+def _score_tokens_kernel(
     q_ptr,  # [bs, T, H_q, D], tokens `stride_q` apart
     sketch_ptr,  # int8 [slots, H_kv, R]
     back_ptr,  # [H_kv, D, R]

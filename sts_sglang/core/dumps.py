@@ -38,14 +38,14 @@ MAX_META = 2**20
 MAX_DIRECTORY = 4096  # of the archive
 MAX_SCORE = 65504  # of float16, in which slots remember
 PIECE = 2**20  # bytes read at a time
-SIGNALS = ("history", "last round", "page scores")
+SIGNALS = ("history", "last round", "page scores", "token scores")
 ARRAYS = {"importance": "f", "channels": "i", "tokens": "i"}
 
 _numbers = itertools.count()
 
 
 class Dump(NamedTuple):
-    """importance float32 [channels, L], by position a draft attention probability or a part of a page's,
+    """importance float32 [channels, L], by position an attention probability or a part of a page's,
     UNKNOWN (-1) where nothing is known; channels int32 [target layers, KV heads]; tokens int32 [L], the
     context; meta: configuration, head map, lengths."""
 

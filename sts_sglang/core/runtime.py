@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = {
     "draft": "the draft's attention",
+    "tokens": "token scores of the target's queries",
     "pages": "page scores of the target's queries",
     "joined": "the draft's attention, and page scores of the target's queries",
     "oracle": "the target's attention, for comparison",

@@ -23,8 +23,9 @@ from sts_sglang.core.ranks import ALONE, Ranks
 from sts_sglang.core.round import Cache, Draft, RoundState
 from sts_sglang.core.runtime import Runtime
 from sts_sglang.core.selectors import registry as selectors
+from sts_sglang.core.selectors import tokens
 from sts_sglang.core.sizes import Capacity
-from sts_sglang.core.sketches import Sketches
+from sts_sglang.core.sketches import PageSketches, Sketches, TokenSketches
 from sts_sglang.core.verifier import TargetShape, VerifierParts
 from sts_sglang.headmap import HeadCounts, ModelPaths
 from sts_sglang.host import reserve, views
@@ -275,8 +276,8 @@ def assemble(
         shape: of the target on this rank, for verifiers that plan for it. ranks: who has the other heads.
     """
     config.check_layers(target.layers)
-    config = config.for_launch(drafts=draft is not None)
     head_map = headmap.of_config(config, target, draft_counts, models, ranks.size)
+    config = config.for_launch(draft is not None, head_map.directions is not None)
     config = headmap.served(config, head_map)
     head_map = head_map.of_rank(ranks.rank, ranks.size, target, draft_counts)
     target = target.of_rank(ranks.size)
@@ -289,7 +290,7 @@ def assemble(
     exact = device == "cpu" and own_ops == "torch"
     dtype = torch.float32 if exact else torch.float16
     state = RoundState(config, head_map, channels, cache, draft, device, dtype)
-    sketches = _sketches(config, own, target, shape, cache, state.importance)
+    sketches = _sketches(config, head_map, own, shape, cache, state.importance)
     longest = cache.capacity.longest(config, head_map)
     made_of = VerifierParts(config, head_map, channels, state, own, cache.table.shape[1], shape)
     return Runtime(
@@ -312,15 +313,32 @@ def assemble(
 
 def _sketches(
     config: StsConfig,
+    head_map: headmap.HeadMap,
     ops: Ops,
-    target: HeadCounts,
     shape: TargetShape | None,
     cache: Cache,
     like: torch.Tensor,
 ) -> Sketches | None:
-    """Of the layers that verify sparsely, where pages have a say in that. like: dtype and device."""
-    if not config.by_pages:
+    """Of the layers that verify sparsely, where they have a say in that. like: dtype and device of scores."""
+    if not config.by_sketches:
         return None
+    layers = [layer for layer in range(shape.layers) if not config.dense_verify(layer)]
+    requests, device = cache.table.shape[0], like.device
+    if config.selector == "tokens":
+        if (found := head_map.directions) is None:
+            raise not_allowed(
+                "sts_config.selector",
+                f"got 'tokens' with {head_map.origin}, which has no directions of keys",
+                "a head_map that `sts-sglang calibrate` made for this target, or 'pages'",
+            )
+        if found.head_dim != shape.head_dim:
+            raise not_allowed(
+                "sts_config.head_map",
+                f"directions in {found.head_dim} dimensions, and the target's heads have {shape.head_dim}",
+                "a map that was made for this target",
+            )
+        made = tokens.directions(found, device, shape.dtype)
+        return TokenSketches(ops, {layer: made[layer] for layer in layers}, shape.slots, requests, device)
     if shape.head_dim % PAGE:
         raise not_allowed(
             "sts_config.selector",
@@ -328,10 +346,8 @@ def _sketches(
             f"{shape.head_dim} dimensions evenly",
             "'draft', and with it a draft, with this target",
         )
-    layers = [layer for layer in range(target.layers) if not config.dense_verify(layer)]
-    requests = cache.table.shape[0]
-    return Sketches(
-        ops, layers, shape.slots, target.kv_heads, shape.head_dim, requests, like.device, like.dtype
+    return PageSketches(
+        ops, layers, shape.slots, shape.kv_heads, shape.head_dim, requests, device, like.dtype
     )
 
 

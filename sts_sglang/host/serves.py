@@ -316,7 +316,7 @@ def check_history(server_args: ServerArgs, config: StsConfig) -> None:
     from sglang.srt.environ import envs
 
     key, off = ("history", "off") if config.history != "off" else ("selector", "draft")
-    remembers = config.history != "off" or config.by_pages
+    remembers = config.history != "off" or config.by_sketches
     if not remembers or not server_args.enable_hierarchical_cache:
         return
     for name in release.TREES_THAT_REMEMBER:
@@ -398,7 +398,8 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     schedulers: with what selects, and the hash of the head map's file, which they read again.
     """
     check_resolved(server_args)
-    config = config.for_launch(speculates(server_args))
+    asked, drafts = config, speculates(server_args)
+    config = config.for_launch(drafts)
     check_device(server_args, config)
     check_history(server_args, config)
     check_inspect(config)
@@ -418,6 +419,7 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     models = models if models.are_folders() else None
     counts = views.model(target).counts, draft and views.model(draft).counts
     head_map = headmap.of_config(config, *counts, models, server_args.tp_size)
+    config = asked.for_launch(drafts, head_map.directions is not None)
     return headmap.pinned(config, head_map)
 
 
@@ -429,18 +431,21 @@ def check_tiles(
     if room is None:
         return
     # Imports Triton, which a CPU's launcher goes without.
-    from sts_kernels import draft_attention, page_scores, verify
+    from sts_kernels import draft_attention, page_scores, tokens, verify
 
     if draft is None:  # one row of every query head
         return
-    tokens, branches = server_args.speculative_num_draft_tokens, server_args.speculative_eagle_topk
-    readers = [("--speculative-num-draft-tokens", tokens, tokens, target, verify.shared_bytes)]
+    number, branches = server_args.speculative_num_draft_tokens, server_args.speculative_eagle_topk
+    of_verify = "--speculative-num-draft-tokens", number, number
+    readers = [(*of_verify, target, verify.shared_bytes)]
     # A carried row beside the branches'.
     readers += [("--speculative-eagle-topk", branches, 1 + branches, draft, draft_attention.shared_bytes)]
     if config.draft == "all":
-        readers += [("--speculative-num-draft-tokens", tokens, tokens, draft, verify.shared_bytes)]
+        readers += [(*of_verify, draft, verify.shared_bytes)]
     if config.by_pages:
-        readers += [("--speculative-num-draft-tokens", tokens, tokens, target, page_scores.shared_bytes)]
+        readers += [(*of_verify, target, page_scores.shared_bytes)]
+    if config.selector == "tokens":
+        readers += [(*of_verify, target, tokens.shared_bytes)]
     for flag, number, queries, model, shared_bytes in readers:
         rows = queries * (model.num_attention_heads // model.num_key_value_heads)
         needed = shared_bytes(rows, model.head_dim)

@@ -34,7 +34,7 @@ from sts_sglang.core.round import RoundState
 from sts_sglang.core.selectors.base import HeadLists, LayerCall, Scored, list_bytes
 from sts_sglang.core.selectors.draft import DraftSelector
 from sts_sglang.core.sizes import SCRATCH, Capacity, Need, parted
-from sts_sglang.core.sketches import Sketches
+from sts_sglang.core.sketches import PageSketches
 from sts_sglang.core.verifier import TargetShape
 
 
@@ -58,7 +58,7 @@ class PageScores:
         self,
         config: StsConfig,
         ops: Ops,
-        sketches: Sketches,
+        sketches: PageSketches,
         of_target: torch.Tensor,
         capacity: Capacity,
         dtype: torch.dtype,
@@ -270,7 +270,7 @@ def need(config: StsConfig, target: TargetShape, longest: int) -> Need:
     fixed += list_bytes(target.kv_heads, target.requests, longest) + sketches.SCRATCH
     if config.selector == "joined":
         fixed += 2 * target.kv_heads * target.requests * capacity.context
-    return Need(fixed, sketches.bytes_per_token(layers, target.kv_heads, target.head_dim))
+    return Need(fixed, sketches.page_bytes(layers, target.kv_heads, target.head_dim))
 
 
 def logit_bytes(columns: int, kv_heads: int, rows: int) -> int:
