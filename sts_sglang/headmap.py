@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import math
 import os
 import re
+import struct
 from collections import Counter
 from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,7 +22,7 @@ MAP_VERSION = 1
 # What the draft's key at an index is about, in the format of a map file: the target's token one further on,
 # as the kernels have it (sts_kernels.layout.SHIFT, which the launcher does not load torch for).
 MAP_SHIFT = 1
-MAX_FILE_BYTES = 4 << 20
+MAX_FILE_BYTES = 32 << 20  # directions of 1,600 heads of 128 dimensions take 18 MB
 MAX_SOURCES = (
     64  # draft heads of one target head, repetitions counted; a map of every draft head may have more
 )
@@ -28,6 +31,8 @@ RANKS = (1, 2, 4, 8)  # tensor-parallel launches that are served
 LATEST = "latest"  # in place of sources: the head selects the last tokens, whatever the draft says
 POOLS = ("max", "mean")
 MAX_SHARE = 1000.0
+DIMS_EACH = 4  # dimensions of a head for each of its directions
+HEAD_DIMS = (32, 1024)  # of heads that have directions
 SPLIT_STEPS = 64  # keeps at which a split budget is worked out; in between it is interpolated
 
 MAPS = Path(__file__).parent / "maps"
@@ -42,6 +47,7 @@ FIELDS = (
     "pool",
     "shares",
     "dense_layers",
+    "directions",
     "best",
     "texts",
     "settings",
@@ -72,6 +78,30 @@ class HeadCounts(NamedTuple):
     def shared_evenly(self, ranks: int) -> bool:
         """Whether so many ranks can share the heads out."""
         return not (self.q_heads % ranks or (self.kv_heads % ranks and ranks % self.kv_heads))
+
+
+def directions_of(head_dim: int) -> int:
+    """How many directions the keys of a head of so many dimensions have, 0 where it has none."""
+    low, high = HEAD_DIMS
+    return head_dim // DIMS_EACH if low <= head_dim <= high and head_dim % DIMS_EACH == 0 else 0
+
+
+class Directions(NamedTuple):
+    """What keys of the target are written in short by: few directions, along which they differ most.
+
+    heads: [target layer][target KV head], float16, little-endian, [head_dim + 2, number] by rows: orthonormal
+    columns in head_dim rows, then where the mean of the keys lies along each, then the step that a key's
+    place is counted in from there, above zero. Keys are those of the KV pool, after positions and norms.
+    """
+
+    head_dim: int
+    number: int
+    heads: tuple[tuple[bytes, ...], ...]
+
+    def to_field(self) -> dict[str, Any]:
+        """As in a map file."""
+        heads = [[base64.b64encode(own).decode() for own in layer] for layer in self.heads]
+        return {"head_dim": self.head_dim, "number": self.number, "heads": heads}
 
 
 class ModelPaths(NamedTuple):
@@ -109,6 +139,8 @@ class HeadMap:
     draft: with it every KV head of the draft has a channel too, see `of_draft`.
     sha256: of the file, None for one that was made here.
     whole: the shares of all ranks' heads, over which a budget is split, where this is one rank's map.
+    directions: of the target's keys, None of a map that has none. Maps are compared without them: they say
+    nothing about channels.
     """
 
     sources: tuple[tuple[tuple[Source, ...], ...], ...]
@@ -119,6 +151,7 @@ class HeadMap:
     draft: HeadCounts | None = None
     sha256: str | None = None
     whole: tuple[tuple[float, ...], ...] | None = None
+    directions: Directions | None = dataclass_field(default=None, compare=False, repr=False)
 
     @cached_property
     def _by_channel(self) -> dict[tuple[tuple[Source, ...], float], int]:
@@ -232,8 +265,12 @@ class HeadMap:
             for of_layer in self.sources
         )
         shares = self.shares and tuple(of_layer[heads] for of_layer in self.shares)
+        directions = self.directions and self.directions._replace(
+            heads=tuple(of_layer[heads] for of_layer in self.directions.heads)
+        )
         own_draft = self.draft and self.draft.of_rank(ranks)
-        return replace(self, sources=sources, shares=shares, draft=own_draft, whole=self.shares)
+        own = replace(self, sources=sources, shares=shares, draft=own_draft, whole=self.shares)
+        return replace(own, directions=directions)
 
 
 def _within(sources: tuple[Source, ...], own: tuple[Source, ...]) -> bool:
@@ -366,7 +403,8 @@ def load(
     "kv_heads"}, "draft": {...}, "sources": [layer][kv head]}`. An entry of `sources` is a list of [draft
     layer, draft head], one of them repeated to weigh more under pool "mean", or "latest". Optional:
     `fingerprints`, compared when `models` is given; `pool`, "max" or "mean"; `shares` of the budget
-    [layer][kv head], in any unit; `dense_layers`. Only to
+    [layer][kv head], in any unit; `dense_layers`; `directions`, {"head_dim", "number", "heads"
+    [layer][kv head]}, with each head's bytes (see Directions) in base64. Only to
     inform, but checked as well: `best` (recall and Jaccard [layer][kv head] of the best single draft
     head), `texts`, `settings`. A handwritten map may omit all of these. A map of a target alone has `"draft":
     null`, `shares`, and nothing that is about a draft (ALONE).
@@ -395,10 +433,12 @@ def load(
         raise _error(*apart)
     shares = _shares(data["shares"], target) if "shares" in data else None
     dense = _dense_layers(data.get("dense_layers", []), target)
+    directions = _directions(data["directions"], target) if "directions" in data else None
     _check_best(data.get("best", {}), target)
     _check_texts(data.get("texts", []))
     _check_settings(data.get("settings", {}))
-    return HeadMap(sources, os.path.basename(path), pool, dense, shares, sha256=digest)
+    origin = os.path.basename(path)
+    return HeadMap(sources, origin, pool, dense, shares, sha256=digest, directions=directions)
 
 
 def foreign(
@@ -482,6 +522,49 @@ def _dense_layers(value: Any, target: HeadCounts) -> tuple[int, ...]:
         if type(layer) is not int or not 0 <= layer < target.layers or layer in value[:i]:
             raise _error(f"dense_layers[{i}]", f"got {_short(layer)}", allowed)
     return tuple(sorted(value))
+
+
+def _directions(value: Any, target: HeadCounts) -> Directions:
+    keys = Directions._fields
+    _object(value, "directions", keys)
+    for key in keys:
+        if key not in value:
+            raise _error(f"directions.{key}", "missing", ", ".join(keys))
+    dim, number = value["head_dim"], value["number"]
+    _number(dim, "directions.head_dim", *HEAD_DIMS, int)
+    if not directions_of(dim):
+        raise _error("directions.head_dim", f"got {dim}", f"a multiple of {DIMS_EACH}")
+    if type(number) is not int or number != directions_of(dim):
+        raise _error(
+            "directions.number", f"got {_short(number)}", f"head_dim // {DIMS_EACH}, {dim // DIMS_EACH}"
+        )
+    return Directions(
+        dim,
+        number,
+        tuple(
+            tuple(
+                _head_directions(text, f"directions.heads[{t}][{h}]", dim, number)
+                for h, text in enumerate(_list(layer, f"directions.heads[{t}]", target.kv_heads))
+            )
+            for t, layer in enumerate(_list(value["heads"], "directions.heads", target.layers))
+        ),
+    )
+
+
+def _head_directions(value: Any, field: str, dim: int, number: int) -> bytes:
+    values = (dim + 2) * number
+    try:
+        content = base64.b64decode(value, validate=True) if isinstance(value, str) else b""
+    except ValueError:  # binascii's too
+        content = b""
+    if len(content) != 2 * values:
+        raise _error(field, f"got {_short(value)}", f"base64 of {2 * values} bytes")
+    numbers = struct.unpack(f"<{values}e", content)
+    if not math.isfinite(sum(numbers)):  # which no sum of so few finite float16 is not
+        raise _error(field, "holds inf or nan", "finite numbers")
+    if min(numbers[-number:]) <= 0:
+        raise _error(field, f"holds a step of {min(numbers[-number:])}", "steps above zero, the last row")
+    return content
 
 
 def _check_best(value: Any, target: HeadCounts) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
+import math
 import os
 import random
 import re
+import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from sts_sglang.core.channels import members_by_layer
 from sts_sglang.headmap import (
     MAX_SOURCES,
     SPLIT_STEPS,
+    Directions,
     HeadCounts,
     ModelPaths,
     load,
@@ -44,6 +49,18 @@ def valid() -> dict:
     }
 
 
+DIM, NUMBER = 32, 8
+
+
+def head_of(n: int, last: float = 0.5) -> bytes:
+    """Directions of a head as a map has them, all of them different; the last of its steps."""
+    numbers = [1.0 + n / 64 + i / 1024 for i in range((DIM + 2) * NUMBER - 1)]
+    return struct.pack(f"<{len(numbers) + 1}e", *numbers, last)
+
+
+DIRECTIONS = Directions(DIM, NUMBER, tuple(tuple(head_of(2 * t + h) for h in range(2)) for t in range(4)))
+
+
 @pytest.mark.parametrize(
     ("target", "draft", "expected"),
     [
@@ -67,6 +84,7 @@ def full() -> dict:
         "pool": "mean",
         "shares": [[0.5, 2.0]] * 4,
         "dense_layers": [3, 1],
+        "directions": DIRECTIONS.to_field(),
         "best": {"recall": [[0, 1.0], [0.5, 0.25]] * 2, "jaccard": [[0.0, 1]] * 4},
         "texts": [{"domain": "prose", "sha256": "0" * 64, "tokens": 4096}],
         "settings": {
@@ -134,6 +152,10 @@ def test_sources_are_read_in_order_and_shares_add_up_over_the_draft_layers(tmp_p
     assert (fresh == 1).all()  # one layer feeds a channel first
 
 
+def base64_of(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
 def _set(*keys_and_value):
     *keys, last, value = keys_and_value
 
@@ -180,6 +202,27 @@ def _set(*keys_and_value):
         (_set("dense_layers", [0, -1]), "dense_layers[1]"),
         (_set("dense_layers", [True]), "dense_layers[0]"),
         (_set("dense_layers", [1.0]), "dense_layers[0]"),
+        (_set("directions", None), "directions"),
+        (_set("directions", "size", 1), "directions.size"),
+        (_set("directions", {"head_dim": 32, "number": 8}), "directions.heads"),
+        (_set("directions", "head_dim", 28), "directions.head_dim"),
+        (_set("directions", "head_dim", 34), "directions.head_dim"),
+        (_set("directions", "head_dim", 1028), "directions.head_dim"),
+        (_set("directions", "head_dim", 32.0), "directions.head_dim"),
+        (_set("directions", "head_dim", 36), "directions.number"),
+        (_set("directions", "number", 16), "directions.number"),
+        (_set("directions", "number", True), "directions.number"),
+        (_set("directions", "heads", {}), "directions.heads"),
+        (_set("directions", "heads", 3, ["AAAA"]), "directions.heads[3]"),
+        (_set("directions", "heads", 3, 1, None), "directions.heads[3][1]"),
+        (_set("directions", "heads", 3, 1, "AAAA"), "directions.heads[3][1]"),
+        (_set("directions", "heads", 3, 1, base64_of(head_of(0) + b"ab")), "directions.heads[3][1]"),
+        (_set("directions", "heads", 3, 1, base64_of(head_of(0))[:-4] + "\n..."), "directions.heads[3][1]"),
+        (_set("directions", "heads", 3, 1, "\u00e4" * 724), "directions.heads[3][1]"),
+        (_set("directions", "heads", 3, 1, base64_of(head_of(0, math.inf))), "directions.heads[3][1]"),
+        (_set("directions", "heads", 3, 1, base64_of(head_of(0, math.nan))), "directions.heads[3][1]"),
+        (_set("directions", "heads", 3, 1, base64_of(head_of(0, 0.0))), "directions.heads[3][1]"),
+        (_set("directions", "heads", 3, 1, base64_of(head_of(0, -1.0))), "directions.heads[3][1]"),
         (_set("best", []), "best"),
         (_set("best", "mass", [[0.5] * 2] * 4), "best.mass"),
         (_set("best", "recall", [[0.5] * 2] * 3), "best.recall"),
@@ -234,7 +277,8 @@ def test_a_map_of_a_target_alone_is_read(tmp_path, monkeypatch):
     head_map = load(write(tmp_path, lone()), TARGET, None, models)
     assert head_map.shares == ((0.5, 2.0),) * 4 and head_map.dense_layers == (1, 3)
     assert head_map.pool is None and head_map.sources == headmap.undrafted(TARGET).sources
-    for field in ("fingerprints", "dense_layers", "texts", "settings"):
+    assert head_map.directions == DIRECTIONS
+    for field in ("fingerprints", "dense_layers", "directions", "texts", "settings"):
         less = lone()
         del less[field]
         load(write(tmp_path, less), TARGET, None, models)
@@ -269,6 +313,7 @@ def _without(key):
         (_set("fingerprints", {}), "fingerprints"),
         (_set("fingerprints", "target", "weights", "e"), "fingerprints.target"),
         (_set("dense_layers", [4]), "dense_layers[0]"),
+        (_set("directions", "heads", []), "directions.heads"),
         (_set("texts", 0, "tokens", 0), "texts[0].tokens"),
         (_set("settings", "keep", 2), "settings.keep"),
     ],
@@ -307,7 +352,8 @@ def test_a_packaged_map_of_a_target_alone_is_its_default_without_a_draft(tmp_pat
 def test_every_optional_field_is_read(tmp_path):
     head_map = load(write(tmp_path, full()), TARGET, DRAFT)
     assert (head_map.pool, head_map.dense_layers) == ("mean", (1, 3))
-    for field in ("pool", "dense_layers", "best", "texts", "settings", "fingerprints"):
+    assert head_map.directions == DIRECTIONS
+    for field in ("pool", "dense_layers", "directions", "best", "texts", "settings", "fingerprints"):
         less = full()
         del less[field]
         load(write(tmp_path, less), TARGET, DRAFT)
@@ -364,13 +410,46 @@ def test_nothing_else_than_a_refusal_or_a_map_comes_of_a_changed_file(tmp_path):
     assert refused > 300
 
 
+def test_directions_say_nothing_about_channels(tmp_path):
+    head_map = load(write(tmp_path, full()), TARGET, DRAFT)
+    without = replace(head_map, directions=None)
+    assert head_map == without and hash(head_map) == hash(without)
+    assert head_map.channels == without.channels and "directions" not in repr(head_map)
+
+
+@pytest.mark.parametrize("draft", [DRAFT, None])
+def test_a_rank_has_the_directions_of_its_heads(tmp_path, draft):
+    """One KV head each on two ranks; on four, two ranks share each."""
+    data = lone() if draft is None else full()
+    if draft:  # heads of every rank in every channel
+        data["sources"] = [[[[0, 0], [0, 1]], [[0, 2], [0, 3]]]] * 4
+    for ranks in (2, 4):
+        head_map = load(write(tmp_path, {**data, "tp": ranks}), TARGET, draft, tp=ranks)
+        for rank in range(ranks):
+            own = head_map.of_rank(rank, ranks, TARGET, draft).directions
+            kv_head = rank * 2 // ranks
+            assert own == Directions(DIM, NUMBER, tuple((layer[kv_head],) for layer in DIRECTIONS.heads))
+    assert proportional(TARGET, DRAFT).of_rank(1, 2, TARGET, DRAFT).directions is None
+
+
+def test_a_map_of_the_largest_target_with_its_directions_is_within_what_is_read(tmp_path):
+    """80 layers of 8 heads of 128 dimensions, and 40 layers of 40."""
+    for target in (HeadCounts(80, 64, 8), HeadCounts(40, 40, 40)):
+        content = struct.pack("<4160e", *[1.0] * 4160)
+        whole = Directions(128, 32, ((content,) * target.kv_heads,) * target.layers)
+        data = {"version": 1, "tp": 1, "target": target._asdict(), "draft": None}
+        data |= {"shares": [[1.0] * target.kv_heads] * target.layers, "directions": whole.to_field()}
+        assert load(write(tmp_path, data), target, None).directions == whole
+
+
 def test_missing_and_large_files(tmp_path):
     with pytest.raises(ConfigError, match="not a file"):
         load(str(tmp_path / "none.json"), TARGET, DRAFT)
     with pytest.raises(ConfigError, match="not a file"):
         load(str(tmp_path), TARGET, DRAFT)
     large = tmp_path / "large.json"
-    large.write_bytes(b" " * (5 << 20))
+    with open(large, "wb") as file:
+        file.truncate(headmap.MAX_FILE_BYTES + 1)
     with pytest.raises(ConfigError, match="too large"):
         load(str(large), TARGET, DRAFT)
 
