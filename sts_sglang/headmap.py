@@ -32,7 +32,7 @@ LATEST = "latest"  # in place of sources: the head selects the last tokens, what
 POOLS = ("max", "mean")
 MAX_SHARE = 1000.0
 DIMS_EACH = 4  # dimensions of a head for each of its directions
-HEAD_DIMS = (32, 1024)  # of heads that have directions
+HEAD_DIMS = (16, 1024)  # of heads that have directions
 SPLIT_STEPS = 64  # keeps at which a split budget is worked out; in between it is interpolated
 
 MAPS = Path(__file__).parent / "maps"
@@ -407,7 +407,7 @@ def load(
     [layer][kv head]}, with each head's bytes (see Directions) in base64. Only to
     inform, but checked as well: `best` (recall and Jaccard [layer][kv head] of the best single draft
     head), `texts`, `settings`. A handwritten map may omit all of these. A map of a target alone has `"draft":
-    null`, `shares`, and nothing that is about a draft (ALONE).
+    null`, `shares` or `directions` or both, and nothing that is about a draft (ALONE).
 
     Raises:
         ConfigError: one line that names the field.
@@ -424,10 +424,9 @@ def load(
     pool = data.get("pool")
     if "pool" in data and pool not in POOLS:
         raise _error("pool", f"got {_short(pool)}", " | ".join(POOLS))
-    if draft is None and "shares" not in data:
-        raise _error(
-            "shares", "missing", "a part of the budget for every head, which a map without a draft is"
-        )
+    if draft is None and not {"shares", "directions"} & set(data):
+        allowed = "a part of the budget for every head, or directions: a map without a draft is of these"
+        raise _error("shares", "missing", allowed)
     sources = _all_sources(data.get("sources"), target, draft) if draft else undrafted(target).sources
     if draft and (apart := foreign(sources, target, draft, tp)):
         raise _error(*apart)

@@ -33,7 +33,7 @@ def head_map(tmp_path):
 class Tokens(Request):
     """One request whose tokens are selected by their sketches."""
 
-    def steps(self, layer: int, kv: int, length: int) -> torch.Tensor:
+    def sketch(self, layer: int, kv: int, length: int) -> torch.Tensor:
         """float64 [length, R], by definition."""
         own = self.runtime.sketches.directions[layer]
         keys = self.target_pool.k[layer, self.slots[:length], kv].double()
@@ -44,7 +44,7 @@ class Tokens(Request):
         """float64 [length], by definition."""
         rows = q.view(-1, Q_HEADS, DIM)[:, kv * GROUP : (kv + 1) * GROUP].double()
         rows = rows @ self.runtime.sketches.directions[layer].back[kv].double()
-        return (rows @ self.steps(layer, kv, length).T * SCALE).softmax(-1).amax((0, 1))
+        return (rows @ self.sketch(layer, kv, length).T * SCALE).softmax(-1).amax((0, 1))
 
     def check(self, length: int, queries, outs, budget: int = 100) -> None:
         for layer, (q, out) in enumerate(zip(queries, outs, strict=True)):
@@ -106,7 +106,7 @@ def test_slots_that_were_loaded_are_sketched_by_the_next_prefill(head_map) -> No
     for layer, stored in sketches.of_layer.items():
         assert (stored[slots[:50]] == 99).all()  # known, so not written again
         for kv in range(KV_HEADS):
-            expected = rig.steps(layer, kv, PROMPT)[50:]
+            expected = rig.sketch(layer, kv, PROMPT)[50:]
             assert torch.equal(stored[slots[50:PROMPT], kv].double(), expected)
 
 
@@ -121,7 +121,7 @@ def test_what_a_last_verify_added_is_sketched_for_who_shares_it(head_map) -> Non
     assert sketches.written[slots[: PROMPT + 10]].all()
     for layer, stored in sketches.of_layer.items():
         for kv in range(KV_HEADS):
-            expected = rig.steps(layer, kv, PROMPT + 10)[PROMPT:]
+            expected = rig.sketch(layer, kv, PROMPT + 10)[PROMPT:]
             assert torch.equal(stored[slots[PROMPT : PROMPT + 10], kv].double(), expected)
 
 
