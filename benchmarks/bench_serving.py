@@ -7,10 +7,13 @@ Arms (each its own server, `--repeats` times in alternating order):
   sts-dense            sts with every target layer dense: what capture and selection cost
   sts                  sts with the given --sts-config
   sts-draft            the same with "draft": "all"
+  sts-pages            sts with "selector": "pages"
+  sts-tokens           sts with "selector": "tokens"; with --dummy, by directions drawn at random
   sts-warm             sts with "history": "warm"
   sts-blend            sts with "history": "blend"
   sts-draft-blend      sts with "draft": "all" and "history": "blend"
-With `--algorithm NONE` nothing drafts, every decode step is sparse, and the arms are stock and sts.
+With `--algorithm NONE` nothing drafts, every decode step is sparse, and the arms are stock, sts, sts-pages
+and sts-tokens.
 
 For every shape CONTEXTxREQUESTS the prompts are prefilled once, so that the measured requests find them
 in the prefix cache; then all requests decode `--new-tokens` at the same time, `--passes` times. Prompts of

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
+
+import torch
+
+from sts_kernels.layout import SKETCHED
+from sts_sglang import headmap
 
 COMMON = {
     "architectures": ["LlamaForCausalLM"],
@@ -47,3 +53,31 @@ def write(name: str, folder: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps({**COMMON, **SHAPES[name]}, indent=2))
     return path
+
+
+def directions(target: Path, draft: Path | None) -> Path:
+    """A head map beside the target with directions drawn at random, which cost what calibrated ones do; with
+    a draft it is proportional."""
+    own, drafts = counts(target), draft and counts(draft)
+    dim = json.loads((target / "config.json").read_text())["head_dim"]
+    number, generator = dim // SKETCHED, torch.Generator().manual_seed(0)
+    heads = []
+    for _ in range(own.layers):
+        turned = torch.linalg.qr(torch.randn(own.kv_heads, dim, dim, generator=generator)).Q[..., :number]
+        rest = torch.tensor([0.0, 0.05])[:, None].expand(own.kv_heads, 2, number)  # centre and step
+        values = torch.cat([turned, rest], 1).half().contiguous()
+        heads.append([base64.b64encode(head.numpy().tobytes()).decode() for head in values])
+    found = {"version": headmap.MAP_VERSION, "tp": 1, "target": own._asdict(), "draft": None}
+    if drafts:
+        found |= {"shift": headmap.MAP_SHIFT, "draft": drafts._asdict()}
+        found["sources"] = headmap.proportional(own, drafts).sources
+    found["directions"] = {"head_dim": dim, "number": number, "heads": heads}
+    path = target.parent / f"directions-{draft.name if draft else 'alone'}.json"
+    path.write_text(json.dumps(found))
+    return path
+
+
+def counts(model: Path) -> headmap.HeadCounts:
+    config = json.loads((model / "config.json").read_text())
+    fields = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return headmap.HeadCounts(*(config[field] for field in fields))

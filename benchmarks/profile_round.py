@@ -29,7 +29,7 @@ from types import ModuleType
 from benchmarks import bench_serving
 from benchmarks.harness import end_orderly_when_terminated
 from benchmarks.serving_arms import ARMS_OF
-from sts_kernels import page_scores, pages, select
+from sts_kernels import page_scores, pages, select, tokens
 from sts_sglang.tools.local_server import LocalServer
 
 WAITS = (
@@ -42,7 +42,7 @@ WAITS = (
     "cudaGraphLaunch",
 )
 
-SELECTS = {"page_scores": page_scores, "pages": pages, "select": select}
+SELECTS = {"page_scores": page_scores, "pages": pages, "tokens": tokens, "select": select}
 REST = "rest"
 
 

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks import dummy_models
 from sts_kernels.layout import PAGE
 from sts_sglang.config import StsConfig
 from sts_sglang.evaluate.pair import NONE
@@ -32,11 +33,13 @@ ARMS = {
     "sts-dense": Arm({"dense_layers": "all"}),
     "sts": Arm({}),
     "sts-draft": Arm({"draft": "all"}),
+    "sts-pages": Arm({"selector": "pages"}),
+    "sts-tokens": Arm({"selector": "tokens"}),
     "sts-warm": Arm({"history": "warm"}),
     "sts-blend": Arm({"history": "blend"}),
     "sts-draft-blend": Arm({"draft": "all", "history": "blend"}),
 }
-ALONE = {name: replace(ARMS[name], drafts=False) for name in ("stock", "sts")}
+ALONE = {name: replace(ARMS[name], drafts=False) for name in ("stock", "sts", "sts-pages", "sts-tokens")}
 DUMMY_DRAFTS = {"STANDALONE": "llama-1b", "EAGLE3": "llama-8b-eagle3"}
 ARMS_OF = {NONE: ALONE, **dict.fromkeys(DUMMY_DRAFTS, ARMS)}  # by algorithm
 
@@ -59,6 +62,9 @@ def sts_config(arm: Arm, options: argparse.Namespace) -> dict:
     config = {**json.loads(options.sts_config), **arm.config}
     if config.get("dense_layers") == "all":
         config["dense_layers"] = list(range(layers_of(options.target)))
+    if config.get("selector") == "tokens" and options.dummy and "head_map" not in config:
+        draft = options.draft if arm.drafts else None
+        config["head_map"] = str(dummy_models.directions(options.target, draft))
     return config
 
 
