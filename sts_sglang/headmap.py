@@ -617,6 +617,7 @@ SETTINGS: dict[str, tuple] = {
     "pool": ("auto", *POOLS),
     "budget": ("split", "uniform"),
     "measure": ("output", "mass"),
+    "selector": ("tokens", "pages"),
     "dtype": ("float32", "bfloat16", "float16"),
     "seed": (0, 2**63 - 1, int),
 }

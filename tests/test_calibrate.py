@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from sts_kernels.layout import IMPORTANCE_SCALE, NO_PAGE, PAGE, WHOLE, Contexts,
 from sts_sglang import cli, fingerprint, headmap
 from sts_sglang.calibrate import alone, search
 from sts_sglang.calibrate import report as reports
+from sts_sglang.calibrate.directions import LEAST_STEP, STEPS, Keys, Sketched
 from sts_sglang.calibrate.record import (
     Pair,
     Record,
@@ -30,7 +32,7 @@ from sts_sglang.calibrate.record import (
     page_scores,
 )
 from sts_sglang.config import ConfigError, StsConfig
-from sts_sglang.headmap import HeadCounts, HeadMap
+from sts_sglang.headmap import Directions, HeadCounts, HeadMap
 from sts_sglang.tools import tiny_pair
 from tests.oracle import Eagle3Draft
 
@@ -146,12 +148,123 @@ def test_pages_are_scored_as_the_server_scores_them(t):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
+def shown_keys(layers: int, k: list[torch.Tensor]) -> Keys:
+    """Of texts whose keys [H_kv, T, D] are those in every layer, times its number and one."""
+    keys = Keys(HeadCounts(layers, 4, k[0].shape[0]), k[0].shape[2], "cpu")
+    for text in k:
+        for layer in range(layers):
+            keys.add(Seen(layer, text, text * (layer + 1), text, 1.0))
+    return keys
+
+
+def rows_of(directions: Directions, layer: int, head: int) -> tuple[torch.Tensor, ...]:
+    """float64 basis [D, R], centre [R] and steps [R], as docs/calibration.md says they are read."""
+    content = bytearray(directions.heads[layer][head])
+    rows = torch.frombuffer(content, dtype=torch.float16).view(-1, directions.number).double()
+    return rows[:-2], rows[-2], rows[-1]
+
+
+def test_directions_are_those_along_which_keys_differ_most():
+    """Planted: eight columns of a rotation with deviations 16, 15, .. beside noise, around a far mean."""
+    draw, dim, number = torch.Generator().manual_seed(7), 32, 8
+    planted = torch.linalg.qr(torch.randn(2, dim, dim, generator=draw)).Q
+    deviations = torch.cat([torch.arange(16, 8, -1).float(), torch.full((dim - number,), 0.5)])
+    mean = 30 * torch.randn(2, 1, dim, generator=draw)
+    texts = [
+        (torch.randn(2, n, dim, generator=draw) * deviations) @ planted.mT + mean for n in (3000, 9000, 4000)
+    ]
+    directions, held = shown_keys(2, texts).directions()
+    assert (directions.head_dim, directions.number) == (dim, number)
+    variances = deviations.square()
+    assert held == pytest.approx(float(variances[:number].sum() / variances.sum()), abs=2e-3)
+    everything = torch.cat(texts, 1).double()
+    for layer in range(2):
+        for head in range(2):
+            basis, centre, step = rows_of(directions, layer, head)
+            keys = everything[head] * (layer + 1)
+            expected = torch.linalg.eigh(torch.cov(keys.T, correction=0)).eigenvectors.flip(1)[:, :number]
+            torch.testing.assert_close(
+                (expected.T @ basis).abs(), torch.eye(number).double(), atol=3e-3, rtol=0
+            )
+            torch.testing.assert_close(basis.T @ basis, torch.eye(number).double(), atol=2e-3, rtol=0)
+            torch.testing.assert_close(centre, (keys @ basis).mean(0), atol=1e-9, rtol=1e-3)
+            spread = (keys @ basis).std(0, correction=0)
+            torch.testing.assert_close(step, 4 * spread / 127, atol=1e-9, rtol=1e-2)
+    # The planted ones too, though no sample has exactly them.
+    within = planted[0, :, :number].double().T @ rows_of(directions, 0, 0)[0]
+    assert (within.square().sum(0) > 0.99).all()
+
+
+def test_directions_of_keys_that_do_not_differ_have_steps_that_can_be_divided_by():
+    keys = torch.full((1, 50, 32), 1e5)
+    directions, _ = shown_keys(1, [keys]).directions()
+    basis, centre, step = rows_of(directions, 0, 0)
+    assert (step >= LEAST_STEP).all() and centre.isfinite().all() and basis.isfinite().all()
+
+
+def test_directions_are_of_the_keys_that_a_cache_holds(pair):
+    """After positions; of the target whether a draft runs with it or not, and of all tokens of all texts."""
+    model = AutoModelForCausalLM.from_pretrained(pair["target"], dtype=torch.float32)
+    texts = [TOKENS, TOKENS[50:130]]
+    with torch.no_grad():
+        caches = [model(torch.tensor([text]), use_cache=True).past_key_values for text in texts]
+    target = Target(str(pair["target"]))
+    assert target.head_dim == 32
+    keys, too = target.keys(), target.keys()
+    for text in texts:
+        target.run(text, keys.add)
+        Pair(str(pair["target"]), str(pair["draft"])).record("x", text, [60], keys=too)
+    assert keys.number == 280
+    for layer in range(4):
+        own = torch.cat([cache.layers[layer].keys[0] for cache in caches], 1).double()  # [H_kv, T, D]
+        torch.testing.assert_close(keys.sums[layer], own.sum(1), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(keys.products[layer], own.mT @ own, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(too.products, keys.products, rtol=1e-4, atol=1e-2)
+    assert too.number == keys.number
+
+
+def test_tokens_are_scored_by_sketches_of_their_keys():
+    draw, heads, dim, t = torch.Generator().manual_seed(8), 2, 32, 90
+    q, k = torch.randn(6, 100, dim, generator=draw), torch.randn(heads, 100, dim, generator=draw)
+    k[:, 7] *= 50  # further than a sketch reaches
+    directions, _ = shown_keys(3, [k[:, :7], k[:, 8:]]).directions()
+    seen = Seen(1, q, 2 * k, k, 0.3)
+    found = Sketched(directions).scores(seen, t)
+    assert found.shape == (heads, t)
+    for head in range(heads):
+        basis, centre, step = rows_of(directions, 1, head)
+        sketches = ((seen.k[head, :t].double() @ basis - centre) / step).round().clamp(-STEPS, STEPS)
+        assert sketches[7].abs().max() == STEPS
+        rows = q[3 * head : 3 * head + 3, t].double()
+        probs = torch.softmax(0.3 * (rows @ (basis * step)) @ sketches.T, -1)
+        torch.testing.assert_close(found[head].double(), probs.amax(0), rtol=1e-3, atol=1e-6)
+
+
+def test_keys_in_few_directions_are_ranked_by_sketches_as_by_attention():
+    """What sketches leave out is then nothing but their rounding."""
+    draw, dim, t = torch.Generator().manual_seed(9), 32, 300
+    plane = torch.linalg.qr(torch.randn(dim, 8, generator=draw)).Q
+    k = (torch.randn(2, t + 1, 8, generator=draw) @ plane.T) + torch.randn(2, 1, dim, generator=draw)
+    seen = Seen(0, torch.randn(4, t + 1, dim, generator=draw), k, k, 0.5)
+    directions, held = shown_keys(1, [k]).directions()
+    assert held == pytest.approx(1, abs=1e-6)
+    config = StsConfig(selector="draft", keep=0.1, budget=0, sink=2, recent=8)
+    by_sketch, best = (
+        reach(seen, t) for reach in (alone.sketch_reach(config, directions), alone.token_reach(config))
+    )
+    assert (by_sketch[:, :2] == 10).all() and (by_sketch[:, -8:] == 10).all()
+    for n in (20, 30, 60):
+        common = ((by_sketch <= n) & (best <= n)).sum(1)
+        assert (common >= 0.9 * n).all(), (n, common)
+
+
 def test_a_list_has_what_is_forced_then_the_highest_and_of_equal_ones_the_later():
     scores = torch.tensor([[9.0, 1.0, 1.0, 3.0, 1.0, 0.0, 0.0], [0.0, 1.0, 2.0, 3.0, 4.0, 9.0, 9.0]])
     assert alone._places(scores, 1, 2).tolist() == [[3, 7, 6, 4, 5, 3, 3], [3, 7, 6, 5, 4, 3, 3]]
 
 
-WAYS = ("sink + recent only", "pages, equal budgets", "pages, split budget", "best tokens, equal budgets")
+WAYS = ("pages, equal budgets", "pages, split budget", "sink + recent only", "best tokens, equal budgets")
+BY_SKETCHES = ("tokens by sketches, equal budgets", "tokens by sketches, split budget", WAYS[0], *WAYS[2:])
 ALONE = StsConfig(selector="pages", keep=0.4, budget=0, sink=2, recent=8)
 
 
@@ -182,8 +295,27 @@ def test_the_budget_of_a_target_alone_goes_to_the_head_that_loses_by_every_page(
     assert error["pages, split budget"] < error["pages, equal budgets"]
     assert report["error_by_domain"]["pages, split budget"] == {"c": error["pages, split budget"]}
     assert report["list_share"] == pytest.approx(0.4, abs=0.01)
+    assert report["by"] == "pages" and tuple(error) == WAYS
     # Of 480 tokens 192, which are 12 of the 30 pages, all of them alike to the first head.
     assert error["pages, equal budgets"] == pytest.approx((1 - 12 / 30) / 2, abs=0.01)
+
+
+def test_the_budget_of_a_target_alone_is_split_for_tokens_where_there_are_directions():
+    """Head 0 again wants all tokens alike, and head 1 those that its one direction tells."""
+    texts = [alone.Passage(name, [], steps) for name, steps in (("a", [400, 500]), ("b", [450]))]
+    told = torch.zeros(18, 4)  # 16 dimensions are too few for a map, not for this
+    told[0, 0], told[1, 1], told[2, 2], told[3, 3], told[-1] = 1, 1, 1, 1, 8 / 127
+    content = told.half().numpy().tobytes()
+    directions = Directions(16, 4, ((content, content),))
+    config = alone.lists_of(ALONE, "tokens")
+    assert config.forced == 10 < ALONE.forced == alone.lists_of(config, "pages").forced
+    held = [alone.Passage("c", [], [480])]
+    report = alone.measure(TwoHeads(), config, texts, held, lambda text: None, directions)
+    (wide, narrow), error = report["shares"][0], report["error"]
+    assert narrow < 1 < wide and report["parts"][0] == pytest.approx(0.2 * 0.4)
+    assert report["by"] == "tokens by sketches" and tuple(error) == BY_SKETCHES
+    assert error[BY_SKETCHES[1]] < error[BY_SKETCHES[0]] < error["sink + recent only"]
+    assert error[BY_SKETCHES[0]] == pytest.approx(error["best tokens, equal budgets"], rel=1e-3)
 
 
 def test_no_list_is_measured_that_is_shorter_than_the_servers():
@@ -600,17 +732,25 @@ def test_command_writes_map_table_report_and_plot(pair, tmp_path, capsys, draft)
     assert again == 0 and json.loads(other.read_text()) == json.loads(out.read_text())
 
 
-def test_command_without_a_draft_writes_map_table_report_and_plot(pair, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("selector", "ways"),
+    [((), BY_SKETCHES), (("--selector", "tokens"), BY_SKETCHES), (("--selector", "pages"), WAYS)],
+)
+def test_command_without_a_draft_writes_map_table_report_and_plot(pair, tmp_path, capsys, selector, ways):
     pytest.importorskip("matplotlib")
     plot, report = tmp_path / "map.png", tmp_path / "report.json"
-    flags = ("--keep", "0.4", "--plot", str(plot), "--report", str(report))
+    flags = ("--keep", "0.4", "--plot", str(plot), "--report", str(report), *selector)
     code, out = run(pair, tmp_path, None, *flags)
     assert code == 0
     shown = capsys.readouterr()
     table, progress = shown.out.splitlines(), shown.err.splitlines()
     assert [line.strip() for line in progress if "[" in line] == ["[1/2] a", "[2/2] b", "[1/1] held"]
-    rows = [line for line in table if line.startswith("  ")]
-    assert [any(row.startswith(f"  {name}") for row in rows) for name in WAYS] == [True] * 4
+    rows = [line for line in table if re.match("  [a-z]", line)]
+    assert len(rows) == len(ways)
+    assert all(row.startswith(f"  {name} ") for row, name in zip(rows, ways, strict=True))
+    by_tokens = ways == BY_SKETCHES
+    assert ("8 directions of the 32 that keys have hold" in shown.out) == by_tokens
+    assert ("the map has no directions of keys\n" in shown.out) != by_tokens
     assert any("the split takes away" in line for line in table)
     assert table[-1] == f"""wrote {out}; use it with --sts-config '{{"head_map": "{out}"}}'"""
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -623,9 +763,19 @@ def test_command_without_a_draft_writes_map_table_report_and_plot(pair, tmp_path
     error = found["error"]
     assert error["best tokens, equal budgets"] < error["pages, equal budgets"] < error["sink + recent only"]
     data = json.loads(out.read_text())
+    assert data["settings"]["selector"] == ("tokens" if by_tokens else "pages")
+    if by_tokens:
+        assert error["best tokens, equal budgets"] < error[ways[0]] < error["pages, equal budgets"]
+        assert data["directions"] == head_map.directions.to_field()
+        _, of_pair = run(pair, tmp_path / "pair", "draft", "--keep", "0.4")
+        with_draft = headmap.load(str(of_pair), *counts_of(pair))
+        own, too = (Sketched(each)._packed.float() for each in (head_map.directions, with_draft.directions))
+        torch.testing.assert_close(own[..., -2:, :].abs(), too[..., -2:, :].abs(), rtol=0.02, atol=0.02)
+    else:
+        assert "directions" not in data and head_map.directions is None
     assert data["draft"] is None and set(data) <= set(headmap.ALONE)
     assert [text["domain"] for text in data["texts"]] == ["a", "b"] and data["settings"]["keep"] == 0.4
-    again, other = run(pair, tmp_path / "again", None, "--keep", "0.4")
+    again, other = run(pair, tmp_path / "again", None, "--keep", "0.4", *selector)
     assert again == 0 and json.loads(other.read_text()) == data
     wrong = headmap.ModelPaths(str(pair["draft"]), None)
     with pytest.raises(ConfigError, match=r"head_map\.fingerprints\.target\.config"):
@@ -641,7 +791,10 @@ def test_command_without_a_draft_writes_map_table_report_and_plot(pair, tmp_path
         (["--dense-below", "0.5"], "--dense-below: is about draft heads"),
         (["--measure", "mass"], "--measure: got 'mass' without --draft; allowed: output"),
         (["--budget", "uniform"], "--budget: got 'uniform' without --draft"),
-        (["--keep", "0.2"], "too short for 3 windows beyond 401 tokens"),  # 79 tokens are on every list
+        (
+            ["--selector", "pages", "--keep", "0.2"],
+            "too short for 3 windows beyond 401 tokens",
+        ),  # 79 tokens are on every list
     ],
 )
 def test_what_says_nothing_of_a_target_alone_is_refused_without_a_draft(pair, tmp_path, capsys, flags, said):
@@ -651,18 +804,40 @@ def test_what_says_nothing_of_a_target_alone_is_refused_without_a_draft(pair, tm
     assert len(errors) == 1 and said in errors[0] and "allowed: " in errors[0] and len(errors[0]) < 300
 
 
-def test_heads_without_sketches_are_refused_without_a_draft(pair):
+def test_heads_without_sketches_are_refused_without_a_draft(pair, tmp_path, capsys, monkeypatch):
     target = Target(str(pair["target"]))
     target.check_pages()
     target.target.config.head_dim = 24
     with pytest.raises(ConfigError, match="--model: heads of 24 dimensions; allowed: a multiple of 16"):
         target.check_pages()
+    monkeypatch.setattr(Target, "head_dim", 24)
+    assert run(pair, tmp_path, None)[0] == 2
+    assert "error: --model: heads of 24 dimensions; allowed: a multiple of 16" in capsys.readouterr().err
+
+
+def test_heads_without_directions_have_their_budget_split_for_pages(pair, tmp_path, capsys, monkeypatch):
+    """And a map of a pair of them has none; both say so."""
+    monkeypatch.setattr("sts_sglang.headmap.HEAD_DIMS", (36, 1024))
+    monkeypatch.setattr(reports, "HEAD_DIMS", (36, 1024))
+    said = (
+        "the map has no directions of keys: its heads have 32 dimensions, and not a multiple of 4 from 36 on"
+    )
+    for draft in (None, "draft"):
+        code, out = run(pair, tmp_path, draft, "--keep", "0.4")
+        assert code == 0 and said in capsys.readouterr().out
+        data = json.loads(out.read_text())
+        assert "directions" not in data and data["settings"].get("selector") == (None if draft else "pages")
+    code, _ = run(pair, tmp_path, None, "--selector", "tokens")
+    assert code == 2
+    assert "error: --selector tokens: --model has heads of 32 dimensions; allowed:" in capsys.readouterr().err
 
 
 def test_the_table_says_when_a_split_is_worth_nothing():
     report = {
         "shares": [[1.0, 1.0]],
-        "error": dict(zip(WAYS, (0.004, 0.002, 0.003, 0.001), strict=True)),
+        "by": "pages",
+        "directions": {"head_dim": 32, "number": 0, "variance": 0.0},
+        "error": dict(zip(WAYS, (0.002, 0.003, 0.004, 0.001), strict=True)),
         "error_by_domain": {name: {"x": 0.1} for name in WAYS},
         "list_share": 0.1,
     }
@@ -707,6 +882,8 @@ def test_the_table_says_what_it_leaves_out(pair, tmp_path, capsys):
         (["--band", "near"], "--band"),
         (["--seed", "-1"], "--seed"),
         (["--pool", "sum"], "--pool"),
+        (["--selector", "tokens"], "--selector"),
+        (["--selector", "draft"], "--selector"),
         (["--device", "tpu"], "--device"),
         (["--device", "cuda:99"], "--device"),
         (["--device", "cpu:1"], "--device"),

@@ -1,5 +1,5 @@
-"""A target without a draft: what its decode steps lose to the pages that they leave out, and the split of the
-budget over heads that loses least.
+"""A target without a draft: what its decode steps lose to the tokens or pages that they leave out, and the
+split of the budget over heads that loses least.
 
 A decode step is one row. It selects by its own queries, so one pass of the target measures every length of a
 list, and nothing is kept but the errors.
@@ -8,6 +8,7 @@ list, and nothing is kept but the errors.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +17,10 @@ from torch.nn.functional import pad
 from sts_kernels import torch_ops
 from sts_kernels.layout import ALIGN, PAGE, WHOLE, Contexts, Count, Room, pages_of
 from sts_sglang.calibrate import search
+from sts_sglang.calibrate.directions import Sketched
 from sts_sglang.calibrate.record import Seen, Target, attention_at, page_scores
 from sts_sglang.config import CEIL_GUARD, StsConfig
-from sts_sglang.headmap import HeadMap, undrafted
+from sts_sglang.headmap import Directions, HeadMap, undrafted
 
 
 class Passage(NamedTuple):
@@ -46,13 +48,16 @@ def measure(
     texts: Sequence[Passage],
     held: Sequence[Passage],
     say: Callable[[str], None],
+    directions: Directions | None = None,
 ) -> dict[str, Any]:
     """Split the budget by `texts` and judge that on `held`; "shares" of the report is [layer][KV head].
 
     Args:
-        config: of selector "pages" and policy "ratio". say: is told what is being done.
+        config: of what selects (`lists_of`) and policy "ratio". say: is told what is being done. directions:
+            of the sketches that tokens are selected by, None for pages.
     """
-    counts, reach = target.target_counts, page_reach(config)
+    counts, pages = target.target_counts, lists_of(config, "pages")
+    reach = sketch_reach(config, directions) if directions else page_reach(pages)
     parts = parts_of(config, texts)
 
     def by_part(t: int, layer: int) -> torch.Tensor:
@@ -73,15 +78,20 @@ def measure(
     def of_tokens(t: int, layer: int) -> torch.Tensor:
         return torch.stack([torch.tensor(config.sink + config.recent), equal[t]]).expand(counts.kv_heads, -1)
 
-    names = (
-        "pages, equal budgets",
-        "pages, split budget",
-        "sink + recent only",
-        "best tokens, equal budgets",
-    )
-    ways = [Ways(reach, of_maps), Ways(token_reach(config), of_tokens)]
+    def of_pages(t: int, layer: int) -> torch.Tensor:
+        return equal[t].clamp(min=pages.forced).expand(counts.kv_heads, 1)
+
+    by = "tokens by sketches" if directions else "pages"
+    names = [f"{by}, equal budgets", f"{by}, split budget"]
+    ways = [Ways(reach, of_maps)]
+    if directions:
+        names += ["pages, equal budgets"]
+        ways += [Ways(page_reach(pages), of_pages)]
+    names += ["sink + recent only", "best tokens, equal budgets"]
+    ways += [Ways(token_reach(config), of_tokens)]
     errors = _errors(target, held, ways, len(names), say).mean((1, 2))  # [texts, ways]
     return {
+        "by": by,
         "shares": split.shares,
         "error": dict(zip(names, search.over_domains(held, errors).tolist(), strict=True)),
         "error_by_domain": {name: search.by_domain(held, errors[:, i]) for i, name in enumerate(names)},
@@ -89,6 +99,12 @@ def measure(
         "parts": parts,
         "error_by_part": lost.tolist(),
     }
+
+
+def lists_of(config: StsConfig, selector: str) -> StsConfig:
+    """The configuration by which lists of "tokens" or "pages" have their lengths. Those of tokens have sink
+    and recent in any case and no whole pages, as what a draft selects."""
+    return replace(config, selector={"tokens": "draft", "pages": "pages"}[selector])
 
 
 def parts_of(config: StsConfig, texts: Sequence[Passage]) -> list[float]:
@@ -129,6 +145,12 @@ def page_reach(config: StsConfig) -> Callable[[Seen, int], torch.Tensor]:
         return pad(pages.repeat_interleave(PAGE, 1) * PAGE + t % PAGE, (0, t % PAGE))
 
     return reach
+
+
+def sketch_reach(config: StsConfig, directions: Directions) -> Callable[[Seen, int], torch.Tensor]:
+    """The tokens of most attention as their sketches have it."""
+    sketched = Sketched(directions)
+    return lambda seen, t: _places(sketched.scores(seen, t), config.sink, config.recent)
 
 
 def token_reach(config: StsConfig) -> Callable[[Seen, int], torch.Tensor]:

@@ -14,11 +14,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sts_sglang import files
 from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig, one_line
-from sts_sglang.headmap import LATEST, MAP_SHIFT, MAP_VERSION, MAX_SOURCES, POOLS, RANKS, SETTINGS
+from sts_sglang.headmap import (
+    DIMS_EACH,
+    HEAD_DIMS,
+    LATEST,
+    MAP_SHIFT,
+    MAP_VERSION,
+    MAX_SOURCES,
+    POOLS,
+    RANKS,
+    SETTINGS,
+    directions_of,
+)
 
 if TYPE_CHECKING:
-    from sts_sglang.calibrate.record import Record
-    from sts_sglang.headmap import HeadCounts
+    from sts_sglang.calibrate.directions import Keys
+    from sts_sglang.calibrate.record import Record, Target
+    from sts_sglang.headmap import Directions, HeadCounts
 
 TEXTS = Path(__file__).parent.parent / "texts"
 DOMAINS = ("prose", "code", "dialogue", "recall")
@@ -51,8 +63,9 @@ def add(commands) -> None:
         "head) the draft heads whose selection changes its output least, splits the budget over\n"
         "target heads, and writes the head map.\n"
         "Without: runs the target, finds what its output loses at every length of a head's list of\n"
-        "pages, and writes a map that splits the budget over heads so that least is lost.\n"
-        "Either way the map is then measured on texts that were not used for it.",
+        "tokens, and writes a map that splits the budget over heads so that least is lost.\n"
+        "Either way the map has the directions along which the target's keys differ most, which\n"
+        "sketches of tokens are made on, and is measured on texts that were not used for it.",
         epilog="examples:\n"
         "  sts-sglang calibrate --model TARGET --draft DRAFT --out map.json --plot map.png\n"
         "  sts-sglang calibrate --model TARGET --out map.json     # to serve without a draft\n"
@@ -103,6 +116,13 @@ def add(commands) -> None:
         "the same",
     )
     flag(
+        "--selector",
+        choices=SETTINGS["selector"],
+        default=argparse.SUPPRESS,
+        help="what the target alone is to select, and the budget is split for: tokens by sketches of their\n"
+        "keys (default), or whole pages, for which the map has no directions (without a draft)",
+    )
+    flag(
         "--band",
         type=_band,
         default=argparse.SUPPRESS,
@@ -139,10 +159,11 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0. Raises ConfigError, one line that names the flag."""
     if args.draft is None:
         _refuse_by_draft(args)
+    elif hasattr(args, "selector"):
+        raise ConfigError("--selector: is about a target alone; allowed: without --draft, or leave it out")
     vars(args).update({name: getattr(args, name, default) for name, default in BY_DRAFT.items()})
-    selector = "pages" if args.draft is None else "draft"
     try:
-        config = StsConfig(keep=args.keep, sink=args.sink, recent=args.recent, budget=0, selector=selector)
+        config = StsConfig(keep=args.keep, sink=args.sink, recent=args.recent, budget=0, selector="draft")
     except ConfigError as error:
         raise ConfigError(str(error).replace("sts_config.", "--")) from None
     _check_outputs(args)
@@ -184,11 +205,14 @@ def _calibrate_pair(args, config: StsConfig, texts: list[Text], holdout: list[Te
     pair = Pair(args.model, args.draft, args.device, args.dtype)
     _check_ranks(args.tp, {"--model": pair.target_counts, "--draft": pair.draft_counts})
     prints = _fingerprints({"target": ("--model", args.model), "draft": ("--draft", args.draft)})
-    recorded = _record(pair, args, texts, "--text", args.measure == "output")
+    keys = pair.keys()
+    recorded = _record(pair, args, texts, "--text", args.measure == "output", keys)
     held = _record(pair, args, holdout, "--holdout")
     found, report = measure(pair, args, config, recorded, held)
+    directions, report["directions"] = _directions(pair, keys)
     print(reports.table(report))
-    _write("--out", args.out, _map(pair, args, found, report, prints, texts, recorded))
+    head_map = _map(pair, args, found, report, prints, texts, recorded)
+    _write("--out", args.out, head_map | _field_of(directions))
     if args.report:
         _write("--report", args.report, report)
     if args.plot:
@@ -201,7 +225,8 @@ def _calibrate_alone(args, config: StsConfig, texts: list[Text], holdout: list[T
     from sts_sglang.calibrate.record import Target
 
     target = Target(args.model, args.device, args.dtype)
-    target.check_pages()
+    args.selector = _selector(args, target)
+    config = alone.lists_of(config, args.selector)
     _check_ranks(args.tp, {"--model": target.target_counts})
     prints = _fingerprints({"target": ("--model", args.model)})
     found, held = (
@@ -211,9 +236,15 @@ def _calibrate_alone(args, config: StsConfig, texts: list[Text], holdout: list[T
         ]
         for part, flag in ((texts, "--text"), (holdout, "--holdout"))
     )
-    report = alone.measure(target, config, found, held, _say)
+    keys = target.keys() if args.selector == "tokens" else None
+    if keys is not None:
+        for text in found:
+            _say(f"keys of {text.domain}")
+            target.run(text.ids, keys.add)
+    directions, of_keys = _directions(target, keys)
+    report = alone.measure(target, config, found, held, _say, directions) | {"directions": of_keys}
     print(reports.table_alone(report))
-    head_map = {"draft": None, "shares": report["shares"], "dense_layers": []}
+    head_map = {"draft": None, "shares": report["shares"], "dense_layers": []} | _field_of(directions)
     settings = [name for name in SETTINGS if name not in BY_DRAFT]
     _write(
         "--out",
@@ -224,6 +255,31 @@ def _calibrate_alone(args, config: StsConfig, texts: list[Text], holdout: list[T
         _write("--report", args.report, report)
     if args.plot:
         reports.plot_shares(args.plot, report, f"shares of the budget at keep {args.keep:g}")
+
+
+def _selector(args: argparse.Namespace, target: Target) -> str:
+    """What a target alone is to select: what the flag says, else tokens where its keys have directions."""
+    number = directions_of(target.head_dim)
+    selector = getattr(args, "selector", "tokens" if number else "pages")
+    if selector == "pages":
+        target.check_pages()
+    elif not number:
+        raise ConfigError(
+            f"--selector tokens: --model has heads of {target.head_dim} dimensions; allowed: a multiple of "
+            f"{DIMS_EACH} from {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, or --selector pages"
+        )
+    return selector
+
+
+def _directions(target: Target, keys: Keys | None) -> tuple[Directions | None, dict[str, Any]]:
+    """Of `Keys`, None for a map without; and what the report says of them."""
+    directions, variance = (None, 0.0) if keys is None else keys.directions()
+    number = directions.number if directions else 0
+    return directions, {"head_dim": target.head_dim, "number": number, "variance": variance}
+
+
+def _field_of(directions: Directions | None) -> dict[str, Any]:
+    return {"directions": directions.to_field()} if directions else {}
 
 
 def _check_ranks(tp: int, models: dict[str, HeadCounts]) -> None:
@@ -407,7 +463,8 @@ def _map(pair, args, found, report: dict[str, Any], prints, texts: list[Text], r
         for key in ("recall", "jaccard")
         for rows in [report[f"candidate_{key}"]]
     }
-    return _made_of(args, pair, prints, texts, [text.ids for text in recorded], SETTINGS) | {
+    settings = [name for name in SETTINGS if name != "selector"]
+    return _made_of(args, pair, prints, texts, [text.ids for text in recorded], settings) | {
         "shift": MAP_SHIFT,
         "draft": pair.draft_counts._asdict(),
         "pool": found.head_map.pool,
@@ -477,12 +534,14 @@ def _text(path: str, flag: str) -> Text:
     return Text(one_line(file.stem)[:255], content)
 
 
-def _record(pair, args, texts: list[Text], flag: str, change: bool = False) -> list[Recorded]:
+def _record(
+    pair, args, texts: list[Text], flag: str, change: bool = False, keys: Keys | None = None
+) -> list[Recorded]:
     windows = _windows(pair, args, texts, flag, args.sink + args.recent)
     found = []
     for n, (text, (ids, own)) in enumerate(zip(texts, windows, strict=True), 1):
         _say(f"[{n}/{len(texts)}] {text.domain}")
-        found.append(Recorded(ids, pair.record(text.domain, ids, own, change)))
+        found.append(Recorded(ids, pair.record(text.domain, ids, own, change, keys)))
     return found
 
 

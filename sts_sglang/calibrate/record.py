@@ -8,7 +8,8 @@ Memory, beside the models and their own activations: attention is computed for t
 window of one layer at a time, and what it gives goes to a temporary file (TMPDIR) at once; searching reads
 back one target layer, or one window of the draft. `search.working_bytes` is the bound: 108 MB for
 Llama-3.1-8B with a 1B draft, four texts of 4,096 tokens and 16 windows each (63 MB measured), whatever the
-number of target layers. The files of that pair, `disk_bytes`, are 1.1 GB for four texts.
+number of target layers. What keys are summed up in (`directions.Keys`) comes to it, 34 MB. The files of that
+pair, `disk_bytes`, are 1.1 GB for four texts.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from torch.nn.functional import linear, pad, rms_norm
 
 from sts_kernels.layout import PAGE, SHIFT
 from sts_sglang import checkpoints
+from sts_sglang.calibrate.directions import Keys
 from sts_sglang.config import ConfigError, quoted, shown
-from sts_sglang.headmap import POOLS, HeadCounts
+from sts_sglang.headmap import POOLS, HeadCounts, directions_of
 
 VERIFY_ROWS = 4
 DRAFT_ROWS = 3
@@ -173,16 +175,28 @@ class Target:
         # Most tokens that there are positions for, by the config.
         self.positions: int | None = getattr(self.target.config, "max_position_embeddings", None)
 
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of a head."""
+        config = self.target.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
     def check_pages(self) -> None:
         """Raises ConfigError: heads whose keys have no sketches, so that no server selects by them."""
-        config = self.target.config
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        if dim % PAGE:
+        if self.head_dim % PAGE:
             raise ConfigError(
-                f"--model: heads of {dim} dimensions; allowed: a multiple of {PAGE}, or --draft"
+                f"--model: heads of {self.head_dim} dimensions; allowed: a multiple of {PAGE}, or --draft"
             )
 
+    def keys(self) -> Keys | None:
+        """What takes up its keys, None where they are to have no directions."""
+        return Keys(self.target_counts, self.head_dim, self.device) if directions_of(self.head_dim) else None
+
     @torch.no_grad()
+    def run(self, tokens: list[int], collect: Collector) -> None:
+        """Over `tokens`, for what its attention shows to `collect`."""
+        _run(self.target, torch.tensor([tokens], device=self.device), collect)
+
     def output_errors(
         self, tokens: list[int], windows: list[int], kept: Kept, ways: int, rows_each: int = VERIFY_ROWS
     ) -> torch.Tensor:
@@ -207,7 +221,7 @@ class Target:
                 probs = _attention(seen.q, seen.k, rows, seen.scaling)
                 found[i, seen.layer] = _errors(seen, rows, probs, kept(i, seen).to(probs.device)).cpu()
 
-        _run(self.target, torch.tensor([tokens], device=self.device), weigh)
+        self.run(tokens, weigh)
         return found
 
 
@@ -238,8 +252,18 @@ class Pair(Target):
         self.positions = min((n for n in both if n), default=None)
 
     @torch.no_grad()
-    def record(self, domain: str, tokens: list[int], windows: list[int], change: bool = False) -> Record:
+    def record(
+        self,
+        domain: str,
+        tokens: list[int],
+        windows: list[int],
+        change: bool = False,
+        keys: Keys | None = None,
+    ) -> Record:
         """Run both models over `tokens` and keep what the windows need; see Record.
+
+        Args:
+            keys: takes up the target's.
 
         Raises:
             ConfigError: `change` of a target without an output projection that is known.
@@ -260,6 +284,8 @@ class Pair(Target):
         def weigh(seen: Seen) -> None:
             if change:
                 _check_output(seen)
+            if keys is not None:
+                keys.add(seen)
             for i, t in enumerate(windows):
                 rows = range(t, t + VERIFY_ROWS)
                 probs = _attention(seen.q, seen.k, rows, seen.scaling)

@@ -10,6 +10,7 @@ import torch
 
 from sts_sglang import files
 from sts_sglang.config import ConfigError
+from sts_sglang.headmap import DIMS_EACH, HEAD_DIMS, directions_of
 
 SHOWN = 20  # weak heads in the table
 WEAK = 0.5  # of the oracle's recall
@@ -58,23 +59,23 @@ def table(report: dict[str, Any]) -> str:
     lines += [f"  and {len(weak) - SHOWN} more, all of them in --report"] if len(weak) > SHOWN else []
     if layers := report["dense_layers"]:
         lines += [f"layers that the map keeps dense: {json.dumps(layers)}"]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_of_directions(report)])
 
 
 def table_alone(report: dict[str, Any]) -> str:
     """The same of a target without a draft: held-out error by way to select, and how uneven shares are."""
-    error, order = report["error"], ("sink + recent only", "pages, equal budgets", "pages, split budget")
-    domains = list(report["error_by_domain"][order[0]])
+    error = report["error"]
+    domains = list(next(iter(report["error_by_domain"].values())))
     lines = [
         "squared error of the output of attention on held-out texts, in thousandths of the residual's square",
-        " " * 31 + "mean" + "".join(f"{name[:10]:>11}" for name in domains),
+        " " * 39 + "mean" + "".join(f"{name[:10]:>11}" for name in domains),
     ]
-    for name in (*order, "best tokens, equal budgets"):
+    for name, mean in error.items():
         by_domain = report["error_by_domain"][name].values()
-        errors = "".join(f"{1e3 * value:9.4f}  " for value in (error[name], *by_domain))
-        lines += [f"  {name:<26}{errors}".rstrip()]
+        errors = "".join(f"{1e3 * value:9.4f}  " for value in (mean, *by_domain))
+        lines += [f"  {name:<34}{errors}".rstrip()]
     lines += [f"lists are {report['list_share']:.1%} of the context, with either budget"]
-    equal, split = error[order[1]], error[order[2]]
+    equal, split = (error[f"{report['by']}, {budget}"] for budget in ("equal budgets", "split budget"))
     if equal > 0:
         lines += [f"of the error with equal budgets, the split takes away {1 - split / equal:.1%}"]
     if split >= equal:
@@ -88,7 +89,16 @@ def table_alone(report: dict[str, Any]) -> str:
         f"shares of the budget from {low:.2f} to {high:.2f}, median {middle:.2f}; {below:.0%} of heads have "
         "less than an equal one"
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_of_directions(report)])
+
+
+def _of_directions(report: dict[str, Any]) -> list[str]:
+    """What the map has of the target's keys."""
+    dim, number, held = (report["directions"][name] for name in ("head_dim", "number", "variance"))
+    if not number:
+        why = f": its heads have {dim} dimensions, and not a multiple of {DIMS_EACH} from {HEAD_DIMS[0]} on"
+        return ["the map has no directions of keys" + (why if not directions_of(dim) else "")]
+    return [f"{number} directions of the {dim} that keys have hold {held:.1%} of how they differ"]
 
 
 def weak_heads(recall: torch.Tensor, oracle: torch.Tensor) -> list[dict[str, Any]]:
