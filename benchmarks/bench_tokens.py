@@ -138,8 +138,7 @@ class Step:
         )
 
     def list(self, kernel: str = "triton") -> None:
-        args = self.scores, self.contexts, self.lists.counts.amax(1), self.lists
-        ops(kernel).select_tokens(*args, sink=SINK, recent=RECENT)
+        ops(kernel).list_tokens(self.scores, self.contexts, self.lists, sink=SINK, recent=RECENT)
 
     def layer(self, layer: int) -> None:
         self.score(layer)

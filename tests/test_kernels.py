@@ -874,7 +874,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
         *("_claim_pages_kernel", "_tag_kernel", "_sketch_kernel"),
         *("_known_kernel", "_page_sizes_kernel", "_list_pages_kernel"),
         *("_score_kernel", "pool_logits_kernel"),
-        *("_sketch_tokens_kernel", "_score_tokens_kernel"),
+        *("_sketch_tokens_kernel", "_score_tokens_kernel", "_count_kernel", "_list_kernel"),
         *("_copy_scores_kernel", "_mark_pages_kernel"),
     }
     for name, shared, asynchronous, single in kernels:

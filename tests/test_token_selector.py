@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from sts_kernels.layout import IMPORTANCE_SCALE, MOST_STEPS, UNKNOWN, Contexts, KvPool
+from sts_kernels.layout import IMPORTANCE_SCALE, MOST_STEPS, UNKNOWN, UNRANKED_BITS, Contexts, KvPool
 from sts_sglang.config import ConfigError
 from sts_sglang.core.selectors import tokens
 from tests import directions
@@ -50,6 +50,8 @@ class Tokens(Request):
         for layer, (q, out) in enumerate(zip(queries, outs, strict=True)):
             for kv in range(KV_HEADS):
                 score = self.scores(layer, q, kv, length)
+                score = ((score * IMPORTANCE_SCALE).half().view(torch.int16) >> UNRANKED_BITS).double()
+                score += torch.arange(length) / (2 * length)  # of equal ranks the later wins
                 score[:SINK] = score[length - RECENT :] = torch.inf
                 expected = self.attended(layer, q, kv, score.topk(budget).indices.tolist(), length)
                 found = out[:, kv * GROUP : (kv + 1) * GROUP].double()

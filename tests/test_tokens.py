@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from sts_kernels import ops, tokens
-from sts_kernels.layout import IMPORTANCE_SCALE, MOST_STEPS, SKETCHED, Contexts, Directions, Pooling, Scores
+from sts_kernels.layout import (
+    IMPORTANCE_SCALE,
+    MOST_STEPS,
+    SKETCHED,
+    UNRANKED_BITS,
+    WHOLE,
+    Contexts,
+    Directions,
+    Lists,
+    Pooling,
+    Scores,
+)
 from tests.test_kernels import DEVICE, KERNELS, on_device, skip_bf16_in_the_interpreter, tune
 
 POOLS = [("max", "max"), ("mean", "mean"), ("mean", "max"), ("max", "mean")]
@@ -189,6 +200,60 @@ def test_scores_of_half_precision(kernel: str, dtype: torch.dtype) -> None:
     pool = Pool([200, 30], dim=64, dtype=dtype)
     pool.sketch(kernel)
     check_scores(pool, kernel, 1, 4)
+
+
+def check_lists(pool: Pool, kernel: str, importance: torch.Tensor, counts, sink=4, recent=20) -> None:
+    """Against a sort in Python."""
+    (heads, _), bs, columns = importance.shape, len(counts), -(-pool.table.shape[1] // 64) * 64
+    starts = torch.arange(bs * heads).view(bs, heads) * 500
+    indices = torch.full((bs * heads * 500,), -7, dtype=torch.int32)
+    lists = on_device(Lists(indices, starts, torch.tensor(counts, dtype=torch.int32)))
+    scores = on_device(Scores(importance, torch.arange(bs) * columns))
+    ops(kernel).list_tokens(scores, on_device(pool.contexts), lists, sink=sink, recent=recent)
+    found, written = lists.indices.cpu(), 0
+    for b, (row, length) in enumerate(zip(pool.rows.tolist(), pool.lens.tolist(), strict=True)):
+        for h in range(heads):
+            count, start = counts[b][h], int(starts[b, h])
+            if count == WHOLE:
+                continue
+            ranks = importance[h, b * columns : b * columns + length].view(torch.int16) >> UNRANKED_BITS
+            free = range(sink, length - recent)
+            best = sorted(free, key=lambda p, ranks=ranks: (-int(ranks[p]), -p))[: count - sink - recent]
+            expected = pool.table[row, [*range(sink), *range(length - recent, length), *best]]
+            entries = found[start : start + count]
+            assert entries.sort().values.tolist() == expected.sort().values.tolist(), (b, h)
+            written += count
+    assert int((found != -7).sum()) == written
+
+
+def drawn_scores(pool: Pool, kinds: int | None = None) -> torch.Tensor:
+    """float16 [H_kv, columns], of so many values; NaN where no request has a column."""
+    width = pool.table.shape[1]
+    columns = -(-width // 64) * 64
+    found = torch.full((pool.kv_heads, len(pool.lens) * columns), math.nan).half()
+    for b, length in enumerate(pool.lens.tolist()):
+        own = torch.rand(pool.kv_heads, length) ** 8 * IMPORTANCE_SCALE
+        if kinds:
+            own = torch.randint(kinds, own.shape).float()
+        found[:, b * columns : b * columns + length] = own.half()
+    return found
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kinds", [None, 1, 5])
+@pytest.mark.parametrize("segment", [64, 256, 8192])
+def test_lists_have_the_highest_ranks_and_of_equals_the_later(monkeypatch, kernel, kinds, segment) -> None:
+    tune(monkeypatch, tokens, segment=segment, listed=min(segment, 128))
+    pool = Pool([400, 90, 300, 40])
+    counts = [[100, 24], [60, WHOLE], [25, 299], [WHOLE, WHOLE]]
+    check_lists(pool, kernel, drawn_scores(pool, kinds), counts)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_lists_of_little_sink_and_much_recent(monkeypatch, kernel) -> None:
+    tune(monkeypatch, tokens, segment=64, listed=64)
+    pool = Pool([400, 330])
+    check_lists(pool, kernel, drawn_scores(pool), [[200, 181], [190, 182]], sink=1, recent=180)
 
 
 def test_programs_that_share_a_request_agree(monkeypatch: pytest.MonkeyPatch) -> None:

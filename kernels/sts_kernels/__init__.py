@@ -205,6 +205,10 @@ class Ops(Protocol):
         plan: Plan | None = None,
     ) -> None: ...
 
+    def list_tokens(
+        self, scores: Scores, contexts: Contexts, lists: Lists, *, sink: int, recent: int
+    ) -> None: ...
+
     def plan_scores(self, contexts: Contexts, *, kv_heads: int) -> Plan | None:
         """`plan_lists` for score_tokens, alike in all layers of a step; None where none is needed."""
 

@@ -2,7 +2,8 @@
 
 A token's sketch lies beside its slot, so that it is shared and dies with the key. Scores take two kernels:
 one reads the sketches and leaves logits, one makes them importance, for which the sum over the whole context
-has to be known.
+has to be known. Lists take two as well, in which many programs share a row, for a layer has few of them: one
+counts scores by rank, one knows from all counts where its part of the row goes in the list.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from sts_kernels.checks import check_token_scores, check_token_sketches, expect_half
+from sts_kernels.checks import check_select, check_token_scores, check_token_sketches, expect_half
 from sts_kernels.layout import (
+    ALIGN,
     IMPORTANCE_SCALE,
     MOST_STEPS,
+    UNRANKED_BITS,
     Contexts,
     Directions,
+    Lists,
     Plan,
     Pooling,
     Scores,
@@ -28,13 +32,15 @@ from sts_kernels.page_scores import pool_logits_kernel
 from sts_kernels.split_kv import LOG2E, SplitKnobs, padded, plan_whole, starts_early
 
 LARGEST = 65504.0  # of float16, which logits are kept in
+RANKS = 1 << (15 - UNRANKED_BITS)  # of scores that are not negative
 
 
 @dataclass(frozen=True)
 class TokensKnobs(SplitKnobs):
     """sketch_block: keys that a program sketches at a time. sketch_programs: that all (request, KV head)
     pairs are parted among. block: tokens that a program scores at a time. pooled: logits that a pooling
-    program takes at a time, of pool_programs for all pairs. pool_warps: of one. The rest: see SplitKnobs.
+    program takes at a time, of pool_programs for all pairs. pool_warps: of one. segment: scores of a row that
+    one program counts and lists, `listed` at a time. list_warps: of one. The rest: see SplitKnobs.
     """
 
     programs: int = 1056
@@ -46,6 +52,9 @@ class TokensKnobs(SplitKnobs):
     pooled: int = 2048
     pool_programs: int = 1056
     pool_warps: int = 4
+    segment: int = 8192
+    listed: int = 2048
+    list_warps: int = 8
 
 
 KNOBS = TokensKnobs()
@@ -195,6 +204,45 @@ def score_tokens(
     )
 
 
+def list_tokens(scores: Scores, contexts: Contexts, lists: Lists, *, sink: int, recent: int) -> None:
+    """Kernel of `sts_kernels.torch_ops.list_tokens` (see there); graph-safe, no host sync, deterministic.
+
+    `scores.starts` must be multiples of ALIGN, and so the number of columns.
+    """
+    check_select(scores, contexts.lens, lists)
+    expect_half("list_tokens", scores)
+    importance, bs, width = scores.importance, contexts.lens.numel(), contexts.table.shape[1]
+    if bs == 0:
+        return
+    channels, parts = importance.shape[0], -(-width // KNOBS.segment)
+    counted = torch.empty(bs, channels, parts, RANKS, dtype=torch.int32, device=importance.device)
+    rows = [
+        importance.view(torch.int16),
+        counted,
+        scores.starts,
+        contexts.lens,
+        lists.counts,
+        importance.stride(0),
+    ]
+    shape = {"SINK": sink, "RECENT": recent, "RANKS": RANKS, "UNRANKED": UNRANKED_BITS}
+    shape |= {"ALIGN": ALIGN, "SEGMENT": KNOBS.segment}
+    grid = (channels, bs, parts)
+    _count_kernel[grid](*rows, **shape, num_warps=KNOBS.list_warps)
+    _list_kernel[grid](
+        *rows,
+        contexts.table,
+        contexts.reqs,
+        lists.indices,
+        lists.starts,
+        contexts.table.stride(0),
+        **shape,
+        PARTS_P2=triton.next_power_of_2(parts),
+        FORCED=min(1024, triton.next_power_of_2(sink + recent)),
+        BLOCK=KNOBS.listed,
+        num_warps=KNOBS.list_warps,
+    )
+
+
 @triton.jit
 def _sketch_tokens_kernel(
     k_ptr,  # [slots, H_kv, D]
@@ -307,3 +355,111 @@ def _score_tokens_kernel(
     base = (h * tl.num_programs(1) + program).to(tl.int64) * ROWS
     tl.store(stats_ptr + (base + rows) * 2, peak)
     tl.store(stats_ptr + (base + rows) * 2 + 1, norm)
+
+
+@triton.jit
+def _ranks(row_ptr, offs, first, last, ALIGN: tl.constexpr, UNRANKED: tl.constexpr):
+    """int32, the rank of each score at `offs`, -1 where it is not at [first, last)."""
+    # Scores are read up to a multiple of ALIGN, where this request's columns end: a mask by position would
+    # split the access into single scores.
+    bits = tl.load(row_ptr + offs, mask=offs // ALIGN * ALIGN < last, other=0).to(tl.int32)
+    return tl.where((offs >= first) & (offs < last), (bits & 0x7FFF) >> UNRANKED, -1)
+
+
+@triton.jit
+def _count_kernel(
+    scores_ptr,  # int16 [channels, columns], bits of float16
+    counted_ptr,  # int32 [bs, channels, parts, RANKS], written: scores of a rank; undefined behind a context
+    column_ptr,  # int64 [bs], first columns
+    lens_ptr,  # int [bs]
+    count_ptr,  # int32 [bs, channels], below 0: WHOLE
+    stride_channel,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+    RANKS: tl.constexpr,
+    UNRANKED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):
+    c, b, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    channels, parts = tl.num_programs(0), tl.num_programs(2)
+    last = tl.load(lens_ptr + b).to(tl.int32) - RECENT
+    if (tl.load(count_ptr + b * channels + c) < 0) | (part * SEGMENT >= last):
+        return
+    row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(column_ptr + b) // ALIGN * ALIGN
+    rank = _ranks(row_ptr, part * SEGMENT + tl.arange(0, SEGMENT), SINK, last, ALIGN, UNRANKED)
+    found = tl.histogram(tl.maximum(rank, 0), RANKS, mask=rank >= 0)
+    counted_ptr += ((b * channels + c).to(tl.int64) * parts + part) * RANKS
+    tl.store(counted_ptr + tl.arange(0, RANKS), found)
+
+
+@triton.jit
+def _list_kernel(
+    scores_ptr,  # from here on as in _count_kernel
+    counted_ptr,
+    column_ptr,
+    lens_ptr,
+    count_ptr,
+    stride_channel,
+    table_ptr,  # int32 [requests, width]
+    reqs_ptr,  # int [bs]
+    indices_ptr,  # int32 [entries], written
+    start_ptr,  # int64 [bs, channels]
+    stride_table,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+    RANKS: tl.constexpr,
+    UNRANKED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    PARTS_P2: tl.constexpr,
+    FORCED: tl.constexpr,  # of sink and recent, at a time
+    BLOCK: tl.constexpr,
+):
+    c, b, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    channels, parts = tl.num_programs(0), tl.num_programs(2)
+    count = tl.load(count_ptr + b * channels + c)
+    last = tl.load(lens_ptr + b).to(tl.int32) - RECENT
+    if (count < 0) | ((part > 0) & (part * SEGMENT >= last)):
+        return
+    row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(column_ptr + b) // ALIGN * ALIGN
+    slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
+    out_ptr = indices_ptr + tl.load(start_ptr + b * channels + c)
+    if part == 0:
+        for begin in range(0, SINK + RECENT, FORCED):
+            forced = begin + tl.arange(0, FORCED)  # places in the list
+            position = tl.where(forced < SINK, forced, last + forced - SINK)
+            slots = tl.load(slot_ptr + position, mask=forced < SINK + RECENT, other=0)
+            tl.store(out_ptr + forced, slots, mask=forced < SINK + RECENT)
+    wanted = count - SINK - RECENT
+    if wanted <= 0:
+        return
+
+    # The lowest rank that is listed, how many scores are above it, and how many of those that have it, the
+    # first ones, are not listed.
+    parts_ = tl.arange(0, PARTS_P2)[:, None]
+    ranks = tl.arange(0, RANKS)[None, :]
+    counted_ptr += (b * channels + c).to(tl.int64) * parts * RANKS
+    own = tl.load(counted_ptr + parts_ * RANKS + ranks, mask=parts_ * SEGMENT < last, other=0)
+    total = tl.sum(own, 0)  # [RANKS]
+    reach = tl.cumsum(total, 0, reverse=True)
+    lowest = tl.sum((reach >= wanted).to(tl.int32), 0) - 1
+    above = tl.sum(tl.where(ranks > lowest, own, 0), 1)  # [PARTS_P2]
+    ties = tl.sum(tl.where(ranks == lowest, own, 0), 1)
+    skip = tl.sum(ties, 0) - (wanted - tl.sum(above, 0))
+    before = tl.arange(0, PARTS_P2) < part
+    above_before, ties_before = tl.sum(tl.where(before, above, 0), 0), tl.sum(tl.where(before, ties, 0), 0)
+
+    out_ptr += SINK + RECENT
+    for block in range(part * SEGMENT, tl.minimum(part * SEGMENT + SEGMENT, last), BLOCK):
+        offs = block + tl.arange(0, BLOCK)
+        rank = _ranks(row_ptr, offs, SINK, last, ALIGN, UNRANKED)
+        is_above, is_tie = (rank > lowest).to(tl.int32), (rank == lowest).to(tl.int32)
+        both = tl.cumsum(is_above | (is_tie << 16), 0)  # counts of both by one scan
+        place = above_before + (both & 0xFFFF) - is_above
+        tie = ties_before + (both >> 16) - is_tie
+        take = (is_above > 0) | ((is_tie > 0) & (tie >= skip))
+        slots = tl.load(slot_ptr + offs, mask=take, other=0)
+        tl.store(out_ptr + place + tl.maximum(tie - skip, 0), slots, mask=take)
+        above_before += tl.sum(is_above, 0)
+        ties_before += tl.sum(is_tie, 0)

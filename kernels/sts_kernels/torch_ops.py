@@ -37,6 +37,7 @@ from sts_kernels.layout import (
     PAGE,
     SHIFT,
     UNKNOWN,
+    UNRANKED_BITS,
     WHOLE,
     Carried,
     Contexts,
@@ -670,6 +671,27 @@ def score_tokens(
         pooled = pooled.amax(0) if pooling.rows == "max" else pooled.sum(0) / pooling.total_rows
         found = (pooled * IMPORTANCE_SCALE).to(scores.importance.dtype)
         scores.importance[:, starts[b] : starts[b] + length] = found
+
+
+def list_tokens(scores: Scores, contexts: Contexts, lists: Lists, *, sink: int, recent: int) -> None:
+    """List the slots of sink, recent and the top of importance for every (request, KV head) but WHOLE ones.
+
+    As `select_tokens`, but scores are float16, and those that differ in their last UNRANKED_BITS alone are
+    equal: the later position wins.
+
+    Args:
+        scores: of score_tokens, at least 0. A request that has a list has columns.
+        lists: starts and counts [bs, H_kv] say where the lists are and how long, at least sink + recent and
+            below the context. indices are written, in no specified order within a list, and not for one that
+            is WHOLE.
+
+    Raises:
+        ValueError: lists.starts or lists.counts is not [bs, H_kv].
+    """
+    importance = scores.importance.half()
+    ranks = importance.view(torch.int16) >> UNRANKED_BITS << UNRANKED_BITS
+    coarse = scores._replace(importance=ranks.view(torch.float16))
+    select_tokens(coarse, contexts, contexts.lens, lists, sink=sink, recent=recent)
 
 
 def list_pages(

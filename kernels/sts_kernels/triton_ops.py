@@ -9,7 +9,7 @@ from sts_kernels.select import select_tokens
 from sts_kernels.sizes import size_lists
 from sts_kernels.split_kv import plan_lists
 from sts_kernels.spread import spread_importance
-from sts_kernels.tokens import plan_scores, score_tokens, sketch_tokens
+from sts_kernels.tokens import list_tokens, plan_scores, score_tokens, sketch_tokens
 from sts_kernels.verify import plan_attention, sparse_attention
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "headwise_lists",
     "join_pages",
     "list_pages",
+    "list_tokens",
     "plan_attention",
     "plan_contexts",
     "plan_lists",

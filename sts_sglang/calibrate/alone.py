@@ -102,9 +102,8 @@ def measure(
 
 
 def lists_of(config: StsConfig, selector: str) -> StsConfig:
-    """The configuration by which lists of "tokens" or "pages" have their lengths. Those of tokens have sink
-    and recent in any case and no whole pages, as what a draft selects."""
-    return replace(config, selector={"tokens": "draft", "pages": "pages"}[selector])
+    """The configuration by which lists of "tokens" or "pages" have their lengths."""
+    return replace(config, selector=selector)
 
 
 def parts_of(config: StsConfig, texts: Sequence[Passage]) -> list[float]:

@@ -96,15 +96,9 @@ class TokensSelector:
                 pooling=Pooling("max", "max", tokens),
                 plan=plan,
             )
-        listed, longest = self.lists.of_layer(call.layer)
-        self.ops.select_tokens(
-            Scores(buffer, self.starts[:bs]),
-            call.contexts,
-            longest,
-            listed,
-            sink=self.config.sink,
-            recent=self.config.recent,
-        )
+        listed, _ = self.lists.of_layer(call.layer)
+        scored, sink, recent = Scores(buffer, self.starts[:bs]), self.config.sink, self.config.recent
+        self.ops.list_tokens(scored, call.contexts, listed, sink=sink, recent=recent)
 
     def scored(self, row: int, slots: torch.Tensor) -> Scored:
         """What tokens were worth to every head in the last step; nothing is known of dense layers."""
