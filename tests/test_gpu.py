@@ -66,8 +66,10 @@ SERVERS = {
     "oracle-bfloat16": sts("STANDALONE", CHAIN, selector="oracle"),
     "quest-bfloat16": sts("STANDALONE", CHAIN, selector="quest"),
     "pages-bfloat16": sts("STANDALONE", CHAIN, selector="pages"),
+    "tokens-bfloat16": sts("EAGLE3", CHAIN, selector="tokens"),
     "joined-bfloat16": sts("EAGLE3", TREE, selector="joined", dense_layers=[1]),
-    "alone-bfloat16": alone(),
+    "alone-bfloat16": alone(),  # the shipped target's map has directions
+    "alone-pages-bfloat16": alone(selector="pages"),
     "alone-flashinfer-bfloat16": alone(dense="flashinfer", dense_layers=[1]),
     "alone-oracle-bfloat16": alone(selector="oracle"),
     "prefill-graphs-bfloat16": sts("STANDALONE", CHAIN),  # breakable, SGLang's default
@@ -244,7 +246,7 @@ def test_sampling_accepts_drafts_and_stays_sparse(servers, prompts, name):
     [
         *("history-bfloat16", "sparse-draft-bfloat16", "tree-bfloat16", "eagle3-bfloat16"),
         *("flashinfer-verify-bfloat16", "oracle-bfloat16", "quest-bfloat16", "pages-bfloat16"),
-        "alone-bfloat16",
+        *("tokens-bfloat16", "alone-bfloat16", "alone-pages-bfloat16"),
     ],
 )
 def test_the_host_waits_no_more_than_in_stock(profiles, name):

@@ -830,7 +830,7 @@ with compile_only() as compiled:
     bench_select.compile_one(shape, {})
     for odd in ({}, {"rows": 1}, {"dim": 64, "group": 8}, {"dim": 96, "group": 5}, {"dim": 256, "group": 7}):
         bench_pages.compile_one(shape | odd, {})
-        bench_tokens.compile_one(shape | odd, {})
+        bench_tokens.compile_one(shape | odd | {"context": 65536}, {})
     eight, two = Contexts(like(9, 4096), i(8), i(8)), Contexts(like(3, 4096), i(2), i(2))
     split, full = like(65, 128, dtype=torch.float64), like(8, dtype=torch.bool)
     for keep, *more in ((0.1, split, None), (0.1, None, full), (None, split, full)):
@@ -879,5 +879,6 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
     }
     for name, shared, asynchronous, single in kernels:
         assert int(shared) <= 232448
-        assert (asynchronous == "True") == (name in ("_draft_kernel", "_score_kernel", "_verify_kernel"))
+        reads = "_draft_kernel", "_score_kernel", "_verify_kernel", "_score_tokens_kernel"
+        assert (asynchronous == "True") == (name in (*reads, "_sketch_tokens_kernel"))
         assert name not in ("_draft_kernel", "_pool_kernel") or single == "False"

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sts_kernels import ops, tokens
+from sts_kernels import ops, select, tokens
 from sts_kernels.layout import (
     IMPORTANCE_SCALE,
     MOST_STEPS,
@@ -241,9 +241,13 @@ def drawn_scores(pool: Pool, kinds: int | None = None) -> torch.Tensor:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("kinds", [None, 1, 5])
-@pytest.mark.parametrize("segment", [64, 256, 8192])
-def test_lists_have_the_highest_ranks_and_of_equals_the_later(monkeypatch, kernel, kinds, segment) -> None:
+@pytest.mark.parametrize("segment", [64, 256])
+@pytest.mark.parametrize("words", [4, 8, 1024])  # all rows long, some, none
+def test_lists_have_the_highest_ranks_and_of_equals_the_later(
+    monkeypatch, kernel, kinds, segment, words
+) -> None:
     tune(monkeypatch, tokens, segment=segment, listed=min(segment, 128))
+    tune(monkeypatch, select, words=words)
     pool = Pool([400, 90, 300, 40])
     counts = [[100, 24], [60, WHOLE], [25, 299], [WHOLE, WHOLE]]
     check_lists(pool, kernel, drawn_scores(pool, kinds), counts)
@@ -252,6 +256,7 @@ def test_lists_have_the_highest_ranks_and_of_equals_the_later(monkeypatch, kerne
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_lists_of_little_sink_and_much_recent(monkeypatch, kernel) -> None:
     tune(monkeypatch, tokens, segment=64, listed=64)
+    tune(monkeypatch, select, words=4)
     pool = Pool([400, 330])
     check_lists(pool, kernel, drawn_scores(pool), [[200, 181], [190, 182]], sink=1, recent=180)
 

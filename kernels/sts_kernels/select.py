@@ -57,9 +57,26 @@ def select_tokens(
     """
     check_select(scores, budgets, lists)
     expect_half("select_tokens", scores)
+    select_rows(scores, contexts, lists, sink=sink, recent=recent, top_p=top_p, draft_indices=draft_indices)
+
+
+def select_rows(
+    scores: Scores,
+    contexts: Contexts,
+    lists: Lists,
+    *,
+    sink: int,
+    recent: int,
+    top_p: torch.Tensor | None = None,
+    draft_indices: torch.Tensor | None = None,
+    unranked: int = 0,
+    tiles_only: bool = False,
+) -> None:
+    """unranked: lowest bits of a score that are no matter. tiles_only: rows of more than one tile are not
+    listed (`is_long`)."""
     ok = draft_indices is None or sink >= SHIFT
     expect("select_tokens", ok, f"sink is {sink}, and no draft key is about the first {SHIFT} positions")
-    importance, bs = scores.importance, budgets.numel()
+    importance, bs = scores.importance, contexts.lens.numel()
     channels, columns = importance.shape[0], importance.stride(0)
     if bs == 0:
         return
@@ -82,11 +99,19 @@ def select_tokens(
         SINK=sink,
         RECENT=recent,
         FORCED=min(1024, triton.next_power_of_2(sink + recent)),
+        UNRANKED=unranked,
+        TILES_ONLY=tiles_only,
         ALIGN=ALIGN if columns % ALIGN == 0 else 1,
         WORDS=KNOBS.words,
         num_warps=KNOBS.num_warps,
         maxnreg=KNOBS.maxnreg,
     )
+
+
+@triton.jit
+def is_long(last, WORDS: tl.constexpr):
+    """Whether a row whose scores end at `last` is more than one tile."""
+    return last > 32 * WORDS
 
 
 # ---- words and planes
@@ -181,13 +206,13 @@ def _planes(row_ptr, at, last, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _search_tile(planes, active, wanted):
+def _search_tile(planes, active, wanted, UNRANKED: tl.constexpr):
     """Bit by bit in registers. active: uint32 [WORDS, 1], the scores to search, and then those of them whose
-    upper bits are the threshold's."""
+    upper bits are the threshold's. The threshold has no bit of those that are not ranked."""
     threshold = 0
     above = 0  # how many scores are above the active ones
     reach = tl.sum(_popcount(active))
-    for i in tl.static_range(KEY_BITS):
+    for i in tl.static_range(KEY_BITS - UNRANKED):
         plane = planes[KEY_BITS - 1 - i]
         number = above + tl.sum(_popcount(active & plane))
         enough = number >= wanted
@@ -195,7 +220,7 @@ def _search_tile(planes, active, wanted):
         reach = tl.where(enough, number, reach)
         above = tl.where(enough, above, number)
         active &= plane ^ tl.where(enough, 0, ALL).to(tl.uint32)
-    return threshold, reach
+    return threshold << UNRANKED, reach
 
 
 @triton.jit
@@ -292,10 +317,10 @@ def _top_p_wanted(row_ptr, length, first, last, top_p, ALIGN: tl.constexpr, BLOC
 
 
 @triton.jit
-def _split(planes, inside, threshold):
+def _split(planes, inside, threshold, UNRANKED: tl.constexpr):
     """uint32 [WORDS, 1] twice: the scores of `inside` above the threshold, and those that equal it."""
     above, equal = inside ^ inside, inside
-    for i in tl.static_range(KEY_BITS):
+    for i in tl.static_range(KEY_BITS - UNRANKED):
         plane = planes[KEY_BITS - 1 - i]
         zero = tl.where((threshold >> (KEY_BITS - 1 - i)) & 1 == 0, ALL, 0).to(tl.uint32)
         above |= equal & plane & zero
@@ -359,14 +384,15 @@ def _list_tile(
     out_ptr,
     draft_ptr,
     DRAFT_SHIFT: tl.constexpr,
+    UNRANKED: tl.constexpr,
     ALIGN: tl.constexpr,
     WORDS: tl.constexpr,
 ):
     """Search and list a row of one tile, which stays in registers."""
     at = tl.arange(0, WORDS)[:, None] * 32
     planes, inside = _planes(row_ptr, at, last, ALIGN), _inside(at, first, last)
-    threshold, reach = _search_tile(planes, inside, wanted)
-    above, equal = _split(planes, inside, threshold)
+    threshold, reach = _search_tile(planes, inside, wanted, UNRANKED)
+    above, equal = _split(planes, inside, threshold, UNRANKED)
     # More may reach the threshold than are wanted: the first that equal it are skipped, as the later win.
     _write_tile(above, equal, at, 0, reach - wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT)
 
@@ -390,7 +416,7 @@ def _list_row(
     for tile in range(0, last, 32 * WORDS):
         at = tile + tl.arange(0, WORDS)[:, None] * 32
         planes, inside = _planes(row_ptr, at, last, ALIGN), _inside(at, first, last)
-        above, equal = _split(planes, inside, threshold)
+        above, equal = _split(planes, inside, threshold, 0)
         written, skip = _write_tile(
             above, equal, at, written, skip, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT
         )
@@ -416,6 +442,8 @@ def _select_kernel(
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     FORCED: tl.constexpr,  # of sink and recent, at a time
+    UNRANKED: tl.constexpr,
+    TILES_ONLY: tl.constexpr,
     ALIGN: tl.constexpr,
     WORDS: tl.constexpr,
 ):
@@ -429,6 +457,8 @@ def _select_kernel(
     start = tl.load(start_ptr + b * channels + c)
     out_ptr, draft_ptr = indices_ptr + start, draft_ptr + start
     first, last = SINK, length - RECENT
+    if TILES_ONLY and is_long(last, WORDS):
+        return
     wanted = count - SINK - RECENT
     if TOP_P:
         top_p = tl.load(top_p_ptr + b)
@@ -452,8 +482,13 @@ def _select_kernel(
     out_ptr += SINK + RECENT
     draft_ptr += SINK + RECENT
     if last <= 8 * WORDS:  # a tile costs the same whatever is in it, so that a short row takes a small one
-        _list_tile(row_ptr, first, last, wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT, ALIGN, WORDS // 4)
-    elif last <= 32 * WORDS:
-        _list_tile(row_ptr, first, last, wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT, ALIGN, WORDS)
+        few: tl.constexpr = WORDS // 4
+        _list_tile(
+            row_ptr, first, last, wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT, UNRANKED, ALIGN, few
+        )
+    elif not is_long(last, WORDS):
+        _list_tile(
+            row_ptr, first, last, wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT, UNRANKED, ALIGN, WORDS
+        )
     else:
         _list_row(row_ptr, first, last, wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT, ALIGN, WORDS)

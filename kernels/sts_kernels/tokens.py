@@ -2,8 +2,8 @@
 
 A token's sketch lies beside its slot, so that it is shared and dies with the key. Scores take two kernels:
 one reads the sketches and leaves logits, one makes them importance, for which the sum over the whole context
-has to be known. Lists take two as well, in which many programs share a row, for a layer has few of them: one
-counts scores by rank, one knows from all counts where its part of the row goes in the list.
+has to be known. A layer has few lists. So of a row too long for one program's registers many programs have a
+part each: one kernel counts scores by rank, one knows from all counts where its part goes in the list.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from sts_kernels import select
 from sts_kernels.checks import check_select, check_token_scores, check_token_sketches, expect_half
 from sts_kernels.layout import (
     ALIGN,
@@ -29,8 +30,10 @@ from sts_kernels.layout import (
     Scores,
 )
 from sts_kernels.page_scores import pool_logits_kernel
+from sts_kernels.select import is_long, select_rows
 from sts_kernels.split_kv import LOG2E, SplitKnobs, padded, plan_whole, starts_early
 
+LEAST_ROWS = 8  # of query rows in a product
 LARGEST = 65504.0  # of float16, which logits are kept in
 RANKS = 1 << (15 - UNRANKED_BITS)  # of scores that are not negative
 
@@ -60,14 +63,18 @@ class TokensKnobs(SplitKnobs):
 KNOBS = TokensKnobs()
 
 
-# Bytes of shared memory of the score kernel: of sketches and slots on their way, and for every query row of
-# what it is projected on and of the row itself.
-HELD_BYTES, ROW_BYTES = 65536, 512
+# Of shared memory of the score kernel, bytes for each dimension of a head besides one a query row. No kernel
+# that Triton 3.6 compiled for Hopper had more.
+HELD = 384
 
 
-def shared_bytes(rows: int) -> int:
+def shared_bytes(rows: int, head_dim: int) -> int:
     """About the bytes of shared memory that a thread block takes for so many query rows."""
-    return HELD_BYTES + ROW_BYTES * padded(rows)
+    return padded(head_dim) * (HELD + _rows(rows))
+
+
+def _rows(used: int) -> int:
+    return max(LEAST_ROWS, triton.next_power_of_2(used))
 
 
 def sketch_tokens(
@@ -138,7 +145,7 @@ def score_tokens(
     (kv_heads, columns), number = scores.importance.shape, sketches.shape[2]
     plan = plan_scores(contexts, kv_heads=kv_heads) if plan is None else plan
     work, group = plan.work.shape[0], q_heads // kv_heads
-    used, rows = tokens * group, padded(tokens * group)
+    used, rows = tokens * group, _rows(tokens * group)
     logits = torch.empty(kv_heads, columns, used, dtype=torch.float16, device=q.device)
     stats = torch.empty(kv_heads, work, rows, 2, dtype=torch.float32, device=q.device)
     early = starts_early(q.device) if KNOBS.early else {}
@@ -214,6 +221,10 @@ def list_tokens(scores: Scores, contexts: Contexts, lists: Lists, *, sink: int, 
     importance, bs, width = scores.importance, contexts.lens.numel(), contexts.table.shape[1]
     if bs == 0:
         return
+    words, forced = select.KNOBS.words, {"sink": sink, "recent": recent}
+    select_rows(scores, contexts, lists, **forced, unranked=UNRANKED_BITS, tiles_only=True)
+    if width <= 32 * words:  # none is longer
+        return
     channels, parts = importance.shape[0], -(-width // KNOBS.segment)
     counted = torch.empty(bs, channels, parts, RANKS, dtype=torch.int32, device=importance.device)
     rows = [
@@ -225,7 +236,7 @@ def list_tokens(scores: Scores, contexts: Contexts, lists: Lists, *, sink: int, 
         importance.stride(0),
     ]
     shape = {"SINK": sink, "RECENT": recent, "RANKS": RANKS, "UNRANKED": UNRANKED_BITS}
-    shape |= {"ALIGN": ALIGN, "SEGMENT": KNOBS.segment}
+    shape |= {"ALIGN": ALIGN, "SEGMENT": KNOBS.segment, "WORDS": words}
     grid = (channels, bs, parts)
     _count_kernel[grid](*rows, **shape, num_warps=KNOBS.list_warps)
     _list_kernel[grid](
@@ -307,10 +318,10 @@ def _score_tokens_kernel(
     H_Q: tl.constexpr,
     H_KV: tl.constexpr,
     D: tl.constexpr,
-    D_P2: tl.constexpr,  # padded to a power of two of at least 16, and so are the next two
+    D_P2: tl.constexpr,  # padded to a power of two of at least 16, and so is the next
     R: tl.constexpr,
     R_P2: tl.constexpr,
-    ROWS: tl.constexpr,  # T * group
+    ROWS: tl.constexpr,  # T * group, padded to a power of two
     LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,  # tokens at a time
     EARLY: tl.constexpr,
@@ -331,8 +342,8 @@ def _score_tokens_kernel(
     q = tl.load(q_ptr + q_offs[:, None] + dims[None, :], mask=there, other=0.0)  # [ROWS, D]
     here = (dims < D)[:, None] & (place < R)[None, :]
     back = tl.load(back_ptr + (h * D + dims)[:, None] * R + place[None, :], mask=here, other=0.0)  # [D, R]
-    q = tl.dot(q.to(back.dtype), back, input_precision="ieee")
-    q = tl.trans(tl.minimum(tl.maximum(q, -LARGEST), LARGEST).to(tl.float16))  # [R, ROWS]
+    q = tl.dot(tl.trans(back), tl.trans(q.to(back.dtype)), input_precision="ieee")  # [R, ROWS]
+    q = tl.minimum(tl.maximum(q, -LARGEST), LARGEST).to(tl.float16)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     for block in range(begin, begin + number, BLOCK):
@@ -380,11 +391,14 @@ def _count_kernel(
     UNRANKED: tl.constexpr,
     ALIGN: tl.constexpr,
     SEGMENT: tl.constexpr,
+    WORDS: tl.constexpr,  # of a tile of the select kernel, which lists what is no longer
 ):
     c, b, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     channels, parts = tl.num_programs(0), tl.num_programs(2)
     last = tl.load(lens_ptr + b).to(tl.int32) - RECENT
-    if (tl.load(count_ptr + b * channels + c) < 0) | (part * SEGMENT >= last):
+    if (not is_long(last, WORDS)) | (part * SEGMENT >= last):
+        return
+    if tl.load(count_ptr + b * channels + c) < 0:
         return
     row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(column_ptr + b) // ALIGN * ALIGN
     rank = _ranks(row_ptr, part * SEGMENT + tl.arange(0, SEGMENT), SINK, last, ALIGN, UNRANKED)
@@ -412,6 +426,7 @@ def _list_kernel(
     UNRANKED: tl.constexpr,
     ALIGN: tl.constexpr,
     SEGMENT: tl.constexpr,
+    WORDS: tl.constexpr,
     PARTS_P2: tl.constexpr,
     FORCED: tl.constexpr,  # of sink and recent, at a time
     BLOCK: tl.constexpr,
@@ -420,7 +435,7 @@ def _list_kernel(
     channels, parts = tl.num_programs(0), tl.num_programs(2)
     count = tl.load(count_ptr + b * channels + c)
     last = tl.load(lens_ptr + b).to(tl.int32) - RECENT
-    if (count < 0) | ((part > 0) & (part * SEGMENT >= last)):
+    if (not is_long(last, WORDS)) | (count < 0) | (part * SEGMENT >= last):
         return
     row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(column_ptr + b) // ALIGN * ALIGN
     slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
