@@ -81,12 +81,12 @@ class Case:
         """With importance, and without a plan."""
         torch.manual_seed(seed)
         context, batch, step, dim = shape["context"], shape["batch"], shape["step"], shape["dim"]
-        q_heads = KV_HEADS * shape["group"]
+        q_heads, stored = KV_HEADS * shape["group"], shape.get("stored", dtype)
         width = context + STEPS + 1
         table = torch.randperm(batch * width, device=device).view(batch, width).int() + 1
         table = torch.cat([torch.zeros(1, width, dtype=torch.int32, device=device), table])
         size = (batch * width + 1, KV_HEADS, dim)
-        k, v = (torch.randn(size, dtype=dtype, device=device) for _ in range(2))
+        k, v = (torch.randn(size, dtype=dtype, device=device).to(stored) for _ in range(2))
         # Logits of deviation 3: attention is peaked, and a gate sees what one token does.
         q = 3 * torch.randn(batch, q_heads, dim, dtype=dtype, device=device)
         carried = 3 * torch.randn(batch + 1, q_heads, dim, dtype=dtype, device=device) if step == 0 else None

@@ -311,8 +311,9 @@ def compile_one(shape: Shape, knobs: dict) -> None:
 
     batch, rows, dim = shape["batch"], shape["rows"], shape["dim"]
     width = shape["context"] + 8
-    pool = like(batch * width + 1, KV_HEADS, dim, dtype=shape.get("dtype", torch.bfloat16))
-    q = like(batch, rows, KV_HEADS * shape["group"], dim, dtype=pool.dtype)
+    dtype = shape.get("dtype", torch.bfloat16)
+    pool = like(batch * width + 1, KV_HEADS, dim, dtype=shape.get("stored", dtype))
+    q = like(batch, rows, KV_HEADS * shape["group"], dim, dtype=dtype)
     per_channel = (batch, KV_HEADS)
     lists = Lists(like(8), like(*per_channel, dtype=torch.int64), like(*per_channel))
     reqs, lens = (like(batch, dtype=torch.int64) for _ in range(2))
