@@ -17,6 +17,7 @@ from sts_sglang.host import bind, views
 from sts_sglang.tools.tiny_pair import make_pair
 from tests.server import Server, random_ids
 from tests.test_backends import DIM, KV_HEADS, LAYERS, Q_HEADS, TOKENS, Pool, Rig
+from tests.test_hicache import HICACHE
 from tests.test_page_selectors import PROMPT, Request
 
 torch.set_num_threads(1)  # the server has the other core
@@ -168,21 +169,25 @@ def sts(draft: Path, **config) -> list[str]:
     ]
 
 
-def answers(model: Path, log: Path, *args: str) -> tuple[list[list[int]], dict]:
-    """One at a time, so that rounds can be counted: alone, chunked, and over a prefix that is there."""
-    prompts = [random_ids(n, n) for n in (7, 200, 700)]
-    prompts.append(prompts[-1][:600] + random_ids(30, 1))
-    with Server(model, log, *FP8, *args) as server:
-        outputs = [server.generate(ids, 24)["output_ids"] for ids in prompts]
-        return outputs, server.counters() if "sts" in args else {}
+def answers(model: Path, log: Path, *args: str, module: str = "sglang.launch_server") -> tuple[list, dict]:
+    """Of requests one after the other, so that rounds can be counted: alone, chunked, and over the first half
+    of a context whose slots others have had since; and counters."""
+    prompts = [random_ids(n, n) for n in (7, 200, 700, 600, 601)]
+    prompts.append(prompts[2][:350] + random_ids(30, 1))
+    with Server(model, log, *FP8, *args, module=module) as server:
+        found = [server.generate(ids, 24) for ids in prompts]
+        if "--enable-hierarchical-cache" in args:
+            assert found[-1]["meta_info"]["cached_tokens_details"]["host"] >= 300
+        return [one["output_ids"] for one in found], server.counters() if "sts" in args else {}
 
 
 @pytest.mark.server
 def test_full_budget_is_stock_over_fp8(tmp_path) -> None:
-    """Stock's backend of a CPU knows no scales."""
+    """Stock's backend of a CPU knows no scales. With HiCache, which moves KV as it is kept."""
     pair = make_pair(tmp_path / "tiny")
     stock, _ = answers(pair["target"], tmp_path / "stock.log")
-    own, counters = answers(pair["target"], tmp_path / "sts.log", *sts(pair["draft"], keep=1.0))
+    args = [*sts(pair["draft"], keep=1.0, history="blend"), *HICACHE]
+    own, counters = answers(pair["target"], tmp_path / "sts.log", *args, module="tests.hicache_on_cpu")
     assert own == stock
     assert counters["sparse_verifies"] > 0 and counters["keep_ratio"] == 1.0
 
