@@ -26,4 +26,10 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 # Largest gap between the two best log-probabilities of stock at which the other may win in another
 # implementation of the same model: eight layers round their activations (order 1, half an eps each)
 # before a product with an embedding of order 1, a few eps in a logit, and a gap has two of them.
-NEAR_TIES = {torch.float16: 2e-2, torch.bfloat16: 0.15}
+NEAR_TIES = {
+    torch.float16: 2e-2,
+    torch.bfloat16: 0.15,
+    # Of KV. FA3 then rounds queries and probabilities to it too, by up to a sixteenth each, and the kernels
+    # here round neither: logits of order 5 differ by a few tenths in every layer. Not measured yet.
+    torch.float8_e4m3fn: 0.6,
+}
