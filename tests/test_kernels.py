@@ -811,8 +811,10 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
     shape = {"context": 320, "batch": 2, "keep": 0.3}
     for prepare, more in (
         (bench_verify.prepare, {"dim": 16, "rows": 4, "group": 4}),
+        (bench_verify.prepare, {"dim": 16, "rows": 1, "group": 2, "stored": "float8_e4m3fn"}),
         (bench_select.prepare, {}),
         (bench_draft_attention.prepare, {"step": 0, "dim": 16, "group": 4}),
+        (bench_draft_attention.prepare, {"step": 1, "dim": 16, "group": 2, "stored": "float8_e4m3fn"}),
         (bench_pages.prepare, {"dim": 16, "rows": 2, "group": 4}),
     ):
         _, check, nbytes = prepare(shape | more)
@@ -857,10 +859,14 @@ with compile_only() as compiled:
     bench_draft_attention.compile_one(shape | {"step": 0, "dim": 64}, {})
     bench_draft_attention.compile_one(shape | {"step": 1, "dim": 64}, {})
     bench_draft_attention.compile_one(shape | {"step": 0, "group": 8}, {})
-    for odd in ({"dim": 96}, {"group": 5}, {"group": 7}, {"stored": torch.float8_e4m3fn}):
+    for odd in ({"dim": 96}, {"group": 5}, {"group": 7}, {"stored": "float8_e4m3fn"}):
         bench_verify.compile_one(shape | odd, {})
         bench_draft_attention.compile_one(shape | {"step": 0} | odd, {})
     bench_select.compile_one(shape, {})
+    ops("triton").sketch_pages(
+        like(100, 8, 128, dtype=torch.float8_e4m3fn), like(100, 8, 16, dtype=f16),
+        Contexts(like(3, 4096), i(2), i(2)), i(2), like(100), most=64,
+    )
     for odd in ({}, {"rows": 1}, {"dim": 64, "group": 8}, {"dim": 96, "group": 5}, {"dim": 256, "group": 7}):
         bench_pages.compile_one(shape | odd, {})
     eight, two = Contexts(like(9, 4096), i(8), i(8)), Contexts(like(3, 4096), i(2), i(2))
