@@ -78,7 +78,7 @@ SERVERS = {
     "chain-float8_e4m3fn": [*sts("STANDALONE", CHAIN), *FP8],
     "sparse-draft-float8_e4m3fn": [*sts("STANDALONE", LONG, draft="all", history="blend"), *FP8],
     "joined-float8_e4m3fn": [*sts("EAGLE3", TREE, selector="joined", dense_layers=[1]), *FP8],
-    "quest-float8_e4m3fn": [*sts("STANDALONE", CHAIN, selector="quest"), *FP8],
+    "quest-float8_e4m3fn": [*sts("STANDALONE", CHAIN, selector="quest", dense_layers=[1]), *FP8],
     "flashinfer-float8_e4m3fn": [*sts("STANDALONE", CHAIN, dense="flashinfer", dense_layers=[1]), *FP8],
     "flashinfer-verify-float8_e4m3fn": [*sts("STANDALONE", CHAIN, kernel="flashinfer"), *FP8],
     "alone-float8_e4m3fn": [*alone(), *FP8],

@@ -40,7 +40,8 @@ RANKS = 0x7C00  # finite non-negative float16 values
 
 
 class Layer(NamedTuple):
-    """One target layer in one verify; the context's keys by position, padded to the longest context."""
+    """One target layer in one verify; the context's keys by position, padded to the longest context. Keys are
+    in the units that they are kept in, and `scale` makes logits of them."""
 
     number: int
     q: Tensor  # [bs, T, H_q, D]
