@@ -479,7 +479,7 @@ def test_the_installed_flashinfer_is_the_one_that_was_read():
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper
     options = {"packed_custom_mask", "sm_scale", "seq_lens", "max_token_per_sequence", "kv_data_type"}
     assert options <= set(inspect.signature(wrapper.plan).parameters)
-    assert {"out", "q_scale"} <= set(inspect.signature(wrapper.run).parameters)
+    assert {"out", "q_scale", "k_scale", "v_scale"} <= set(inspect.signature(wrapper.run).parameters)
     source = inspect.getsource(wrapper)
     for name in ("_mask_indptr_buf", "_pin_memory_int_workspace_buffer"):
         assert f"self.{name} = " in source
