@@ -300,4 +300,5 @@ def test_what_serves_is_said(servers, name):
     passes = {p: dense != "torch" or p != "draft_extend" for p in ("verify", "draft_decode", "draft_extend")}
     passes = {"decode": True} if name in ALONE else passes
     assert said["graphs"] == ("none" if "--disable-cuda-graph" in SERVERS[name] else passes)
-    assert 0 < said["memory_share"] < 0.2  # of tiny KV heads; 0.6 % beside an 8B
+    # Of tiny KV heads, whose bytes are fewer in FP8; 0.6 % beside an 8B.
+    assert 0 < said["memory_share"] < 0.4 / dtype_of(name).itemsize
