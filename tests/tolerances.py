@@ -30,6 +30,7 @@ NEAR_TIES = {
     torch.float16: 2e-2,
     torch.bfloat16: 0.15,
     # Of KV. FA3 then rounds queries and probabilities to it too, by up to a sixteenth each, and the kernels
-    # here round neither: logits of order 5 differ by a few tenths in every layer. Not measured yet.
-    torch.float8_e4m3fn: 0.6,
+    # here round neither. With that alone put into plain torch, the shipped target's argmax over text differs
+    # in 6 % of the places, where the two best are up to 1.3 apart. Not measured on a GPU yet.
+    torch.float8_e4m3fn: 1.5,
 }
