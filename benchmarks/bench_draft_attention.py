@@ -16,12 +16,14 @@ from benchmarks.harness import (
     DTYPE,
     Results,
     Shape,
+    add_fp8,
     compile_ahead,
     compile_only,
     copies,
     microseconds,
     parser,
     settings,
+    stored,
     tune,
     using,
 )
@@ -81,12 +83,12 @@ class Case:
         """With importance, and without a plan."""
         torch.manual_seed(seed)
         context, batch, step, dim = shape["context"], shape["batch"], shape["step"], shape["dim"]
-        q_heads = KV_HEADS * shape["group"]
+        q_heads, kept = KV_HEADS * shape["group"], stored(shape, dtype)
         width = context + STEPS + 1
         table = torch.randperm(batch * width, device=device).view(batch, width).int() + 1
         table = torch.cat([torch.zeros(1, width, dtype=torch.int32, device=device), table])
         size = (batch * width + 1, KV_HEADS, dim)
-        k, v = (torch.randn(size, dtype=dtype, device=device) for _ in range(2))
+        k, v = (torch.randn(size, dtype=dtype, device=device).to(kept) for _ in range(2))
         # Logits of deviation 3: attention is peaked, and a gate sees what one token does.
         q = 3 * torch.randn(batch, q_heads, dim, dtype=dtype, device=device)
         carried = 3 * torch.randn(batch + 1, q_heads, dim, dtype=dtype, device=device) if step == 0 else None
@@ -143,7 +145,8 @@ def close(found: tuple, expected: tuple) -> None:
 
 
 def nbytes(shape: Shape) -> int:
-    return shape["batch"] * shape["context"] * KV_HEADS * shape["dim"] * 2 * 2
+    kept = stored(shape, DTYPE)
+    return shape["batch"] * shape["context"] * KV_HEADS * shape["dim"] * 2 * kept.itemsize
 
 
 def prepare(shape: Shape):
@@ -200,8 +203,12 @@ def compile_one(shape: Shape, knobs: dict) -> None:
 
 
 def main() -> None:
-    args = parser(__doc__).parse_args()
+    p = parser(__doc__)
+    add_fp8(p)
+    args = p.parse_args()
     shapes = QUICK if args.quick or args.tune else FULL
+    if args.fp8:
+        shapes = [{**shape, "stored": "float8_e4m3fn"} for shape in shapes]
     grid = [*SPLIT_GRID, *POOL_GRID, {"early": False}] if args.tune else [{}]
     compile_ahead(compile_one, shapes, grid)
     results = Results("draft_attention", args.out)

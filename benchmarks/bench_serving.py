@@ -22,6 +22,9 @@ for at once is left out. With `--shared N` all begin with the same N tokens, as 
 An sts arm whose counters show no sparse verify, a dense one, or another share of the context than was asked
 for (within one page of 16 tokens) ends the benchmark.
 
+With `--server-args "--kv-cache-dtype fp8_e4m3"` KV is FP8 in every arm; rows say so, and the tables of other
+servers leave them out.
+
 Examples, on a GPU, with models that have the shapes of Llama-3.1-8B and 3.2-1B but dummy weights:
   python -m benchmarks.bench_serving --dummy --shapes 32000x8,16000x8,8000x8,4000x8 --accept-length 3 \\
       --server-args "--context-length 131072 --cuda-graph-max-bs 8" --out serving.jsonl
@@ -104,6 +107,7 @@ def run_arm(arm: str, repeat: int, shapes: list[tuple[int, int]], options: argpa
             before = None if known.config is None else server.counters()
             shape = {"arm": arm, "repeat": repeat, "context": context, "requests": requests}
             shape |= {"algorithm": options.algorithm, "tp": options.tp, "shared": options.shared}
+            shape |= {"kv": kv_dtype(options.server_args)}
             passes = run_shape(server, context, requests, options)
             if before is not None:
                 delta = sparse_between(before, server.counters())
@@ -117,6 +121,13 @@ def run_arm(arm: str, repeat: int, shapes: list[tuple[int, int]], options: argpa
                 with options.out.open("a") as f:
                     f.writelines(json.dumps({**row, **options.where}) + "\n" for row in rows[-len(passes) :])
     return rows
+
+
+def kv_dtype(server_args: str) -> str:
+    """What all servers keep KV as, as SGLang's flag has it."""
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    p.add_argument("--kv-cache-dtype", default="auto")
+    return p.parse_known_args(shlex.split(server_args))[0].kv_cache_dtype
 
 
 def lacking(state: dict, context: int, requests: int, options: argparse.Namespace) -> str:

@@ -22,12 +22,14 @@ from benchmarks.harness import (
     DTYPE,
     Results,
     Shape,
+    add_fp8,
     compile_ahead,
     compile_only,
     copies,
     microseconds,
     parser,
     settings,
+    stored,
     tune,
     using,
 )
@@ -77,7 +79,8 @@ class Pool:
         slots = torch.randperm(batch * width, device=DEVICE).view(batch, width).int() + 1
         table = torch.cat([torch.zeros(1, width, dtype=torch.int32, device=DEVICE), slots])
         size = (batch * width + 1, KV_HEADS, shape["dim"])
-        k, v = (torch.randn(size, dtype=DTYPE, device=DEVICE) for _ in range(2))
+        kept = stored(shape, DTYPE)
+        k, v = (torch.randn(size, dtype=DTYPE, device=DEVICE).to(kept) for _ in range(2))
         reqs = torch.arange(1, batch + 1, device=DEVICE)
         contexts = Contexts(table, reqs, torch.full((batch,), context, device=DEVICE))
         order = torch.rand(batch * KV_HEADS, context, device=DEVICE).argsort(1).int()
@@ -167,7 +170,7 @@ class Case:
 
 def kv_bytes(shape: Shape, tokens: int) -> int:
     """Bytes of keys and values of so many tokens of every request."""
-    return shape["batch"] * tokens * KV_HEADS * shape["dim"] * 2 * 2
+    return shape["batch"] * tokens * KV_HEADS * shape["dim"] * 2 * stored(shape, DTYPE).itemsize
 
 
 def sparse_bytes(shape: Shape) -> int:
@@ -210,7 +213,7 @@ def flashinfer_plan(shape: Shape, requests: int, kv_heads: int, tokens: int, ind
         1,
         causal=True,
         q_data_type=DTYPE,
-        kv_data_type=DTYPE,
+        kv_data_type=stored(shape, DTYPE),
     )
     return wrapper
 
@@ -311,8 +314,9 @@ def compile_one(shape: Shape, knobs: dict) -> None:
 
     batch, rows, dim = shape["batch"], shape["rows"], shape["dim"]
     width = shape["context"] + 8
-    pool = like(batch * width + 1, KV_HEADS, dim, dtype=shape.get("dtype", torch.bfloat16))
-    q = like(batch, rows, KV_HEADS * shape["group"], dim, dtype=pool.dtype)
+    dtype = shape.get("dtype", torch.bfloat16)
+    pool = like(batch * width + 1, KV_HEADS, dim, dtype=stored(shape, dtype))
+    q = like(batch, rows, KV_HEADS * shape["group"], dim, dtype=dtype)
     per_channel = (batch, KV_HEADS)
     lists = Lists(like(8), like(*per_channel, dtype=torch.int64), like(*per_channel))
     reqs, lens = (like(batch, dtype=torch.int64) for _ in range(2))
@@ -331,12 +335,16 @@ def prepare(shape: Shape):
 
 
 def main() -> None:
-    args = parser(__doc__).parse_args()
+    p = parser(__doc__)
+    add_fp8(p)
+    args = p.parse_args()
     shapes = QUICK if args.quick or args.tune else settings(FULL)
+    if args.fp8:
+        shapes = [{**shape, "stored": "float8_e4m3fn"} for shape in shapes]
     compile_ahead(compile_one, shapes, GRID if args.tune else [{}])
     results = Results("verify", args.out)
     if args.tune:
-        for shape in QUICK:
+        for shape in shapes:
             tune(results, verify, GRID, shape, prepare)
         results.finish()
     timed_dense: set[tuple] = set()

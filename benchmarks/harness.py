@@ -46,6 +46,16 @@ def parser(description: str) -> argparse.ArgumentParser:
     return p
 
 
+def add_fp8(p: argparse.ArgumentParser) -> None:
+    """For benchmarks of ops that read keys and values."""
+    p.add_argument("--fp8", action="store_true", help="of FP8 keys and values; give --out a file of its own")
+
+
+def stored(shape: Shape, dtype: torch.dtype) -> torch.dtype:
+    """What a shape keeps keys and values as: its "stored", by torch's name, or the dtype of queries."""
+    return getattr(torch, shape["stored"]) if "stored" in shape else dtype
+
+
 def check_arms(p: argparse.ArgumentParser, given: str, arms: tuple[str, ...]) -> None:
     """End with a usage error where a comma separated list names an arm that there is not."""
     if unknown := set(given.split(",")) - set(arms):

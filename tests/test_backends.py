@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import sglang.srt
 import torch
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sts_kernels.layout import UNKNOWN, Contexts
@@ -17,7 +18,7 @@ from sts_sglang.backends.carry import TorchCarry
 from sts_sglang.backends.draft import DraftMultiStepBackend
 from sts_sglang.backends.target import StsTargetBackend
 from sts_sglang.backends.torch_dense import Segment, TorchBackend, tail_masks
-from sts_sglang.config import ConfigError, StsConfig
+from sts_sglang.config import StsConfig
 from sts_sglang.core.request import Request
 from sts_sglang.core.round import Cache, Draft
 from sts_sglang.core.sizes import Capacity
@@ -32,24 +33,34 @@ SCALE = 0.7 * DIM**-0.5  # as Granite has: not what the heads' dimensions say
 
 
 class Pool:
-    """MHATokenToKVPool as far as the backends use it."""
+    """MHATokenToKVPool as far as the backends use it. fp8: the scales by which keys and values are kept in
+    FP8; meant: what such a pool means, in float32."""
 
-    def __init__(self, slots: int):
+    def __init__(self, slots: int, fp8: tuple[float, float] | None = None, meant: bool = False):
         g = torch.Generator().manual_seed(0)
         shape = (LAYERS, slots, KV_HEADS, DIM)
         self.k, self.v = torch.randn(shape, generator=g) * 0.1, torch.randn(shape, generator=g)
+        self.fp8, self.meant = fp8, meant
 
     def get_key_buffer(self, layer: int) -> torch.Tensor:
-        return self.k[layer]
+        return self._kept(self.k[layer], 0)
 
     def get_value_buffer(self, layer: int) -> torch.Tensor:
-        return self.v[layer]
+        return self._kept(self.v[layer], 1)
+
+    def _kept(self, values: torch.Tensor, which: int) -> torch.Tensor:
+        if self.fp8 is None:
+            return values
+        kept = (values / self.fp8[which]).to(torch.float8_e4m3fn)
+        return kept.float() * self.fp8[which] if self.meant else kept
 
 
 class Rig:
     """One bound draft and target over pools of permuted slots; request 3 owns the context."""
 
     REQ = 3
+    fp8: tuple[float, float] | None = None  # of both pools, see Pool
+    meant = False
 
     def __init__(
         self, config: dict, topk: int = 1, num_steps: int = 3, width: int = 100, drafts: bool = True
@@ -59,9 +70,16 @@ class Rig:
         order = torch.randperm(slots - 1, generator=torch.Generator().manual_seed(1)) + 1
         table[self.REQ] = order[:width]
         self.slots = table[self.REQ].long()
-        self.draft_pool, self.target_pool = Pool(slots), Pool(slots)
+        self.draft_pool, self.target_pool = (Pool(slots, self.fp8, self.meant) for _ in range(2))
+        self.layers = torch.nn.ModuleList(
+            RadixAttention(Q_HEADS, DIM, SCALE, KV_HEADS, i) for i in range(LAYERS)
+        )
+        for layer in self.layers if self.fp8 and not self.meant else ():
+            layer.k_scale_float, layer.v_scale_float = self.fp8
+            layer.k_scale, layer.v_scale = map(torch.tensor, self.fp8)
         runner = SimpleNamespace(
             device="cpu",
+            model=self.layers,
             req_to_token_pool=SimpleNamespace(req_to_token=table),
             model_config=SimpleNamespace(context_len=width),
         )
@@ -77,13 +95,20 @@ class Rig:
             KV_HEADS,
             DIM,
             torch.float32,
-            views.Pools(self.draft_pool),
+            views.pools(draft),
             (SCALE,) * LAYERS,
         )
         cache = Cache(table, slots, Capacity.of(8, width))
         tokens = TOKENS if drafts else 1
         target_shape = TargetShape(
-            tokens, LAYERS, Q_HEADS, KV_HEADS, DIM, torch.float32, width, 8, graph_requests=0, slots=slots
+            tokens,
+            *(LAYERS, Q_HEADS, KV_HEADS, DIM),
+            dtype=torch.float32,
+            kv_dtype=self.target_pool.get_key_buffer(0).dtype,
+            context_len=width,
+            requests=8,
+            graph_requests=0,
+            slots=slots,
         )
         pair = (COUNTS, cache, shape) if drafts else (None, cache, None)
         self.runtime = bind.assemble(StsConfig(**config), COUNTS, *pair, "cpu", shape=target_shape)
@@ -91,15 +116,8 @@ class Rig:
             backend.bind(self.runtime)
         self.topk = topk
 
-    def layer(self, i: int) -> SimpleNamespace:
-        return SimpleNamespace(
-            layer_id=i,
-            tp_q_head_num=Q_HEADS,
-            tp_k_head_num=KV_HEADS,
-            qk_head_dim=DIM,
-            v_head_dim=DIM,
-            scaling=SCALE,
-        )
+    def layer(self, i: int) -> RadixAttention:
+        return self.layers[i]
 
     def batch(self, mode: ForwardMode, length: int, **extra) -> SimpleNamespace:
         return SimpleNamespace(
@@ -120,21 +138,24 @@ class Rig:
             spec_info=SimpleNamespace(num_accept_tokens=torch.tensor([accepted]), num_tokens_per_req=TOKENS),
         )
 
-    def draft_extend(self, length: int, accepted: int, q: torch.Tensor) -> None:
-        """A draft-extend over [length, length + T) of which `accepted` tokens count."""
+    def draft_extend(self, length: int, accepted: int, q: torch.Tensor) -> list[torch.Tensor]:
+        """A draft-extend over [length, length + T) of which `accepted` tokens count; what each layer
+        answers."""
         fb = self.extend_batch(length, accepted)
         self.extend.init_forward_metadata(fb)
-        for i in range(LAYERS):
-            self.extend.forward_extend(q, None, None, self.layer(i), fb)
+        return [self.extend.forward_extend(q, None, None, self.layer(i), fb) for i in range(LAYERS)]
 
-    def draft_steps(self, length: int, queries: dict[int, torch.Tensor]) -> None:
-        """The decode steps of a round; a step without a query in `queries` attends evenly."""
+    def draft_steps(self, length: int, queries: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+        """The decode steps of a round; a step without a query in `queries` attends evenly. What each layer of
+        each answers."""
         fb = self.batch(ForwardMode.DECODE, length)
         self.steps.init_forward_metadata(fb)
         even = torch.zeros(self.topk, Q_HEADS * DIM)
-        for i, backend in enumerate(self.steps.attn_backends):
-            for layer in range(LAYERS):
-                backend.forward_decode(queries.get(i, even), None, None, self.layer(layer), fb)
+        return [
+            backend.forward_decode(queries.get(i, even), None, None, self.layer(layer), fb)
+            for i, backend in enumerate(self.steps.attn_backends)
+            for layer in range(LAYERS)
+        ]
 
     def verify_batch(self, length: int) -> SimpleNamespace:
         spec_info = SimpleNamespace(draft_token_num=TOKENS, custom_mask=None, topk=1)
@@ -588,13 +609,3 @@ def test_backends_have_whatever_sglang_reads_of_them():
     rig = Rig(CONFIG)
     for backend in (rig.target, rig.extend):
         assert not {name for name in read if not hasattr(backend, name)}
-
-
-def test_kv_of_another_dtype_than_the_models_is_refused() -> None:
-    """What a checkpoint made of it, whatever the launch was asked for."""
-    pool = Pool(8)
-    runner = SimpleNamespace(dtype=torch.float32, pools=views.Pools(pool))
-    bind._check_kv(runner)
-    pool.k = pool.k.to(torch.float8_e4m3fn)
-    with pytest.raises(ConfigError, match="--kv-cache-dtype: keys are kept as torch.float8_e4m3fn"):
-        bind._check_kv(runner)

@@ -167,12 +167,19 @@ def test_a_row_says_what_was_served_and_how_sparsely(monkeypatch, tmp_path):
     written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert len(rows) == len(written) == 2
     told = {"arm": "sts", "repeat": 0, "context": 3000, "requests": 2, "algorithm": "NONE", "tp": 2}
+    told |= {"kv": "auto"}
     told |= {"sparse_verifies": 40, "keep_ratio": 0.1, "cached_tokens": 2999, "accept_length": 1}
     told |= {"commit": "c", "simulated": None, "gpu": "G", "server": "python -m sglang.launch_server"}
     assert written[0].items() >= told.items()
     assert written[0]["tokens_per_s"] > 0
     stock = run(monkeypatch, "stock", [(3000, 2)])
     assert "keep_ratio" not in stock[0]
+
+
+def test_what_kv_is_kept_as_is_read_off_the_arguments_of_all_servers():
+    for given in ("--kv-cache-dtype fp8_e4m3", "--page-size 1 --kv-cache-dtype=fp8_e4m3 --x"):
+        assert bench_serving.kv_dtype(given) == "fp8_e4m3"
+    assert bench_serving.kv_dtype("--mem-fraction-static 0.8") == "auto"
 
 
 @pytest.mark.parametrize(

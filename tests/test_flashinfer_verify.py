@@ -61,6 +61,7 @@ class Wrapper:
     def plan(self, qo_indptr, kv_indptr, indices, last, heads, kv_heads, dim, page, **options):
         assert (kv_heads, page, options["sm_scale"]) == (1, 1, 1.0)
         self.heads, self.dim, self.last_row = heads, dim, int(qo_indptr[-1])
+        self.kv_dtype = options["kv_data_type"]
         assert int(options["seq_lens"][0]) == int(kv_indptr.diff().max())
         self._check_sizes(qo_indptr, kv_indptr, options["max_token_per_sequence"])
         self.pins.append(self._pin_memory_int_workspace_buffer)
@@ -89,9 +90,10 @@ class Wrapper:
         if self.graph or blocks < grid:
             assert self.workspace.numel() >= self.heads * padded * tile * (self.dim + 1) * 4
 
-    def run(self, q, kv, out, q_scale):
+    def run(self, q, kv, out, q_scale, k_scale, v_scale):
         assert q.shape == (self.last_row, self.heads, self.dim) and q.is_contiguous()
-        keys, values = (t.reshape(-1, self.dim) for t in kv)
+        assert self.kv_dtype == kv[0].dtype
+        keys, values = (t.reshape(-1, self.dim).to(q.dtype) for t in kv)
         rows, lists = self._qo_indptr_buf.tolist(), self._paged_kv_indptr_buf.tolist()
         for i, start in enumerate(self._mask_indptr_buf.tolist()[: len(rows) - 1]):
             count, width = rows[i + 1] - rows[i], lists[i + 1] - lists[i]
@@ -101,24 +103,39 @@ class Wrapper:
             packed = self._custom_mask_buf[start : start + (count * width + 7) // 8]
             bits = (packed[:, None] >> torch.arange(8)) & 1
             seen = bits.flatten()[: count * width].view(count, 1, width).bool()
-            logits = torch.einsum("qhd,kd->qhk", q[rows[i] : rows[i + 1]], keys[entries]) * q_scale
+            logits = torch.einsum("qhd,kd->qhk", q[rows[i] : rows[i + 1]], keys[entries]) * q_scale * k_scale
             # As FlashInfer does: what is masked is read and multiplied by zero.
             weights = logits.masked_fill(~seen, -5e4).softmax(-1)
-            out[rows[i] : rows[i + 1]] = torch.einsum("qhk,kd->qhd", weights, values[entries])
+            out[rows[i] : rows[i + 1]] = torch.einsum("qhk,kd->qhd", weights, values[entries]) * v_scale
 
 
 class Verify:
-    """A target's pools and a batch over them in static buffers, as CUDA graphs need it."""
+    """A target's pools and a batch over them in static buffers, as CUDA graphs need it. fp8: with scales."""
 
-    def __init__(self, config: StsConfig, wrapper, kv_heads=2, group=2, dim=16, dtype=torch.float32, graph=0):
+    def __init__(
+        self,
+        config: StsConfig,
+        wrapper,
+        kv_heads=2,
+        group=2,
+        dim=16,
+        dtype=torch.float32,
+        graph=0,
+        *,
+        fp8=False,
+    ):
         self.config, self.device = config, "cpu" if wrapper else "cuda"
+        self.dtype, kept = dtype, torch.float8_e4m3fn if fp8 else dtype
+        self.scales = (2.5, 0.3) if fp8 else (1.0, 1.0)
         self.shape = Shape(TOKENS, kv_heads * group, kv_heads, dim, REQUESTS, graph)
         self.channels, width = kv_heads + 1, LIMIT + TOKENS
         self.table = (torch.randperm(REQUESTS * width) + 1).view(REQUESTS, width).int()
         self.table = torch.cat([torch.zeros(1, width, dtype=torch.int32), self.table]).to(self.device)
         pools = (torch.randn(REQUESTS * width + 1, kv_heads, dim) for _ in range(2))
-        self.k, self.v = (pool.to(self.device, dtype) for pool in pools)
-        self.k[0] = self.v[0] = 1e3  # SGLang's padding slot holds anything finite
+        pools = [
+            pool.index_fill_(0, torch.tensor([0]), 400) for pool in pools
+        ]  # anything finite may be there
+        self.k, self.v = (pool.to(self.device, kept) for pool in pools)
         self.heads = torch.randint(self.channels, (kv_heads,), dtype=torch.int32, device=self.device)
         self.lists = torch.zeros(self.channels * REQUESTS * LIMIT, dtype=torch.int32, device=self.device)
         self.attended, self.clipped = (torch.zeros(n, dtype=torch.int64, device=self.device) for n in (2, 1))
@@ -130,6 +147,7 @@ class Verify:
             Limits(NO_LIMIT, LIMIT),
             ops("torch" if wrapper else "triton"),
             dtype,
+            kept,
             clipped=self.clipped,
             wrapper_class=wrapper,
         )
@@ -137,7 +155,7 @@ class Verify:
     def batch(self, bs: int) -> None:
         """Static inputs of so many rows."""
         heads, dim = self.shape.q_heads, self.shape.head_dim
-        self.q = torch.zeros(bs, TOKENS, heads, dim, dtype=self.k.dtype, device=self.device)
+        self.q = torch.zeros(bs, TOKENS, heads, dim, dtype=self.dtype, device=self.device)
         self.reqs, self.lens = (torch.zeros(bs, dtype=torch.int64, device=self.device) for _ in range(2))
         self.start = torch.zeros(bs, self.channels, dtype=torch.int64, device=self.device)
         self.count = torch.full((bs, self.channels), -1, dtype=torch.int32, device=self.device)
@@ -162,7 +180,8 @@ class Verify:
 
     def call(self, layer: int) -> LayerCall:
         contexts = Contexts(self.table, self.reqs, self.lens)
-        return LayerCall(layer, self.q, KvPool(self.k, self.v), contexts, self.mask, 0.3)
+        pool = KvPool(self.k, self.v, *self.scales)
+        return LayerCall(layer, self.q, pool, contexts, self.mask, 0.3)
 
     def attend(self) -> list[torch.Tensor]:
         """Three layers, of which two share lists."""
@@ -174,7 +193,7 @@ class Verify:
         attended = torch.zeros(2, dtype=torch.int64, device=self.device)
         expected = ops("torch").sparse_attention(
             self.q.float(),
-            KvPool(self.k.float(), self.v.float()),
+            KvPool(self.k.float() * self.scales[0], self.v.float() * self.scales[1]),
             Lists(self.lists, self.start, self.count),
             self.heads,
             Contexts(self.table, self.reqs, self.lens),
@@ -199,9 +218,9 @@ ROUNDS = [
 
 
 @pytest.mark.parametrize("config", [RATIO, FIXED], ids=["ratio", "fixed"])
-@pytest.mark.parametrize("group, kv_heads", [(1, 2), (2, 3), (4, 1), (8, 2)])
-def test_eager_attention_is_the_twins(config, group, kv_heads):
-    verify = Verify(config, Wrapper, kv_heads, group)
+@pytest.mark.parametrize("group, kv_heads, fp8", [(1, 2, False), (2, 3, True), (4, 1, False), (8, 2, False)])
+def test_eager_attention_is_the_twins(config, group, kv_heads, fp8):
+    verify = Verify(config, Wrapper, kv_heads, group, fp8=fp8)
     for requests in ROUNDS:
         verify.batch(len(requests))
         verify.fill(requests)
@@ -448,6 +467,7 @@ def give_headwise(rig: Rig, wrapper: type) -> None:
         Limits(256, 100),
         SimpleNamespace(headwise_lists=own.ops.headwise_lists),  # no other op is called
         torch.float32,
+        torch.float32,
         clipped=own.state.clipped,
         wrapper_class=wrapper,
     )
@@ -459,7 +479,7 @@ def test_the_installed_flashinfer_is_the_one_that_was_read():
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper
     options = {"packed_custom_mask", "sm_scale", "seq_lens", "max_token_per_sequence", "kv_data_type"}
     assert options <= set(inspect.signature(wrapper.plan).parameters)
-    assert {"out", "q_scale"} <= set(inspect.signature(wrapper.run).parameters)
+    assert {"out", "q_scale", "k_scale", "v_scale"} <= set(inspect.signature(wrapper.run).parameters)
     source = inspect.getsource(wrapper)
     for name in ("_mask_indptr_buf", "_pin_memory_int_workspace_buffer"):
         assert f"self.{name} = " in source
@@ -471,13 +491,15 @@ def test_the_installed_flashinfer_is_the_one_that_was_read():
 
 # ---- on a GPU, with FlashInfer itself
 
+KEPT = [(torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)]
+
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [RATIO, FIXED], ids=["ratio", "fixed"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype, fp8", KEPT)
 @pytest.mark.parametrize("group, kv_heads, dim", [(2, 2, 64), (4, 8, 128), (8, 2, 64), (1, 3, 128)])
-def test_flashinfer_attends_as_the_twin_in_eager(config, dtype, group, kv_heads, dim):
-    verify = Verify(config, None, kv_heads, group, dim, dtype)
+def test_flashinfer_attends_as_the_twin_in_eager(config, dtype, fp8, group, kv_heads, dim):
+    verify = Verify(config, None, kv_heads, group, dim, dtype, fp8=fp8)
     for requests in ROUNDS:
         verify.batch(len(requests))
         verify.fill(requests)
@@ -487,11 +509,11 @@ def test_flashinfer_attends_as_the_twin_in_eager(config, dtype, group, kv_heads,
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [RATIO, FIXED], ids=["ratio", "fixed"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype, fp8", KEPT)
 @pytest.mark.parametrize("group, kv_heads, dim", [(2, 2, 64), (4, 8, 128), (8, 2, 64)])
-def test_flashinfer_attends_as_the_twin_in_replays(config, dtype, group, kv_heads, dim):
+def test_flashinfer_attends_as_the_twin_in_replays(config, dtype, fp8, group, kv_heads, dim):
     """One graph over rounds of changing lengths, numbers of requests and plans."""
-    verify = Verify(config, None, kv_heads, group, dim, dtype, graph=REQUESTS)
+    verify = Verify(config, None, kv_heads, group, dim, dtype, graph=REQUESTS, fp8=fp8)
     verify.batch(REQUESTS)
     verify.path.before_graph(REQUESTS, capturing=True)
     for _ in range(2):
@@ -532,7 +554,7 @@ def test_planning_does_not_wait_for_the_device():
 
 @pytest.mark.parametrize("dim, slots, problem", [(96, 100, "heads of 96"), (128, 2**28, "too many")])
 def test_a_target_that_flashinfer_cannot_take_is_refused(dim, slots, problem):
-    target = TargetShape(4, 2, 32, 8, dim, torch.bfloat16, 8192, 8, 8, slots)
+    target = TargetShape(4, 2, 32, 8, dim, torch.bfloat16, torch.bfloat16, 8192, 8, 8, slots)
     with pytest.raises(ConfigError, match=f"sts_config.kernel: 'flashinfer' .*{problem}.*allowed: 'triton'"):
         make(
             SimpleNamespace(

@@ -38,6 +38,8 @@ from tests.tolerances import assert_close
 KERNELS = ["torch", "triton"]
 GROUPS = [1, 2, 4, 5, 7, 8]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Of FP8: none, and such that each would be missed, or taken for the other.
+SCALES = [(1.0, 1.0), (2.5, 0.3)]
 LENGTHS = [13, 1, 70, 130]  # below every budget, one token, over one block of keys, over two
 KV_HEADS, DIM, TOKENS = 2, 16, 4
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,6 +53,8 @@ class Batch:
     group: int = 2
     dtype: torch.dtype = torch.float32
     tail: int = 16  # positions after the committed ones: draft tokens and scratch
+    stored: torch.dtype | None = None  # of keys and values, where it is another
+    scales: tuple[float, float] = (1.0, 1.0)  # of keys and values
 
     def __post_init__(self) -> None:
         requests, width = len(self.lengths) + 3, max([*self.lengths, 1]) + self.tail
@@ -65,7 +69,7 @@ class Batch:
 
     @property
     def pool(self) -> KvPool:
-        return KvPool(self.k, self.v)
+        return KvPool(self.k, self.v, *self.scales)
 
     @property
     def contexts(self) -> Contexts:
@@ -76,7 +80,7 @@ class Batch:
         for req, length in zip(self.reqs.tolist(), self.lengths, strict=True):
             used = self.table[req, : length + self.tail].long()
             pool[used] = torch.randn(used.numel(), KV_HEADS, DIM)
-        return pool.to(self.dtype)
+        return pool.to(self.stored or self.dtype)
 
     def queries(self, *shape: int) -> torch.Tensor:
         """A slice of a fused projection, as models have it: rows lie apart, with NaN between them."""
@@ -90,11 +94,12 @@ class Batch:
 
     def probability(self, query: torch.Tensor, head: int, slots: torch.Tensor) -> torch.Tensor:
         """float64 softmax of one query head over slots."""
-        keys = self.k[slots, head // self.group].double()
+        keys = self.k[slots, head // self.group].double() * self.scales[0]
         return (keys @ query[head].double() * DIM**-0.5).softmax(0)
 
     def attend(self, query: torch.Tensor, head: int, slots: torch.Tensor) -> torch.Tensor:
-        return self.probability(query, head, slots) @ self.v[slots, head // self.group].double()
+        values = self.v[slots, head // self.group].double() * self.scales[1]
+        return self.probability(query, head, slots) @ values
 
 
 def skip_bf16_in_the_interpreter(kernel: str, dtype: torch.dtype) -> None:
@@ -313,6 +318,17 @@ def test_draft_attention_in_half_precision(kernel: str, dtype: torch.dtype) -> N
     q, *_, out, _ = run_draft(kernel, batch, 1, 0)
     expected = torch.stack([batch.attend(q[1], h, branch_slots(batch, 1, 0, 0)) for h in range(4)])
     assert_close(out[1], expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("scales", SCALES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_draft_attention_to_fp8(kernel: str, dtype: torch.dtype, scales: tuple[float, float]) -> None:
+    """Context and scratch are read as what was stored, and scores know the scale of the keys."""
+    skip_bf16_in_the_interpreter(kernel, dtype)
+    batch = Batch(lengths=[70, 9], dtype=dtype, stored=torch.float8_e4m3fn, scales=scales)
+    check_draft(kernel, batch, branches=2, step=1, carried=False)
+    check_draft(kernel, batch, branches=1, step=0)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -596,6 +612,18 @@ def test_verify_in_half_precision(kernel: str, dtype: torch.dtype) -> None:
     check_verify(batch, q, lists, out, chain(2))
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("scales", SCALES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_verify_of_fp8(monkeypatch, kernel: str, dtype: torch.dtype, scales: tuple[float, float]) -> None:
+    """Lists, whole contexts and tails, in several splits; a head's values are scaled once."""
+    skip_bf16_in_the_interpreter(kernel, dtype)
+    tune(monkeypatch, verify, programs=24, least=8)
+    batch = Batch(dtype=dtype, stored=torch.float8_e4m3fn, scales=scales)
+    q, lists, out, _ = run_verify(kernel, batch, [5, -1, 66, -1])
+    check_verify(batch, q, lists, out, chain(4))
+
+
 @pytest.mark.parametrize("splits", [1, 3, 7])
 @pytest.mark.parametrize("block", [16, 64])
 def test_verify_in_any_number_of_splits(monkeypatch, splits: int, block: int) -> None:
@@ -744,6 +772,23 @@ def test_verify_refuses_shapes_that_do_not_fit(kernel: str, change: dict) -> Non
         )
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "pool, named",
+    [
+        ({"stored": torch.uint8}, "torch.uint8 and torch.uint8"),  # SGLang's FP8 before it is viewed as such
+        ({"stored": torch.float16}, "torch.float16 and torch.float16"),
+        ({"scales": (1.0, 0.5)}, "scales 1.0 and 0.5"),
+    ],
+)
+def test_keys_that_would_be_misread_are_refused(kernel: str, pool: dict, named: str) -> None:
+    batch = Batch(lengths=[9], **pool)
+    with pytest.raises(ValueError, match=f"sparse_attention: .*{named}"):
+        run_verify(kernel, batch, [-1])
+    with pytest.raises(ValueError, match=f"draft_attention: .*{named}"):
+        run_draft(kernel, batch, 1, 0)
+
+
 def test_unknown_implementations_and_pools_are_refused() -> None:
     with pytest.raises(ValueError, match="'cuda'"):
         ops("cuda")
@@ -773,8 +818,10 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
     shape = {"context": 320, "batch": 2, "keep": 0.3}
     for prepare, more in (
         (bench_verify.prepare, {"dim": 16, "rows": 4, "group": 4}),
+        (bench_verify.prepare, {"dim": 16, "rows": 1, "group": 2, "stored": "float8_e4m3fn"}),
         (bench_select.prepare, {}),
         (bench_draft_attention.prepare, {"step": 0, "dim": 16, "group": 4}),
+        (bench_draft_attention.prepare, {"step": 1, "dim": 16, "group": 2, "stored": "float8_e4m3fn"}),
         (bench_pages.prepare, {"dim": 16, "rows": 2, "group": 4}),
         (bench_tokens.prepare, {"dim": 32, "rows": 2, "group": 4}),
     ):
@@ -824,10 +871,14 @@ with compile_only() as compiled:
     bench_draft_attention.compile_one(shape | {"step": 0, "dim": 64}, {})
     bench_draft_attention.compile_one(shape | {"step": 1, "dim": 64}, {})
     bench_draft_attention.compile_one(shape | {"step": 0, "group": 8}, {})
-    for odd in ({"dim": 96}, {"group": 5}, {"group": 7}):
+    for odd in ({"dim": 96}, {"group": 5}, {"group": 7}, {"stored": "float8_e4m3fn"}):
         bench_verify.compile_one(shape | odd, {})
         bench_draft_attention.compile_one(shape | {"step": 0} | odd, {})
     bench_select.compile_one(shape, {})
+    ops("triton").sketch_pages(
+        like(100, 8, 128, dtype=torch.float8_e4m3fn), like(100, 8, 16, dtype=f16),
+        Contexts(like(3, 4096), i(2), i(2)), i(2), like(100), most=64,
+    )
     for odd in ({}, {"rows": 1}, {"dim": 64, "group": 8}, {"dim": 96, "group": 5}, {"dim": 256, "group": 7}):
         bench_pages.compile_one(shape | odd, {})
         bench_tokens.compile_one(shape | odd | {"context": 65536}, {})

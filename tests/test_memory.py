@@ -64,22 +64,24 @@ def test_a_launch_whose_buffers_leave_nothing_for_kv_is_refused(monkeypatch, mod
 
 
 @pytest.mark.parametrize(
-    "config",
+    "config, kv",
     [
-        {},
-        {"budget": 8192},
-        {"budget": 16384, "draft": "all"},
-        {"history": "blend"},
-        {"policy": "fixed", "budget": 4096},
+        ({}, "auto"),
+        ({"budget": 8192}, "auto"),
+        ({"budget": 16384, "draft": "all"}, "auto"),
+        ({"history": "blend"}, "auto"),
+        ({"history": "blend"}, "fp8_e4m3"),  # as many slots again remember
+        ({"policy": "fixed", "budget": 4096}, "auto"),
     ],
 )
-def test_what_is_allocated_is_reserved(monkeypatch, model, config):
+def test_what_is_allocated_is_reserved(monkeypatch, model, config, kv):
     """And what updating memory notes, and what draft attention keeps of a layer's step."""
-    config, args = StsConfig(**config), server_args()
+    config, args = StsConfig(**config), server_args(kv=kv)
     monkeypatch.setattr(serves, "draft_config", lambda *_: model(DRAFT, 64, 131072))
     available = 60 << 30
     reserved = reserve.reserved_bytes(config, args, model(TARGET, 128, 131072), available)
-    pool, requests = (available - reserved) // KV_BYTES, args.max_running_requests + 1
+    kv_bytes = KV_BYTES if kv == "auto" else KV_BYTES // 2
+    pool, requests = (available - reserved) // kv_bytes, args.max_running_requests + 1
     head_map = proportional(TARGET, DRAFT)
     capacity = memory.Capacity.of(requests, min(131072 + 4 + 4, pool))
     table = torch.zeros(requests, 1, device="meta")
@@ -92,21 +94,21 @@ def test_what_is_allocated_is_reserved(monkeypatch, model, config):
     assert 0.97 * reserved < taken + shared + stored <= reserved
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_what_a_target_alone_allocates_is_reserved(monkeypatch, model, tmp_path, told):
+@pytest.mark.parametrize("told, kv, itemsize", [(False, "auto", 2), (True, "auto", 2), (True, "fp8_e4m3", 1)])
+def test_what_a_target_alone_allocates_is_reserved(monkeypatch, model, tmp_path, told, kv, itemsize):
     """Sketches by the pool, page scores and lists by requests and contexts."""
     monkeypatch.setattr(serves, "draft_config", lambda *_: None)
     config = StsConfig(selector="pages", inspect_dir=str(tmp_path) if told else None)
-    args, available, per_token = server_args(), 60 << 30, 32 * 8 * 128 * 2 * 2
+    args, available, per_token = server_args(kv=kv), 60 << 30, 32 * 8 * 128 * 2 * itemsize
     args.speculative_eagle_topk = args.speculative_num_draft_tokens = None
     reserved = reserve.reserved_bytes(config, args, model(TARGET, 128, 131072), available)
     pool, requests = (available - reserved) // per_token, args.max_running_requests + 1
     table = torch.zeros(requests, 131072 + 4, device="meta", dtype=torch.int32)
     cache = Cache(table, pool + 1, memory.Capacity.of(requests, 131072 + 4 + 1))
-    shape = TargetShape(1, *TARGET, 128, torch.bfloat16, 131072, requests, 0, pool + 1)
+    shape = TargetShape(1, *TARGET, 128, torch.bfloat16, torch.bfloat16, 131072, requests, 0, pool + 1)
     runtime = bind.assemble(config, TARGET, None, cache, None, "meta", shape=shape)
     taken = runtime.nbytes()
-    assert taken["sketches"] == pytest.approx(pool * per_token / 16, rel=0.01)
+    assert taken["sketches"] == pytest.approx(pool * per_token / (8 * itemsize), rel=0.01)
     logits = 4 * 4 * 8 * requests * (131072 // 16)  # of a layer's queries, as long as its kernels run
     assert 0.97 * reserved < sum(taken.values()) + logits + sketches.SCRATCH <= reserved
 
@@ -128,13 +130,15 @@ def model():
     return make
 
 
-def server_args(graphs: int = 0) -> SimpleNamespace:
+def server_args(graphs: int = 0, kv: str = "auto") -> SimpleNamespace:
     decode = PhaseConfig(backend="full" if graphs else "disabled", bs=[graphs] if graphs else None)
     return SimpleNamespace(
         tp_size=1,
         speculative_eagle_topk=1,
         speculative_num_draft_tokens=4,
         max_running_requests=64,
+        kv_cache_dtype=kv,
+        speculative_draft_kv_cache_dtype=None,
         cuda_graph_config=CudaGraphConfig(decode=decode, prefill=PhaseConfig()),
     )
 
@@ -185,19 +189,21 @@ def test_the_state_allocates_what_was_counted():
 
 
 @pytest.mark.parametrize(
-    "config, device, dtype, capability, expected",
+    "config, device, dtype, capability, fp8, expected",
     [
-        ({}, "cpu", "torch.bfloat16", None, "torch"),
-        ({}, "cuda", "torch.bfloat16", (9, 0), "fa3"),
-        ({}, "cuda", "torch.bfloat16", (8, 0), "fa3"),
-        ({}, "cuda", "torch.bfloat16", (10, 0), "flashinfer"),
-        ({}, "cuda", "torch.float32", (9, 0), "torch"),
-        ({"kernel": "torch"}, "cuda", "torch.bfloat16", (9, 0), "torch"),
-        ({"dense": "flashinfer"}, "cuda", "torch.bfloat16", (9, 0), "flashinfer"),
+        ({}, "cpu", "torch.bfloat16", None, False, "torch"),
+        ({}, "cuda", "torch.bfloat16", (9, 0), False, "fa3"),
+        ({}, "cuda", "torch.bfloat16", (9, 0), True, "fa3"),
+        ({}, "cuda", "torch.bfloat16", (8, 0), False, "fa3"),
+        ({}, "cuda", "torch.bfloat16", (8, 9), True, "flashinfer"),
+        ({}, "cuda", "torch.bfloat16", (10, 0), False, "flashinfer"),
+        ({}, "cuda", "torch.float32", (9, 0), False, "torch"),
+        ({"kernel": "torch"}, "cuda", "torch.bfloat16", (9, 0), True, "torch"),
+        ({"dense": "flashinfer"}, "cuda", "torch.bfloat16", (9, 0), False, "flashinfer"),
     ],
 )
-def test_dense_backend_of_a_device(config, device, dtype, capability, expected):
-    assert dense.choose(StsConfig(**config), device, dtype, capability) == expected
+def test_dense_backend_of_a_device(config, device, dtype, capability, fp8, expected):
+    assert dense.choose(StsConfig(**config), device, dtype, capability, fp8=fp8) == expected
 
 
 def test_a_pass_without_its_graph_ends_the_launch():

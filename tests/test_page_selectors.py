@@ -251,7 +251,7 @@ def test_dense_layers_have_no_sketches() -> None:
 
 def test_heads_that_do_not_divide_are_refused() -> None:
     rig = Rig(CONFIG, width=WIDTH)
-    shape = TargetShape(TOKENS, LAYERS, Q_HEADS, KV_HEADS, 24, torch.float32, WIDTH, 8, 0, 500)
+    shape = TargetShape(TOKENS, LAYERS, Q_HEADS, KV_HEADS, 24, torch.float32, torch.float32, WIDTH, 8, 0, 500)
     config = StsConfig(**{**CONFIG, "selector": "joined"})
     with pytest.raises(ConfigError, match="head of 24 dimensions"):
         bind.assemble(

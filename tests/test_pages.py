@@ -15,6 +15,7 @@ import torch
 
 from sts_kernels import ops, page_scores, pages
 from sts_kernels.layout import (
+    FP8,
     IMPORTANCE_SCALE,
     NO_PAGE,
     PAGE,
@@ -178,8 +179,9 @@ def test_sketches_are_mean_and_deviation_of_complete_pages(kernel: str, dim: int
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_sketches_of_half_precision_keys(kernel: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, *FP8], ids=str)
+def test_sketches_of_keys_in_fewer_bits(kernel: str, dtype: torch.dtype) -> None:
+    """In the units that keys are stored in."""
     skip_bf16_in_the_interpreter(kernel, dtype)
     assert on_pages([100, 37], kernel, dtype=dtype).check() == 8
 

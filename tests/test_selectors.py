@@ -284,9 +284,9 @@ def test_nothing_waits_for_the_device_where_the_width_is_given(selector):
 
 
 def test_as_many_requests_at_a_time_as_the_scratch_holds():
-    q, keys = torch.empty(48, 4, 32, 128, device="meta"), torch.empty(9, 8, 128, dtype=torch.bfloat16)
-    assert selectors.at_once(131072, q, keys) == 1
-    assert selectors.at_once(8192, q, keys) == selectors.SCRATCH // (8192 * 8 * (128 * 6 + 16 * 16))
+    q = torch.empty(48, 4, 32, 128, dtype=torch.bfloat16, device="meta")
+    assert selectors.at_once(131072, q, 8) == 1
+    assert selectors.at_once(8192, q, 8) == selectors.SCRATCH // (8192 * 8 * (128 * 6 + 16 * 16))
 
 
 def test_whole_contexts_are_left_alone():

@@ -148,6 +148,7 @@ SERVED = {
     "hidden states": {"speculative_algorithm": "EAGLE", "draft": EAGLE, "enable_return_hidden_states": True},
     "all flags": dict.fromkeys(BACKEND_FIELDS, "sts"),
     "bfloat16": {"kv_cache_dtype": "bfloat16", "dtype": "bfloat16"},
+    "fp8": {"kv_cache_dtype": "fp8_e4m3"},
     "shorter context": {"draft": {**LLAMA, "max_position_embeddings": 512}, "context_length": 512},
     "verify mode": {"speculative_attention_mode": "decode"},
     "hierarchical cache": {"enable_hierarchical_cache": True},
@@ -298,8 +299,9 @@ BAD_VALUES = {
     "disaggregation_mode": "decode",
     "decoupled_spec_role": "verifier",
     "disaggregation_decode_retraction_backup": "host_pool",
-    "kv_cache_dtype": "fp8_e4m3",
-    "speculative_draft_kv_cache_dtype": "fp8_e4m3",
+    "kv_cache_dtype": "fp8_e5m2",
+    "speculative_draft_kv_cache_dtype": "fp8_e5m2",
+    "quantization_param_path": "scales.json",
     "enable_unified_memory": True,
     "enable_page_major_kv_layout": True,
     "enable_hisparse": True,
@@ -387,8 +389,8 @@ def test_rule_refuses_what_sglang_turns_on(launch, flags, field, given):
     assert "use another model" in str(caught.value)
 
 
-@pytest.mark.parametrize("dtype", ["fp8_e5m2", "mxfp8", "nvfp4", "fp4_mx_block16", "fp4_e2m1"])
-def test_quantized_kv_is_refused(launch, flags, dtype):
+@pytest.mark.parametrize("dtype", ["mxfp8", "nvfp4", "fp4_mx_block16", "fp4_e2m1"])
+def test_kv_of_other_codes_is_refused(launch, flags, dtype):
     with pytest.raises(Refusal) as caught:
         launch(kv_cache_dtype=dtype)
     check_message(caught, flags, f"--kv-cache-dtype {dtype}", "use --kv-cache-dtype auto")
@@ -490,7 +492,7 @@ REFUSED = {
                 "use --speculative-draft-kv-cache-dtype auto or --dtype bfloat16",
             )
         }
-        if "speculative_draft_kv_cache_dtype" in RULED
+        if "speculative_draft_kv_cache_dtype" in {rule.field for rule in validate._RULES}
         else {}
     ),
     "kv of another dtype": (
@@ -728,14 +730,27 @@ def test_a_checkpoint_that_may_bring_fp8_kv_needs_an_explicit_dtype(flags):
     plain, modelopt = model(), model("modelopt_fp8")
     packed = model("compressed-tensors", kv_cache_scheme={"num_bits": 8, "type": "float"})
     fp8 = model("fp8", quant_method="fp8", kv_cache_quant_algo="FP8")
-    args = SimpleNamespace(kv_cache_dtype="auto", speculative_draft_kv_cache_dtype=None)
+    args = SimpleNamespace(kv_cache_dtype="auto", speculative_draft_kv_cache_dtype=None, device="cuda")
     validate._check_kv_dtype(args, plain, model("fp8", quant_method="fp8", kv_cache_scheme=None))
     for models in ((modelopt, plain), (plain, modelopt), (packed, plain), (fp8, plain)):
         with pytest.raises(Refusal) as caught:
             validate._check_kv_dtype(args, *models)
-        check_message(caught, flags, "--kv-cache-dtype auto", "use --kv-cache-dtype bfloat16")
-    args.kv_cache_dtype = "bfloat16"
-    validate._check_kv_dtype(args, modelopt, modelopt)
+        remedy = "use --kv-cache-dtype fp8_e4m3 or --kv-cache-dtype bfloat16"
+        check_message(caught, flags, "--kv-cache-dtype auto", remedy)
+    for args.kv_cache_dtype in ("bfloat16", "fp8_e4m3"):
+        validate._check_kv_dtype(args, modelopt, modelopt)
+
+
+def test_fp8_kv_on_a_gpu_needs_a_model_in_bfloat16(flags):
+    """In which SGLang's attention answers, whatever the queries were."""
+    model = SimpleNamespace(quantization=None, dtype=torch.float16, hf_config=SimpleNamespace())
+    args = SimpleNamespace(kv_cache_dtype="fp8_e4m3", speculative_draft_kv_cache_dtype=None, device="cuda")
+    with pytest.raises(Refusal) as caught:
+        validate._check_kv_dtype(args, model, None)
+    named = "--kv-cache-dtype fp8_e4m3: --model-path runs in torch.float16"
+    check_message(caught, flags, named, "use --kv-cache-dtype auto or --dtype bfloat16")
+    args.device = "cpu"
+    validate._check_kv_dtype(args, model, None)
 
 
 def test_device(launch, flags, monkeypatch):

@@ -20,14 +20,19 @@ ARMS = {
 FRONT = ((128_000, 1), (32_000, 8), (8_000, 8), (2_000, 8), (2_000, 1))
 
 
+def measured() -> list[dict]:
+    """With KV in the model's dtype."""
+    return [r for r in rows("serving.jsonl") if r.get("kv", "auto") == "auto"]
+
+
 def drafted() -> list[dict]:
     """What was measured of pairs, on one GPU."""
-    return [r for r in rows("serving.jsonl") if r.get("algorithm") != NONE and r.get("tp", 1) == 1]
+    return [r for r in measured() if r.get("algorithm") != NONE and r.get("tp", 1) == 1]
 
 
 def alone() -> str:
     """Tokens per second without a draft, of the newest run of a shape that has both arms."""
-    found = [r for r in rows("serving.jsonl") if r.get("algorithm") == NONE]
+    found = [r for r in measured() if r.get("algorithm") == NONE]
     lines, shown = [], []
     for tp in sorted({r["tp"] for r in found}):
         of_tp = [r for r in found if r["tp"] == tp]

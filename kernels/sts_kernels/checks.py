@@ -9,6 +9,7 @@ import torch
 
 from sts_kernels.layout import (
     ALIGN,
+    FP8,
     PAGE,
     Carried,
     Contexts,
@@ -54,6 +55,7 @@ def check_draft(
     expect(op, carried.q is None or carried.q.is_contiguous(), "carried.q must be contiguous")
     shapes = tuple(pool.k.shape), tuple(pool.v.shape)
     expect(op, shapes[0] == shapes[1], f"pools {shapes[0]} and {shapes[1]} differ")
+    _check_stored(op, carried.q if q is None else q, pool)
     _check_importance(op, scores)
     agree = members.heads.shape[0] == members.channels.numel() == members.scale.numel()
     expect(op, agree, "members do not agree")
@@ -125,11 +127,12 @@ def check_attention(
     expect(op, q.dim() == 4, f"q must be [bs, T, H_q, D], got {tuple(q.shape)}")
     bs, tokens, q_heads, dim = q.shape
     _check_distance(op, q)
-    k, v = pool
+    k, v = pool.k, pool.v
     ok = k.dim() == 3 and k.shape == v.shape and k.shape[2] == dim
     expect(op, ok, f"pools {tuple(k.shape)} and {tuple(v.shape)} do not fit q {tuple(q.shape)}")
     ok = k.stride() == v.stride() and k.stride(2) == 1
     expect(op, ok, "pools must share strides [.., .., 1]")
+    _check_stored(op, q, pool)
     kv_heads = k.shape[1]
     expect(op, q_heads % kv_heads == 0, f"{q_heads} query heads for {kv_heads} KV heads")
     expect(op, channels.numel() == kv_heads, f"channels must be [{kv_heads}], got {tuple(channels.shape)}")
@@ -321,6 +324,15 @@ def _check_queries(op: str, name: str, rows: torch.Tensor, pool: KvPool) -> None
         f"{name} must have contiguous heads, got strides {rows.stride()}",
     )
     expect(op, rows.shape[1] % kv_heads == 0, f"{rows.shape[1]} query heads for {kv_heads} KV heads")
+
+
+def _check_stored(op: str, q: torch.Tensor, pool: KvPool) -> None:
+    """Keys and values have the dtype of the queries, or are scaled."""
+    k, v = pool.k.dtype, pool.v.dtype
+    ok = k == v and (k == q.dtype or k in FP8)
+    expect(op, ok, f"pools must be {q.dtype} as q is, or {' or '.join(map(str, FP8))}, got {k} and {v}")
+    ok = k in FP8 or (pool.k_scale, pool.v_scale) == (1, 1)
+    expect(op, ok, f"pools of {k} have scales {pool.k_scale} and {pool.v_scale}, not 1")
 
 
 def _check_importance(op: str, scores: Scores) -> None:

@@ -195,7 +195,7 @@ def draft_attention(
         contexts.reqs,
         contexts.lens,
         scores.starts,
-        scale * LOG2E,
+        scale * pool.k_scale * LOG2E,
         step,
         num_steps,
         some.stride(0),
@@ -220,6 +220,7 @@ def draft_attention(
         stored.lse,
         some if out is None else out,
         work,
+        pool.v_scale,
         SPLITS_P2=triton.next_power_of_2(plan.most),
         **shape,
         **early,
@@ -289,7 +290,7 @@ def _draft_kernel(
     reqs_ptr,  # int [bs]
     lens_ptr,  # int [bs]
     column_ptr,  # int64 [bs], first columns, below 0: none
-    scale,  # of logits, LOG2E included
+    scale,  # of logits, LOG2E and that of the keys included
     step,
     num_steps,
     stride_q,
@@ -365,7 +366,7 @@ def _draft_kernel(
         slots = tl.load(row_ptr + offs - SHIFT, mask=ok, other=0)  # [BLOCK]
         kv_offs = slots.to(tl.int64)[:, None] * stride_slot + h * stride_head + dims[None, :]
         k = tl.load(k_ptr + kv_offs, mask=in_tile(ok, dims, D), other=0.0)  # [BLOCK, D]
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [ROWS, BLOCK]
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale  # [ROWS, BLOCK]
         s = tl.where(ok[None, :], s, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1))
         fade = tl.exp2(peak - new_peak)
@@ -381,7 +382,7 @@ def _draft_kernel(
             tl.store(peaks_ptr + line + rows, new_peak, mask=mine)
         if W > 0:
             v = tl.load(v_ptr + kv_offs, mask=in_tile(ok, dims, D), other=0.0)  # [BLOCK, D]
-            acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            acc = acc * fade[:, None] + tl.dot(p.to(q.dtype), v.to(q.dtype), input_precision="ieee")
         norm = norm * fade + tl.sum(p, 1)
         peak = new_peak
     if (W > 0) & ((kind & LAST_PART) != 0):
@@ -412,6 +413,7 @@ def _draft_merge_kernel(
     lse_ptr,  # float32 [bs, H_kv, ROWS], log2
     out_ptr,  # [bs * W, H_q, D]
     work,
+    v_scale,  # of the values
     W: tl.constexpr,
     CARRIED: tl.constexpr,
     H_Q: tl.constexpr,
@@ -432,7 +434,8 @@ def _draft_merge_kernel(
         gdc_launch_dependents()
         gdc_wait()
     dims = tl.arange(0, D_P2)
-    peak, norm, out = merge(partial_ptr, stats_ptr, h * work + first, row, number, dims, D, ROWS, SPLITS_P2)
+    part = h * work + first
+    peak, norm, out = merge(partial_ptr, stats_ptr, part, row, number, v_scale, dims, D, ROWS, SPLITS_P2)
     tl.store(lse_ptr + (b * H_KV + h) * ROWS + row, peak + tl.log2(norm))
     if (W > 0) & (branch >= 0):
         store_head(out_ptr + ((b * W + branch) * H_Q + h * GROUP + row % GROUP) * D, out, dims, D)

@@ -27,6 +27,9 @@ IMPORTANCE_SCALE = 2.0**14
 # What is remembered of a slot whose token was never scored. Below every score, so that a maximum never keeps
 # it, and never zero: a token that was not scored is not an unimportant one.
 UNKNOWN = -1.0
+# Dtypes of keys and values besides that of the queries. Every value of one is a value of float16 and of
+# bfloat16 too, so that kernels read it as one of the queries' dtype without a rounding.
+FP8 = (torch.float8_e4m3fn,)
 # In place of the length of a list: the whole context is attended to, and nothing is listed.
 WHOLE = -1
 # Positions that share a sketch of their keys: page p of a request is its positions from PAGE * p on. A sketch
@@ -87,10 +90,17 @@ class Contexts(NamedTuple):
 
 
 class KvPool(NamedTuple):
-    """Keys and values of one layer, [slots, H_kv, D] each, with the same strides [.., .., 1]."""
+    """Keys and values of one layer, [slots, H_kv, D] each, with the same strides [.., .., 1], in the dtype of
+    the queries or in one of FP8.
+
+    k_scale, v_scale: by which a stored key, or value, is multiplied to be the one that was meant; 1 but for
+    FP8. Numbers, not tensors: they are known when a model is loaded, and a CUDA graph may record them.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
 
 class Scores(NamedTuple):

@@ -199,14 +199,14 @@ def store_head(ptr, out, dims, D: tl.constexpr):
 def attend(
     q,  # [ROWS, D]
     k_ptr,  # [slots, H_kv, D]
-    v_ptr,  # [slots, H_kv, D]
+    v_ptr,  # [slots, H_kv, D], both of the dtype of q or of fp8
     slots,  # int32 [BLOCK]
     ok,  # bool [BLOCK], which slots there are
     seen,  # bool [ROWS, BLOCK] or [1, BLOCK], which of them a row attends to
     head_offset,  # of the KV head in a slot
     stride_slot,
     dims,  # 0 to D, padded to a power of two
-    scale,  # of logits, LOG2E included
+    scale,  # of logits, LOG2E and that of the keys included
     peak,  # float32 [ROWS], largest logit so far
     norm,  # float32 [ROWS], sum of exp2(logit - peak) so far
     acc,  # float32 [ROWS, D], the same sum of values
@@ -216,13 +216,14 @@ def attend(
     kv_offs = slots.to(tl.int64) * stride_slot + head_offset
     k = tl.load(k_ptr + kv_offs[:, None] + dims[None, :], mask=in_tile(ok, dims, D), other=0.0)  # [BLOCK, D]
     v = tl.load(v_ptr + kv_offs[:, None] + dims[None, :], mask=in_tile(ok, dims, D), other=0.0)  # [BLOCK, D]
+    k, v = k.to(q.dtype), v.to(q.dtype)
     s = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))  # [ROWS, BLOCK]
     new_peak = tl.maximum(peak, tl.max(s, 1))
     # A row that has seen nothing yet has no maximum: keep the exponents finite, its sum stays 0.
     safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     fade = tl.exp2(peak - safe)
     p = tl.exp2(s - safe[:, None])  # [ROWS, BLOCK]
-    acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    acc = acc * fade[:, None] + tl.dot(p.to(q.dtype), v, input_precision="ieee")
     return new_peak, norm * fade + tl.sum(p, 1), acc
 
 
@@ -233,6 +234,7 @@ def merge(
     first,  # part of the list
     row,
     splits,  # parts of the list
+    v_scale,  # of the values
     dims,  # 0 to D, padded to a power of two
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -250,4 +252,4 @@ def merge(
     top = tl.max(peak, 0)
     weight = tl.exp2(peak - top)
     total = tl.sum(norm * weight, 0)
-    return top, total, tl.sum(partial * weight[:, None], 0) / total
+    return top, total, tl.sum(partial * weight[:, None], 0) / total * v_scale

@@ -118,14 +118,15 @@ def draft_attention(
     for b, req, length in _requests(contexts):
         probs = []
         if carried.q is not None:
-            row = _probabilities(carried.q[req], pool.k, table[req, :length], scale)
+            row = _probabilities(carried.q[req], pool, table[req, :length], scale)
             probs.append(row if int(carried.lens[req]) == length else torch.zeros_like(row))
         for w in range(branches):
             scratch = length + w * num_steps
             slots = torch.cat([table[req, :length], table[req, scratch : scratch + step + 1]])
             query = q[b * branches + w]
-            row = _probabilities(query, pool.k, slots, scale)
-            out[b * branches + w] = torch.einsum("hn,nhd->hd", row, _of_query_heads(pool.v, slots, query))
+            row = _probabilities(query, pool, slots, scale)
+            seen = torch.einsum("hn,nhd->hd", row, _of_query_heads(pool.v, slots, query))
+            out[b * branches + w] = seen * pool.v_scale
             probs.append(row[:, :length])
         if starts[b] >= 0 and members.channels.numel():
             place = scores.importance[:, starts[b] + SHIFT : starts[b] + length]
@@ -145,12 +146,10 @@ def _of_query_heads(buffer: torch.Tensor, slots: torch.Tensor, query: torch.Tens
     return buffer[slots.long()].float().repeat_interleave(group, 1)
 
 
-def _probabilities(
-    query: torch.Tensor, keys: torch.Tensor, slots: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """float32 [H_q, n] of one row [H_q, D] over n slots of keys [slots, H_kv, D]."""
-    keys = _of_query_heads(keys, slots, query)
-    return torch.softmax(torch.einsum("hd,nhd->hn", query.float(), keys) * scale, dim=-1)
+def _probabilities(query: torch.Tensor, pool: KvPool, slots: torch.Tensor, scale: float) -> torch.Tensor:
+    """float32 [H_q, n] of one row [H_q, D] over n slots of a pool's keys."""
+    keys = _of_query_heads(pool.k, slots, query)
+    return torch.softmax(torch.einsum("hd,nhd->hn", query.float(), keys) * (scale * pool.k_scale), dim=-1)
 
 
 def _pool(probs: torch.Tensor, members: Members, pooling: Pooling) -> torch.Tensor:
@@ -460,7 +459,8 @@ def sketch_pages(
     the mean and then of the deviation. So sketches need no place of their own, and live as long as keys do.
 
     Args:
-        keys: [slots, H_kv, D] of the layer; D is a multiple of PAGE.
+        keys: [slots, H_kv, D] of the layer as they are stored; D is a multiple of PAGE. So a sketch is in the
+            keys' own units, and whoever scores by it multiplies by their `KvPool.k_scale`.
         sketches: [slots, H_kv, 2 * D / PAGE], written. float16 keeps three bits more than bfloat16 would;
             what is out of its range becomes its largest number.
         contexts, before, most: as in tag_pages.
@@ -563,7 +563,7 @@ def score_pages(
         sketches: of this layer, as sketch_pages left them.
         sizes: of size_pages; a request without a list is not scored.
         scores: written, for page p at column start + p, a row for every KV head: [H_kv, columns] and [bs].
-        scale: of the logits.
+        scale: of the logits, times the scale of the keys that sketches are of.
         plan: of `plan_pages`.
 
     Raises:
@@ -835,13 +835,14 @@ def sparse_attention(
             heads = slice(h * group, (h + 1) * group)
             mask = torch.ones(tokens, slots.numel(), dtype=torch.bool, device=q.device)
             mask[:, chosen.numel() :] = tail_mask[b]
-            out[b, :, heads] = scaled_dot_product_attention(
+            found = scaled_dot_product_attention(
                 q[b, :, heads].transpose(0, 1)[None],  # [1, G, T, D]
                 pool.k[slots, h].to(q.dtype).expand(1, group, -1, -1),
                 pool.v[slots, h].to(q.dtype).expand(1, group, -1, -1),
                 attn_mask=mask,
-                scale=scale,
-            )[0].transpose(0, 1)
+                scale=scale * pool.k_scale,
+            )
+            out[b, :, heads] = found[0].transpose(0, 1) * pool.v_scale
     return out
 
 

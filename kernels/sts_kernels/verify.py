@@ -109,7 +109,7 @@ def sparse_attention(
         contexts.lens,
         tail_mask,
         attended,
-        scale * LOG2E,
+        scale * pool.k_scale * LOG2E,
         lists.counts.shape[1],
         bs * kv_heads,
         q.stride(1 if tokens > 1 else 0),  # that of a dimension of one says nothing
@@ -125,7 +125,14 @@ def sparse_attention(
         **shape,
     )
     _verify_merge_kernel[(bs, tokens, q_heads)](
-        partial, stats, plan.ends, out, SPLITS_P2=triton.next_power_of_2(plan.most), **shape, **early
+        partial,
+        stats,
+        plan.ends,
+        out,
+        pool.v_scale,
+        SPLITS_P2=triton.next_power_of_2(plan.most),
+        **shape,
+        **early,
     )
     return out
 
@@ -147,7 +154,7 @@ def _verify_kernel(
     lens_ptr,  # int [bs]
     mask_ptr,  # bool [bs, T, TAIL], requests `stride_mask` apart
     attended_ptr,  # int64 [2]: selected, available
-    scale,  # of logits, LOG2E included
+    scale,  # of logits, LOG2E and that of the keys included
     channels,
     pairs,
     stride_q,
@@ -248,6 +255,7 @@ def _verify_merge_kernel(
     stats_ptr,  # float32 [work, ROWS, 2]
     ends_ptr,  # int32 [pairs + 1]
     out_ptr,  # [bs, T, H_q, D]
+    v_scale,  # of the values
     T: tl.constexpr,
     H_Q: tl.constexpr,
     H_KV: tl.constexpr,
@@ -267,5 +275,5 @@ def _verify_merge_kernel(
         gdc_wait()
     # Every row sees itself in the tail, so one part at least has a finite maximum.
     dims = tl.arange(0, D_P2)
-    _, _, out = merge(partial_ptr, stats_ptr, first, row, end - first, dims, D, ROWS, SPLITS_P2)
+    _, _, out = merge(partial_ptr, stats_ptr, first, row, end - first, v_scale, dims, D, ROWS, SPLITS_P2)
     store_head(out_ptr + ((b * T + token) * H_Q + head) * D, out, dims, D)

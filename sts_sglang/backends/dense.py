@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sts_kernels.layout import FP8
 from sts_sglang.backends.carry import TorchCarry
 from sts_sglang.backends.torch_dense import TorchBackend
 
@@ -14,21 +15,23 @@ if TYPE_CHECKING:
     from sts_sglang.config import StsConfig
 
 
-def choose(config: StsConfig, device: str, dtype: str, capability: tuple[int, int] | None) -> str:
+def choose(
+    config: StsConfig, device: str, dtype: str, capability: tuple[int, int] | None, *, fp8: bool = False
+) -> str:
     """`fa3`, `flashinfer` or `torch`.
 
     Args:
         device: "cpu" or "cuda"; capability: of the CUDA device, None on a CPU.
-        dtype: of the model, as torch prints it.
+        dtype: of the model, as torch prints it. fp8: whether its KV is.
 
-    FA3 is what SGLang itself takes on Hopper, and it needs no plan on the host; neither library
-    computes in float32.
+    FA3 is what SGLang itself takes on Hopper, and it needs no plan on the host; it reads FP8 there alone.
+    Neither library computes in float32.
     """
     if config.dense != "auto":
         return config.dense
     if device == "cpu" or config.kernel == "torch" or dtype == "torch.float32":
         return "torch"
-    return "fa3" if capability[0] in (8, 9) else "flashinfer"
+    return "fa3" if capability[0] in ((9,) if fp8 else (8, 9)) else "flashinfer"
 
 
 def of_target(name: str, runner: ModelRunner) -> AttentionBackend:
@@ -53,4 +56,5 @@ def name_of(config: StsConfig, runner: ModelRunner) -> str:
     import torch
 
     capability = torch.cuda.get_device_capability() if runner.device == "cuda" else None
-    return choose(config, runner.device, str(runner.dtype), capability)
+    fp8 = runner.kv_cache_dtype in FP8
+    return choose(config, runner.device, str(runner.dtype), capability, fp8=fp8)

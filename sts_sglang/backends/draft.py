@@ -42,7 +42,7 @@ class DraftStepBackend(Bindable, AttentionBackend):
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.max_context_len = model_runner.model_config.context_len
-        self.pools = views.Pools(self.token_to_kv_pool)
+        self.pools = views.pools(model_runner)
         self.step = step
         self.round: DraftRound | None = None  # set by DraftMultiStepBackend, before the first layer
         # bool [W, W * S]: what of the round's scratch each branch attends to.

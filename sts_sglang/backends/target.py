@@ -41,7 +41,7 @@ class StsTargetBackend(Bindable, AttentionBackend):
         self.dense, self.dense_name = dense, dense_name
         self.device = model_runner.device
         self.table = views.slots_of(self.req_to_token_pool)
-        self.pools = views.Pools(self.token_to_kv_pool)
+        self.pools = views.pools(model_runner)
         self.needs_cpu_seq_lens = dense.needs_cpu_seq_lens
         # Of the running verify: its contexts, its lists, and whole contexts for dense layers that `dense`
         # cannot verify.

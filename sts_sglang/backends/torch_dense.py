@@ -38,7 +38,7 @@ class TorchBackend(AttentionBackend):
         self.max_context_len = model_runner.model_config.context_len
         self.device = model_runner.device
         self.table = views.slots_of(self.req_to_token_pool)
-        self.pools = views.Pools(self.token_to_kv_pool)
+        self.pools = views.pools(model_runner)
         self.segments: list[Segment] = []
 
     def support_triton(self) -> bool:
@@ -70,17 +70,18 @@ class TorchBackend(AttentionBackend):
         """[rows, H_q * D] queries to [rows, H_q * D_v] outputs over the planned segments."""
         of = views.layer(layer)
         q = q.reshape(-1, of.q_heads, of.head_dim)
-        keys, values = self.pools.layer(of.number)
+        pool = self.pools.layer(of.number)
         out = q.new_zeros(q.shape[0], of.q_heads, of.v_head_dim)
         for segment in self.segments:
-            out[segment.start : segment.end] = scaled_dot_product_attention(
+            found = scaled_dot_product_attention(
                 q[segment.start : segment.end].transpose(0, 1)[None],
-                keys[segment.slots].transpose(0, 1)[None].to(q.dtype),
-                values[segment.slots].transpose(0, 1)[None].to(q.dtype),
+                pool.k[segment.slots].transpose(0, 1)[None].to(q.dtype),
+                pool.v[segment.slots].transpose(0, 1)[None].to(q.dtype),
                 attn_mask=segment.mask,
-                scale=of.scale,
+                scale=of.scale * pool.k_scale,
                 enable_gqa=of.q_heads != of.kv_heads,
-            )[0].transpose(0, 1)
+            )
+            out[segment.start : segment.end] = found[0].transpose(0, 1) * pool.v_scale
         return out.flatten(1)
 
     def _decode_segments(self, fb: ForwardBatch) -> list[Segment]:

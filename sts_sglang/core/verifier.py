@@ -55,8 +55,9 @@ class Verifier(Protocol):
 class TargetShape(NamedTuple):
     """The target as a launch knows it.
 
-    tokens: T, that a verify checks. requests: of the largest batch. graph_requests: of the largest graph,
-    0 without. slots: rows of the KV pool's buffers, 0 before it has a size.
+    tokens: T, that a verify checks. dtype: of its queries. kv_dtype: of keys and values as they are kept.
+    requests: of the largest batch. graph_requests: of the largest graph, 0 without. slots: rows of the KV
+    pool's buffers, 0 before it has a size.
     """
 
     tokens: int
@@ -65,6 +66,7 @@ class TargetShape(NamedTuple):
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     context_len: int
     requests: int
     graph_requests: int

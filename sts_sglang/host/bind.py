@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sts_kernels import Ops, ops
-from sts_kernels.layout import PAGE
+from sts_kernels.layout import FP8, PAGE
 from sts_sglang import headmap
 from sts_sglang.backends import dense
 from sts_sglang.backends.carry import CarryLastRow
@@ -152,9 +152,9 @@ def bind(worker: EAGLEWorkerV2, config: StsConfig) -> Bound:
     global _bound
     found = parts(worker)
     target, draft = views.runner(found.target), views.runner(found.draft)
-    for runner in (target, draft):
-        _check_kv(runner)
     args = views.resolved(worker.server_args)
+    _check_kv(target, views.kv_asked(args), dense.name_of(config, found.target))
+    _check_kv(draft, views.kv_asked(args, of_draft=True), dense.name_of(config, found.draft))
     _attention_of(found.target, target, args.tp_size)
     runtime = assemble(
         config,
@@ -187,7 +187,7 @@ def bind_alone(worker: TpModelWorker, config: StsConfig) -> Bound:
     backend = model_runner.attn_backend
     _check_ours((backend, StsTargetBackend))
     target, args = views.runner(model_runner), views.resolved(worker.server_args)
-    _check_kv(target)
+    _check_kv(target, views.kv_asked(args), backend.dense_name)
     _attention_of(model_runner, target, args.tp_size)
     runtime = assemble(
         config,
@@ -214,15 +214,23 @@ def _check_ours(*expected: tuple[object, type]) -> None:
             )
 
 
-def _check_kv(runner: views.Runner) -> None:
-    """A checkpoint may have set another dtype than the launch was asked for."""
-    kept = runner.pools.layer(0).k.dtype
-    if kept != runner.dtype:
+def _check_kv(runner: views.Runner, asked: views.KvAsked, dense_name: str) -> None:
+    """A checkpoint may have set another dtype than the launch was asked for; a device may not have it."""
+    kept, wanted = runner.pools.layer(0).k.dtype, asked.dtype(runner.dtype)
+    if kept != wanted:
         raise not_allowed(
-            "--kv-cache-dtype",
-            f"keys are kept as {kept}, and the model runs in {runner.dtype}",
-            "bfloat16 with a model that runs in it",
+            asked.flag,
+            f"keys are kept as {kept}, where {asked.value} of a model in {runner.dtype} is {wanted}",
+            "fp8_e4m3, or bfloat16 with a model that runs in it",
         )
+    if kept not in FP8 and runner.pools.scaled and dense_name == "flashinfer":
+        raise not_allowed(
+            asked.flag,
+            f"SGLang's FlashInfer scales keys of {kept} too, by what the checkpoint means for FP8",
+            "fp8_e4m3, or sts_config.dense 'fa3' or 'torch'",
+        )
+    if kept in FP8 and runner.device != "cpu" and torch.cuda.get_device_capability() < (8, 9):
+        raise not_allowed(asked.flag, "this GPU has no FP8, which begins with compute capability 8.9", "auto")
 
 
 def _attention_of(of_model: ModelRunner, runner: views.Runner, ranks: int) -> list[views.Layer]:

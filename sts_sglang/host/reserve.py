@@ -68,7 +68,9 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
     of, draft = of.of_rank(ranks), draft and draft.of_rank(ranks)
     rows = (1 + (server_args.speculative_eagle_topk or 1)) * draft.group if draft else 0
     shape = target_shape(server_args, of, requests)
-    kv_bytes = of.kv_bytes + (draft.kv_bytes if draft else 0)
+    kv_bytes = of.kv_bytes(shape.kv_dtype)
+    if draft:
+        kv_bytes += draft.kv_bytes(views.kv_asked(server_args, of_draft=True).dtype(draft.dtype))
     launches = [
         _Launch(config, shape, draft, head_map.of_rank(rank, ranks, *whole), rows, requests)
         for rank in range(ranks)
@@ -94,6 +96,7 @@ def target_shape(server_args: Any, target: views.Model, requests: int) -> Target
         kv_heads=target.counts.kv_heads,
         head_dim=target.head_dim,
         dtype=target.dtype,
+        kv_dtype=views.kv_asked(server_args).dtype(target.dtype),
         context_len=target.context_len,
         requests=requests,
         graph_requests=views.decode_graphs(server_args).largest,

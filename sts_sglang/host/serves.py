@@ -84,7 +84,7 @@ class _Rule(NamedTuple):
 
 
 _ONE_PROCESS = "one process must see all layers of a request, and all its tokens"
-_DTYPE = "KV must have the model's dtype"
+_DTYPE = "KV must have the model's dtype or be fp8_e4m3"
 _OTHER_LAYOUT = "it reads KV as [slot, head, dim]"
 _ROADS = "this cache may bring a prefix back without the draft's KV, or without a word of the slots it takes"
 _ALL_RULES = (
@@ -116,8 +116,9 @@ _ALL_RULES = (
     ),
     _Rule("decoupled_spec_role", ("null",), "draft and target must share a process"),
     _Rule("disaggregation_decode_retraction_backup", (None, "cpu_tensor"), "its pool is a decode server's"),
-    _Rule("kv_cache_dtype", ("auto", "bf16", "bfloat16"), _DTYPE),
-    _Rule("speculative_draft_kv_cache_dtype", (None, "auto", "bf16", "bfloat16"), _DTYPE),
+    _Rule("kv_cache_dtype", ("auto", "bf16", "bfloat16", "fp8_e4m3"), _DTYPE),
+    _Rule("speculative_draft_kv_cache_dtype", (None, "auto", "bf16", "bfloat16", "fp8_e4m3"), _DTYPE),
+    _Rule("quantization_param_path", (None,), "SGLang writes by its scales and does not read by them"),
     _Rule("enable_unified_memory", (False,), _OTHER_LAYOUT),
     _Rule("enable_page_major_kv_layout", (False,), _OTHER_LAYOUT),
     _Rule("enable_hisparse", (False,), "it keeps KV in pools of its own"),
@@ -594,21 +595,23 @@ def draft_config(server_args: ServerArgs, target: ModelConfig) -> ModelConfig | 
 def _check_kv_dtype(server_args: ServerArgs, target: ModelConfig, draft: ModelConfig | None) -> None:
     import torch
 
-    given = "--kv-cache-dtype", server_args.kv_cache_dtype
-    models = [("--model-path", target, *given)]
+    models = [("--model-path", target, views.kv_asked(server_args))]
     if draft is not None:
-        own = release.draft_kv_dtype(server_args) or given
-        models.append(("--speculative-draft-model-path", draft, *own))
-    for flag, model, asked, value in models:
+        asked = views.kv_asked(server_args, of_draft=True)
+        models.append(("--speculative-draft-model-path", draft, asked))
+    for flag, model, asked in models:
+        name, value = asked
         if value == "auto" and _may_bring_fp8(model):
             raise Refusal(
-                f"{asked} auto: the quantized checkpoint of {flag} may set fp8; use {asked} bfloat16"
+                f"{name} auto: the quantized checkpoint of {flag} may set fp8; use {name} fp8_e4m3 or "
+                f"{name} bfloat16"
             )
-        if value != "auto" and model.dtype != torch.bfloat16:
-            raise Refusal(
-                f"{asked} {value}: {flag} runs in {model.dtype}, and KV must have the model's dtype; "
-                f"use {asked} auto or --dtype bfloat16"
-            )
+        if value == "auto" or model.dtype == torch.bfloat16 or (asked.fp8 and server_args.device == "cpu"):
+            continue
+        why = "attention to FP8 answers in bfloat16" if asked.fp8 else "KV must have the model's dtype"
+        raise Refusal(
+            f"{name} {value}: {flag} runs in {model.dtype}, and {why}; use {name} auto or --dtype bfloat16"
+        )
 
 
 def _check_heads(ranks: int, target: ModelConfig, draft: ModelConfig | None) -> None:

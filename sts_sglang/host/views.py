@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from sts_kernels.layout import Contexts, KvPool
+from sts_kernels.layout import FP8, Contexts, KvPool
 from sts_sglang.core.ranks import ALONE, Ranks
 from sts_sglang.core.request import Finished, Request
 from sts_sglang.headmap import HeadCounts, ModelPaths
@@ -188,23 +188,54 @@ def beyond_plain(of_model: RadixAttention) -> str | None:
     return next((what for what, there in found.items() if there), None)
 
 
-class Pools:
-    """The KV pools of a model (core.round.KvPools)."""
+class Scales(NamedTuple):
+    """By which the stored keys and values of a layer are multiplied to be those that were meant."""
 
-    def __init__(self, pool: MHATokenToKVPool):
-        self._pool = pool
+    k: float
+    v: float
+
+
+def scales(of_model: RadixAttention) -> Scales:
+    """Of a layer whose KV is FP8. Raises RuntimeError where SGLang would write by other scales than it reads
+    by: it divides by tensors, and some of its backends multiply by numbers."""
+    tensors = of_model.k_scale is None, of_model.v_scale is None
+    numbers = of_model.k_scale_float is None, of_model.v_scale_float is None
+    if tensors != numbers or numbers[0] != numbers[1]:
+        raise RuntimeError(
+            f"STS: layer {of_model.layer_id} has scales of keys and values that no checkpoint brought"
+        )
+    return Scales(1.0, 1.0) if numbers[0] else Scales(of_model.k_scale_float, of_model.v_scale_float)
+
+
+class Pools:
+    """The KV pools of a model (core.round.KvPools).
+
+    of_layer: what the scales of each layer are, by its number, where its KV is FP8.
+    """
+
+    def __init__(self, pool: MHATokenToKVPool, of_layer: dict[int, Scales]):
+        self._pool, self._of_layer = pool, of_layer
 
     def layer(self, number: int) -> KvPool:
-        """[slots, H_kv, D] keys and values of a layer."""
+        """[slots, H_kv, D] keys and values of a layer, and their scales: as SGLang does, KV that is not FP8
+        is written without, and so it is read."""
         pool: MHATokenToKVPool = self._pool
-        return KvPool(pool.get_key_buffer(number), pool.get_value_buffer(number))
+        k, v = pool.get_key_buffer(number), pool.get_value_buffer(number)
+        return KvPool(k, v, *self._of_layer[number]) if k.dtype in FP8 else KvPool(k, v)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a layer has scales other than 1, if its KV is FP8 or not."""
+        return any(of_layer != (1, 1) for of_layer in self._of_layer.values())
 
     def write(self, k, v, of_model: RadixAttention, batch: ForwardBatch) -> None:
-        """Store this forward's keys and values at their slots."""
+        """Store this forward's keys and values at their slots. What becomes FP8 is divided by its scale, in
+        its own place."""
         from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
         pool: MHATokenToKVPool = self._pool
-        pool.set_kv_buffer(of_model, KVWriteLoc(written(batch), None), k, v)
+        place = KVWriteLoc(written(batch), None)
+        pool.set_kv_buffer(of_model, place, k, v, of_model.k_scale, of_model.v_scale)
 
     @property
     def tokens(self) -> int:
@@ -219,6 +250,12 @@ class Pools:
     def nbytes(self) -> int:
         pool: MHATokenToKVPool = self._pool
         return sum(pool.get_kv_size_bytes())
+
+
+def pools(of_model: ModelRunner) -> Pools:
+    """Of a model that is loaded."""
+    of_layer = {layer.layer_id: scales(layer) for layer in attention_layers(of_model)}
+    return Pools(of_model.token_to_kv_pool, of_layer)
 
 
 class Runner(NamedTuple):
@@ -239,7 +276,7 @@ def runner(of_model: ModelRunner) -> Runner:
         str(of_model.device),
         of_model.dtype,
         model(of_model.model_config),
-        Pools(of_model.token_to_kv_pool),
+        pools(of_model),
         slots_of(of_model.req_to_token_pool),
     )
 
@@ -266,10 +303,9 @@ class Model(NamedTuple):
         """Query heads of a KV head."""
         return self.counts.q_heads // self.counts.kv_heads
 
-    @property
-    def kv_bytes(self) -> int:
-        """Of one token in the KV pool."""
-        return self.counts.layers * self.counts.kv_heads * 2 * self.head_dim * self.dtype.itemsize
+    def kv_bytes(self, dtype: torch.dtype) -> int:
+        """Of one token in a KV pool of this dtype."""
+        return self.counts.layers * self.counts.kv_heads * 2 * self.head_dim * dtype.itemsize
 
 
 def model(config: ModelConfig) -> Model:
@@ -279,6 +315,27 @@ def model(config: ModelConfig) -> Model:
         kv_heads=config.get_total_num_kv_heads(),
     )
     return Model(counts, config.head_dim, config.dtype, config.context_len)
+
+
+class KvAsked(NamedTuple):
+    """What a launch wants KV to be kept as: the flag that says so, and its value."""
+
+    flag: str
+    value: str
+
+    @property
+    def fp8(self) -> bool:
+        return self.value == "fp8_e4m3"
+
+    def dtype(self, of_model: torch.dtype) -> torch.dtype:
+        """Of the KV of a model that runs in that dtype."""
+        return torch.float8_e4m3fn if self.fp8 else of_model
+
+
+def kv_asked(args: ServerArgs, *, of_draft: bool = False) -> KvAsked:
+    """Of the target's KV, or of the draft's, which is kept alike unless a release has a flag for it."""
+    own = release.draft_kv_dtype(args) if of_draft else None
+    return KvAsked(*own) if own else KvAsked("--kv-cache-dtype", args.kv_cache_dtype)
 
 
 def ranks(args: ServerArgs) -> Ranks:

@@ -133,6 +133,7 @@ def make(parts: VerifierParts) -> FlashInferVerifier:
         Limits(state.room.budget, state.room.columns),
         parts.ops,
         target.dtype,
+        target.kv_dtype,
         clipped=state.clipped,
     )
 
@@ -232,7 +233,7 @@ class FlashInferVerifier:
     Args:
         config: as served. shape: what to hold. entries: of the lists of one KV head (`Shape.entries`).
         runs: `layer_runs` of the head map. limits: capacities (`planned_contexts`).
-        ops: the ops in use; headwise_lists is called. dtype: of queries, keys and values.
+        ops: the ops in use; headwise_lists is called. dtype: of queries, kv_dtype: of keys and values.
         clipped: int64 [1], counts tokens without room; it also says on which device everything lives.
         wrapper_class: FlashInfer's BatchPrefillWithPagedKVCacheWrapper unless given.
     """
@@ -248,13 +249,15 @@ class FlashInferVerifier:
         limits: Limits,
         ops: Ops,
         dtype: torch.dtype,
+        kv_dtype: torch.dtype,
         *,
         clipped: torch.Tensor,
         wrapper_class: type | None = None,
     ):
         if wrapper_class is None:
             from flashinfer import BatchPrefillWithPagedKVCacheWrapper as wrapper_class
-        self.config, self.shape, self.dtype, self.runs, self.ops = config, shape, dtype, runs, ops
+        self.config, self.shape, self.runs, self.ops = config, shape, runs, ops
+        self.dtype, self.kv_dtype = dtype, kv_dtype
         self.limits, self.device = limits, clipped.device
         self.host = HostView(shape.tokens, limits.context)
         new = {"device": self.device}
@@ -312,8 +315,10 @@ class FlashInferVerifier:
         rows = call.q.view(bs, tokens, self.shape.kv_heads, -1, dim).transpose(1, 2)
         rows = rows.reshape(-1, self.shape.group, dim)
         out = torch.empty_like(rows)
-        kv = tuple(buffer.view(-1, 1, 1, dim) for buffer in call.pool)
-        active.wrapper.run(rows, kv, out=out, q_scale=call.scale)
+        pool = call.pool
+        kv = tuple(buffer.view(-1, 1, 1, dim) for buffer in (pool.k, pool.v))
+        scales = {"q_scale": call.scale, "k_scale": pool.k_scale, "v_scale": pool.v_scale}
+        active.wrapper.run(rows, kv, out=out, **scales)
         return out.view(turned).transpose(1, 2).reshape(bs, tokens, q_heads, dim)
 
     def nbytes(self) -> dict[str, int]:
@@ -354,7 +359,7 @@ class FlashInferVerifier:
             packed_custom_mask=None if graph else self.mask,
             sm_scale=1.0,
             q_data_type=self.dtype,
-            kv_data_type=self.dtype,
+            kv_data_type=self.kv_dtype,
             # The longest alone: FlashInfer takes their maximum one by one, and fa2 reads no more of them.
             seq_lens=self._pinned(lists.max()[None]),
             max_token_per_sequence=shape.tokens,

@@ -14,7 +14,8 @@ class LayerCall(NamedTuple):
     """Attention that one layer of a verify asks for.
 
     layer: its number. q: [bs, T, H_q, D], queries of the T tokens of the tail. pool: the layer's keys and
-    values. tail_mask: bool [bs, T, T], which token of the tail sees which. scale: of the logits.
+    values as they are kept, with their scales. tail_mask: bool [bs, T, T], which token of the tail sees
+    which. scale: of the logits, without that of the keys.
     """
 
     layer: int

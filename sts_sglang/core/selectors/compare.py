@@ -40,7 +40,8 @@ RANKS = 0x7C00  # finite non-negative float16 values
 
 
 class Layer(NamedTuple):
-    """One target layer in one verify; the context's keys by position, padded to the longest context."""
+    """One target layer in one verify; the context's keys by position, padded to the longest context. Keys are
+    in the units that they are kept in, and `scale` makes logits of them."""
 
     number: int
     q: Tensor  # [bs, T, H_q, D]
@@ -221,17 +222,18 @@ class LayerSelector:
         tail = lens[:, None] + torch.arange(q.shape[1], device=q.device)
         width = int(lens.max()) if self.width is None else self.width
         positions = torch.arange(width, device=q.device)
-        step = at_once(width, q, call.pool.k)
+        step = at_once(width, q, call.pool.k.shape[1])
         for few in (slice(first, first + step) for first in range(0, q.shape[0], step)):
             slots = contexts.table[contexts.reqs[few]]
             layer = Layer(
                 call.layer,
                 q[few],
-                call.pool.k[slots[:, :width].long()],
-                call.pool.k[slots.gather(1, tail[few]).long()],
+                # FP8 has no infinity to fill pages up with.
+                call.pool.k[slots[:, :width].long()].to(q.dtype),
+                call.pool.k[slots.gather(1, tail[few]).long()].to(q.dtype),
                 lens[few].long(),
                 call.tail_mask[few],
-                call.scale,
+                call.scale * call.pool.k_scale,
                 self.seeds[contexts.reqs[few]],
                 self.config.pool_rows,
                 self.config.pool_heads,
@@ -241,11 +243,11 @@ class LayerSelector:
             self.scores[:, place] = self.rule(layer).transpose(0, 1).to(self.scores.dtype)
 
 
-def at_once(width: int, q: Tensor, k_buffer: Tensor) -> int:
+def at_once(width: int, q: Tensor, kv_heads: int) -> int:
     """Requests whose layer is scored within SCRATCH bytes, and at least one."""
-    _, kv_heads, dim = k_buffer.shape
-    rows = q.shape[1] * q.shape[2] // kv_heads
-    return max(1, SCRATCH // request_bytes(width, kv_heads, dim, k_buffer.itemsize, rows))
+    _, tokens, q_heads, dim = q.shape
+    rows = tokens * q_heads // kv_heads
+    return max(1, SCRATCH // request_bytes(width, kv_heads, dim, q.itemsize, rows))
 
 
 def request_bytes(width: int, kv_heads: int, dim: int, itemsize: int, rows: int) -> int:

@@ -100,7 +100,7 @@ class PageScores:
                 Contexts(table, reqs[few], lens[few]),
                 sizes,
                 Scores(own, self.starts[: few.stop - few.start]),
-                scale=call.scale,
+                scale=call.scale * call.pool.k_scale,  # sketches are of keys as they are stored
                 # The pool of the configuration, or of a head map, is what suits the draft's heads.
                 pooling=Pooling("max", "max", tokens),
                 plan=plan,

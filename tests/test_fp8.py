@@ -1,0 +1,209 @@
+"""FP8 keys and values: through the backends, and in the server."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sglang.srt.layers.radix_attention import RadixAttention
+
+from sts_sglang.config import ConfigError
+from sts_sglang.host import bind, views
+from sts_sglang.tools.tiny_pair import make_pair
+from tests.server import Server, random_ids
+from tests.test_backends import DIM, KV_HEADS, LAYERS, Q_HEADS, TOKENS, Pool, Rig
+from tests.test_hicache import HICACHE
+from tests.test_page_selectors import PROMPT, Request
+
+torch.set_num_threads(1)  # the server has the other core
+FP8 = ("--kv-cache-dtype", "fp8_e4m3")
+CHAIN = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1")
+CHAIN += ("--speculative-num-draft-tokens", "4")
+
+
+# ---- backends
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"history": "blend"},
+        {"policy": "ratio", "keep": 0.3, "budget": 0, "draft": "all"},
+        {"dense_layers": [0]},
+        {"verify": "dense"},
+        *({"selector": name} for name in ("pages", "joined", "oracle", "quest")),
+    ],
+    ids=str,
+)
+def test_a_round_over_fp8_is_one_over_what_it_means(monkeypatch, config: dict) -> None:
+    """Scales are powers of two, by which nothing is rounded: outputs, importance and lists are the same."""
+    monkeypatch.setattr(Rig, "fp8", (2**-5, 2**-3))
+    found = []
+    for meant in (True, False):
+        monkeypatch.setattr(Rig, "meant", meant)
+        torch.manual_seed(0)
+        rig = Request(config)
+        assert (rig.target.pools.layer(0).k.dtype == torch.float8_e4m3fn) == (not meant)
+        outs = rig.draft_extend(PROMPT - TOKENS, 2, 4 * torch.randn(TOKENS, Q_HEADS * DIM))
+        for length in (PROMPT - 2, PROMPT + 40):
+            outs += rig.draft_extend(length - 1, 1, 4 * torch.randn(TOKENS, Q_HEADS * DIM))
+            outs += rig.draft_steps(length, {i: 4 * torch.randn(1, Q_HEADS * DIM) for i in range(2)})
+            outs += rig.round(length, [torch.randn(TOKENS, Q_HEADS * DIM) for _ in range(LAYERS)])
+        state = rig.runtime.state
+        found.append((outs, state.importance, state.totals))
+    for a, b in zip(*(outs for outs, *_ in found), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[0][2], found[1][2])
+
+
+class Layers(torch.nn.ModuleList):
+    """Of a model whose checkpoint brought scales, and a runner of it."""
+
+    def __init__(self, **scales):
+        super().__init__([RadixAttention(Q_HEADS, DIM, 1.0, KV_HEADS, i) for i in range(2)])
+        for name, value in scales.items():
+            setattr(self[1], name, value)
+
+    def runner(self, pool: Pool, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
+        pools = views.pools(SimpleNamespace(model=self, token_to_kv_pool=pool))
+        return SimpleNamespace(dtype=dtype, pools=pools, device="cpu")
+
+
+SCALES = {
+    "k_scale": torch.tensor(0.5),
+    "k_scale_float": 0.5,
+    "v_scale": torch.tensor(0.25),
+    "v_scale_float": 0.25,
+}
+AUTO, E4M3 = (views.KvAsked("--kv-cache-dtype", value) for value in ("auto", "fp8_e4m3"))
+
+
+def test_scales_are_those_of_fp8_alone() -> None:
+    """As SGLang writes: keys of the model's own dtype are not divided, whatever a checkpoint says."""
+    for fp8, scales in ((None, (1.0, 1.0)), ((0.5, 0.25), (0.5, 0.25))):
+        pools = Layers(**SCALES).runner(Pool(8, fp8)).pools
+        assert pools.layer(1)[2:] == scales and pools.layer(0)[2:] == (1, 1)
+
+
+@pytest.mark.parametrize("missing", SCALES)
+def test_scales_that_are_half_there_are_refused(missing: str) -> None:
+    """SGLang divides by the one and multiplies by the other."""
+    with pytest.raises(RuntimeError, match="STS: layer 1 has scales of keys and values that no checkpoint"):
+        Layers(**{name: value for name, value in SCALES.items() if name != missing}).runner(Pool(8))
+
+
+@pytest.mark.parametrize(
+    "asked, fp8, dense, problem",
+    [
+        (AUTO, None, "fa3", None),
+        (AUTO, None, "flashinfer", "FlashInfer scales keys of torch.float32 too.*allowed: fp8_e4m3"),
+        (AUTO, (0.5, 0.25), "fa3", "keys are kept as torch.float8_e4m3fn, where auto of a model in"),
+        (E4M3, None, "fa3", "keys are kept as torch.float32, where fp8_e4m3 of a model in"),
+        (E4M3, (0.5, 0.25), "fa3", None),
+        (E4M3, (0.5, 0.25), "flashinfer", None),
+    ],
+)
+def test_kv_is_what_the_launch_asked_for(asked, fp8, dense, problem) -> None:
+    """Whatever a checkpoint made of it."""
+    runner = Layers(**SCALES).runner(Pool(8, fp8))
+    if problem is None:
+        return bind._check_kv(runner, asked, dense)
+    with pytest.raises(ConfigError, match=f"--kv-cache-dtype: .*{problem}"):
+        bind._check_kv(runner, asked, dense)
+
+
+def test_gpus_without_fp8_are_refused(monkeypatch) -> None:
+    runner = Layers().runner(Pool(8, (1.0, 1.0)))
+    runner.device = "cuda"
+    for capability, refused in (((8, 0), True), ((8, 9), False), ((9, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        if refused:
+            with pytest.raises(ConfigError, match="--kv-cache-dtype: this GPU has no FP8.*allowed: auto"):
+                bind._check_kv(runner, E4M3, "fa3")
+        else:
+            bind._check_kv(runner, E4M3, "fa3")
+
+
+# ---- the server
+
+
+def with_scales(model: Path, folder: Path, k: float, v: float) -> Path:
+    """A copy whose checkpoint has scales of keys and values, as SGLang reads them of FP8 checkpoints; all of
+    its layers are left as they are, since a CPU has no FP8 products."""
+    shutil.copytree(model, folder)
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(model / "model.safetensors")
+    projections = [f"self_attn.{name}_proj" for name in "qkvo"]
+    projections += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    layers = [f"model.layers.{i}" for i in range(config["num_hidden_layers"])]
+    ignored = [f"{layer}.{name}" for layer in layers for name in projections]
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "ignored_layers": ignored,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    for layer in layers:
+        tensors |= {
+            f"{layer}.self_attn.k_scale": torch.tensor(k),
+            f"{layer}.self_attn.v_scale": torch.tensor(v),
+        }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def sts(draft: Path, **config) -> list[str]:
+    args = ["--attention-backend", "sts", "--sts-config", json.dumps({"sink": 2, "recent": 8, **config})]
+    return [
+        *args,
+        "--speculative-algorithm",
+        "STANDALONE",
+        "--speculative-draft-model-path",
+        str(draft),
+        *CHAIN,
+    ]
+
+
+def answers(model: Path, log: Path, *args: str, module: str = "sglang.launch_server") -> tuple[list, dict]:
+    """Of requests one after the other, so that rounds can be counted: alone, chunked, and over the first half
+    of a context whose slots others have had since; and counters."""
+    prompts = [random_ids(n, n) for n in (7, 200, 700, 600, 601)]
+    prompts.append(prompts[2][:350] + random_ids(30, 1))
+    with Server(model, log, *FP8, *args, module=module) as server:
+        found = [server.generate(ids, 24) for ids in prompts]
+        if "--enable-hierarchical-cache" in args:
+            assert found[-1]["meta_info"]["cached_tokens_details"]["host"] >= 300
+        return [one["output_ids"] for one in found], server.counters() if "sts" in args else {}
+
+
+@pytest.mark.server
+def test_full_budget_is_stock_over_fp8(tmp_path) -> None:
+    """Stock's backend of a CPU knows no scales. With HiCache, which moves KV as it is kept."""
+    pair = make_pair(tmp_path / "tiny")
+    stock, _ = answers(pair["target"], tmp_path / "stock.log")
+    args = [*sts(pair["draft"], keep=1.0, history="blend"), *HICACHE]
+    own, counters = answers(pair["target"], tmp_path / "sts.log", *args, module="tests.hicache_on_cpu")
+    assert own == stock
+    assert counters["sparse_verifies"] > 0 and counters["keep_ratio"] == 1.0
+
+
+@pytest.mark.server
+def test_scales_of_a_checkpoint_are_written_and_read_alike(tmp_path) -> None:
+    """Powers of two, by which only the smallest numbers are kept otherwise. What is drafted and answered is
+    the same where dividing and multiplying meet, in the draft's KV and in the target's."""
+    pair, found = make_pair(tmp_path / "tiny"), []
+    for name, target, draft in (
+        ("one", (2**-4, 2**-5), (2**-4, 2**-5)),
+        ("two", (2**-3, 2**-6), (2**-5, 2**-4)),
+    ):
+        of_target = with_scales(pair["target"], tmp_path / f"target-{name}", *target)
+        of_draft = with_scales(pair["draft"], tmp_path / f"draft-{name}", *draft)
+        args = [*sts(of_draft, keep=1.0), "--dtype", "bfloat16"]
+        found.append(answers(of_target, tmp_path / f"{name}.log", *args))
+    assert found[0] == found[1]
+    assert found[0][1]["sparse_verifies"] > 0
