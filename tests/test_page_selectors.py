@@ -412,7 +412,7 @@ def test_a_batch_is_scored_alike_some_requests_at_a_time(monkeypatch, drafts) ->
     contexts = Contexts(table, torch.tensor([4, 1, 6, 2, 5]), lens)
     runtime.sketches.begin_prefill(contexts, torch.zeros(5, dtype=torch.int64))
     pool = KvPool(rig.target_pool.k[0], rig.target_pool.v[0])
-    runtime.sketches.write(0, pool.k)
+    runtime.sketches.write(0, pool)
     q, mask = torch.randn(5, tokens, Q_HEADS, DIM), torch.ones(5, tokens, tokens, dtype=torch.bool).tril()
     found = []
     for most in (5, 2):

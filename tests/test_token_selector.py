@@ -44,6 +44,8 @@ class Tokens(Request):
         """float64 [length], by definition."""
         rows = q.view(-1, Q_HEADS, DIM)[:, kv * GROUP : (kv + 1) * GROUP].double()
         rows = rows @ self.runtime.sketches.directions[layer].back[kv].double()
+        step = rows.abs().amax(-1, keepdim=True) / MOST_STEPS
+        rows = torch.floor(rows / step + 0.5) * step
         return (rows @ self.sketch(layer, kv, length).T * SCALE).softmax(-1).amax((0, 1))
 
     def check(self, length: int, queries, outs, budget: int = 100) -> None:
@@ -153,7 +155,7 @@ def test_a_batch_is_scored_alike_some_requests_at_a_time(monkeypatch, head_map, 
     contexts = Contexts(table, torch.tensor([4, 1, 6, 2, 5]), lens)
     runtime.sketches.begin_prefill(contexts, torch.zeros(5, dtype=torch.int64))
     pool = KvPool(rig.target_pool.k[0], rig.target_pool.v[0])
-    runtime.sketches.write(0, pool.k)
+    runtime.sketches.write(0, pool)
     q = torch.randn(5, rows, Q_HEADS, DIM)
     mask, found = torch.ones(5, rows, rows, dtype=torch.bool).tril(), []
     for most in (5, 2):

@@ -190,6 +190,7 @@ class Ops(Protocol):
         before: torch.Tensor,
         *,
         most: int,
+        k_scale: float = 1.0,
     ) -> None: ...
 
     def score_tokens(

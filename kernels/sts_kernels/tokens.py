@@ -33,8 +33,8 @@ from sts_kernels.page_scores import pool_logits_kernel
 from sts_kernels.select import is_long, select_rows
 from sts_kernels.split_kv import LOG2E, SplitKnobs, padded, plan_whole, starts_early
 
-LEAST_ROWS = 8  # of query rows in a product
 LARGEST = 65504.0  # of float16, which logits are kept in
+LEAST_ROWS, LEAST_DIRECTIONS = 8, 32  # of a product of int8
 RANKS = 1 << (15 - UNRANKED_BITS)  # of scores that are not negative
 
 
@@ -85,6 +85,7 @@ def sketch_tokens(
     before: torch.Tensor,
     *,
     most: int,
+    k_scale: float = 1.0,
 ) -> None:
     """Kernel of `sts_kernels.torch_ops.sketch_tokens` (see there); graph-safe, no host sync."""
     check_token_sketches(keys, sketches, directions, contexts, before)
@@ -102,6 +103,7 @@ def sketch_tokens(
         contexts.reqs,
         contexts.lens,
         before,
+        k_scale,
         keys.stride(0),
         keys.stride(1),
         contexts.table.stride(0),
@@ -134,8 +136,9 @@ def score_tokens(
 ) -> None:
     """Kernel of `sts_kernels.torch_ops.score_tokens` (see there); graph-safe, no host sync.
 
-    Queries are rounded to the dtype of the directions, and on those and as logits to float16. Without a plan,
-    which one launch of `plan_scores` makes for all layers of a step, the call makes its own.
+    Queries are rounded to the dtype of the directions, and logits to float16, all of a row made smaller where
+    one could be out of its range. Without a plan, which one launch of `plan_scores` makes for all layers of a
+    step, the call makes its own.
     """
     check_token_scores(q, sketches, directions, scores, pooling)
     expect_half("score_tokens", scores)
@@ -171,9 +174,10 @@ def score_tokens(
         D=dim,
         D_P2=padded(dim),
         R=number,
-        R_P2=padded(number),
+        R_P2=max(LEAST_DIRECTIONS, triton.next_power_of_2(number)),
         ROWS=rows,
-        LARGEST=LARGEST,
+        MOST=MOST_STEPS,
+        LARGEST=LARGEST / (number * MOST_STEPS * MOST_STEPS),
         BLOCK=KNOBS.block,
         EARLY=bool(early),
         num_warps=KNOBS.num_warps,
@@ -264,6 +268,7 @@ def _sketch_tokens_kernel(
     reqs_ptr,  # int [bs]
     lens_ptr,  # int [bs]
     before_ptr,  # int [bs]
+    k_scale,  # of keys as they are stored
     stride_slot,
     stride_head,
     stride_table,
@@ -291,7 +296,7 @@ def _sketch_tokens_kernel(
         slots = tl.load(slot_ptr + offs, mask=ok, other=0).to(tl.int64)  # [BLOCK]
         from_ptr = k_ptr + slots[:, None] * stride_slot + h * stride_head + dims[None, :]
         k = tl.load(from_ptr, mask=ok[:, None] & (dims < D)[None, :], other=0.0)  # [BLOCK, D]
-        found = tl.dot(k, onto, input_precision="ieee") - centre[None, :]
+        found = tl.dot(k.to(onto.dtype), onto, input_precision="ieee") * k_scale - centre[None, :]
         found = tl.minimum(tl.maximum(tl.floor(found + 0.5), -MOST), MOST)
         to_ptr = sketch_ptr + (slots[:, None] * H_KV + h) * R + place[None, :]
         tl.store(to_ptr, found.to(tl.int8), mask=ok[:, None] & (place < R)[None, :])
@@ -318,11 +323,12 @@ def _score_tokens_kernel(
     H_Q: tl.constexpr,
     H_KV: tl.constexpr,
     D: tl.constexpr,
-    D_P2: tl.constexpr,  # padded to a power of two of at least 16, and so is the next
+    D_P2: tl.constexpr,  # padded to a power of two of at least 16
     R: tl.constexpr,
-    R_P2: tl.constexpr,
+    R_P2: tl.constexpr,  # padded to a power of two of at least 32
     ROWS: tl.constexpr,  # T * group, padded to a power of two
-    LARGEST: tl.constexpr,
+    MOST: tl.constexpr,
+    LARGEST: tl.constexpr,  # of a step, at which no logit is out of range
     BLOCK: tl.constexpr,  # tokens at a time
     EARLY: tl.constexpr,
 ):
@@ -343,7 +349,10 @@ def _score_tokens_kernel(
     here = (dims < D)[:, None] & (place < R)[None, :]
     back = tl.load(back_ptr + (h * D + dims)[:, None] * R + place[None, :], mask=here, other=0.0)  # [D, R]
     q = tl.dot(tl.trans(back), tl.trans(q.to(back.dtype)), input_precision="ieee")  # [R, ROWS]
-    q = tl.minimum(tl.maximum(q, -LARGEST), LARGEST).to(tl.float16)
+    # Both sides are int8: to turn a sketch into float16 takes longer than to read it.
+    step = tl.maximum(tl.max(tl.abs(q), 0), 1e-30) / MOST  # [ROWS]
+    q = tl.floor(q / step[None, :] + 0.5).to(tl.int8)
+    step = tl.minimum(step * scale, LARGEST)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     for block in range(begin, begin + number, BLOCK):
@@ -352,8 +361,7 @@ def _score_tokens_kernel(
         slots = tl.load(slot_ptr + offs, mask=ok, other=0).to(tl.int64)  # [BLOCK]
         from_ptr = sketch_ptr + (slots[:, None] * H_KV + h) * R + place[None, :]
         sketch = tl.load(from_ptr, mask=ok[:, None] & (place < R)[None, :], other=0)  # [BLOCK, R]
-        s = tl.dot(sketch.to(tl.float16), q) * scale  # [BLOCK, ROWS]
-        s = tl.minimum(tl.maximum(s, -LARGEST), LARGEST)
+        s = tl.dot(sketch, q).to(tl.float32) * step[None, :]  # [BLOCK, ROWS]
         line = (h.to(tl.int64) * columns + column + offs) * (T * GROUP)
         mask = ok[:, None] & (rows < T * GROUP)[None, :]
         tl.store(logits_ptr + line[:, None] + rows[None, :], s.to(tl.float16), mask=mask)

@@ -596,6 +596,7 @@ def sketch_tokens(
     before: torch.Tensor,
     *,
     most: int,
+    k_scale: float = 1.0,
 ) -> None:
     """Write the sketches of one layer of the tokens that a forward has written, once their keys are there.
 
@@ -604,13 +605,14 @@ def sketch_tokens(
     a query wants (the low-rank keys of Loki, arXiv 2406.02542).
 
     Args:
-        keys: [slots, H_kv, D] of the layer.
+        keys: [slots, H_kv, D] of the layer, of the directions' dtype or of FP8.
         sketches: int8 [slots, H_kv, R], written at the slots of positions [before, lens) of every request.
             What is more than MOST_STEPS away becomes that. Row 0 of the table writes nothing.
         directions: of this layer.
         contexts: lens are the lengths after the forward.
         before: int [bs], the first position that is written.
         most: positions that a request writes at most, about; the work is parted by it.
+        k_scale: of keys as they are stored, see KvPool.
 
     Raises:
         ValueError: a dtype or shape is not the one above.
@@ -620,7 +622,7 @@ def sketch_tokens(
         if req > 0:
             slots = contexts.table[req, int(before[b]) : length].long()
             found = torch.einsum("lhd,hdr->lhr", keys[slots].float(), directions.onto.float())
-            found = torch.floor(found - directions.centre + 0.5)
+            found = torch.floor(found * k_scale - directions.centre + 0.5)
             sketches[slots] = found.clamp(-MOST_STEPS, MOST_STEPS).to(torch.int8)
 
 
@@ -642,9 +644,9 @@ def score_tokens(
 ) -> None:
     """Importance of the tokens of one layer to its own queries, by their sketches.
 
-    A token's logit is the product of its sketch and the query on the same directions. A row's logits become
-    probabilities among the tokens of the context, which makes rows comparable; then they are pooled over the
-    rows and heads that share a KV head.
+    A token's logit is the product of its sketch and the query on the same directions, which is rounded to
+    MOST_STEPS steps of its largest value. A row's logits become probabilities among the tokens of the
+    context, which makes rows comparable; then they are pooled over the rows and heads that share a KV head.
 
     Args:
         q: [bs, T, H_q, D] queries of the step. Heads are contiguous; tokens may lie apart, as in a slice of a
@@ -666,7 +668,9 @@ def score_tokens(
         own = sketches[contexts.table[req, :length].long()].float()  # [L, H_kv, R]
         rows = q[b].float().unflatten(1, (kv_heads, -1))  # [T, H_kv, G, D]
         rows = torch.einsum("thgd,hdr->thgr", rows, directions.back.float())
-        probs = torch.softmax(torch.einsum("thgr,lhr->thgl", rows, own) * scale, -1)
+        step = rows.abs().amax(-1, keepdim=True).clamp(min=1e-30) / MOST_STEPS
+        rows = torch.floor(rows / step + 0.5)
+        probs = torch.softmax(torch.einsum("thgr,lhr->thgl", rows, own) * step * scale, -1)
         pooled = probs.amax(2) if pooling.heads == "max" else probs.mean(2)
         pooled = pooled.amax(0) if pooling.rows == "max" else pooled.sum(0) / pooling.total_rows
         found = (pooled * IMPORTANCE_SCALE).to(scores.importance.dtype)

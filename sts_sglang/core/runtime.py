@@ -133,7 +133,7 @@ class Runtime:
     def prefilled(self, layer: int, pools: KvPools) -> None:
         """Once the keys of a layer are there."""
         if self.sketches is not None and layer in self.sketches.of_layer:
-            self.sketches.write(layer, pools.layer(layer).k)
+            self.sketches.write(layer, pools.layer(layer))
 
     # ---- the draft's passes
 

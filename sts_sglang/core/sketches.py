@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from sts_kernels import Ops
-from sts_kernels.layout import NO_PAGE, PAGE, SKETCHED, Contexts, Directions
+from sts_kernels.layout import NO_PAGE, PAGE, SKETCHED, Contexts, Directions, KvPool
 
 SCRATCH = 128 << 20  # bytes that looking for what has no sketch may take: so many requests at a time
 BYTES_LOOKED_AT = 20  # a position: its slot twice, what lies there, and whether that is a sketch
@@ -34,8 +34,8 @@ class Sketches(Protocol):
     def begin_verify(self, contexts: Contexts, most: int) -> None:
         """Before the layers of a verify. most: tokens that a round commits."""
 
-    def write(self, layer: int, keys: torch.Tensor) -> None:
-        """Once the keys [slots, H_kv, D] of a layer are there."""
+    def write(self, layer: int, pool: KvPool) -> None:
+        """Once the keys of a layer are there."""
 
     def forget(self, slots: torch.Tensor) -> None:
         """These slots get other occupants than what this object sees written."""
@@ -85,9 +85,10 @@ class PageSketches:
     def begin_verify(self, contexts: Contexts, most: int) -> None:
         self._begin(contexts, self.sketched[contexts.reqs], most)
 
-    def write(self, layer: int, keys: torch.Tensor) -> None:
+    def write(self, layer: int, pool: KvPool) -> None:
+        """As they are stored: who reads the sketches multiplies by `pool.k_scale`."""
         self.ops.sketch_pages(
-            keys, self.of_layer[layer], self._contexts, self._before, self.tags, most=self._most
+            pool.k, self.of_layer[layer], self._contexts, self._before, self.tags, most=self._most
         )
 
     def forget(self, slots: torch.Tensor) -> None:
@@ -144,9 +145,17 @@ class TokenSketches:
         self._mark(slice(None), contexts, before, before[:, None], most)
         self._begin(contexts, before, most)
 
-    def write(self, layer: int, keys: torch.Tensor) -> None:
-        own, given = self.of_layer[layer], self.directions[layer]
-        self.ops.sketch_tokens(keys, own, given, self._contexts, self._before, most=self._most)
+    def write(self, layer: int, pool: KvPool) -> None:
+        """As they are meant, for the steps of directions are of those."""
+        self.ops.sketch_tokens(
+            pool.k,
+            self.of_layer[layer],
+            self.directions[layer],
+            self._contexts,
+            self._before,
+            most=self._most,
+            k_scale=pool.k_scale,
+        )
 
     def forget(self, slots: torch.Tensor) -> None:
         self.written.index_fill_(0, slots, False)

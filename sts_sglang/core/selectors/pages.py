@@ -87,7 +87,7 @@ class PageScores:
 
     def of_layer(self, call: LayerCall) -> tuple[Scores, PageSizes]:
         """Of its own queries; sketches that are due are written first."""
-        self.sketches.write(call.layer, call.pool.k)
+        self.sketches.write(call.layer, call.pool)
         (bs, tokens, q_heads, _), (table, reqs, lens) = call.q.shape, call.contexts
         buffer = self.kept.get(call.layer, self.scores)
         if self._shares is None:

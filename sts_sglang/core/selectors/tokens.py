@@ -78,7 +78,7 @@ class TokensSelector:
         return self.lists.sized(lists)
 
     def list_layer(self, lists: Lists, call: LayerCall) -> None:
-        self.sketches.write(call.layer, call.pool.k)  # of what earlier verifies added
+        self.sketches.write(call.layer, call.pool)  # of what earlier verifies added
         (bs, tokens, q_heads, _), kv_heads = call.q.shape, self.lists.kv_heads
         buffer = self.kept.get(call.layer, self.scores)
         if self._shares is None:
