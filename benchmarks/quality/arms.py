@@ -129,7 +129,7 @@ def _proportional(pair: Pair) -> dict:
 
 
 def _uniform(pair: Pair) -> dict:
-    """The packaged map of the shipped pair without its split of the budget."""
+    """The packaged map of the shipped pair, or of the target alone, without its split of the budget."""
     data = json.loads((headmap.MAPS / f"{pair.algorithm.lower()}.json").read_text())
     return {key: value for key, value in data.items() if key != "shares"}
 
