@@ -132,7 +132,7 @@ def arms_of(options: argparse.Namespace, drafts: bool) -> dict[str, Arm]:
     for given in options.arm:
         name, _, config = given.partition("=")
         try:
-            StsConfig.parse(config).for_launch(drafts)
+            StsConfig.parse(config).for_launch(drafts, directions=True)
         except ConfigError as error:
             raise SystemExit(f"--arm {name}: {error}") from None
         arms[name] = Arm(json.loads(config), config, own=True)
