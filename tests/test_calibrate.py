@@ -807,12 +807,12 @@ def test_what_says_nothing_of_a_target_alone_is_refused_without_a_draft(pair, tm
 def test_heads_without_sketches_are_refused_without_a_draft(pair, tmp_path, capsys, monkeypatch):
     target = Target(str(pair["target"]))
     target.check_pages()
-    target.target.config.head_dim = 24
-    with pytest.raises(ConfigError, match="--model: heads of 24 dimensions; allowed: a multiple of 16"):
+    target.target.config.head_dim = 12
+    with pytest.raises(ConfigError, match="--model: heads of 12 dimensions; allowed: a multiple of 16"):
         target.check_pages()
-    monkeypatch.setattr(Target, "head_dim", 24)
+    monkeypatch.setattr(Target, "head_dim", 12)
     assert run(pair, tmp_path, None)[0] == 2
-    assert "error: --model: heads of 24 dimensions; allowed: a multiple of 16" in capsys.readouterr().err
+    assert "error: --model: heads of 12 dimensions; allowed: a multiple of 16" in capsys.readouterr().err
 
 
 def test_heads_without_directions_have_their_budget_split_for_pages(pair, tmp_path, capsys, monkeypatch):
