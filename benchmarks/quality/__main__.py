@@ -65,7 +65,7 @@ FULL = {  # by suite
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     about = __doc__ + "\n".join(f"  {name:17} {arm.about}" for name, arm in ARMS.items())
-    about += f"\n\nwith --algorithm NONE: {', '.join(ALONE)}; `sts` are pages"
+    about += f"\n\nwith --algorithm NONE: {', '.join(ALONE)}; `sts` are tokens, by a map, or pages"
     p = argparse.ArgumentParser(
         prog="python -m benchmarks.quality",
         description=about,
