@@ -7,9 +7,10 @@
 
 Serves each arm of bench_serving, prefills, and records a few rounds in SGLang's own profiler while all
 requests decode. Counts are per round: a target verify, or without a draft a decode step, which is one launch
-of a graph. What scores pages and selects is shown by the files of its kernels (sts_kernels/page_scores.py,
-pages.py, select.py), as a share of the round. A host that waits for the device (cudaStreamSynchronize and
-its kind, cudaMalloc, blocking copies) in sts and not in stock is a defect.
+of a graph. What scores and selects is shown by the files of its kernels (sts_kernels/page_scores.py, whose
+pooling is that of tokens too, pages.py, tokens.py, select.py), as a share of the round. A host that waits for
+the device (cudaStreamSynchronize and its kind, cudaMalloc, blocking copies) in sts and not in stock is a
+defect.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def steps(kernels: Counter, host: Counter) -> int:
 
 
 def parts(spent: dict[str, float]) -> dict[str, float]:
-    """Microseconds of what scores pages and selects, by the file that defines the kernel, and of the rest."""
+    """Microseconds of what scores and selects, by the file that defines the kernel, and of the rest."""
     of = {kernel: part for part, module in SELECTS.items() for kernel in kernels_of(module)}
     found = dict.fromkeys((*SELECTS, REST), 0.0)
     for name, us in spent.items():
@@ -115,8 +116,9 @@ def parts(spent: dict[str, float]) -> dict[str, float]:
 
 
 def kernels_of(module: ModuleType) -> list[str]:
-    """Names in a trace."""
-    return [name for name in vars(module) if name.endswith("_kernel")]
+    """Names in a trace of those that a file defines."""
+    found = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
+    return [name for name, kernel in found.items() if kernel.fn.__module__ == module.__name__]
 
 
 def summary(events: list[dict], top: int, rounds_of: Callable[[Counter, Counter], int] = verifies) -> dict:

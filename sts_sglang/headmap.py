@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from sts_sglang import fingerprint, strict_json
-from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig, one_line, shown
+from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig, not_allowed, one_line, shown
 
 MAP_VERSION = 1
 # What the draft's key at an index is about, in the format of a map file: the target's token one further on,
@@ -313,6 +313,25 @@ def _check_file(config: StsConfig, head_map: HeadMap) -> None:
         raise ConfigError(
             f"sts_config.head_map_sha256: {_short(head_map.origin)} has {head_map.sha256}, it changed "
             f"since it was chosen; allowed: the file with {config.head_map_sha256}, or another launch"
+        )
+
+
+def check_directions(config: StsConfig, head_map: HeadMap, head_dim: int) -> None:
+    """Raises `ConfigError` where tokens are to be selected and the map has no directions of the keys of a
+    target with such heads."""
+    if config.selector != "tokens":
+        return
+    if (found := head_map.directions) is None:
+        raise not_allowed(
+            "sts_config.selector",
+            f"got 'tokens' with {_short(head_map.origin)}, which has no directions of keys",
+            "a head_map that `sts-sglang calibrate` made for this target, or another selector",
+        )
+    if found.head_dim != head_dim:
+        raise not_allowed(
+            "sts_config.head_map",
+            f"directions in {found.head_dim} dimensions, and the target's heads have {head_dim}",
+            "a map that was made for this target",
         )
 
 

@@ -31,7 +31,7 @@ def flags(arm: str, *argv: str) -> list[str]:
 
 def test_a_target_alone_is_served_without_a_word_of_a_draft():
     alone = ["--target", "T", "--algorithm", "NONE"]
-    assert parse(alone).arms == "stock,sts"
+    assert parse(alone).arms == "stock,sts,sts-pages,sts-tokens"
     assert flags("stock", *alone) == []
     assert flags("sts", *alone, "--sts-config", '{"keep": 0.2}') == [*SPARSE, '{"keep": 0.2}']
 

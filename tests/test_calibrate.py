@@ -807,12 +807,12 @@ def test_what_says_nothing_of_a_target_alone_is_refused_without_a_draft(pair, tm
 def test_heads_without_sketches_are_refused_without_a_draft(pair, tmp_path, capsys, monkeypatch):
     target = Target(str(pair["target"]))
     target.check_pages()
-    target.target.config.head_dim = 24
-    with pytest.raises(ConfigError, match="--model: heads of 24 dimensions; allowed: a multiple of 16"):
+    target.target.config.head_dim = 12
+    with pytest.raises(ConfigError, match="--model: heads of 12 dimensions; allowed: a multiple of 16"):
         target.check_pages()
-    monkeypatch.setattr(Target, "head_dim", 24)
+    monkeypatch.setattr(Target, "head_dim", 12)
     assert run(pair, tmp_path, None)[0] == 2
-    assert "error: --model: heads of 24 dimensions; allowed: a multiple of 16" in capsys.readouterr().err
+    assert "error: --model: heads of 12 dimensions; allowed: a multiple of 16" in capsys.readouterr().err
 
 
 def test_heads_without_directions_have_their_budget_split_for_pages(pair, tmp_path, capsys, monkeypatch):
@@ -985,9 +985,14 @@ def test_a_packaged_map_is_the_default_of_its_pair_only(pair, tmp_path, monkeypa
         headmap.of_config(StsConfig(head_map=str(out)), target, draft, other)
 
 
-@pytest.mark.parametrize("draft", ["draft", "eagle3"])
-def test_the_shipped_pair_has_maps(draft):
+@pytest.mark.parametrize("draft", ["draft", "eagle3", None])
+def test_the_shipped_models_have_maps(draft):
+    """All with the same directions, for they are of the target's keys alone."""
     models = headmap.MAPS.parent / "models"
-    pair = {name: models / name for name in ("target", draft)}
-    paths = headmap.ModelPaths(str(pair["target"]), str(pair[draft]))
-    assert headmap.of_config(StsConfig(), *counts_of(pair, draft), paths).origin.startswith("packaged")
+    pair = {name: models / name for name in ("target", draft) if name}
+    paths = headmap.ModelPaths(str(pair["target"]), draft and str(pair[draft]))
+    counts = counts_of(pair, draft) if draft else [*counts_of(pair, "target")[:1], None]
+    found = headmap.of_config(StsConfig(), *counts, paths)
+    assert found.origin.startswith("packaged") and found.shares is not None
+    alone = headmap.load(str(headmap.MAPS / "none.json"), counts[0], None)
+    assert found.directions == alone.directions is not None

@@ -151,7 +151,7 @@ BAD_VALUES = {
     ),
     "selector": (
         ["sts", "", None, True, ["quest"]],
-        "auto | draft | quest | pages | joined | recent | random | oracle",
+        "auto | draft | tokens | pages | joined | quest | recent | random | oracle",
     ),
     "page_share": ([0, 1, -0.5, True, "half", None], "a number between 0 and 1"),
     "verify": (["full", "", None, True], "sparse | dense"),

@@ -94,7 +94,7 @@ def test_the_verifier_of_the_page_verifies(monkeypatch, any_name) -> None:
 def test_every_name_of_the_configuration_has_its_kind() -> None:
     """A kernel without one would be served by another, in its name."""
     assert set(registry.KINDS) == set(get_args(config.KernelName))
-    assert {*RULES, "auto", "draft", "pages", "joined"} == set(get_args(config.SelectorName))
+    assert {*RULES, "auto", "draft", "tokens", "pages", "joined"} == set(get_args(config.SelectorName))
 
 
 @pytest.mark.parametrize(

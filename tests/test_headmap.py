@@ -206,7 +206,7 @@ def _set(*keys_and_value):
         (_set("directions", None), "directions"),
         (_set("directions", "size", 1), "directions.size"),
         (_set("directions", {"head_dim": 32, "number": 8}), "directions.heads"),
-        (_set("directions", "head_dim", 28), "directions.head_dim"),
+        (_set("directions", "head_dim", 12), "directions.head_dim"),
         (_set("directions", "head_dim", 34), "directions.head_dim"),
         (_set("directions", "head_dim", 1028), "directions.head_dim"),
         (_set("directions", "head_dim", 32.0), "directions.head_dim"),
@@ -280,15 +280,15 @@ def test_a_map_of_a_target_alone_is_read(tmp_path, monkeypatch):
     assert head_map.shares == ((0.5, 2.0),) * 4 and head_map.dense_layers == (1, 3)
     assert head_map.pool is None and head_map.sources == headmap.undrafted(TARGET).sources
     assert head_map.directions == DIRECTIONS
-    for field in ("fingerprints", "dense_layers", "directions", "texts", "settings"):
+    for field in ("fingerprints", "shares", "dense_layers", "directions", "texts", "settings"):
         less = lone()
         del less[field]
         load(write(tmp_path, less), TARGET, None, models)
     load(write(tmp_path, {**lone(), "tp": 2}), TARGET, None, models, tp=2)
 
 
-def _without(key):
-    return lambda data: data.pop(key)
+def _without(*keys):
+    return lambda data: [data.pop(key) for key in keys]
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def _without(key):
         (_set("pool", "max"), "pool"),
         (_set("shift", 1), "shift"),
         (_set("best", {}), "best"),
-        (_without("shares"), "shares"),
+        (_without("shares", "directions"), "shares"),
         (_set("shares", None), "shares"),
         (_set("shares", 3, [1.0]), "shares[3]"),
         (_set("shares", 3, 1, 0), "shares[3][1]"),

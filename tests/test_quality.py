@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import items, measure, report
-from benchmarks.quality.arms import ALONE, ARMS, Dense, Plan
+from benchmarks.quality.arms import ALONE, ARMS, Dense, Plan, sts_config
+from sts_sglang import headmap
 from sts_sglang.config import StsConfig
 from sts_sglang.evaluate import asking, stats
 from sts_sglang.evaluate.pair import Alone, Pair
@@ -280,6 +281,22 @@ def test_a_target_alone_is_asked_of_arms_that_need_no_draft(writer):
             planned("--algorithm", "NONE", *more)
     with pytest.raises(SystemExit, match="--draft: needed with --target, or --algorithm NONE"):
         planned("--target", str(MODELS / "target"))
+
+
+@pytest.mark.parametrize("algorithm", ["STANDALONE", "EAGLE3", "NONE"])
+def test_budgets_are_uniform_by_the_map_of_all_arms_or_the_packaged_one(writer, tmp_path, algorithm):
+    for own in (False, True):
+        path, more = headmap.MAPS / f"{algorithm.lower()}.json", []
+        if own:
+            data = json.loads(path.read_text()) | {"dense_layers": [1]}
+            path = tmp_path / "own.json"
+            path.write_text(json.dumps(data))
+            more = ["--sts-config", json.dumps({"head_map": str(path)})]
+        plan = planned("--algorithm", algorithm, "--device", "cpu", *more)
+        made = json.loads(Path(sts_config(plan.arms["sts-uniform"], plan, tmp_path)["head_map"]).read_text())
+        assert "shares" not in made and made | {"shares": None} == json.loads(path.read_text()) | {
+            "shares": None
+        }
 
 
 def test_any_pair_is_asked_in_plain_words(tmp_path):

@@ -156,10 +156,10 @@ def test_a_round_is_parted_by_kernels(tmp_path, monkeypatch):
     of_pairs = kernels.round_time()
     assert f"| `sts`, 1,000 x 2, c | {own} |" in of_pairs
     assert kernels.step_time() == "Not measured yet."
-    parts = {"page_scores": 500, "pages": 250, "select": 250, "rest": 2000}
+    parts = {"page_scores": 500, "pages": 250, "tokens": 0, "select": 250, "rest": 2000}
     step = {**row, "algorithm": "NONE", "tp": 1, "parts": parts, "select_share": 0.25, "kernels": {}}
     (tmp_path / "profile.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(step)}")
-    own = "1 | 0.50 | 0.25 | 0.25 | 2.00 | 0.12 | 4.00 | 25.0 %"
+    own = "1 | 0.50 | 0.25 | 0.00 | 0.25 | 2.00 | 0.12 | 4.00 | 25.0 %"
     assert f"| `sts`, 1,000 x 2 | {own} |" in kernels.step_time()
     assert kernels.round_time() == of_pairs
 

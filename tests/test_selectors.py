@@ -149,7 +149,7 @@ def slow_quest(batch: Batch, b: int, h: int, rows: str, heads: str) -> list[floa
 
 
 def test_every_selector_of_the_configuration_has_a_rule():
-    assert set(get_args(SelectorName)) == {"auto", "draft", "pages", "joined", *selectors.RULES}
+    assert set(get_args(SelectorName)) == {"auto", "draft", "tokens", "pages", "joined", *selectors.RULES}
 
 
 @pytest.mark.parametrize("tail", [CHAIN, TREE], ids=["chain", "tree"])

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 # Before SGLang is imported: it chooses its platform once per process.
@@ -17,10 +18,12 @@ import torch
 from sglang.srt.server_args import ServerArgs
 
 from sts_sglang.config import CHAIN_FLAGS, ConfigError, StsConfig
+from sts_sglang.headmap import HeadCounts
 from sts_sglang.host import compat, handover, hooks
 from sts_sglang.host import serves as validate
 from sts_sglang.host.releases import RELEASES, release
 from sts_sglang.host.serves import BACKEND_FIELDS, DRAFTS, Refusal
+from tests import directions
 from tests.arguments import Resolved, launched
 
 LLAMA = {
@@ -81,6 +84,18 @@ def launch(tmp_path, monkeypatch):
         return launched(monkeypatch, config, **given)
 
     return start
+
+
+@pytest.fixture
+def head_map(tmp_path):
+    """head_map(head_dim) -> path of a map of the target alone with directions in so many dimensions."""
+
+    def write(head_dim: int) -> str:
+        path = tmp_path / f"{head_dim}.json"
+        path.write_text(json.dumps(directions.of_target(HeadCounts(2, 4, 2), head_dim)))
+        return str(path)
+
+    return write
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +178,33 @@ def test_served(launch, arguments):
     assert launch(**arguments).attention_backend == "sts"
 
 
-def test_what_selects_is_settled_at_launch(launch):
+def test_what_selects_is_settled_at_launch(launch, head_map):
     """And handed to the schedulers."""
-    for given, selector in (({}, "draft"), (ALONE, "pages")):
-        served = validate.check_all(launch(**given), StsConfig())
+    tokens = {"head_map": head_map(LLAMA["head_dim"])}
+    few = {"policy": "fixed", "budget": 100}  # fewer than a list of pages has
+    for given, config, selector in (
+        ({}, {}, "draft"),
+        (ALONE, {}, "pages"),
+        (ALONE, tokens, "tokens"),
+        (ALONE, {**tokens, **few}, "tokens"),
+        (ALONE, {**tokens, "selector": "pages"}, "pages"),
+    ):
+        served = validate.check_all(launch(**given), StsConfig(**config))
         assert served.selector == selector and StsConfig.parse(served.to_json()) == served
+    with pytest.raises(ConfigError, match=r"sts_config\.budget: got 100 with policy 'fixed'.*whole pages"):
+        launch(config=StsConfig(**few), **ALONE)
+
+
+def test_tokens_are_selected_only_on_directions_of_these_heads(launch, head_map):
+    """Said by the launcher, in one line."""
+    tokens = StsConfig(selector="tokens")
+    for given in ({}, ALONE, {**ALONE, "tp_size": 2}):
+        with pytest.raises(ConfigError, match=r"^sts_config\.selector: got 'tokens' with .* no directions"):
+            launch(config=tokens, **given)
+    other = StsConfig(head_map=head_map(2 * LLAMA["head_dim"]))
+    with pytest.raises(ConfigError, match=r"^sts_config\.head_map: directions in 32 dimensions, .* have 16"):
+        launch(config=other, **ALONE)
+    launch(config=replace(other, selector="pages"), **ALONE)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ FULL = {  # by suite
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     about = __doc__ + "\n".join(f"  {name:17} {arm.about}" for name, arm in ARMS.items())
-    about += f"\n\nwith --algorithm NONE: {', '.join(ALONE)}; `sts` are pages"
+    about += f"\n\nwith --algorithm NONE: {', '.join(ALONE)}; `sts` are tokens, by a map, or pages"
     p = argparse.ArgumentParser(
         prog="python -m benchmarks.quality",
         description=about,
@@ -132,7 +132,7 @@ def arms_of(options: argparse.Namespace, drafts: bool) -> dict[str, Arm]:
     for given in options.arm:
         name, _, config = given.partition("=")
         try:
-            StsConfig.parse(config).for_launch(drafts)
+            StsConfig.parse(config).for_launch(drafts, directions=True)
         except ConfigError as error:
             raise SystemExit(f"--arm {name}: {error}") from None
         arms[name] = Arm(json.loads(config), config, own=True)

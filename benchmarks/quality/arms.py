@@ -15,7 +15,7 @@ from benchmarks.harness import commit
 from sts_sglang import headmap
 from sts_sglang.evaluate import pair as pairs
 from sts_sglang.evaluate.asking import Asked
-from sts_sglang.evaluate.pair import Models, Pair
+from sts_sglang.evaluate.pair import Models
 from sts_sglang.tools.local_server import LocalServer
 
 ROOT = Path(__file__).parents[2]
@@ -112,14 +112,14 @@ def sts_config(arm: Arm, plan: Plan, folder: Path) -> dict:
     config = {"keep": KEEP, **plan.config, **arm.config}
     if (name := config.get("head_map")) in MAPS:
         path = folder / f"{name}.json"
-        path.write_text(json.dumps(MAPS[name](plan.pair)))
+        path.write_text(json.dumps(MAPS[name](plan)))
         config["head_map"] = str(path)
     return config
 
 
-def _proportional(pair: Pair) -> dict:
+def _proportional(plan: Plan) -> dict:
     counts = []
-    for model in (pair.target, pair.draft):
+    for model in (plan.pair.target, plan.pair.draft):
         config = json.loads((Path(model) / "config.json").read_text())
         fields = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         counts.append(headmap.HeadCounts(*(config[f] for f in fields)))
@@ -128,13 +128,14 @@ def _proportional(pair: Pair) -> dict:
     return {"version": 1, "shift": 1, "tp": 1, **shapes, "sources": head_map.sources}
 
 
-def _uniform(pair: Pair) -> dict:
-    """The packaged map of the shipped pair without its split of the budget."""
-    data = json.loads((headmap.MAPS / f"{pair.algorithm.lower()}.json").read_text())
+def _uniform(plan: Plan) -> dict:
+    """The map of all arms, else the packaged one of the shipped models, without its split of the budget."""
+    packaged = headmap.MAPS / f"{plan.pair.algorithm.lower()}.json"
+    data = json.loads(Path(plan.config.get("head_map") or packaged).read_text())
     return {key: value for key, value in data.items() if key != "shares"}
 
 
-MAPS: dict[str, Callable[[Pair], dict]] = {"proportional": _proportional, "uniform": _uniform}
+MAPS: dict[str, Callable[[Plan], dict]] = {"proportional": _proportional, "uniform": _uniform}
 
 
 def start(name: str, plan: Plan, folder: Path) -> LocalServer:

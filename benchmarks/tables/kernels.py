@@ -32,8 +32,9 @@ CLASSES = {
 OTHERS = "norms, rotations and other small kernels"
 # Of profile_round, which goes by the files of kernels.
 STEP_PARTS = {
-    "page_scores": "page scores",
+    "page_scores": "page scores, and pooling of any",
     "pages": "sketches and lists of pages",
+    "tokens": "sketches, scores and lists of tokens",
     "select": "selection",
     "rest": "all else",
 }
@@ -168,7 +169,7 @@ def step_time() -> str:
         lines.append([f"`{r['arm']}`, {r['context']:,} x {r['requests']}", r["tp"], *cells])
     note = (
         f"Milliseconds of one step, means over {found[0]['rounds']} steps. {found[0]['gpu']}, commit "
-        f"{commits(found)}. The last column is what the first three are of a step."
+        f"{commits(found)}. The last column is what the first four are of a step."
     )
     head = ["server", "GPUs", *STEP_PARTS.values(), "idle device", "step", "scores and selects"]
     return table(head, lines) + "\n\n" + note

@@ -146,7 +146,8 @@ def plan_of(args: argparse.Namespace) -> Plan:
         raise ConfigError(f"--algorithm: got {shown(args.algorithm)}; allowed: {names}")
     device = _device(args.device)
     known = pair.check(args.target, args.draft, args.algorithm)
-    StsConfig.parse(config).for_launch(known.pair.drafts)
+    # What only pages need, the launch refuses: it knows whether the map has directions.
+    StsConfig.parse(config).for_launch(known.pair.drafts, directions=True)
     length, items, concurrency = SIZES[device]
     lengths = sorted(set(args.lengths or [min(length, known.positions or length)]))
     most = known.positions or 2**24

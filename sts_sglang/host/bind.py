@@ -333,19 +333,8 @@ def _sketches(
     layers = [layer for layer in range(shape.layers) if not config.dense_verify(layer)]
     requests, device = cache.table.shape[0], like.device
     if config.selector == "tokens":
-        if (found := head_map.directions) is None:
-            raise not_allowed(
-                "sts_config.selector",
-                f"got 'tokens' with {head_map.origin}, which has no directions of keys",
-                "a head_map that `sts-sglang calibrate` made for this target, or 'pages'",
-            )
-        if found.head_dim != shape.head_dim:
-            raise not_allowed(
-                "sts_config.head_map",
-                f"directions in {found.head_dim} dimensions, and the target's heads have {shape.head_dim}",
-                "a map that was made for this target",
-            )
-        made = tokens.directions(found, device, shape.dtype)
+        headmap.check_directions(config, head_map, shape.head_dim)
+        made = tokens.directions(head_map.directions, device, shape.dtype)
         return TokenSketches(ops, {layer: made[layer] for layer in layers}, shape.slots, requests, device)
     if shape.head_dim % PAGE:
         raise not_allowed(

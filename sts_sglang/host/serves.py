@@ -400,7 +400,8 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     """
     check_resolved(server_args)
     asked, drafts = config, speculates(server_args)
-    config = config.for_launch(drafts)
+    # Whether the map has directions is known below; tokens ask for no more than pages do.
+    config = asked.for_launch(drafts, directions=True)
     check_device(server_args, config)
     check_history(server_args, config)
     check_inspect(config)
@@ -421,6 +422,8 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     counts = views.model(target).counts, draft and views.model(draft).counts
     head_map = headmap.of_config(config, *counts, models, server_args.tp_size)
     config = asked.for_launch(drafts, head_map.directions is not None)
+    if config.head_map or models is not None:  # else a packaged map may yet be found
+        headmap.check_directions(config, head_map, target.head_dim)
     return headmap.pinned(config, head_map)
 
 
