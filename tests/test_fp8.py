@@ -15,8 +15,9 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sts_sglang.config import ConfigError
 from sts_sglang.host import bind, views
 from sts_sglang.tools.tiny_pair import make_pair
+from tests import directions
 from tests.server import Server, random_ids
-from tests.test_backends import DIM, KV_HEADS, LAYERS, Q_HEADS, TOKENS, Pool, Rig
+from tests.test_backends import COUNTS, DIM, KV_HEADS, LAYERS, Q_HEADS, TOKENS, Pool, Rig
 from tests.test_hicache import HICACHE
 from tests.test_page_selectors import PROMPT, Request
 
@@ -36,12 +37,15 @@ CHAIN += ("--speculative-num-draft-tokens", "4")
         {"policy": "ratio", "keep": 0.3, "budget": 0, "draft": "all"},
         {"dense_layers": [0]},
         {"verify": "dense"},
-        *({"selector": name} for name in ("pages", "joined", "oracle", "quest")),
+        *({"selector": name} for name in ("tokens", "pages", "joined", "oracle", "quest")),
     ],
     ids=str,
 )
-def test_a_round_over_fp8_is_one_over_what_it_means(monkeypatch, config: dict) -> None:
+def test_a_round_over_fp8_is_one_over_what_it_means(monkeypatch, tmp_path, config: dict) -> None:
     """Scales are powers of two, by which nothing is rounded: outputs, importance and lists are the same."""
+    if config.get("selector") == "tokens":
+        (tmp_path / "map.json").write_text(json.dumps(directions.of_pair(COUNTS, COUNTS, DIM)))
+        config = {**config, "head_map": str(tmp_path / "map.json")}
     monkeypatch.setattr(Rig, "fp8", (2**-5, 2**-3))
     found = []
     for meant in (True, False):
