@@ -7,7 +7,8 @@ STAMP := $(VENV)/.installed
 # What a release can break, in two lists that take about as long: the contract with it, what is checked and
 # refused, backends, and some launches; and servers.
 CHECKS := $(addprefix tests/test_,$(addsuffix .py,architecture architectures mutations plugin patches cli validate checkpoints \
-	requests backends flashinfer_verify verify_modes page_selectors cpu_ops headmap history memory extending hicache)) \
+	requests backends flashinfer_verify verify_modes page_selectors token_selector cpu_ops headmap history memory \
+	extending hicache)) \
 	tests/test_evaluate.py::test_a_pair_is_evaluated \
 	tests/test_launch.py::test_engine_takes_a_dict_and_refuses_a_second_config \
 	tests/test_launch.py::test_a_scheduler_that_nobody_checked_ends_in_one_line

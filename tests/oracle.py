@@ -8,6 +8,7 @@ values of earlier tokens are those that the sparse server would have cached.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from dataclasses import dataclass, field, replace
@@ -49,8 +50,10 @@ class Rule:
     # "steps": draft steps after the first attend to the selection; "all": so does the draft-extend of what
     # was accepted.
     draft: str = "dense"
-    # "pages": by mean and deviation of the keys of 16 tokens; "joined": they have `page_share` of a list.
+    # "tokens": by keys in short, on `directions`, a head map's field; "pages": by mean and deviation of the
+    # keys of 16 tokens; "joined": they have `page_share` of a list.
     selector: str = "draft"
+    directions: dict | None = None
     page_share: float = 0.5
     deviation: float = 1.0  # how much of it a page's score has
 
@@ -400,30 +403,54 @@ class Oracle:
         mask[:, :, length:] = rows
         positions = [*range(length), *(length + len(tree.path(n)) - 1 for n in range(count))]
         if rule.selector != "draft":
-            self._choose = lambda layer: self._choose_by_pages(layer, tree, length, rows, rule, trace)
+            self._choose = lambda layer: self._choose_by_keys(layer, tree, length, rows, rule, trace)
         logits, hidden = self._run_target(tokens[:-1] + tree.tokens, positions, mask)
         self._choose = None
         return logits[length:], hidden
 
-    def _choose_by_pages(self, layer: int, tree: Tree, length: int, rows, rule: Rule, trace: Trace) -> None:
+    def _choose_by_keys(self, layer: int, tree: Tree, length: int, rows, rule: Rule, trace: Trace) -> None:
         """Before a layer attends: what its nodes see of the context, by the queries that they have there."""
         config, (hidden, rotary) = self.target.config, self._inputs[layer]
         attn, kv_heads = self.target.model.layers[layer].self_attn, config.num_key_value_heads
         q, k = (p(hidden).view(*hidden.shape[:2], -1, attn.head_dim).transpose(1, 2) for p in
                 (attn.q_proj, attn.k_proj))  # fmt: skip
         q, k = apply_rotary_pos_emb(q, k, *rotary)
-        group, complete = config.num_attention_heads // kv_heads, length // 16
+        group = config.num_attention_heads // kv_heads
         for h in range(kv_heads):
             heads = slice(h * group, (h + 1) * group)
-            keys = k[0, h, : complete * 16].view(complete, 16, -1)
-            own, mean, deviation = q[0, heads, length:], keys.mean(1), keys.std(1, correction=0)
-            logits = (own @ mean.T + own.abs() @ deviation.T * rule.deviation) * attn.head_dim**-0.5
-            score = logits.softmax(-1).amax((0, 1))
-            chosen = self._with_pages(score, tree.scores.get((layer, h)), length, rule, trace, (layer, h))
+            own, keys, head = q[0, heads, length:], k[0, h, :length], (layer, h)
+            tokens = rule.selector == "tokens"
+            logits = _by_sketches(own, keys, head, rule, trace) if tokens else _by_pages(own, keys, rule)
+            score = (logits * attn.head_dim**-0.5).softmax(-1).amax((0, 1))
+            if tokens:
+                chosen = self._with_ranks(score, length, rule, trace, head)
+            else:
+                chosen = self._with_pages(score, tree.scores.get(head), length, rule, trace, head)
             trace.selected += len(chosen)
             trace.available += length
             rows[layer, heads, :, chosen] = True
             self._masks[layer][0, heads, length:, chosen] = 0
+
+    @staticmethod
+    def _with_ranks(score: torch.Tensor, length: int, rule: Rule, trace: Trace, head: tuple) -> list[int]:
+        """Positions of the best ranks: float16 scores by exponent and four bits. Of a rank the later win."""
+        forced = {*range(min(rule.sink, length)), *range(max(length - rule.recent, 0), length)}
+        free = [p for p in range(length) if p not in forced]
+
+        def best(ranks: list[int]) -> list[int]:
+            return sorted(free, key=lambda p: (-ranks[p], -p))[: max(0, rule.budget(length) - len(forced))]
+
+        # What rounding may have put into the next rank, where that changes the choice.
+        low, ranks, high = (_ranks(score * part) for part in (1 - 1e-4, 1, 1 + 1e-4))
+        near = [(p, rank) for p in free for rank in {low[p], high[p]} - {ranks[p]}]
+        for p, rank in near:
+            tie = (trace.rounds, "tokens", *head, p)
+            if set(best([*ranks[:p], rank, *ranks[p + 1 :]])) != set(best(ranks)):
+                trace.near_ties.add(tie)
+            if tie in rule.swapped_ties:
+                ranks[p] = rank
+        chosen = best(ranks)
+        return sorted(forced | set(chosen))
 
     def _with_pages(
         self,
@@ -497,6 +524,38 @@ def _mask_hook(owner: Oracle | HFDraft, layer: int):
         return args, {**kwargs, "attention_mask": owner._masks[layer]}
 
     return hook
+
+
+def _by_pages(q: torch.Tensor, keys: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """Products of queries [heads, nodes, dim] and complete pages of keys [tokens, dim], but for the scale."""
+    pages = keys[: len(keys) // 16 * 16].view(-1, 16, keys.shape[1])
+    return q @ pages.mean(1).T + q.abs() @ pages.std(1, correction=0).T * rule.deviation
+
+
+def _by_sketches(
+    q: torch.Tensor, keys: torch.Tensor, head: tuple[int, int], rule: Rule, trace: Trace
+) -> torch.Tensor:
+    """The same of single tokens, whose keys are whole steps along the directions of a head, and so are
+    queries, of which 127 are the largest value of each."""
+    layer, h = head
+    own = base64.b64decode(rule.directions["heads"][layer][h])
+    own = torch.frombuffer(bytearray(own), dtype=torch.float16).view(keys.shape[1] + 2, -1).float()
+    turned, mean, step = own[:-2], own[-2], own[-1]
+    places = torch.floor((keys @ turned - mean) / step + 0.5).clamp(-127, 127)
+    wanted = q @ turned * step
+    unit = wanted.abs().amax(-1, keepdim=True) / 127
+    wanted = wanted / unit
+    whole = torch.floor(wanted + 0.5)
+    for place in (wanted - wanted.floor() - 0.5).abs().lt(1e-4).nonzero().tolist():
+        tie = (trace.rounds, "query", *head, *place)
+        trace.near_ties.add(tie)
+        if tie in rule.swapped_ties:
+            whole[tuple(place)] += 1 if whole[tuple(place)] < wanted[tuple(place)] else -1
+    return (whole * unit) @ places.T
+
+
+def _ranks(score: torch.Tensor) -> list[int]:
+    return ((score * 2**14).half().view(torch.int16) >> 6).tolist()
 
 
 def _causal_row(logits: torch.Tensor, row: int) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""The real server without a draft, float32, greedy: the queries of every token select pages of the context.
-At full budget it equals stock, below it the oracle."""
+"""The real server without a draft, float32, greedy: the queries of every token select tokens or pages of the
+context. At full budget it equals stock, below it the oracle."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sts_sglang.headmap import HeadCounts
+from tests import directions
 from tests.oracle import Oracle, Rule
 from tests.server import Server, logged, random_ids
 from tests.test_hicache import HICACHE
@@ -21,7 +23,15 @@ torch.set_num_threads(1)  # the server has the other core
 pytestmark = pytest.mark.server
 
 SPARSE = {"keep": 0.3, "budget": 0, "sink": 2, "recent": 8}
-RULE = Rule(keep=0.3, sink=2, recent=8, selector="pages")
+# Steps of directions are about a thirtieth of how far the tiny target's keys are from each other.
+COUNTS, DIM, STEP = HeadCounts(4, 4, 2), 32, 0.07
+HEAD_MAP = directions.of_target(COUNTS, DIM, step=STEP)
+RULES = {
+    "tokens": Rule(keep=0.3, sink=2, recent=8, selector="tokens", directions=HEAD_MAP["directions"]),
+    "pages": Rule(keep=0.3, sink=2, recent=8, selector="pages"),
+}
+# What an oracle would say otherwise.
+WRONG = {"tokens": {"directions": directions.drawn(COUNTS, DIM, STEP, seed=1)}, "pages": {"deviation": 0.0}}
 PROMPTS = [random_ids(n, 100 + n) for n in (150, 260, 333, 91)]
 TOOLS = ("--tool-call-parser", "llama3")
 # Under speculation SGLang does not follow these, without it it does.
@@ -55,9 +65,24 @@ def stock(pair, logs) -> dict:  # noqa: F811
         return {"outputs": scenario(server), "features": features(server), "sampled": sampled(server)}
 
 
+@pytest.fixture(scope="module", params=RULES)
+def selector(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def sparse(pair, logs):  # noqa: F811
-    with alone(pair, logs, "sparse", SPARSE, "--enable-metrics", *TOOLS) as server:
+def config(selector, tmp_path_factory) -> dict:
+    """That `auto` makes this selector of: tokens with directions, pages without."""
+    if selector == "pages":
+        return SPARSE
+    head_map = tmp_path_factory.mktemp("map") / "map.json"
+    head_map.write_text(json.dumps(HEAD_MAP))
+    return {**SPARSE, "head_map": str(head_map)}
+
+
+@pytest.fixture(scope="module")
+def sparse(pair, logs, selector, config):  # noqa: F811
+    with alone(pair, logs, selector, config, "--enable-metrics", *TOOLS) as server:
         yield server
 
 
@@ -70,17 +95,18 @@ def check_answers(answers: list[dict], prompts: list[list[int]], oracle: Oracle,
     return [oracle.agree(a["output_ids"], ids, rule) for a, ids in zip(answers, prompts, strict=True)]
 
 
-def test_small_budgets_agree_with_the_oracle(sparse, oracle):
+def test_small_budgets_agree_with_the_oracle(sparse, oracle, selector):
     """Concurrent requests of unequal lengths; ways to be wrong would be noticed."""
-    answers = sparse.generate_all(PROMPTS, 32)
-    check_answers(answers, PROMPTS, oracle, RULE)
+    answers, rule = sparse.generate_all(PROMPTS, 32), RULES[selector]
+    check_answers(answers, PROMPTS, oracle, rule)
     counters = sparse.counters()
     assert counters["dense_verifies"] == 0
     assert counters["sparse_verifies"] >= len(PROMPTS) * 31
-    assert 0.3 < counters["keep_ratio"] < 0.5  # whole pages, and what is always there
+    # Whole pages, and what is always there; or tokens alone, rounded up.
+    assert 0.3 < counters["keep_ratio"] < (0.5 if selector == "pages" else 0.31)
     found = [answer["output_ids"] for answer in answers]
-    for wrong in ({"deviation": 0.0}, {"keep": 0.25}, {"recent": 40}, {"keep": 1.0}):
-        tokens = [oracle.generate(ids, 32, replace(RULE, **wrong)).tokens for ids in PROMPTS]
+    for wrong in (WRONG[selector], {"keep": 0.25}, {"recent": 40}, {"keep": 1.0}):
+        tokens = [oracle.generate(ids, 32, replace(rule, **wrong)).tokens for ids in PROMPTS]
         assert tokens != found, f"the test does not notice {wrong}"
 
 
@@ -98,13 +124,13 @@ def test_full_budget_equals_stock(sparse, stock):
     assert sampled(whole) == stock["sampled"]
 
 
-def test_a_branch_within_a_page_reads_its_own_sketches(sparse, oracle):
+def test_a_branch_within_a_page_reads_its_own_sketches(sparse, oracle, selector):
     prompt = random_ids(331, 7)
     sparse.generate(prompt, 24)
     branch = [*prompt, *random_ids(60, 5)]
     answer = sparse.generate(branch, 24)
     assert answer["meta_info"]["cached_tokens"] >= len(prompt) - 1
-    oracle.agree(answer["output_ids"], branch, RULE)
+    oracle.agree(answer["output_ids"], branch, RULES[selector])
 
 
 def test_temperature_is_served(sparse):
@@ -116,11 +142,13 @@ def test_temperature_is_served(sparse):
     assert len(answers) > 1
 
 
-def test_what_serves_says_so(sparse):
+def test_what_serves_says_so(sparse, selector):
     info = sparse.sts()
-    assert info["selects_by"] == "page scores of the target's queries"
-    assert info["config"]["selector"] == "pages"
-    assert info["head_map"] == "one budget for all heads (no draft)"
+    assert info["selects_by"] == f"{selector[:-1]} scores of the target's queries"
+    assert info["config"]["selector"] == selector
+    assert (
+        info["head_map"] == {"tokens": "map.json", "pages": "one budget for all heads (no draft)"}[selector]
+    )
     assert info["memory_bytes"]["sketches"] > 0 and "STS serves: {" in sparse.log.read_text()
     metrics = sparse.get("/metrics").decode()
     published = re.search(r"^sts:sparse_verifies_total\S* ([\d.e+]+)$", metrics, re.MULTILINE)
@@ -130,13 +158,13 @@ def test_what_serves_says_so(sparse):
     )
 
 
-def test_weights_change_as_ever(sparse, pair, oracle):  # noqa: F811
+def test_weights_change_as_ever(sparse, pair, oracle, selector):  # noqa: F811
     """Keys that are written anew are sketched anew."""
     answer = sparse.post(
         "/update_weights_from_disk", {"model_path": str(pair["target"]), "flush_cache": True}
     )
     assert answer["success"]
-    check_answers(sparse.generate_all(PROMPTS, 16), PROMPTS, oracle, RULE)
+    check_answers(sparse.generate_all(PROMPTS, 16), PROMPTS, oracle, RULES[selector])
 
 
 def test_large_pages_with_retraction(pair, logs, stock, oracle):  # noqa: F811
@@ -145,7 +173,7 @@ def test_large_pages_with_retraction(pair, logs, stock, oracle):  # noqa: F811
     args = ("--page-size", "64", "--max-total-tokens", "8192", "--disable-overlap-schedule")
     with alone(pair, logs, "paged", SPARSE, *args, env=env) as server:
         answers = [server.generate(ids, 20) for ids in PROMPTS]  # too few steps each to be retracted
-        traces = check_answers(answers, PROMPTS, oracle, RULE)
+        traces = check_answers(answers, PROMPTS, oracle, RULES["pages"])
         counters = server.counters()
         assert counters["sparse_verifies"] == sum(t.rounds for t in traces)
         assert counters["selected_tokens"] == sum(t.selected for t in traces)
@@ -172,17 +200,17 @@ def test_dense_layers_and_full_steps(pair, logs, oracle):  # noqa: F811
         assert "at most" in message
 
 
-def test_what_the_host_cache_brings_back_is_sketched_anew(pair, logs, oracle):  # noqa: F811
-    args = (*HICACHE, "--admin-api-key", "key")
-    with alone(pair, logs, "hicache", SPARSE, *args, module="tests.hicache_on_cpu") as server:
+def test_what_the_host_cache_brings_back_is_sketched_anew(pair, logs, oracle, selector, config):  # noqa: F811
+    args, name, rule = (*HICACHE, "--admin-api-key", "key"), f"hicache-{selector}", RULES[selector]
+    with alone(pair, logs, name, config, *args, module="tests.hicache_on_cpu") as server:
         prompt = random_ids(400, 31)
-        oracle.agree(server.generate(prompt, 24)["output_ids"], prompt, RULE)
+        oracle.agree(server.generate(prompt, 24)["output_ids"], prompt, rule)
         for seed in range(4):  # every slot gets another occupant, who leaves sketches there
             server.generate(random_ids(600, 100 + seed), 24)
         turn = [*prompt, *random_ids(30, 32)]
         answer = server.generate(turn, 24)
         assert answer["meta_info"]["cached_tokens_details"]["host"] >= len(prompt) - 1
-        oracle.agree(answer["output_ids"], turn, RULE)
+        oracle.agree(answer["output_ids"], turn, rule)
         assert server.counters()["dense_verifies"] == 0
         assert "hicache_storage_backend: not served by sts" in refusal(attach_storage, server)
 

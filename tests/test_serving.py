@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sts_sglang.headmap import HeadCounts
 from sts_sglang.host import compat
 from sts_sglang.tools.tiny_pair import make_pair
+from tests import directions
 from tests.oracle import Oracle, Rule
 from tests.server import Server, logged, random_ids
 
@@ -189,12 +191,21 @@ def test_full_budget_then_small(pair, logs, reference, algorithm, model, shape, 
 
 @pytest.mark.parametrize(
     ("selector", "algorithm", "model", "shape"),
-    [("pages", "STANDALONE", "draft", TREE), ("joined", "EAGLE3", "eagle3", CHAIN)],
+    [
+        ("pages", "STANDALONE", "draft", TREE),
+        ("joined", "EAGLE3", "eagle3", CHAIN),
+        ("tokens", "EAGLE3", "eagle3", TREE),
+    ],
 )
-def test_pages_have_a_say(pair, logs, reference, selector, algorithm, model, shape):
+def test_the_targets_queries_have_a_say(pair, logs, reference, selector, algorithm, model, shape):
     """Selected by the target's own queries, alone or beside the draft; prefixes come with their sketches."""
     config = {**SPARSE, "keep": 0.3, "selector": selector, "page_share": 0.6}
     rule = replace(RULE, keep=0.3, selector=selector, page_share=0.6, **SHAPES[shape])
+    if selector == "tokens":
+        head_map = directions.of_pair(HeadCounts(4, 4, 2), HeadCounts(1, 4, 2), 32, step=0.07)
+        (logs / "map.json").write_text(json.dumps(head_map))
+        config["head_map"] = str(logs / "map.json")
+        rule = replace(rule, directions=head_map["directions"])
     oracle = Oracle(pair["target"], pair[model])
     with sts_server(pair, logs, selector, algorithm, model, config, *shape) as server:
         prompts = [random_ids(n, 100 + n) for n in (150, 260, 333, 91)]
@@ -204,11 +215,11 @@ def test_pages_have_a_say(pair, logs, reference, selector, algorithm, model, sha
         assert counters["dense_verifies"] == 0
         assert counters["selected_tokens"] == sum(t.selected for t in traces)
         assert counters["available_tokens"] == sum(t.available for t in traces)
-        for wrong in ({"selector": "draft"}, {"page_share": 0.9}, {"keep": 0.25}):
-            if selector == "joined" or "page_share" not in wrong:
+        for wrong in ({"selector": "draft"}, {"selector": "pages"}, {"page_share": 0.9}, {"keep": 0.25}):
+            if wrong.get("selector") != selector and (selector == "joined" or "page_share" not in wrong):
                 tokens = [oracle.generate(ids, 32, replace(rule, **wrong)).tokens for ids in prompts]
                 assert tokens != [a["output_ids"] for a in answers], f"the test does not notice {wrong}"
-        if selector == "joined":  # a branch that leaves a cached prompt within a page
+        if algorithm == "EAGLE3":  # a branch that leaves a cached prompt within a page
             branch = [*prompts[2], *random_ids(60, 5)]
             answer = server.generate(branch, 24)
             assert answer["meta_info"]["cached_tokens"] >= len(prompts[2]) - 1
