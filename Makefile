@@ -22,7 +22,10 @@ SERVED := $(patsubst %,'tests/test_serving.py::test_full_budget_then_small[%]',s
 	a_branch_within_a_page_reads_its_own_sketches what_the_host_cache_brings_back_is_sketched_anew) \
 	'tests/test_tensor_parallel.py::test_two_ranks_draft_and_verify_as_one[STANDALONE-draft-shape0]'
 
-.PHONY: env demo test architectures contract contract-checks contract-servers lint format clean
+# Of all tests, about half of the time: servers, which take one core each.
+HALF := $(addprefix tests/test_,$(addsuffix .py,serving tensor_parallel launch inspect gpu_history))
+
+.PHONY: env demo test test-servers test-others architectures contract contract-checks contract-servers lint format clean
 
 env: $(STAMP)
 
@@ -36,7 +39,13 @@ demo: env
 	$(VENV)/bin/python -m sts_sglang.tools.demo
 
 test: lint
-	$(VENV)/bin/python -m pytest
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-servers test-others
+
+test-servers: env
+	$(VENV)/bin/python -m pytest $(HALF)
+
+test-others: env
+	$(VENV)/bin/python -m pytest $(addprefix --ignore=,$(HALF))
 
 # Every served architecture on every road, against stock: half an hour.
 architectures: env

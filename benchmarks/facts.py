@@ -26,6 +26,12 @@ def facts() -> dict[str, str]:
             _others, "plain", ["sts", "map", "pages", "joined-map-u"], [0.1, 0.25], True
         ),
         "quality_smollm2_eagle3": partial(_others, "smol_eagle3", [], [], True),
+        "quality_eagle3_tokens": partial(_others, "e3t", ["sts", "tokens"], [0.1, 0.25], False),
+        "quality_alone": partial(_others, "alone", ["sts", "pages"], [0.1], True),
+        "quality_smollm2_alone": partial(
+            _others, "smol", ["tokens", "tokens-split", "pages", "quest", "oracle"], [0.1, 0.25], True
+        ),
+        "quality_smollm2_eagle3_tokens": partial(_others, "smol_e3", ["map", "tokens"], [0.1, 0.25], True),
     }
     for folder, make in makers.items():
         results = answers.answers(tables.RESULTS / folder)
@@ -134,7 +140,8 @@ def _others(name: str, arms: list[str], keeps: list[float], text: bool, found: R
             change = found.loss_change(*pair) if text else found.difference(*pair)
             made[f"{name}_{arm}_{100 * keep:.0f}"] = signed(change, digits=2 if text else 1).strip("*")
     if text:
-        made[f"{name}_accept"] = f"{found.accept_length('sts', DENSE, first, ['text']):.2f}"
+        accepted = found.accept_length(found.arms[0], DENSE, first, ["text"])
+        made[f"{name}_accept"] = "–" if accepted is None else f"{accepted:.2f}"
     return made
 
 

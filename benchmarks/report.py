@@ -35,7 +35,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-eagle3": answers.eagle3,
     "quality-pretrained": answers.pretrained,
     "variants": variants.compared,
+    "quality-tokens": answers.tokens,
+    "quality-alone": answers.alone,
+    "quality-pretrained-tokens": answers.pretrained_tokens,
     "pages": kernels.pages,
+    "tokens": kernels.tokens,
     "multi-turn": answers.multi_turn,
     "history": recall.history,
     "calibration": recall.calibration,
@@ -51,12 +55,12 @@ ANSWERS = """\
   changes by {text_10}.
 - That is the shipped pair, **which was trained to attend to few tokens**, with its STANDALONE draft; a rival
   answers as well (Quest: {quest_10} points). Its EAGLE-3 head's choice alone changes answers by
-  {eagle3_sts_10} points at 4,096 tokens, joined with page scores of the target's own queries
-  ([`"selector": "joined"`](docs/method.md#pages), not free) by {eagle3_joined-75_10}.
-- **A model that nobody here trained loses much.** SmolLM2-135M, a pruned and healed draft, loss of 4,096
-  tokens of text in percent: {plain_sts_10} at 10 % as it comes, {plain_map_10} with a
-  calibrated map; joined, by a map of equal budgets (`--budget uniform`), {plain_joined-map-u_10}, and
-  {plain_joined-map-u_25} at 25 %. Start there with such models; [measure yours](docs/evaluate.md) first."""
+  {e3t_sts_10} points at 4,096 tokens; [`"selector": "tokens"`](docs/method.md#tokens), where the
+  target's own queries score short forms of all keys, by {e3t_tokens_10}.
+- **On a model that nobody here trained, token scores hold where a draft's choice does not.** SmolLM2-135M
+  with an EAGLE-3 head, loss of 4,096 tokens of text in percent: {smol_e3_map_10} at 10 % by the head
+  and a calibrated map, and a third of the answers; {smol_e3_tokens_10} by token scores,
+  {smol_e3_tokens_25} at 25 %, and no answers. Start there, and [measure yours](docs/evaluate.md) first."""
 
 
 def report() -> str:

@@ -301,7 +301,7 @@ def flags(folder: Path, road: str, model: Path) -> tuple[str, ...]:
     return (*serve, "--speculative-algorithm", road, *CHAIN, *drafted)
 
 
-REPRESENTATIVES = {"GraniteForCausalLM": ("alone", "STANDALONE"), "Qwen3MoeForCausalLM": ("alone", "EAGLE3")}
+REPRESENTATIVES = {"GraniteForCausalLM": ("STANDALONE",), "Qwen3MoeForCausalLM": ("EAGLE3",)}
 
 
 @pytest.mark.server

@@ -24,6 +24,8 @@ QUALITY = {
     "pages": "page mean + deviation",
     "recent": "sink + recent",
     "random": "chance",
+    "tokens": "token scores",
+    "tokens-split": "token scores, budget split by a map",
     "joined": "joined",
     "joined-75": "joined, three quarters to pages",
     "joined-prop": "joined, without a calibrated map",
@@ -49,6 +51,27 @@ def eagle3() -> str:
     return asked(["quality_eagle3", "quality_eagle3_16k"], "the shipped target and EAGLE-3 head")
 
 
+def tokens() -> str:
+    """Token scores of the target's own queries beside the draft's choice, EAGLE-3, the shipped pair."""
+    return asked(["quality_eagle3_tokens"], "the shipped target and EAGLE-3 head")
+
+
+def alone() -> str:
+    """Without a draft: the shipped target, by its packaged map."""
+    named = {**QUALITY, "sts": "token scores, packaged map"}
+    return asked(["quality_alone"], "the shipped target alone", named)
+
+
+def pretrained_tokens() -> str:
+    """Token scores on SmolLM2: alone, and with the drafts of `pretrained`."""
+    parts = [asked(["quality_smollm2_alone"], "SmolLM2-135M-Instruct alone")]
+    parts += [
+        asked([f"quality_smollm2_{draft}_tokens"], f"SmolLM2-135M-Instruct with {name}")
+        for draft, name in DRAFTS
+    ]
+    return "\n\n".join(parts)
+
+
 def pretrained() -> str:
     """The same of SmolLM2 with a STANDALONE draft, and then with an EAGLE-3 head, asked for text alone."""
     parts = [
@@ -60,8 +83,8 @@ def pretrained() -> str:
 DRAFTS = (("plain", "its STANDALONE draft (a)"), ("eagle3", "its EAGLE-3 head (c)"))
 
 
-def asked(folders: list[str], whose: str) -> str:
-    """Changes against dense in these folders of results, whose arms may differ."""
+def asked(folders: list[str], whose: str, named: dict[str, str] = QUALITY) -> str:
+    """Changes against dense in these folders of results, whose arms may differ. named: arms, in words."""
     each = [found for name in folders if (found := answers(tables.RESULTS / name)) is not None]
     if not each:
         return MISSING
@@ -69,14 +92,14 @@ def asked(folders: list[str], whose: str) -> str:
     keeps = sorted({keep for found in each for keep in found.keeps if keep <= 0.25})
     for found in each:
         for length in found.lengths():
-            dense = points(found.mean("sts", DENSE, length))
+            dense = points(found.mean(found.arms[0], DENSE, length))
             head = [f"{length:,} tokens (dense: {dense})", *map(percent, keeps)]
             lines = changes(found, found.difference, length, keeps, digits=1)
             parts.append(
-                table(head, [[QUALITY[arm] + found.part(arm, length), *cells] for arm, *cells in lines])
+                table(head, [[named[arm] + found.part(arm, length), *cells] for arm, *cells in lines])
             )
         losses += [
-            [f"{QUALITY[arm]}, {length:,}", *cells]
+            [f"{named[arm]}, {length:,}", *cells]
             for length in found.lengths(loss=True)
             for arm, *cells in changes(found, found.loss_change, length, keeps, digits=2)
         ]

@@ -175,6 +175,34 @@ def step_time() -> str:
     return table(head, lines) + "\n\n" + note
 
 
+def tokens() -> str:
+    """Microseconds of a layer of token scores: by shape and query tokens."""
+    found = rows("tokens.jsonl")
+    if not found:
+        return MISSING
+    providers = ("score", "list", "layer", "sketch", "chunk")
+    by_shape: dict[tuple[int, int, int], dict[str, dict]] = {}
+    for row in found:
+        by_shape.setdefault((row["context"], row["batch"], row["rows"]), {})[row["provider"]] = row
+    lines = [
+        [
+            f"{context:,} x {batch}, {rows_}",
+            *(f"{own[name]['us']:.0f}" if name in own else "–" for name in providers),
+            f"{100 * own['score']['of_copy_rate']:.0f} %",
+        ]
+        for (context, batch, rows_), own in by_shape.items()
+    ]
+    first = found[0]
+    note = (
+        f"8 KV heads of 128 dimensions, groups of 4, keep 10 %; {first['gpu']}, {first['commit']}. `score` "
+        "and `list` (together: `layer`) run in every layer of a step or verify, `sketch` writes what a step "
+        "adds, `chunk` 8,192 tokens of a prefill. The last column: what `score` must read and write over the "
+        f"measured copy rate ({first['copy_gbps']:,} GB/s)."
+    )
+    head = ["context x requests, query tokens", *providers, "score, of copy rate"]
+    return table(head, lines) + "\n\n" + note
+
+
 def pages() -> str:
     """Microseconds of a layer (`score`, `list`, `join`) or a step (`tag`, `sizes`) of page scores."""
     found = rows("pages.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 
 from benchmarks.quality.report import table
@@ -30,20 +31,24 @@ def drafted() -> list[dict]:
     return [r for r in measured() if r.get("algorithm") != NONE and r.get("tp", 1) == 1]
 
 
+SELECTS = {"sts-tokens": "tokens", "sts-pages": "pages"}
+
+
 def alone() -> str:
-    """Tokens per second without a draft, of the newest run of a shape that has both arms."""
+    """Tokens per second without a draft, of the newest run of a shape that has stock and an arm of sts."""
     found = [r for r in measured() if r.get("algorithm") == NONE]
     lines, shown = [], []
     for tp in sorted({r["tp"] for r in found}):
         of_tp = [r for r in found if r["tp"] == tp]
-        for shape in sorted(shapes_of(of_tp), reverse=True):
-            own = newest(of_tp, shape, "stock", "sts")
+        for shape, arm in itertools.product(sorted(shapes_of(of_tp), reverse=True), SELECTS):
+            own = newest(of_tp, shape, "stock", arm)
             if not all(own):
                 continue
             stock, sts = ([r["tokens_per_s"] for r in of_arm] for of_arm in own)
             kept = max(r["keep_ratio"] for r in own[1])
             gained = f"{statistics.median(sts) / statistics.median(stock):.2f}x"
-            cells = [f"{shape[0]:,} x {shape[1]}", tp, spread(stock), spread(sts), f"{100 * kept:.1f} %"]
+            cells = [f"{shape[0]:,} x {shape[1]}", tp, SELECTS[arm], spread(stock), spread(sts)]
+            cells.append(f"{100 * kept:.1f} %")
             lines.append([*cells, gained])
             shown += [r for of_arm in own for r in of_arm]
     if not lines:
@@ -54,7 +59,7 @@ def alone() -> str:
         f"{commits(shown)}; shape of Llama-3.1-8B, dummy weights (the output is meaningless, the work is "
         f"not), prefix cached. Kept is what decode attends to."
     )
-    head = ["context x requests", "GPUs", "stock FA3", "sts, `keep` 0.1", "kept", "gain"]
+    head = ["context x requests", "GPUs", "selects by", "stock FA3", "sts, `keep` 0.1", "kept", "gain"]
     return table(head, lines) + "\n\n" + note
 
 
