@@ -20,18 +20,18 @@ def facts() -> dict[str, str]:
     makers = {
         "quality": _answers,
         "quality_parity": _parity,
-        "quality_eagle3": partial(_others, "eagle3", ["sts", "joined-75"], [0.1], False),
-        "quality_eagle3_16k": partial(_others, "eagle3_16k", ["sts", "joined"], [0.1], False),
-        "quality_smollm2_plain": partial(
-            _others, "plain", ["sts", "map", "pages", "joined-map-u"], [0.1, 0.25], True
-        ),
-        "quality_smollm2_eagle3": partial(_others, "smol_eagle3", [], [], True),
-        "quality_eagle3_tokens": partial(_others, "e3t", ["sts", "tokens"], [0.1, 0.25], False),
-        "quality_alone": partial(_others, "alone", ["sts", "pages"], [0.1], True),
+        "quality_eagle3": partial(_answered, "eagle3", {"sts": [0.1], "joined-75": [0.1]}),
+        "quality_eagle3_16k": partial(_answered, "eagle3_16k", {"sts": [0.1], "joined": [0.1]}),
+        "quality_eagle3_tokens": partial(_answered, "e3t", {"sts": [0.1], "tokens": [0.1, 0.25]}),
+        "quality_alone": partial(_read, "alone", {"sts": [0.1], "pages": [0.1]}),
+        "quality_smollm2_plain": _plain,
+        "quality_smollm2_eagle3": partial(_accepted, "smol_eagle3"),
         "quality_smollm2_alone": partial(
-            _others, "smol", ["tokens", "tokens-split", "pages", "quest", "oracle"], [0.1, 0.25], True
+            _read,
+            "smol",
+            {"tokens": [0.1, 0.25], **dict.fromkeys(("tokens-split", "pages", "quest", "oracle"), [0.1])},
         ),
-        "quality_smollm2_eagle3_tokens": partial(_others, "smol_e3", ["map", "tokens"], [0.1, 0.25], True),
+        "quality_smollm2_eagle3_tokens": partial(_read, "smol_e3", {"map": [0.1], "tokens": [0.1, 0.25]}),
     }
     for folder, make in makers.items():
         results = answers.answers(tables.RESULTS / folder)
@@ -130,19 +130,42 @@ def _answers(found: Results) -> dict[str, str]:
     }
 
 
-def _others(name: str, arms: list[str], keeps: list[float], text: bool, found: Results) -> dict[str, str]:
-    """By NAME_ARM_KEEP, at the first length: points of answers, or percent of the loss of text. And then
-    NAME_accept, tokens a round of dense verify on text."""
-    first, made = found.lengths(loss=True)[0], {}
-    for arm in arms:
-        for keep in keeps:
-            pair = (arm, keep), (arm, DENSE), first
-            change = found.loss_change(*pair) if text else found.difference(*pair)
-            made[f"{name}_{arm}_{100 * keep:.0f}"] = signed(change, digits=2 if text else 1).strip("*")
-    if text:
-        accepted = found.accept_length(found.arms[0], DENSE, first, ["text"])
-        made[f"{name}_accept"] = "–" if accepted is None else f"{accepted:.2f}"
-    return made
+Shown = dict[str, list[float]]  # arms, and the keeps of each
+
+
+def _answered(name: str, shown: Shown, found: Results) -> dict[str, str]:
+    """By NAME_ARM_KEEP, at the first length: points of answers."""
+    first = found.lengths(loss=True)[0]
+    return {
+        f"{name}_{arm}_{100 * keep:.0f}": signed(
+            found.difference((arm, keep), (arm, DENSE), first), digits=1
+        ).strip("*")
+        for arm, keeps in shown.items()
+        for keep in keeps
+    }
+
+
+def _read(name: str, shown: Shown, found: Results) -> dict[str, str]:
+    """The same of percent of the loss of text."""
+    first = found.lengths(loss=True)[0]
+    return {
+        f"{name}_{arm}_{100 * keep:.0f}": signed(
+            found.loss_change((arm, keep), (arm, DENSE), first), digits=2
+        ).strip("*")
+        for arm, keeps in shown.items()
+        for keep in keeps
+    }
+
+
+def _accepted(name: str, found: Results) -> dict[str, str]:
+    """NAME_accept, tokens a round of dense verify on text."""
+    first = found.lengths(loss=True)[0]
+    return {f"{name}_accept": f"{found.accept_length('sts', DENSE, first, ['text']):.2f}"}
+
+
+def _plain(found: Results) -> dict[str, str]:
+    both = dict.fromkeys(("sts", "map", "pages", "joined-map-u"), [0.1, 0.25])
+    return {**_read("plain", both, found), **_accepted("plain", found)}
 
 
 def _parity(found: Results) -> dict[str, str]:

@@ -103,17 +103,19 @@ def test_a_target_alone_has_a_table_of_its_own(some_serving, tmp_path):
         "algorithm": "NONE",
         "keep_ratio": 0.0984,
     }
-    runs = [(1, "b", "stock", 50), (1, "c", "stock", 100), (1, "c", "sts", 150), (1, "c", "sts", 154)]
-    runs += [(2, "c", "stock", 200), (2, "c", "sts", 200), (1, "d", "sts", 900)]
+    runs = [(1, "b", "stock", 50), (1, "c", "stock", 100), (1, "c", "sts-tokens", 150)]
+    runs += [(1, "c", "sts-tokens", 154), (1, "c", "sts-pages", 120)]
+    runs += [(2, "c", "stock", 200), (2, "c", "sts-pages", 200), (1, "d", "sts-tokens", 900)]
     with (tmp_path / "serving.jsonl").open("a") as file:
         for tp, commit, arm, speed in runs:
             file.write(
                 "\n" + json.dumps({**row, "tp": tp, "commit": commit, "arm": arm, "tokens_per_s": speed})
             )
     shown = serving.alone().splitlines()
-    assert shown[2:4] == [
-        "| 1,000 x 2 | 1 | 100 ± 0 | 152 ± 2 | 9.8 % | 1.52x |",
-        "| 1,000 x 2 | 2 | 200 ± 0 | 200 ± 0 | 9.8 % | 1.00x |",
+    assert shown[2:5] == [
+        "| 1,000 x 2 | 1 | tokens | 100 ± 0 | 152 ± 2 | 9.8 % | 1.52x |",
+        "| 1,000 x 2 | 1 | pages | 100 ± 0 | 120 ± 0 | 9.8 % | 1.20x |",
+        "| 1,000 x 2 | 2 | pages | 200 ± 0 | 200 ± 0 | 9.8 % | 1.00x |",
     ]
     assert "commit c;" in shown[-1]
     assert (serving.serving(), serving.front(), report.break_even()) == of_pairs
