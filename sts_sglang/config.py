@@ -346,6 +346,11 @@ class StsConfig:
         return self.selector in ("auto", "draft")
 
     @property
+    def hears_draft(self) -> bool:
+        """Whether the draft's attention has a say in what is selected."""
+        return self.by_draft or self.selector == "joined"
+
+    @property
     def by_pages(self) -> bool:
         """Whether sketches of pages have a say in what is selected."""
         return self.selector in ("pages", "joined")

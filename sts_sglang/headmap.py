@@ -286,6 +286,7 @@ def of_config(
     tp: int = 1,
 ) -> HeadMap:
     """The configured map for this pair, else the packaged map made for it, else the proportional default.
+    Where nothing goes by what the draft attends to, a map of the target alone will do.
 
     `draft`: None without one, where a map only splits the budget. `models`: where the weights are; without it
     fingerprints are not compared and no packaged map is used. `tp`: tensor-parallel ranks; the map is of all
@@ -294,7 +295,11 @@ def of_config(
     Raises:
         ConfigError: the map does not fit the pair, or joins draft layers while the pools differ.
     """
-    if config.head_map:
+    if config.head_map and draft is not None and not config.hears_draft and is_alone(config.head_map):
+        of_target = models and models._replace(draft=None, draft_revision=None)
+        head_map = load(config.head_map, target, None, of_target, tp)
+        head_map = replace(head_map, sources=proportional(target, draft).sources)
+    elif config.head_map:
         head_map = load(config.head_map, target, draft, models, tp)
     else:
         default = undrafted(target) if draft is None else proportional(target, draft)
@@ -407,6 +412,11 @@ def proportional(target: HeadCounts, draft: HeadCounts) -> HeadMap:
 def undrafted(target: HeadCounts) -> HeadMap:
     """Where no draft speaks: every head has the same budget."""
     return HeadMap((((),) * target.kv_heads,) * target.layers, origin="one budget for all heads (no draft)")
+
+
+def is_alone(path: str) -> bool:
+    """Whether a file is a map of a target alone, if it is a map at all. Raises as `load`."""
+    return _read(path)[0].get("draft", ...) is None
 
 
 def load(

@@ -79,6 +79,23 @@ def test_a_decode_step_selects_by_its_own_queries(head_map) -> None:
     assert rig.runtime.state.attended.tolist()[0] == 20 * LAYERS * KV_HEADS * 100
 
 
+@pytest.mark.parametrize("selector", ["tokens", "pages", "joined"])
+def test_what_nobody_goes_by_is_not_scored(head_map, selector) -> None:
+    rig = Tokens({"selector": selector, "head_map": head_map(True)})
+    rig.round(PROMPT, [torch.randn(TOKENS, Q_HEADS * DIM) for _ in range(LAYERS)])
+    assert bool(rig.runtime.state.importance.any()) == (selector == "joined")
+    assert counted(rig) == [1, 0]
+
+
+def test_a_map_of_the_target_alone_serves_with_any_draft(head_map) -> None:
+    """Where nothing goes by what that attends to."""
+    rig = Tokens({"selector": "tokens", "head_map": head_map(False)})
+    queries = [torch.randn(TOKENS, Q_HEADS * DIM) for _ in range(LAYERS)]
+    rig.check(PROMPT, queries, rig.round(PROMPT, queries))
+    with pytest.raises(ConfigError, match=r"head_map\.shift"):
+        Tokens({"selector": "draft", "head_map": head_map(False)})
+
+
 def test_a_needle_is_found_by_its_own_sketch(head_map) -> None:
     """The value at one position is far from all others; only queries of the target point at its key."""
     found = {}

@@ -28,13 +28,14 @@ class Channels(NamedTuple):
     members: dict[int, Members]
 
     @classmethod
-    def of(cls, head_map: HeadMap, device: str) -> Channels:
+    def of(cls, head_map: HeadMap, device: str, heard: bool = True) -> Channels:
+        """heard: whether anybody goes by what the draft attends to; if not, none of its layers feeds any."""
         target = [head_map.head_channels(layer) for layer in range(len(head_map.sources))]
         return cls(
             len(head_map.channels),
             torch.tensor(target, dtype=torch.int32, device=device),
             torch.tensor(head_map.of_draft(), dtype=torch.int32, device=device),
-            members_by_layer(head_map, device),
+            members_by_layer(head_map, device) if heard else {},
         )
 
 

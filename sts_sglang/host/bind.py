@@ -292,7 +292,7 @@ def assemble(
     kernel = kernel_for(config, device)
     own_ops = ops_for(kernel, device)
     own = ops(own_ops)
-    channels = Channels.of(head_map, device)
+    channels = Channels.of(head_map, device, config.hears_draft)
     # Exact on the CPU, the reference. On CUDA the torch ops stand beside the kernels, and a tenth of
     # a context reaches down to scores that only float32 tells from zero.
     exact = device == "cpu" and own_ops == "torch"
