@@ -443,6 +443,9 @@ def load(
     """
     data, digest = _read(path)
     _keys(data, "", FIELDS)
+    if draft and data.get("draft", ...) is None:
+        problem = "a map of the target alone, where the draft's attention selects"
+        raise _error("draft", problem, 'a map of the pair, or sts_config.selector "tokens" or "pages"')
     expected = {"version": MAP_VERSION, "tp": tp, **({"shift": MAP_SHIFT} if draft else {})}
     for field, value in expected.items():
         if type(data.get(field)) is not int or data[field] != value:

@@ -92,7 +92,7 @@ def test_a_map_of_the_target_alone_serves_with_any_draft(head_map) -> None:
     rig = Tokens({"selector": "tokens", "head_map": head_map(False)})
     queries = [torch.randn(TOKENS, Q_HEADS * DIM) for _ in range(LAYERS)]
     rig.check(PROMPT, queries, rig.round(PROMPT, queries))
-    with pytest.raises(ConfigError, match=r"head_map\.shift"):
+    with pytest.raises(ConfigError, match=r"head_map\.draft: a map of the target alone"):
         Tokens({"selector": "draft", "head_map": head_map(False)})
 
 
@@ -144,6 +144,19 @@ def test_what_a_last_verify_added_is_sketched_for_who_shares_it(head_map) -> Non
         for kv in range(KV_HEADS):
             expected = rig.sketch(layer, kv, PROMPT + 10)[PROMPT:]
             assert torch.equal(stored[slots[PROMPT : PROMPT + 10], kv].double(), expected)
+
+
+@pytest.mark.parametrize("drafts", [True, False])
+def test_a_verify_sketches_its_own_tokens(head_map, drafts) -> None:
+    """A request that has the same text may get the slots of one that ends with this verify."""
+    rig = Tokens({"selector": "tokens", "head_map": head_map(drafts)}, drafts=drafts)
+    rows = TOKENS if drafts else 1
+    queries = [torch.randn(rows, Q_HEADS * DIM) for _ in range(LAYERS)]
+    (rig.round if drafts else rig.step)(PROMPT, queries)
+    for layer, stored in rig.runtime.sketches.of_layer.items():
+        for kv in range(KV_HEADS):
+            expected = rig.sketch(layer, kv, PROMPT + rows)
+            assert torch.equal(stored[rig.slots[: PROMPT + rows], kv].double(), expected)
 
 
 def test_a_context_within_its_budget_is_attended_to_whole(head_map) -> None:

@@ -992,7 +992,8 @@ def test_a_refusal_is_one_line():
 
 @pytest.mark.parametrize("name", release.TREES_THAT_REMEMBER)
 def test_history_needs_a_cache_that_says_what_it_loads_back(name, monkeypatch):
-    hierarchical = SimpleNamespace(enable_hierarchical_cache=True)
+    hierarchical = SimpleNamespace(enable_hierarchical_cache=True, speculative_algorithm="EAGLE3")
+    alone = SimpleNamespace(enable_hierarchical_cache=True, speculative_algorithm=None)
     validate.check_history(hierarchical, StsConfig(history="blend"))
     monkeypatch.setenv(name, "1")
     validate.check_history(hierarchical, StsConfig())
@@ -1000,3 +1001,5 @@ def test_history_needs_a_cache_that_says_what_it_loads_back(name, monkeypatch):
     for key, config in (("history", StsConfig(history="blend")), ("selector", StsConfig(selector="joined"))):
         with pytest.raises(Refusal, match=rf"^sts_config\.{key}: not served with .* {name}.* unset"):
             validate.check_history(hierarchical, config)
+    with pytest.raises(Refusal, match=r"unset the variable$"):  # nothing else selects there
+        validate.check_history(alone, StsConfig(selector="pages"))

@@ -40,6 +40,8 @@ SKETCHED = 4
 # Bits of a float16 score that its rank in a list of tokens does not depend on: all but the exponent and four
 # of the mantissa. A sketch tells a score no better.
 UNRANKED_BITS = 6
+# Scores of a row that one program counts by rank and lists, where the row is longer than one can hold.
+SEGMENT = 8192
 MOST_STEPS = 127  # of a value of a sketch, in int8, either way
 # In place of the slot that ends a slot's page: the slice that lies there belongs to none.
 NO_PAGE = -1

@@ -21,6 +21,7 @@ from sts_kernels.layout import (
     ALIGN,
     IMPORTANCE_SCALE,
     MOST_STEPS,
+    SEGMENT,
     UNRANKED_BITS,
     Contexts,
     Directions,
@@ -55,7 +56,7 @@ class TokensKnobs(SplitKnobs):
     pooled: int = 2048
     pool_programs: int = 1056
     pool_warps: int = 4
-    segment: int = 8192
+    segment: int = SEGMENT
     listed: int = 2048
     list_warps: int = 8
 

@@ -149,7 +149,7 @@ class StsTargetBackend(Bindable, AttentionBackend):
     def _begin_verify(self, fb: ForwardBatch) -> None:
         """Once a round, before the first layer."""
         self._contexts = views.committed(fb).contexts(self.table)
-        self._lists = self.runtime.begin_verify(self._contexts)
+        self._lists = self.runtime.begin_verify(self._contexts, views.tree(fb)[0])
         if self.runtime.sketches is not None:
             self.runtime.sketches.forget(views.written(fb))
         whole = self.runtime.config.some_dense_verify and not self._dense_verifies(fb)

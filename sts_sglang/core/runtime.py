@@ -207,14 +207,15 @@ class Runtime:
 
     # ---- verify
 
-    def begin_verify(self, contexts: Contexts) -> Lists:
-        """Once a round, before the first layer: select per (request, channel)."""
+    def begin_verify(self, contexts: Contexts, tokens: int = 1) -> Lists:
+        """Once a round, before the first layer: select per (request, channel). tokens: of the tail."""
         if self.draft is None:  # the layers score, by what they are asked
             self.state.carry_lengths(contexts.reqs.long(), contexts.lens.long(), prefill=False)
         elif self.draft.num_steps == 1:
             self._score_carried(contexts)
         if self.sketches is not None:
-            self.sketches.begin_verify(contexts, 1 if self.draft is None else self.draft.num_steps + 1)
+            most = 1 if self.draft is None else self.draft.num_steps + 1
+            self.sketches.begin_verify(contexts, most, tokens)
         if self.config.sparse_draft:
             lists = self.state.kept_lists(contexts.lens.numel())
         else:

@@ -4,7 +4,7 @@ of them a query wants.
 Two kinds: the mean and deviation of a page, and a token's key on few directions. What both add to the ops
 that write them is when: a prefill writes the sketches of what it adds and of what lacks one in its prefix; a
 verify writes those of what earlier verifies added, for only then is it known which of their tokens were
-accepted.
+accepted, and of single tokens those of its own as well.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class Sketches(Protocol):
         written anew, with all behind it: what came in the last verify of another request, or what HiCache
         brought back."""
 
-    def begin_verify(self, contexts: Contexts, most: int) -> None:
-        """Before the layers of a verify. most: tokens that a round commits."""
+    def begin_verify(self, contexts: Contexts, most: int, tokens: int) -> None:
+        """Before the layers of a verify of so many tokens, at the positions behind the context. most: how
+        many of them a round commits."""
 
     def write(self, layer: int, pool: KvPool) -> None:
         """Once the keys of a layer are there."""
@@ -82,7 +83,7 @@ class PageSketches:
         before = torch.where(first < before // PAGE * PAGE, first, before.long())
         self._begin(contexts, before, contexts.table.shape[1])  # how much is missing no host knows
 
-    def begin_verify(self, contexts: Contexts, most: int) -> None:
+    def begin_verify(self, contexts: Contexts, most: int, tokens: int) -> None:
         self._begin(contexts, self.sketched[contexts.reqs], most)
 
     def write(self, layer: int, pool: KvPool) -> None:
@@ -140,10 +141,12 @@ class TokenSketches:
             self._mark(few, contexts, before, 0, contexts.table.shape[1])
         self._begin(contexts, before, contexts.table.shape[1])  # how much is missing no host knows
 
-    def begin_verify(self, contexts: Contexts, most: int) -> None:
+    def begin_verify(self, contexts: Contexts, most: int, tokens: int) -> None:
+        """Its own tokens are sketched at once: when a request ends, SGLang may give its slots to another that
+        has the same text, in place of slots whose prompt ran already, and nothing would write them anew."""
         before = self.sketched[contexts.reqs]
         self._mark(slice(None), contexts, before, before[:, None], most)
-        self._begin(contexts, before, most)
+        self._begin(contexts, before, most + tokens, tokens)
 
     def write(self, layer: int, pool: KvPool) -> None:
         """As they are meant, for the steps of directions are of those."""
@@ -164,8 +167,9 @@ class TokenSketches:
         own = sum(t.nbytes for given in self.directions.values() for t in given)
         return own + sum(t.nbytes for t in (*self.of_layer.values(), self.written, self.sketched))
 
-    def _begin(self, contexts: Contexts, before: torch.Tensor, most: int) -> None:
-        self._contexts, self._before, self._most = contexts, before, most
+    def _begin(self, contexts: Contexts, before: torch.Tensor, most: int, tokens: int = 0) -> None:
+        self._contexts = contexts._replace(lens=contexts.lens + tokens)
+        self._before, self._most = before, most
         self.sketched.index_copy_(0, contexts.reqs.long(), contexts.lens.long())
 
     def _unwritten(self, slots: torch.Tensor) -> torch.Tensor:
@@ -180,7 +184,7 @@ class TokenSketches:
         places = first + torch.arange(number, device=lens.device)
         here = (places >= before[few, None]) & (places < lens[:, None]) & (reqs > 0)[:, None]
         width = contexts.table.shape[1]
-        slots = contexts.table[reqs].gather(1, places.clamp(max=width - 1).expand(here.shape))
+        slots = contexts.table[reqs[:, None], places.clamp(max=width - 1)]
         self.written.index_fill_(0, torch.where(here, slots, 0).flatten().long(), True)
 
 

@@ -1,7 +1,8 @@
 """Hooks on the tokenizer manager: calls and requests that SGLang takes under speculation and does not follow.
 
 Here they can still be answered with a 400; in the scheduler they would end it, or change it without a word.
-Without a draft weights change as ever: keys that are written anew are sketched anew.
+Without a draft weights change as ever, unless FP8 KV has scales of the old ones: keys that are written anew
+are sketched anew.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sts_sglang.config import ConfigError
+from sts_sglang.host import views
 from sts_sglang.host.serves import asks_for_sts, speculates
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ FROM_DISTRIBUTED = (
     f"map is of the old weights; {_ANEW}"
 )
 SESSION = f"not served by sts: SGLang would make the weights of draft and target ready for others; {_ANEW}"
+SCALES = f"not served by sts with FP8 KV, which it reads by the scales of the old weights; {_ANEW}"
 STORAGE = "not served by sts: it may bring a prefix back without the draft's KV; leave it out"
 RESET = f"not served by sts: it overwrites the weights of draft and target, and no update is served; {_ANEW}"
 
@@ -40,6 +43,8 @@ def _refuses(name: str, call: str, why: str, *rest: object) -> Callable:
     async def refuse(original, self: TokenizerManager, obj, request=None):
         if _drafts(self.server_args):
             return False, f"{call}: {why}", *rest
+        if asks_for_sts(self.server_args) and views.kv_asked(self.server_args).fp8:
+            return False, f"{call}: {SCALES}", *rest
         return await original(self, obj, request)
 
     refuse.__name__ = refuse.__qualname__ = name

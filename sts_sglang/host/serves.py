@@ -320,11 +320,13 @@ def check_history(server_args: ServerArgs, config: StsConfig) -> None:
     remembers = config.history != "off" or config.by_sketches
     if not remembers or not server_args.enable_hierarchical_cache:
         return
+    can = config.history != "off" or speculates(server_args)  # nothing else selects without a draft
+    instead = f' or set {key} to "{off}"' if can else ""
     for name in release.TREES_THAT_REMEMBER:
         if getattr(envs, name).get():
             raise Refusal(
                 f"sts_config.{key}: not served with --enable-hierarchical-cache and {name}, whose slots "
-                f'would remember their earlier occupants; unset the variable or set {key} to "{off}"'
+                f"would remember their earlier occupants; unset the variable{instead}"
             )
 
 

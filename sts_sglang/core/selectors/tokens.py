@@ -13,7 +13,18 @@ from typing import NamedTuple
 import torch
 
 from sts_kernels import Ops
-from sts_kernels.layout import UNKNOWN, Contexts, Directions, Lists, Plan, Pooling, Scores, Sizes
+from sts_kernels.layout import (
+    SEGMENT,
+    UNKNOWN,
+    UNRANKED_BITS,
+    Contexts,
+    Directions,
+    Lists,
+    Plan,
+    Pooling,
+    Scores,
+    Sizes,
+)
 from sts_sglang.config import StsConfig
 from sts_sglang.core import sketches
 from sts_sglang.core.round import RoundState
@@ -147,6 +158,7 @@ def need(config: StsConfig, target: TargetShape, longest: int) -> Need:
     some = min(target.requests, at_once(capacity.context, target.kv_heads, rows))
     fixed += some * logit_bytes(capacity.context, target.kv_heads, rows)
     fixed += list_bytes(target.kv_heads, target.requests, longest) + sketches.SCRATCH
+    fixed += target.requests * target.kv_heads * counted_bytes(capacity.context)
     of_heads = layers, target.kv_heads, target.head_dim
     fixed += sketches.direction_bytes(*of_heads, target.dtype.itemsize)
     return Need(fixed, sketches.token_bytes(*of_heads))
@@ -155,6 +167,11 @@ def need(config: StsConfig, target: TargetShape, longest: int) -> Need:
 def logit_bytes(columns: int, kv_heads: int, rows: int) -> int:
     """Of one request, while a layer's tokens are scored: a float16 for each of a KV head's query rows."""
     return 2 * kv_heads * columns * rows
+
+
+def counted_bytes(columns: int) -> int:
+    """Of one row, while long ones are listed: an int32 for each rank and part of it."""
+    return (-(-columns // SEGMENT) + 1) * 4 * (1 << (15 - UNRANKED_BITS))
 
 
 def at_once(columns: int, kv_heads: int, rows: int) -> int:
