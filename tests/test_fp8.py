@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sglang.srt.layers.radix_attention import RadixAttention
 
 from sts_sglang.config import ConfigError
-from sts_sglang.host import bind, views
+from sts_sglang.host import bind, refused, views
 from sts_sglang.tools.tiny_pair import make_pair
 from tests import directions
 from tests.server import Server, random_ids
@@ -125,9 +126,9 @@ def test_kv_is_what_the_launch_asked_for(asked, fp8, dense, problem) -> None:
 def test_gpus_without_fp8_are_refused(monkeypatch) -> None:
     runner = Layers().runner(Pool(8, (1.0, 1.0)))
     runner.device = "cuda"
-    for capability, refused in (((8, 0), True), ((8, 9), False), ((9, 0), False)):
+    for capability, lacks in (((8, 0), True), ((8, 9), False), ((9, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        if refused:
+        if lacks:
             with pytest.raises(ConfigError, match="--kv-cache-dtype: this GPU has no FP8.*allowed: auto"):
                 bind._check_kv(runner, E4M3, "fa3")
         else:
@@ -211,3 +212,22 @@ def test_scales_of_a_checkpoint_are_written_and_read_alike(tmp_path) -> None:
         found.append(answers(of_target, tmp_path / f"{name}.log", *args))
     assert found[0] == found[1]
     assert found[0][1]["sparse_verifies"] > 0
+
+
+@pytest.mark.parametrize("kv, refused_", [("fp8_e4m3", True), ("auto", False)])
+def test_weights_that_scales_are_of_do_not_change_while_serving(kv: str, refused_: bool) -> None:
+    args = SimpleNamespace(
+        attention_backend="sts",
+        prefill_attention_backend=None,
+        decode_attention_backend=None,
+        speculative_draft_attention_backend=None,
+        speculative_algorithm=None,
+        kv_cache_dtype=kv,
+    )
+
+    async def original(self, obj, request):
+        return True, "updated", 0
+
+    call = refused.update_from_disk(original, SimpleNamespace(server_args=args), None)
+    done, said, _ = asyncio.run(call)
+    assert done != refused_ and ("scales of the old weights" in said) == refused_
