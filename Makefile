@@ -12,8 +12,8 @@ CHECKS := $(addprefix tests/test_,$(addsuffix .py,architecture architectures mut
 	tests/test_evaluate.py::test_a_pair_is_evaluated \
 	tests/test_launch.py::test_engine_takes_a_dict_and_refuses_a_second_config \
 	tests/test_launch.py::test_a_scheduler_that_nobody_checked_ends_in_one_line
-SERVED := $(patsubst %,'tests/test_serving.py::test_full_budget_then_small[%]',standalone-chain standalone-tree \
-	eagle3-chain eagle3-tree standalone-chain-all) \
+SERVED := $(patsubst %,'tests/test_serving.py::test_full_budget_then_small[%]',standalone-chain eagle3-tree \
+	standalone-chain-all) \
 	tests/test_serving.py::test_metrics_and_server_info \
 	tests/test_serving.py::test_updates_of_weights_are_400s_and_touch_none \
 	tests/test_serving.py::test_pages_of_16_with_retraction \
