@@ -7,6 +7,7 @@ A number that stands in the template itself says at which commit it was measured
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from functools import partial
 
 from benchmarks import tables
@@ -135,22 +136,19 @@ Shown = dict[str, list[float]]  # arms, and the keeps of each
 
 def _answered(name: str, shown: Shown, found: Results) -> dict[str, str]:
     """By NAME_ARM_KEEP, at the first length: points of answers."""
-    first = found.lengths(loss=True)[0]
-    return {
-        f"{name}_{arm}_{100 * keep:.0f}": signed(
-            found.difference((arm, keep), (arm, DENSE), first), digits=1
-        ).strip("*")
-        for arm, keeps in shown.items()
-        for keep in keeps
-    }
+    return _changes(name, shown, found, found.difference, digits=1)
 
 
 def _read(name: str, shown: Shown, found: Results) -> dict[str, str]:
     """The same of percent of the loss of text."""
+    return _changes(name, shown, found, found.loss_change, digits=2)
+
+
+def _changes(name: str, shown: Shown, found: Results, change: Callable, digits: int) -> dict[str, str]:
     first = found.lengths(loss=True)[0]
     return {
         f"{name}_{arm}_{100 * keep:.0f}": signed(
-            found.loss_change((arm, keep), (arm, DENSE), first), digits=2
+            change((arm, keep), (arm, DENSE), first), digits=digits
         ).strip("*")
         for arm, keeps in shown.items()
         for keep in keeps

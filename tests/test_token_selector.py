@@ -7,7 +7,16 @@ import json
 import pytest
 import torch
 
-from sts_kernels.layout import IMPORTANCE_SCALE, MOST_STEPS, UNKNOWN, UNRANKED_BITS, Contexts, KvPool
+from sts_kernels.layout import (
+    IMPORTANCE_SCALE,
+    MOST_STEPS,
+    SKETCHED,
+    UNKNOWN,
+    UNRANKED_BITS,
+    Contexts,
+    KvPool,
+)
+from sts_sglang import headmap
 from sts_sglang.config import ConfigError
 from sts_sglang.core.selectors import tokens
 from tests import directions
@@ -218,6 +227,11 @@ def test_without_directions_tokens_are_refused_and_auto_selects_pages() -> None:
     with pytest.raises(ConfigError, match=r"sts_config\.selector: got 'tokens'.*no directions"):
         Request({"selector": "tokens"})
     assert Request({}, drafts=False).runtime.config.selector == "pages"
+
+
+def test_maps_and_sketches_have_as_many_directions() -> None:
+    """The launcher reads maps without torch, which the kernels' layout imports."""
+    assert headmap.DIMS_EACH == SKETCHED
 
 
 def test_directions_of_other_heads_are_refused(tmp_path) -> None:

@@ -157,9 +157,7 @@ def check_headwise(lists: Lists, channels: torch.Tensor, paged: PagedLists) -> N
 
 def check_tags(op: str, contexts: Contexts, before: torch.Tensor, tags: torch.Tensor) -> None:
     """Arguments of tag_pages, and of others that read tags."""
-    lens = tuple(contexts.lens.shape)
-    expect(op, len(lens) == 1, f"lens must be [bs], got {lens}")
-    expect(op, tuple(before.shape) == lens, f"before must be {lens} as lens are, got {tuple(before.shape)}")
+    _check_before(op, contexts, before)
     ok = tags.dtype == torch.int32 and tags.dim() == 1 and tags.is_contiguous()
     expect(op, ok, f"tags must be contiguous int32 [slots], got {tags.dtype} {tuple(tags.shape)}")
 
@@ -174,8 +172,7 @@ def check_sketches(
     """Arguments of sketch_pages."""
     op = "sketch_pages"
     check_tags(op, contexts, before, tags)
-    ok = keys.dim() == 3 and keys.stride(2) == 1
-    expect(op, ok, f"keys must be [slots, H_kv, D] with stride 1 in D, got {tuple(keys.shape)}")
+    _check_keys(op, keys)
     _check_sketches(op, sketches, keys.shape[1], keys.shape[2])
 
 
@@ -196,9 +193,7 @@ def check_page_scores(
     op = "score_pages"
     _check_importance(op, scores)
     kv_heads, bs = scores.importance.shape[0], sizes.contexts.lens.numel()
-    ok = q.dim() == 4 and q.shape[0] == bs and q.shape[2] % kv_heads == 0
-    expect(op, ok, f"q must be [{bs}, T, H_q, D] for {kv_heads} KV heads, got {tuple(q.shape)}")
-    _check_distance(op, q)
+    _check_rows(op, q, bs, kv_heads)
     _check_sketches(op, sketches, kv_heads, q.shape[3])
     _check_pooling(op, pooling)
 
@@ -211,10 +206,9 @@ def check_token_sketches(
     before: torch.Tensor,
 ) -> None:
     """Arguments of sketch_tokens."""
-    op, lens = "sketch_tokens", tuple(contexts.lens.shape)
-    expect(op, tuple(before.shape) == lens, f"before must be {lens} as lens are, got {tuple(before.shape)}")
-    ok = keys.dim() == 3 and keys.stride(2) == 1
-    expect(op, ok, f"keys must be [slots, H_kv, D] with stride 1 in D, got {tuple(keys.shape)}")
+    op = "sketch_tokens"
+    _check_before(op, contexts, before)
+    _check_keys(op, keys)
     _check_directions(op, sketches, directions, keys.shape[1], keys.shape[2])
     got = directions.onto.dtype
     ok = got == keys.dtype or keys.dtype in FP8
@@ -228,11 +222,28 @@ def check_token_scores(
     op = "score_tokens"
     _check_importance(op, scores)
     kv_heads, bs = scores.importance.shape[0], scores.starts.numel()
+    _check_rows(op, q, bs, kv_heads)
+    _check_directions(op, sketches, directions, kv_heads, q.shape[3])
+    _check_pooling(op, pooling)
+
+
+def _check_before(op: str, contexts: Contexts, before: torch.Tensor) -> None:
+    """What is written of every request begins there."""
+    lens = tuple(contexts.lens.shape)
+    expect(op, len(lens) == 1, f"lens must be [bs], got {lens}")
+    expect(op, tuple(before.shape) == lens, f"before must be {lens} as lens are, got {tuple(before.shape)}")
+
+
+def _check_keys(op: str, keys: torch.Tensor) -> None:
+    ok = keys.dim() == 3 and keys.stride(2) == 1
+    expect(op, ok, f"keys must be [slots, H_kv, D] with stride 1 in D, got {tuple(keys.shape)}")
+
+
+def _check_rows(op: str, q: torch.Tensor, bs: int, kv_heads: int) -> None:
+    """Queries of a step or verify, which score."""
     ok = q.dim() == 4 and q.shape[0] == bs and q.shape[2] % kv_heads == 0
     expect(op, ok, f"q must be [{bs}, T, H_q, D] for {kv_heads} KV heads, got {tuple(q.shape)}")
     _check_distance(op, q)
-    _check_directions(op, sketches, directions, kv_heads, q.shape[3])
-    _check_pooling(op, pooling)
 
 
 def _check_directions(

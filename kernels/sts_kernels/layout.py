@@ -40,6 +40,7 @@ SKETCHED = 4
 # Bits of a float16 score that its rank in a list of tokens does not depend on: all but the exponent and four
 # of the mantissa. A sketch tells a score no better.
 UNRANKED_BITS = 6
+RANKS = 1 << (15 - UNRANKED_BITS)  # of scores that are not negative
 # Scores of a row that one program counts by rank and lists, where the row is longer than one can hold.
 SEGMENT = 8192
 MOST_STEPS = 127  # of a value of a sketch, in int8, either way

@@ -21,18 +21,25 @@ from sts_kernels.split_kv import LOG2E, SplitKnobs, padded, plan_whole, starts_e
 
 
 @dataclass(frozen=True)
-class PageScoresKnobs(SplitKnobs):
+class PoolKnobs(SplitKnobs):
+    """pool_programs: that all (request, KV head) pairs are parted among where logits are pooled. pool_warps:
+    of one. The rest: see SplitKnobs.
+    """
+
+    pool_programs: int = 528
+    pool_warps: int = 4
+
+
+@dataclass(frozen=True)
+class PageScoresKnobs(PoolKnobs):
     """block: bytes of sketches that a program reads at a time, about. pool_pages: pages that a pooling
-    program takes at a time. pool_programs: that all (request, KV head) pairs are parted among. pool_warps: of
-    one. The rest: see SplitKnobs, in pages.
+    program takes at a time. The rest: see PoolKnobs, in pages.
     """
 
     programs: int = 528
     least: int = 64
     block: int = 32768
     pool_pages: int = 128
-    pool_programs: int = 528
-    pool_warps: int = 4
 
 
 KNOBS = PageScoresKnobs()
@@ -120,33 +127,70 @@ def score_pages(
         num_warps=KNOBS.num_warps,
         num_stages=KNOBS.num_stages,
     )
-    pieces = -(-width // KNOBS.pool_pages)
-    programs = max(1, min(KNOBS.pool_programs // (bs * kv_heads), pieces))
+    pool_logits(
+        logits,
+        stats,
+        scores,
+        lens,
+        plan,
+        pooling,
+        tokens=tokens,
+        group=q_heads // kv_heads,
+        longest=width,
+        block=KNOBS.pool_pages,
+        knobs=KNOBS,
+        known=sizes.known,
+    )
+
+
+def pool_logits(
+    logits: torch.Tensor,
+    stats: torch.Tensor,
+    scores: Scores,
+    lens: torch.Tensor,
+    plan: Plan,
+    pooling: Pooling,
+    *,
+    tokens: int,
+    group: int,
+    longest: int,
+    block: int,
+    knobs: PoolKnobs,
+    known: torch.Tensor | None = None,
+) -> None:
+    """Make importance of what a score kernel left: logits [H_kv, columns, T * group] of pages, or of what
+    else there are `lens` [bs] of, at most `longest`, and stats [H_kv, work, rows, 2] of the parts of `plan`.
+
+    block: of them at a time. known: uint8 [bs, longest], which have logits; None: all.
+    """
+    (kv_heads, columns), bs = scores.importance.shape, lens.numel()
+    early = starts_early(logits.device) if knobs.early else {}
+    programs = max(1, min(knobs.pool_programs // (bs * kv_heads), -(-longest // block)))
     pool_logits_kernel[(kv_heads, bs, programs)](
         logits,
         stats,
-        sizes.known,
+        known,
         plan.ends,
         scores.importance,
         lens,
         scores.starts,
         columns,
         scores.importance.stride(0),
-        width,
-        work,
+        longest,
+        stats.shape[1],
         IMPORTANCE_SCALE / (pooling.total_rows if pooling.rows == "mean" else 1),
         MEAN_ROWS=pooling.rows == "mean",
         MEAN_HEADS=pooling.heads == "mean",
         T=tokens,
         T_P2=triton.next_power_of_2(tokens),
-        GROUP=q_heads // kv_heads,
-        GROUP_P2=triton.next_power_of_2(q_heads // kv_heads),
-        ROWS=rows,
+        GROUP=group,
+        GROUP_P2=triton.next_power_of_2(group),
+        ROWS=stats.shape[2],
         SPLITS_P2=triton.next_power_of_2(plan.most),
         PROGRAMS=programs,
-        BLOCK=KNOBS.pool_pages,
+        BLOCK=block,
         EARLY=bool(early),
-        num_warps=KNOBS.pool_warps,
+        num_warps=knobs.pool_warps,
         **early,
     )
 

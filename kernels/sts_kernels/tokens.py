@@ -19,8 +19,8 @@ from sts_kernels import select
 from sts_kernels.checks import check_select, check_token_scores, check_token_sketches, expect_half
 from sts_kernels.layout import (
     ALIGN,
-    IMPORTANCE_SCALE,
     MOST_STEPS,
+    RANKS,
     SEGMENT,
     UNRANKED_BITS,
     Contexts,
@@ -30,21 +30,20 @@ from sts_kernels.layout import (
     Pooling,
     Scores,
 )
-from sts_kernels.page_scores import pool_logits_kernel
+from sts_kernels.page_scores import PoolKnobs, pool_logits
 from sts_kernels.select import is_long, select_rows
-from sts_kernels.split_kv import LOG2E, SplitKnobs, padded, plan_whole, starts_early
+from sts_kernels.split_kv import LOG2E, padded, plan_whole, starts_early
 
 LARGEST = 65504.0  # of float16, which logits are kept in
 LEAST_ROWS, LEAST_DIRECTIONS = 8, 32  # of a product of int8
-RANKS = 1 << (15 - UNRANKED_BITS)  # of scores that are not negative
 
 
 @dataclass(frozen=True)
-class TokensKnobs(SplitKnobs):
+class TokensKnobs(PoolKnobs):
     """sketch_block: keys that a program sketches at a time. sketch_programs: that all (request, KV head)
     pairs are parted among. block: tokens that a program scores at a time. pooled: logits that a pooling
-    program takes at a time, of pool_programs for all pairs. pool_warps: of one. segment: scores of a row that
-    one program counts and lists, `listed` at a time. list_warps: of one. The rest: see SplitKnobs.
+    program takes at a time. segment: scores of a row that one program counts and lists, `listed` at a time.
+    list_warps: of one. The rest: see PoolKnobs.
     """
 
     programs: int = 1056
@@ -55,7 +54,6 @@ class TokensKnobs(SplitKnobs):
     block: int = 256
     pooled: int = 2048
     pool_programs: int = 1056
-    pool_warps: int = 4
     segment: int = SEGMENT
     listed: int = 2048
     list_warps: int = 8
@@ -184,35 +182,18 @@ def score_tokens(
         num_warps=KNOBS.num_warps,
         num_stages=KNOBS.num_stages,
     )
-    width = contexts.table.shape[1]
-    block = max(16, KNOBS.pooled // triton.next_power_of_2(used))
-    programs = max(1, min(KNOBS.pool_programs // (bs * kv_heads), -(-width // block)))
-    pool_logits_kernel[(kv_heads, bs, programs)](
+    pool_logits(
         logits,
         stats,
-        None,
-        plan.ends,
-        scores.importance,
+        scores,
         contexts.lens,
-        scores.starts,
-        columns,
-        scores.importance.stride(0),
-        width,
-        work,
-        IMPORTANCE_SCALE / (pooling.total_rows if pooling.rows == "mean" else 1),
-        MEAN_ROWS=pooling.rows == "mean",
-        MEAN_HEADS=pooling.heads == "mean",
-        T=tokens,
-        T_P2=triton.next_power_of_2(tokens),
-        GROUP=group,
-        GROUP_P2=triton.next_power_of_2(group),
-        ROWS=rows,
-        SPLITS_P2=triton.next_power_of_2(plan.most),
-        PROGRAMS=programs,
-        BLOCK=block,
-        EARLY=bool(early),
-        num_warps=KNOBS.pool_warps,
-        **early,
+        plan,
+        pooling,
+        tokens=tokens,
+        group=group,
+        longest=contexts.table.shape[1],
+        block=max(16, KNOBS.pooled // triton.next_power_of_2(used)),
+        knobs=KNOBS,
     )
 
 

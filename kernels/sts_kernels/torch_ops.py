@@ -581,11 +581,16 @@ def score_pages(
         logits = torch.einsum("thgd,hpd->thgp", rows, mean)
         logits += torch.einsum("thgd,hpd->thgp", rows.abs(), deviation)
         probs = torch.softmax(logits * scale, -1)
-        pooled = probs.amax(2) if pooling.heads == "max" else probs.mean(2)
-        pooled = pooled.amax(0) if pooling.rows == "max" else pooled.sum(0) / pooling.total_rows
         found = torch.full((kv_heads, pages), torch.nan, device=q.device)
-        found[:, known] = pooled * IMPORTANCE_SCALE
+        found[:, known] = _importance(probs, pooling)
         scores.importance[:, starts[b] : starts[b] + pages] = found.to(scores.importance.dtype)
+
+
+def _importance(probs: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    """float32 [H_kv, n], of probabilities [T, H_kv, G, n] of the rows and heads that share a KV head."""
+    pooled = probs.amax(2) if pooling.heads == "max" else probs.mean(2)
+    pooled = pooled.amax(0) if pooling.rows == "max" else pooled.sum(0) / pooling.total_rows
+    return pooled * IMPORTANCE_SCALE
 
 
 def sketch_tokens(
@@ -671,9 +676,7 @@ def score_tokens(
         step = rows.abs().amax(-1, keepdim=True).clamp(min=1e-30) / MOST_STEPS
         rows = torch.floor(rows / step + 0.5)
         probs = torch.softmax(torch.einsum("thgr,lhr->thgl", rows, own) * step * scale, -1)
-        pooled = probs.amax(2) if pooling.heads == "max" else probs.mean(2)
-        pooled = pooled.amax(0) if pooling.rows == "max" else pooled.sum(0) / pooling.total_rows
-        found = (pooled * IMPORTANCE_SCALE).to(scores.importance.dtype)
+        found = _importance(probs, pooling).to(scores.importance.dtype)
         scores.importance[:, starts[b] : starts[b] + length] = found
 
 

@@ -14,9 +14,9 @@ import torch
 
 from sts_kernels import Ops
 from sts_kernels.layout import (
+    RANKS,
     SEGMENT,
     UNKNOWN,
-    UNRANKED_BITS,
     Contexts,
     Directions,
     Lists,
@@ -171,7 +171,7 @@ def logit_bytes(columns: int, kv_heads: int, rows: int) -> int:
 
 def counted_bytes(columns: int) -> int:
     """Of one row, while long ones are listed: an int32 for each rank and part of it."""
-    return (-(-columns // SEGMENT) + 1) * 4 * (1 << (15 - UNRANKED_BITS))
+    return (-(-columns // SEGMENT) + 1) * 4 * RANKS
 
 
 def at_once(columns: int, kv_heads: int, rows: int) -> int:
