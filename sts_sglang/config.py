@@ -27,6 +27,9 @@ ENV = "STS_CONFIG"
 MAX_SOURCE = 64 * 1024  # bytes of a file, characters of a string
 MAX_TOKENS = 2**24
 MAX_LAYERS = 1024
+# What `keep` "auto" stands for, by the draft's choice and by the target's own queries: of 0.1, 0.25 and 0.5
+# the least at which `sts-sglang evaluate` lets the latter pass on a model that nobody trained to be sparse.
+KEEP_BY_DRAFT, KEEP_BY_TARGET = 0.1, 0.25
 BRANCHES = 2  # places within a page where a request left the prefix that it shares; more are rare
 
 Policy = Literal["ratio", "fixed", "top_p"]
@@ -125,6 +128,14 @@ def _number(inside: Callable[[float], bool], allowed: str) -> Callable[[str, obj
 
 
 _share = _number(lambda x: 0 < x <= 1, "a number above 0 and at most 1")
+
+
+def _share_or_auto(field: str, value: object) -> float | str:
+    if isinstance(value, str) and value == "auto":
+        return value
+    return _number(lambda x: 0 < x <= 1, "a number above 0 and at most 1, or 'auto'")(field, value)
+
+
 _part = _number(lambda x: 0 <= x <= 1, "a number from 0 to 1")
 _inner = _number(lambda x: 0 < x < 1, "a number between 0 and 1")
 # Between 0.999 and 1 float16 would round the change away, round after round.
@@ -175,7 +186,7 @@ def _digest(field: str, value: object) -> str | None:
 
 _READERS: dict[str, Callable[[str, object], object]] = {
     "policy": _choice(get_args(Policy)),
-    "keep": _share,
+    "keep": _share_or_auto,
     "budget": _integer(0, MAX_TOKENS),
     "top_p": _share,
     "sink": _sink,
@@ -213,8 +224,9 @@ class StsConfig:
     policy: Policy = "ratio"
     """`ratio`: keep a share of the context; `fixed`: `budget` tokens; `top_p`: the smallest set that holds
     `top_p` of the importance, at most `budget`."""
-    keep: float = 0.1
-    """Share of the context to keep under `ratio`, 0 < keep <= 1; a request may set its own."""
+    keep: float | Literal["auto"] = "auto"
+    """Share of the context to keep under `ratio`, 0 < keep <= 1; a request may set its own. auto: 0.1 by the
+    draft's choice, 0.25 where only the target's own queries select."""
     budget: int = 1024
     """Tokens: the floor under `ratio` (0 allowed), the budget of `fixed`, the cap of `top_p`."""
     top_p: float = 0.95
@@ -315,10 +327,16 @@ class StsConfig:
             )
 
     def for_launch(self, drafts: bool, directions: bool = False) -> StsConfig:
-        """With the selector that `auto` stands for, with or without a draft, and with or without directions
-        of keys in the head map. Raises `ConfigError` for what needs a draft."""
-        if drafts:
-            return replace(self, selector="draft") if self.selector == "auto" else self
+        """With the selector and the keep that `auto` stands for, with or without a draft, and with or without
+        directions of keys in the head map. Raises `ConfigError` for what needs a draft."""
+        if not drafts:
+            self._check_alone()
+        own = "draft" if drafts else "tokens" if directions else "pages"
+        chosen = replace(self, selector=own) if self.selector == "auto" else self
+        return replace(chosen, keep=chosen.share)
+
+    def _check_alone(self) -> None:
+        """Raises `ConfigError` for what needs a draft."""
         needs = [("selector", "draft"), ("selector", "joined"), ("policy", "top_p")]
         needs += [("history", "warm"), ("history", "blend"), ("draft", "steps"), ("draft", "all")]
         for field, value in needs:
@@ -328,8 +346,6 @@ class StsConfig:
                     f"got {value!r} without --speculative-algorithm, and only a draft's scores can do that",
                     f"{getattr(StsConfig, field)!r}, or a draft",
                 )
-        own = "tokens" if directions else "pages"
-        return replace(self, selector=own) if self.selector == "auto" else self
 
     def dense_verify(self, layer: int) -> bool:
         """Whether a target layer attends to everything in every verify."""
@@ -359,6 +375,13 @@ class StsConfig:
     def by_sketches(self) -> bool:
         """Whether sketches of any kind have."""
         return self.by_pages or self.selector == "tokens"
+
+    @property
+    def share(self) -> float:
+        """`keep`, or what `auto` stands for with this selector."""
+        if self.keep != "auto":
+            return self.keep
+        return KEEP_BY_TARGET if self.by_sketches and not self.hears_draft else KEEP_BY_DRAFT
 
     @property
     def forced(self) -> int:
@@ -448,7 +471,7 @@ class StsConfig:
         if keep is None and self.policy != "ratio":
             wanted = self.budget
         else:
-            wanted = math.ceil((self.keep if keep is None else keep) * context - CEIL_GUARD)
+            wanted = math.ceil((self.share if keep is None else keep) * context - CEIL_GUARD)
         return min(context, max(floor, self.forced, wanted))
 
     def rule(self) -> Rule:
@@ -457,7 +480,7 @@ class StsConfig:
 
         ratio, forced = self.policy == "ratio", self.forced
         least = max(self.budget if ratio else 0, forced)
-        return Rule(self.keep if ratio else None, self.budget, least, forced, CEIL_GUARD)
+        return Rule(self.share if ratio else None, self.budget, least, forced, CEIL_GUARD)
 
 
 def request_keep(custom_params: Mapping[str, object] | None, config: StsConfig | None = None) -> float | None:
@@ -476,8 +499,8 @@ def request_keep(custom_params: Mapping[str, object] | None, config: StsConfig |
         raise not_allowed(
             field, "this server lets no request choose", "no keep (sts_config.request_keep is 'off')"
         )
-    if rule == "at_most" and keep > config.keep:
-        most = f"at most this server's {config.keep} (sts_config.request_keep is 'at_most')"
+    if rule == "at_most" and keep > config.share:
+        most = f"at most this server's {config.share} (sts_config.request_keep is 'at_most')"
         raise not_allowed(field, f"got {shown(keep)}", most)
     return keep
 

@@ -57,7 +57,7 @@ def test_config_help_teaches_every_key(capsys) -> None:
     for field in fields(StsConfig):
         default = json.loads(StsConfig().to_json())[field.name]
         assert f"  {field.name} (default {json.dumps(default)}): " in text
-    assert "keep (default 0.1): a number above 0 and at most 1\n      Share of the context" in text
+    assert "keep (default \"auto\"): a number above 0 and at most 1, or 'auto'\n      Share of the" in text
     assert "ratio | fixed | top_p" in text
 
 

@@ -72,11 +72,26 @@ def test_defaults():
     assert config == StsConfig() == StsConfig.parse("{}")
     assert (config.policy, config.keep, config.budget, config.sink, config.recent) == (
         "ratio",
-        0.1,
+        "auto",
         1024,
         4,
         64,
     )
+
+
+def test_a_launch_keeps_a_tenth_by_the_draft_and_a_quarter_by_the_targets_queries():
+    found = {
+        (selector, drafts): StsConfig(selector=selector).for_launch(drafts, directions=True).keep
+        for selector in ("auto", "tokens", "pages", "quest")
+        for drafts in (True, False)
+    }
+    tenth = {("auto", True), ("quest", True), ("quest", False)}
+    assert found == {case: 0.1 if case in tenth else 0.25 for case in found}
+    assert StsConfig(selector="joined").for_launch(True).keep == 0.1
+    assert StsConfig(keep=0.3).for_launch(False).keep == 0.3
+    assert StsConfig(selector="tokens").budget_for(100_000) == 25_000
+    with pytest.raises(ConfigError, match="or 'auto'"):
+        StsConfig(keep="most")
 
 
 def test_every_source_reads_the_same(tmp_path):
@@ -308,7 +323,7 @@ def test_flag_wins_over_environment():
     assert StsConfig.resolve(None, environ).keep == 0.5
     assert StsConfig.resolve({"keep": 0.2}, environ).keep == 0.2
     # The flag replaces the environment as a whole, defaults included, even if that is not readable.
-    assert StsConfig.resolve("{}", environ).keep == 0.1
+    assert StsConfig.resolve("{}", environ).keep == "auto"
     assert StsConfig.resolve("{}", {"STS_CONFIG": "{"}) == StsConfig()
     for unset in ({}, {"STS_CONFIG": ""}, {"STS_CONFIG": " \n"}):
         assert StsConfig.resolve(None, unset) == StsConfig()
@@ -337,7 +352,7 @@ def rule(config: StsConfig, context: int, keep: float | None) -> int:
     if keep is None and config.policy != "ratio":
         n = config.budget
     else:
-        n = math.ceil(Fraction(str(config.keep if keep is None else keep)) * context)
+        n = math.ceil(Fraction(str(config.share if keep is None else keep)) * context)
     floor = config.budget if config.policy == "ratio" else 0
     return min(context, max(floor, config.sink + config.recent, n))
 
@@ -557,4 +572,4 @@ WRITTEN_BEFORE = (
 
 
 def test_configurations_of_before_are_read_as_before():
-    assert StsConfig.parse(WRITTEN_BEFORE) == StsConfig()
+    assert StsConfig.parse(WRITTEN_BEFORE) == StsConfig(keep=0.1)

@@ -213,7 +213,7 @@ def test_request_parameters():
         if outcomes.of(seed, ("custom_params",), lambda: check_request(given, config) or True):  # noqa: B023
             keep = request_keep(given)
             assert keep is None or (0 < keep <= 1 and config.request_keep != "off"), seed
-            assert keep is None or config.request_keep == "any" or keep <= config.keep, seed
+            assert keep is None or config.request_keep == "any" or keep <= config.share, seed
             assert not request_inspect(given) or (config.inspect_dir and config.request_inspect), seed
     outcomes.both(300)
 

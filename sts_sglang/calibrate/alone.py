@@ -65,7 +65,7 @@ def measure(
 
     lost = _errors(target, texts, [Ways(reach, by_part)], len(parts), say)
     lost = search.over_domains(texts, lost)
-    shares = search.split_shares(lost, parts, config.keep)
+    shares = search.split_shares(lost, parts, config.share)
     split = HeadMap(undrafted(counts).sources, "split", shares=shares)
     say("checking on held-out texts")
     # In short contexts heads of small shares have more than those; equal budgets are as much in all.
@@ -109,7 +109,7 @@ def lists_of(config: StsConfig, selector: str) -> StsConfig:
 def parts_of(config: StsConfig, texts: Sequence[Passage]) -> list[float]:
     """Parts of the context that a head may be given: no shorter lists than the server has in such texts."""
     least = config.forced / _mean(t for text in texts for t in text.steps)
-    return sorted({min(1.0, max(least, config.keep * part)) for part in search.PARTS})
+    return sorted({min(1.0, max(least, config.share * part)) for part in search.PARTS})
 
 
 def list_lengths(parts: list[float], t: int, config: StsConfig) -> torch.Tensor:

@@ -36,7 +36,7 @@ class Capacity(NamedTuple):
         """Tokens of the longest list, before a head map splits them."""
         budget = config.budget_for(self.context)
         if config.request_keep == "at_most":  # of the context, whatever the policy
-            return max(budget, config.budget_for(self.context, config.keep))
+            return max(budget, config.budget_for(self.context, config.share))
         if config.request_keep == "any":
             budget = min(self.context, max(OWN_SLACK * budget, math.ceil(OWN_KEEP * self.context)))
         return budget
