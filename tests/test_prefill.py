@@ -9,12 +9,12 @@ import torch
 
 from sts_kernels import ops, prefill
 from sts_kernels.layout import KEY_BLOCK, QUERY_BLOCK, WHOLE, Contexts, KvPool, QueryBlocks, blocks_of
-from tests.test_kernels import DEVICE, KERNELS, on_device, skip_bf16_in_the_interpreter, tune
+from tests.test_kernels import KERNELS, on_device, skip_bf16_in_the_interpreter, tune
 from tests.tolerances import assert_close
 
 GROUPS = [1, 2, 4, 5, 7, 8]
-# (tokens before, new tokens) of each request: a chunk behind a prefix that no block ends with, a short one with
-# nothing before it, one that fills its blocks, a single token.
+# (tokens before, new tokens) of each request: a chunk behind a prefix that no block ends with, a short one
+# with nothing before it, one that fills its blocks, a single token.
 CHUNKS = [(300, 200), (0, 150), (256, 256), (390, 1)]
 SINK, RECENT = 1, 1
 
@@ -87,9 +87,9 @@ class Prefill:
         return found.cpu()
 
     def list(self, kernel: str, sums: torch.Tensor) -> torch.Tensor:
-        return ops(kernel).list_blocks(
-            on_device(sums), on_device(self.blocks), sink=SINK, recent=RECENT
-        ).cpu()
+        return (
+            ops(kernel).list_blocks(on_device(sums), on_device(self.blocks), sink=SINK, recent=RECENT).cpu()
+        )
 
     def attend(self, kernel: str, listed: torch.Tensor) -> torch.Tensor:
         out = on_device(torch.full(self.q.shape, math.nan, dtype=self.q.dtype))
@@ -253,9 +253,7 @@ def test_an_empty_batch_is_nothing_to_do(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_prefill_refuses_shapes_that_do_not_fit(kernel: str) -> None:
     made = Prefill([(300, 100)])
-    q, pool, contexts, blocks = (
-        on_device(part) for part in (made.q, made.pool, made.contexts, made.blocks)
-    )
+    q, pool, contexts, blocks = (on_device(part) for part in (made.q, made.pool, made.contexts, made.blocks))
     op = ops(kernel)
     with pytest.raises(ValueError, match="score_blocks: q must be"):
         op.score_blocks(q[..., :3], pool, contexts, blocks, scale=1.0, sampled=8)

@@ -268,15 +268,15 @@ class Directions(NamedTuple):
 
 
 class QueryBlocks(NamedTuple):
-    """Neighbouring new tokens of a prefill, up to QUERY_BLOCK of one request, which attend to what they select.
+    """Neighbouring new tokens of a prefill, up to QUERY_BLOCK of one request, which have one selection.
 
     Blocks of keys are counted from a request's first token on. A query block may select among those that lie
     wholly before it, and always attends to what is between them and itself, and causally to itself.
 
     int32 [blocks] each. requests: places in the batch. rows: of the query of the first token. numbers: of
-    tokens. before: tokens before the first. counts: blocks of keys that are selected, or WHOLE for all of them.
-    Blocks that are not WHOLE stand last, those of a request side by side. most: blocks of keys that any of them
-    sees, known on the host; its own count as well.
+    tokens. before: tokens before the first. counts: blocks of keys that are selected, or WHOLE for all of
+    them. Blocks that are not WHOLE stand last, those of a request side by side. most: blocks of keys that any
+    of them sees, those of its own tokens as well; known on the host.
     """
 
     requests: torch.Tensor

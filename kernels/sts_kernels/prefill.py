@@ -22,9 +22,9 @@ from sts_kernels.split_kv import LOG2E, in_tile, padded
 @dataclass(frozen=True)
 class PrefillKnobs:
     """score_rows: that a program multiplies with a block of keys, those of several blocks of queries. span:
-    blocks of keys that it goes through. score_warps, score_stages: of it. cells: sums that a selecting program
-    holds at a time. list_warps: of it. heads: query heads of a KV head that an attending program has, which share
-    its reads. tile: keys that it reads at a time. num_warps, num_stages: of it.
+    blocks of keys that it goes through. score_warps, score_stages: of it. cells: sums that a selecting
+    program holds at a time. list_warps: of it. heads: query heads of a KV head that an attending program has,
+    which share its reads. tile: keys that it reads at a time. num_warps, num_stages: of it.
     """
 
     score_rows: int = 128
@@ -40,6 +40,7 @@ class PrefillKnobs:
 
 
 KNOBS = PrefillKnobs()
+TILE_BYTES = 32768  # of keys that an attending program reads at a time; of half precision
 
 
 def score_blocks(
@@ -129,7 +130,7 @@ def block_attention(
     number, kv_heads, group = blocks.counts.numel(), pool.k.shape[1], q.shape[1] // pool.k.shape[1]
     if number == 0:
         return
-    heads = math.gcd(group, KNOBS.heads)
+    heads, dims = math.gcd(group, KNOBS.heads), padded(q.shape[2])
     _block_attention_kernel[(number * (group // heads), kv_heads)](
         q,
         pool.k,
@@ -150,10 +151,10 @@ def block_attention(
         GROUP=group,
         HEADS=heads,
         D=q.shape[2],
-        D_P2=padded(q.shape[2]),
+        D_P2=dims,
         QUERIES=QUERY_BLOCK,
         KEYS=KEY_BLOCK,
-        TILE=KNOBS.tile,
+        TILE=min(KNOBS.tile, TILE_BYTES // (2 * dims)),
         num_warps=KNOBS.num_warps,
         num_stages=KNOBS.num_stages,
     )

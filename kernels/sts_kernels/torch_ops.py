@@ -1043,16 +1043,16 @@ def list_blocks(sums: torch.Tensor, blocks: QueryBlocks, *, sink: int, recent: i
     """Select blocks of keys for each query block and KV head.
 
     A row's sums become shares of everything it sees, a block of keys has the largest share that any row gives
-    it. Selected are the first `sink` blocks, the last `recent` of those wholly before the query block, and the
-    ones with the highest scores, of equal ones the later.
+    it. Selected are the first `sink` blocks, the last `recent` of those wholly before the query block, and
+    those with the highest scores, of equal ones the later.
 
     Args:
         sums: of `score_blocks`.
         sink, recent: blocks; a query block's count has room for them, or for all that there are.
 
     Returns:
-        int32 [blocks, H_kv, blocks.most]: as many numbers of blocks of keys as `blocks.counts` says, ascending;
-        undefined behind them, and for blocks that are WHOLE.
+        int32 [blocks, H_kv, blocks.most]: as many numbers of blocks of keys as `blocks.counts` says,
+        ascending; undefined behind them, and for blocks that are WHOLE.
 
     Raises:
         ValueError: a dtype or shape does not fit.
