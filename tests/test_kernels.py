@@ -804,6 +804,7 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
     from benchmarks import (
         bench_draft_attention,
         bench_pages,
+        bench_prefill,
         bench_remember,
         bench_select,
         bench_tokens,
@@ -847,11 +848,19 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
     counts = split.lists.counts
     assert counts.sum() == split.lists.indices.numel() and counts.min() < counts.max()
     bench_verify.close(split.run(), split.run("torch"))
+    shape = {"cached": 1000, "new": 300, "keep": 0.4, "group": 2, "dim": 16}
+    for prepare in (prepare for _, prepare in bench_prefill.GRIDS):
+        _, check, nbytes = prepare(shape)
+        check()
+        assert nbytes > 0
+    bench_prefill.same_pages(bench_prefill.Chunk.draw(shape))
 
 
 COMPILE = """
 import torch
-from benchmarks import bench_draft_attention, bench_pages, bench_select, bench_tokens, bench_verify
+from benchmarks import (
+    bench_draft_attention, bench_pages, bench_prefill, bench_select, bench_tokens, bench_verify
+)
 from benchmarks.harness import compile_only
 from sts_kernels import ops
 from sts_kernels.layout import Contexts, History, Lists, PagedLists, Room, Rule, Scores
@@ -882,6 +891,8 @@ with compile_only() as compiled:
     for odd in ({}, {"rows": 1}, {"dim": 64, "group": 8}, {"dim": 96, "group": 5}, {"dim": 256, "group": 7}):
         bench_pages.compile_one(shape | odd, {})
         bench_tokens.compile_one(shape | odd | {"context": 65536}, {})
+        chunk = {"cached": 32768, "new": 8192, "keep": 0.25, "group": 4, "dim": 128}
+        bench_prefill.compile_one(chunk | odd, {})
     eight, two = Contexts(like(9, 4096), i(8), i(8)), Contexts(like(3, 4096), i(2), i(2))
     split, full = like(65, 128, dtype=torch.float64), like(8, dtype=torch.bool)
     for keep, *more in ((0.1, split, None), (0.1, None, full), (None, split, full)):
@@ -927,9 +938,11 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
         *("_score_kernel", "pool_logits_kernel"),
         *("_sketch_tokens_kernel", "_score_tokens_kernel", "_count_kernel", "_list_kernel"),
         *("_copy_scores_kernel", "_mark_pages_kernel"),
+        *("_score_blocks_kernel", "_list_blocks_kernel", "_block_attention_kernel"),
     }
     for name, shared, asynchronous, single in kernels:
         assert int(shared) <= 232448
         reads = "_draft_kernel", "_score_kernel", "_verify_kernel", "_score_tokens_kernel"
-        assert (asynchronous == "True") == (name in (*reads, "_sketch_tokens_kernel"))
+        reads += "_sketch_tokens_kernel", "_score_blocks_kernel", "_block_attention_kernel"
+        assert (asynchronous == "True") == (name in reads)
         assert name not in ("_draft_kernel", "_pool_kernel") or single == "False"

@@ -23,6 +23,7 @@ from sts_kernels.layout import (
     PageSizes,
     Plan,
     Pooling,
+    QueryBlocks,
     Room,
     Rule,
     Scores,
@@ -208,6 +209,33 @@ class Ops(Protocol):
 
     def list_tokens(
         self, scores: Scores, contexts: Contexts, lists: Lists, *, sink: int, recent: int
+    ) -> None: ...
+
+    def score_blocks(
+        self,
+        q: torch.Tensor,
+        pool: KvPool,
+        contexts: Contexts,
+        blocks: QueryBlocks,
+        *,
+        scale: float,
+        sampled: int,
+    ) -> torch.Tensor: ...
+
+    def list_blocks(
+        self, sums: torch.Tensor, blocks: QueryBlocks, *, sink: int, recent: int
+    ) -> torch.Tensor: ...
+
+    def block_attention(
+        self,
+        q: torch.Tensor,
+        pool: KvPool,
+        contexts: Contexts,
+        blocks: QueryBlocks,
+        listed: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        scale: float,
     ) -> None: ...
 
     def plan_scores(self, contexts: Contexts, *, kv_heads: int) -> Plan | None:

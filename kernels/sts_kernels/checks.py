@@ -21,6 +21,7 @@ from sts_kernels.layout import (
     PagedLists,
     PageSizes,
     Pooling,
+    QueryBlocks,
     Room,
     Scores,
 )
@@ -225,6 +226,65 @@ def check_token_scores(
     _check_rows(op, q, bs, kv_heads)
     _check_directions(op, sketches, directions, kv_heads, q.shape[3])
     _check_pooling(op, pooling)
+
+
+def check_block_scores(
+    q: torch.Tensor, pool: KvPool, contexts: Contexts, blocks: QueryBlocks, sampled: int
+) -> None:
+    """Arguments of score_blocks."""
+    op = "score_blocks"
+    _check_prefill(op, q, pool, contexts, blocks)
+    expect(op, sampled >= 1, f"sampled must be 1 or more, got {sampled}")
+
+
+def check_block_lists(sums: torch.Tensor, blocks: QueryBlocks, sink: int, recent: int) -> None:
+    """Arguments of list_blocks."""
+    op = "list_blocks"
+    _check_blocks(op, blocks)
+    wanted, got = f"[{blocks.counts.numel()}, H_kv, {blocks.most}, R]", f"{sums.dtype} {tuple(sums.shape)}"
+    ok = sums.dim() == 4 and sums.shape[0] == blocks.counts.numel() and sums.shape[2] == blocks.most
+    ok = ok and sums.dtype == torch.float32 and sums.is_contiguous()
+    expect(op, ok, f"sums must be contiguous float32 {wanted}, got {got}")
+    expect(op, sink >= 0 and recent >= 0, f"sink {sink} and recent {recent} must not be negative")
+
+
+def check_block_attention(
+    q: torch.Tensor,
+    pool: KvPool,
+    contexts: Contexts,
+    blocks: QueryBlocks,
+    listed: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Arguments of block_attention."""
+    op = "block_attention"
+    _check_prefill(op, q, pool, contexts, blocks)
+    wanted = (blocks.counts.numel(), pool.k.shape[1], blocks.most)
+    ok = tuple(listed.shape) == wanted and listed.dtype == torch.int32 and listed.is_contiguous()
+    got = f"{listed.dtype} {tuple(listed.shape)}"
+    expect(op, ok, f"listed must be contiguous int32 {wanted}, got {got}")
+    ok = out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
+    got = f"{out.dtype} {tuple(out.shape)}"
+    expect(op, ok, f"out must be contiguous {q.dtype} {tuple(q.shape)} as q is, got {got}")
+
+
+def _check_prefill(op: str, q: torch.Tensor, pool: KvPool, contexts: Contexts, blocks: QueryBlocks) -> None:
+    """New tokens of a prefill, whose keys and values are in the pool."""
+    _check_queries(op, "q", q, pool)
+    _check_stored(op, q, pool)
+    ok = pool.k.shape == pool.v.shape and pool.k.stride() == pool.v.stride() and pool.k.stride(2) == 1
+    expect(op, ok, "pools must be of one shape and share strides [.., .., 1]")
+    expect(op, contexts.lens.dim() == 1, f"lens must be [bs], got {tuple(contexts.lens.shape)}")
+    _check_blocks(op, blocks)
+
+
+def _check_blocks(op: str, blocks: QueryBlocks) -> None:
+    number = blocks.counts.numel()
+    for name in ("requests", "rows", "numbers", "before", "counts"):
+        own = getattr(blocks, name)
+        ok = own.dtype == torch.int32 and tuple(own.shape) == (number,) and own.is_contiguous()
+        got = f"{own.dtype} {tuple(own.shape)}"
+        expect(op, ok, f"blocks.{name} must be contiguous int32 [{number}], got {got}")
 
 
 def _check_before(op: str, contexts: Contexts, before: torch.Tensor) -> None:

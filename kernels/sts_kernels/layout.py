@@ -44,6 +44,8 @@ RANKS = 1 << (15 - UNRANKED_BITS)  # of scores that are not negative
 # Scores of a row that one program counts by rank and lists, where the row is longer than one can hold.
 SEGMENT = 8192
 MOST_STEPS = 127  # of a value of a sketch, in int8, either way
+# New tokens of a prefill that have one selection, and keys that are selected together: neighbours.
+QUERY_BLOCK = KEY_BLOCK = 128
 # In place of the slot that ends a slot's page: the slice that lies there belongs to none.
 NO_PAGE = -1
 
@@ -53,6 +55,11 @@ PoolName = Literal["max", "mean"]
 def pages_of(positions: int) -> int:
     """Pages of so many positions, the last of them maybe not complete."""
     return -(-positions // PAGE)
+
+
+def blocks_of(positions: int) -> int:
+    """Blocks of so many keys, the last of them maybe not complete."""
+    return -(-positions // KEY_BLOCK)
 
 
 class Count(enum.IntEnum):
@@ -258,6 +265,26 @@ class Directions(NamedTuple):
     onto: torch.Tensor
     centre: torch.Tensor
     back: torch.Tensor
+
+
+class QueryBlocks(NamedTuple):
+    """Neighbouring new tokens of a prefill, up to QUERY_BLOCK of one request, which have one selection.
+
+    Blocks of keys are counted from a request's first token on. A query block may select among those that lie
+    wholly before it, and always attends to what is between them and itself, and causally to itself.
+
+    int32 [blocks] each. requests: places in the batch. rows: of the query of the first token. numbers: of
+    tokens. before: tokens before the first. counts: blocks of keys that are selected, or WHOLE for all of
+    them. Blocks that are not WHOLE stand last, those of a request side by side. most: blocks of keys that any
+    of them sees, those of its own tokens as well; known on the host.
+    """
+
+    requests: torch.Tensor
+    rows: torch.Tensor
+    numbers: torch.Tensor
+    before: torch.Tensor
+    counts: torch.Tensor
+    most: int
 
 
 class History(NamedTuple):

@@ -7,6 +7,7 @@ device, so a CUDA graph cannot record them. `sts_kernels.layout` describes the t
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sts_kernels.checks import (
     check_attention,
+    check_block_attention,
+    check_block_lists,
+    check_block_scores,
     check_draft,
     check_headwise,
     check_history,
@@ -32,6 +36,7 @@ from sts_kernels.checks import (
 )
 from sts_kernels.layout import (
     IMPORTANCE_SCALE,
+    KEY_BLOCK,
     MOST_STEPS,
     NO_PAGE,
     PAGE,
@@ -52,10 +57,12 @@ from sts_kernels.layout import (
     Part,
     Plan,
     Pooling,
+    QueryBlocks,
     Room,
     Rule,
     Scores,
     Sizes,
+    blocks_of,
     pages_of,
 )
 
@@ -978,3 +985,141 @@ def _packed_mask(width: int, tokens: int, kept: int) -> torch.Tensor:
     rows[:, :kept] = True
     rows[:, width - tokens :] = torch.ones(tokens, tokens).tril().bool()
     return (seen.view(-1, 8) * (1 << torch.arange(8))).sum(1).to(torch.uint8)
+
+
+# ---- prefill
+
+
+def score_blocks(
+    q: torch.Tensor,
+    pool: KvPool,
+    contexts: Contexts,
+    blocks: QueryBlocks,
+    *,
+    scale: float,
+    sampled: int,
+) -> torch.Tensor:
+    """What some rows of each query block would attend to if they attended to everything: by blocks of keys.
+
+    Of a block of n tokens the rows (i + 1) * n // sampled - 1 are asked, evenly spaced, the last among them;
+    of fewer tokens than rows some are asked twice.
+
+    Args:
+        q: [N, H_q, D] queries of the new tokens, with contiguous heads; rows may lie apart.
+        pool: of this layer, the new tokens' keys among them.
+        contexts: with the lengths after the new tokens.
+        scale: of the logits.
+        sampled: rows of a block that are asked.
+
+    Returns:
+        float32 [blocks, H_kv, blocks.most, sampled * group]: of row i of query head g of a KV head, at
+        i * group + g, the logarithm to base 2 of the sum of exp(logit) over the keys of a block that it sees;
+        -inf where it sees none. Undefined for blocks that are WHOLE, and beyond a block's own keys.
+
+    Raises:
+        ValueError: a dtype, shape or stride does not fit.
+    """
+    check_block_scores(q, pool, contexts, blocks, sampled)
+    kv_heads, group = pool.k.shape[1], q.shape[1] // pool.k.shape[1]
+    shape = (blocks.counts.numel(), kv_heads, blocks.most, sampled * group)
+    sums = torch.empty(shape, dtype=torch.float32, device=q.device)
+    for i, (slots, first, before, number, count) in enumerate(_query_blocks(contexts, blocks)):
+        if count == WHOLE:
+            continue
+        asked = [max((row + 1) * number // sampled - 1, 0) for row in range(sampled)]
+        places = torch.tensor(asked, device=q.device)
+        rows = q[first + places].float().unflatten(1, (kv_heads, group))  # [sampled, H_kv, group, D]
+        keys = pool.k[slots].float()  # [n, H_kv, D]
+        logits = torch.einsum("shgd,nhd->hnsg", rows, keys) * (scale * pool.k_scale)
+        positions = torch.arange(slots.numel(), device=q.device)
+        unseen = positions[:, None] > before + places  # [n, sampled]
+        logits = logits.masked_fill(unseen[None, :, :, None], -torch.inf).flatten(2)
+        for j, part in enumerate(logits.split(KEY_BLOCK, 1)):
+            sums[i, :, j] = torch.logsumexp(part, 1) / math.log(2)
+    return sums
+
+
+def list_blocks(sums: torch.Tensor, blocks: QueryBlocks, *, sink: int, recent: int) -> torch.Tensor:
+    """Select blocks of keys for each query block and KV head.
+
+    A row's sums become shares of everything it sees, a block of keys has the largest share that any row gives
+    it. Selected are the first `sink` blocks, the last `recent` of those wholly before the query block, and
+    those with the highest scores, of equal ones the later.
+
+    Args:
+        sums: of `score_blocks`.
+        sink, recent: blocks; a query block's count has room for them, or for all that there are.
+
+    Returns:
+        int32 [blocks, H_kv, blocks.most]: as many numbers of blocks of keys as `blocks.counts` says,
+        ascending; undefined behind them, and for blocks that are WHOLE.
+
+    Raises:
+        ValueError: a dtype or shape does not fit.
+    """
+    check_block_lists(sums, blocks, sink, recent)
+    listed = torch.zeros(sums.shape[:3], dtype=torch.int32, device=sums.device)
+    sizes = (blocks.before.tolist(), blocks.numbers.tolist(), blocks.counts.tolist())
+    for i, (before, number, count) in enumerate(zip(*sizes, strict=True)):
+        if count == WHOLE:
+            continue
+        choices, seen = before // KEY_BLOCK, blocks_of(before + number)
+        for h, own in enumerate(sums[i, :, :seen]):  # [seen, R]
+            lse = torch.logsumexp(own * math.log(2), 0) / math.log(2)
+            scores = torch.exp2(own - lse).amax(1)[:choices]
+            scores[:sink] = torch.inf
+            scores[max(choices - recent, 0) :] = torch.inf
+            best = scores.flip(0).sort(descending=True, stable=True).indices[:count]
+            listed[i, h, :count] = (choices - 1 - best).sort().values
+    return listed
+
+
+def block_attention(
+    q: torch.Tensor,
+    pool: KvPool,
+    contexts: Contexts,
+    blocks: QueryBlocks,
+    listed: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+) -> None:
+    """Exact softmax attention of each query block over the blocks of keys that it selected, what is between
+    those that it could select and itself, and causally itself; of a block that is WHOLE over everything.
+
+    Args:
+        q, pool, contexts, scale: as of `score_blocks`. listed: of `list_blocks`.
+        out: [N, H_q, D], written at the rows of these blocks.
+
+    Raises:
+        ValueError: a dtype, shape or stride does not fit.
+    """
+    check_block_attention(q, pool, contexts, blocks, listed, out)
+    group = q.shape[1] // pool.k.shape[1]
+    for i, (slots, first, before, number, count) in enumerate(_query_blocks(contexts, blocks)):
+        rows, positions = slice(first, first + number), torch.arange(slots.numel(), device=q.device)
+        causal = positions <= before + torch.arange(number, device=q.device)[:, None]
+        for h in range(pool.k.shape[1]):
+            attended = torch.ones_like(positions, dtype=torch.bool)
+            if count != WHOLE:
+                chosen = torch.isin(positions // KEY_BLOCK, listed[i, h, :count])
+                attended = chosen | (positions >= before // KEY_BLOCK * KEY_BLOCK)
+            seen, heads = slots[attended], slice(h * group, (h + 1) * group)
+            found = scaled_dot_product_attention(
+                q[rows, heads].transpose(0, 1)[None],  # [1, group, number, D]
+                pool.k[seen, h].to(q.dtype).expand(1, group, -1, -1),
+                pool.v[seen, h].to(q.dtype).expand(1, group, -1, -1),
+                attn_mask=causal[:, attended],
+                scale=scale * pool.k_scale,
+            )
+            out[rows, heads] = found[0].transpose(0, 1) * pool.v_scale
+
+
+def _query_blocks(
+    contexts: Contexts, blocks: QueryBlocks
+) -> Iterator[tuple[torch.Tensor, int, int, int, int]]:
+    """(int64 slots of what it sees, first row, tokens before it, tokens, count) of each query block."""
+    columns = (blocks.requests, blocks.rows, blocks.before, blocks.numbers, blocks.counts)
+    for request, row, before, number, count in zip(*(part.tolist() for part in columns), strict=True):
+        slots = contexts.table[contexts.reqs[request], : before + number].long()
+        yield slots, row, before, number, count

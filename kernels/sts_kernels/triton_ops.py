@@ -5,6 +5,7 @@ from sts_kernels.headwise import headwise_lists
 from sts_kernels.history import blend_history
 from sts_kernels.page_scores import plan_pages, score_pages
 from sts_kernels.pages import join_pages, list_pages, size_pages, sketch_pages, tag_pages
+from sts_kernels.prefill import block_attention, list_blocks, score_blocks
 from sts_kernels.select import select_tokens
 from sts_kernels.sizes import size_lists
 from sts_kernels.split_kv import plan_lists
@@ -14,9 +15,11 @@ from sts_kernels.verify import plan_attention, sparse_attention
 
 __all__ = [
     "blend_history",
+    "block_attention",
     "draft_attention",
     "headwise_lists",
     "join_pages",
+    "list_blocks",
     "list_pages",
     "list_tokens",
     "plan_attention",
@@ -24,6 +27,7 @@ __all__ = [
     "plan_lists",
     "plan_pages",
     "plan_scores",
+    "score_blocks",
     "score_pages",
     "score_tokens",
     "select_tokens",
