@@ -29,7 +29,17 @@ from benchmarks.harness import (
     using,
 )
 from sts_kernels import ops, tokens
-from sts_kernels.layout import SKETCHED, Contexts, Directions, Lists, Plan, Pooling, Scores
+from sts_kernels.layout import (
+    LOW_ZERO,
+    MOST_STEPS,
+    SKETCHED,
+    Contexts,
+    Directions,
+    Lists,
+    Plan,
+    Pooling,
+    Scores,
+)
 
 KV_HEADS, SINK, RECENT, CHUNK = 8, 4, 64, 8192
 FULL = settings(
@@ -94,10 +104,12 @@ class Step:
         starts = torch.arange(batch * KV_HEADS, device=device).view(batch, KV_HEADS) * count
         counts = torch.full((batch, KV_HEADS), count, dtype=torch.int32, device=device)
         layers = []
-        for _ in range(1 if device == "meta" else copies(slots * KV_HEADS * number)):
+        for _ in range(1 if device == "meta" else copies(slots * KV_HEADS * number // 2)):
             q = torch.randn(batch, rows, KV_HEADS * shape["group"], dim, dtype=DTYPE, device=device)
-            drawn = torch.randn(slots, KV_HEADS, number, dtype=torch.float16, device=device) * 30
-            layers.append((q, drawn.clamp(-127, 127).to(torch.int8)))
+            # Bytes of two values each, of which none is below -MOST_STEPS.
+            drawn = torch.randn(2, slots, KV_HEADS, number // 2, dtype=torch.float16, device=device) * 2.8
+            high, low = drawn.round().clamp(-MOST_STEPS, MOST_STEPS)
+            layers.append((q, (16 * high + low + LOW_ZERO).to(torch.int8)))
         turned = torch.randn(KV_HEADS, dim, number, device=device) * dim**-0.5
         return cls(
             Contexts(
@@ -111,9 +123,9 @@ class Step:
                 torch.arange(batch, device=device) * context,
             ),
             Directions(
-                (turned * 30).to(DTYPE),
+                (turned * 2.8).to(DTYPE),
                 torch.zeros(KV_HEADS, number, device=device),
-                (turned / 30).to(DTYPE),
+                (turned / 2.8).to(DTYPE),
             ),
             layers,
             dim**-0.5,
@@ -147,7 +159,7 @@ class Step:
 
 def score_bytes(shape: Shape) -> int:
     """Sketches and slots; scores."""
-    return shape["batch"] * shape["context"] * (KV_HEADS * (shape["dim"] // SKETCHED + 2) + 4)
+    return shape["batch"] * shape["context"] * (KV_HEADS * (shape["dim"] // SKETCHED // 2 + 2) + 4)
 
 
 def list_bytes(shape: Shape) -> int:
@@ -228,7 +240,7 @@ def bench(results: Results, shape: Shape) -> None:
     for name, written in (("sketch", 1), ("chunk", CHUNK)):
         if written == 1 or batch == 1:
             call = [lambda written=written: sketch(step, keys, sketches, written)]
-            nbytes = batch * written * (key_bytes + KV_HEADS * shape["dim"] // SKETCHED)
+            nbytes = batch * written * (key_bytes + KV_HEADS * shape["dim"] // SKETCHED // 2)
             arm(name, same_sketches(step, keys, written), call, nbytes)
 
 

@@ -64,7 +64,7 @@ def directions(target: Path, draft: Path | None) -> Path:
     heads = []
     for _ in range(own.layers):
         turned = torch.linalg.qr(torch.randn(own.kv_heads, dim, dim, generator=generator)).Q[..., :number]
-        rest = torch.tensor([0.0, 0.05])[:, None].expand(own.kv_heads, 2, number)  # centre and step
+        rest = torch.tensor([0.0, 0.5])[:, None].expand(own.kv_heads, 2, number)  # centre and step
         values = torch.cat([turned, rest], 1).half().contiguous()
         heads.append([base64.b64encode(head.numpy().tobytes()).decode() for head in values])
     found = {"version": headmap.MAP_VERSION, "tp": 1, "target": own._asdict(), "draft": None}

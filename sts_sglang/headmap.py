@@ -22,7 +22,7 @@ MAP_VERSION = 1
 # What the draft's key at an index is about, in the format of a map file: the target's token one further on,
 # as the kernels have it (sts_kernels.layout.SHIFT, which the launcher does not load torch for).
 MAP_SHIFT = 1
-MAX_FILE_BYTES = 32 << 20  # directions of 1,600 heads of 128 dimensions take 18 MB
+MAX_FILE_BYTES = 64 << 20  # directions of 1,600 heads of 128 dimensions take 36 MB
 MAX_SOURCES = (
     64  # draft heads of one target head, repetitions counted; a map of every draft head may have more
 )
@@ -31,7 +31,8 @@ RANKS = (1, 2, 4, 8)  # tensor-parallel launches that are served
 LATEST = "latest"  # in place of sources: the head selects the last tokens, whatever the draft says
 POOLS = ("max", "mean")
 MAX_SHARE = 1000.0
-DIMS_EACH = 4  # dimensions of a head for each of its directions
+DIMS_EACH = 2  # dimensions of a head for each of its directions
+DIMS_STEP = 4  # what a head with directions has a multiple of: the number of these is even
 HEAD_DIMS = (16, 1024)  # of heads that have directions
 SPLIT_STEPS = 64  # keeps at which a split budget is worked out; in between it is interpolated
 
@@ -83,7 +84,7 @@ class HeadCounts(NamedTuple):
 def directions_of(head_dim: int) -> int:
     """How many directions the keys of a head of so many dimensions have, 0 where it has none."""
     low, high = HEAD_DIMS
-    return head_dim // DIMS_EACH if low <= head_dim <= high and head_dim % DIMS_EACH == 0 else 0
+    return head_dim // DIMS_EACH if low <= head_dim <= high and head_dim % DIMS_STEP == 0 else 0
 
 
 class Directions(NamedTuple):
@@ -564,7 +565,7 @@ def _directions(value: Any, target: HeadCounts) -> Directions:
     dim, number = value["head_dim"], value["number"]
     _number(dim, "directions.head_dim", *HEAD_DIMS, int)
     if not directions_of(dim):
-        raise _error("directions.head_dim", f"got {dim}", f"a multiple of {DIMS_EACH}")
+        raise _error("directions.head_dim", f"got {dim}", f"a multiple of {DIMS_STEP}")
     if type(number) is not int or number != directions_of(dim):
         raise _error(
             "directions.number", f"got {_short(number)}", f"head_dim // {DIMS_EACH}, {dim // DIMS_EACH}"

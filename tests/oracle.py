@@ -535,13 +535,13 @@ def _by_pages(q: torch.Tensor, keys: torch.Tensor, rule: Rule) -> torch.Tensor:
 def _by_sketches(
     q: torch.Tensor, keys: torch.Tensor, head: tuple[int, int], rule: Rule, trace: Trace
 ) -> torch.Tensor:
-    """The same of single tokens, whose keys are whole steps along the directions of a head, and so are
-    queries, of which 127 are the largest value of each."""
+    """The same of single tokens, whose keys are at most seven whole steps along the directions of a head, and
+    whose queries are whole steps too, of which 127 are the largest value of each."""
     layer, h = head
     own = base64.b64decode(rule.directions["heads"][layer][h])
     own = torch.frombuffer(bytearray(own), dtype=torch.float16).view(keys.shape[1] + 2, -1).float()
     turned, mean, step = own[:-2], own[-2], own[-1]
-    places = torch.floor((keys @ turned - mean) / step + 0.5).clamp(-127, 127)
+    places = torch.floor((keys @ turned - mean) / step + 0.5).clamp(-7, 7)
     wanted = q @ turned * step
     unit = wanted.abs().amax(-1, keepdim=True) / 127
     wanted = wanted / unit

@@ -20,7 +20,7 @@ from sts_kernels.layout import IMPORTANCE_SCALE, NO_PAGE, PAGE, WHOLE, Contexts,
 from sts_sglang import cli, fingerprint, headmap
 from sts_sglang.calibrate import alone, search
 from sts_sglang.calibrate import report as reports
-from sts_sglang.calibrate.directions import LEAST_STEP, STEPS, Keys, Sketched
+from sts_sglang.calibrate.directions import LEAST_STEP, Keys, Sketched
 from sts_sglang.calibrate.record import (
     Pair,
     Record,
@@ -165,10 +165,10 @@ def rows_of(directions: Directions, layer: int, head: int) -> tuple[torch.Tensor
 
 
 def test_directions_are_those_along_which_keys_differ_most():
-    """Planted: eight columns of a rotation with deviations 16, 15, .. beside noise, around a far mean."""
-    draw, dim, number = torch.Generator().manual_seed(7), 32, 8
+    """Planted: columns of a rotation with deviations 24, 23, .. beside noise, around a far mean."""
+    draw, dim, number = torch.Generator().manual_seed(7), 32, 16
     planted = torch.linalg.qr(torch.randn(2, dim, dim, generator=draw)).Q
-    deviations = torch.cat([torch.arange(16, 8, -1).float(), torch.full((dim - number,), 0.5)])
+    deviations = torch.cat([torch.arange(24, 8, -1).float(), torch.full((dim - number,), 0.5)])
     mean = 30 * torch.randn(2, 1, dim, generator=draw)
     texts = [
         (torch.randn(2, n, dim, generator=draw) * deviations) @ planted.mT + mean for n in (3000, 9000, 4000)
@@ -189,7 +189,7 @@ def test_directions_are_those_along_which_keys_differ_most():
             torch.testing.assert_close(basis.T @ basis, torch.eye(number).double(), atol=2e-3, rtol=0)
             torch.testing.assert_close(centre, (keys @ basis).mean(0), atol=1e-9, rtol=1e-3)
             spread = (keys @ basis).std(0, correction=0)
-            torch.testing.assert_close(step, 4 * spread / 127, atol=1e-9, rtol=1e-2)
+            torch.testing.assert_close(step, 2.5 * spread / 7, atol=1e-9, rtol=1e-2)
     # The planted ones too, though no sample has exactly them.
     within = planted[0, :, :number].double().T @ rows_of(directions, 0, 0)[0]
     assert (within.square().sum(0) > 0.99).all()
@@ -233,8 +233,8 @@ def test_tokens_are_scored_by_sketches_of_their_keys():
     assert found.shape == (heads, t)
     for head in range(heads):
         basis, centre, step = rows_of(directions, 1, head)
-        sketches = ((seen.k[head, :t].double() @ basis - centre) / step).round().clamp(-STEPS, STEPS)
-        assert sketches[7].abs().max() == STEPS
+        sketches = ((seen.k[head, :t].double() @ basis - centre) / step).round().clamp(-7, 7)
+        assert sketches[7].abs().max() == 7
         rows = q[3 * head : 3 * head + 3, t].double()
         probs = torch.softmax(0.3 * (rows @ (basis * step)) @ sketches.T, -1)
         torch.testing.assert_close(found[head].double(), probs.amax(0), rtol=1e-3, atol=1e-6)
@@ -304,7 +304,7 @@ def test_the_budget_of_a_target_alone_is_split_for_tokens_where_there_are_direct
     """Head 0 again wants all tokens alike, and head 1 those that its one direction tells."""
     texts = [alone.Passage(name, [], steps) for name, steps in (("a", [400, 500]), ("b", [450]))]
     told = torch.zeros(18, 4)  # 16 dimensions are too few for a map, not for this
-    told[0, 0], told[1, 1], told[2, 2], told[3, 3], told[-1] = 1, 1, 1, 1, 8 / 127
+    told[0, 0], told[1, 1], told[2, 2], told[3, 3], told[-1] = 1, 1, 1, 1, 8 / 7
     content = told.half().numpy().tobytes()
     directions = Directions(16, 4, ((content, content),))
     config = alone.lists_of(ALONE, "tokens")
@@ -749,7 +749,7 @@ def test_command_without_a_draft_writes_map_table_report_and_plot(pair, tmp_path
     assert len(rows) == len(ways)
     assert all(row.startswith(f"  {name} ") for row, name in zip(rows, ways, strict=True))
     by_tokens = ways == BY_SKETCHES
-    assert ("8 directions of the 32 that keys have hold" in shown.out) == by_tokens
+    assert ("16 directions of the 32 that keys have hold" in shown.out) == by_tokens
     assert ("the map has no directions of keys\n" in shown.out) != by_tokens
     assert any("the split takes away" in line for line in table)
     assert table[-1] == f"""wrote {out}; use it with --sts-config '{{"head_map": "{out}"}}'"""

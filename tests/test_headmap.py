@@ -49,12 +49,12 @@ def valid() -> dict:
     }
 
 
-DIM, NUMBER = 32, 8
+DIM, NUMBER = 32, 16
 
 
 def head_of(n: int, last: float = 0.5) -> bytes:
     """Directions of a head as a map has them, all of them different; the last of its steps."""
-    numbers = [1.0 + n / 64 + i / 1024 for i in range((DIM + 2) * NUMBER - 1)]
+    numbers = [1.0 + n / 64 + i / 2048 for i in range((DIM + 2) * NUMBER - 1)]
     return struct.pack(f"<{len(numbers) + 1}e", *numbers, last)
 
 
@@ -205,13 +205,13 @@ def _set(*keys_and_value):
         (_set("dense_layers", [1.0]), "dense_layers[0]"),
         (_set("directions", None), "directions"),
         (_set("directions", "size", 1), "directions.size"),
-        (_set("directions", {"head_dim": 32, "number": 8}), "directions.heads"),
+        (_set("directions", {"head_dim": 32, "number": 16}), "directions.heads"),
         (_set("directions", "head_dim", 12), "directions.head_dim"),
         (_set("directions", "head_dim", 34), "directions.head_dim"),
         (_set("directions", "head_dim", 1028), "directions.head_dim"),
         (_set("directions", "head_dim", 32.0), "directions.head_dim"),
         (_set("directions", "head_dim", 36), "directions.number"),
-        (_set("directions", "number", 16), "directions.number"),
+        (_set("directions", "number", 8), "directions.number"),
         (_set("directions", "number", True), "directions.number"),
         (_set("directions", "heads", {}), "directions.heads"),
         (_set("directions", "heads", 3, ["AAAA"]), "directions.heads[3]"),
@@ -436,8 +436,8 @@ def test_a_rank_has_the_directions_of_its_heads(tmp_path, draft):
 def test_a_map_of_the_largest_target_with_its_directions_is_within_what_is_read(tmp_path):
     """80 layers of 8 heads of 128 dimensions, and 40 layers of 40."""
     for target in (HeadCounts(80, 64, 8), HeadCounts(40, 40, 40)):
-        content = struct.pack("<4160e", *[1.0] * 4160)
-        whole = Directions(128, 32, ((content,) * target.kv_heads,) * target.layers)
+        content = struct.pack("<8320e", *[1.0] * 8320)
+        whole = Directions(128, 64, ((content,) * target.kv_heads,) * target.layers)
         data = {"version": 1, "tp": 1, "target": target._asdict(), "draft": None}
         data |= {"shares": [[1.0] * target.kv_heads] * target.layers, "directions": whole.to_field()}
         assert load(write(tmp_path, data), target, None).directions == whole

@@ -10,12 +10,14 @@ import torch
 from sts_kernels.layout import (
     IMPORTANCE_SCALE,
     MOST_STEPS,
+    QUERY_STEPS,
     SKETCHED,
     UNKNOWN,
     UNRANKED_BITS,
     Contexts,
     KvPool,
 )
+from sts_kernels.torch_ops import sketch_values
 from sts_sglang import headmap
 from sts_sglang.config import ConfigError
 from sts_sglang.core.selectors import tokens
@@ -53,7 +55,7 @@ class Tokens(Request):
         """float64 [length], by definition."""
         rows = q.view(-1, Q_HEADS, DIM)[:, kv * GROUP : (kv + 1) * GROUP].double()
         rows = rows @ self.runtime.sketches.directions[layer].back[kv].double()
-        step = rows.abs().amax(-1, keepdim=True) / MOST_STEPS
+        step = rows.abs().amax(-1, keepdim=True) / QUERY_STEPS
         rows = torch.floor(rows / step + 0.5) * step
         return (rows @ self.sketch(layer, kv, length).T * SCALE).softmax(-1).amax((0, 1))
 
@@ -137,7 +139,7 @@ def test_slots_that_were_loaded_are_sketched_by_the_next_prefill(head_map) -> No
         assert (stored[slots[:50]] == 99).all()  # known, so not written again
         for kv in range(KV_HEADS):
             expected = rig.sketch(layer, kv, PROMPT)[50:]
-            assert torch.equal(stored[slots[50:PROMPT], kv].double(), expected)
+            assert torch.equal(sketch_values(stored[slots[50:PROMPT], kv]).double(), expected)
 
 
 def test_what_a_last_verify_added_is_sketched_for_who_shares_it(head_map) -> None:
@@ -152,7 +154,7 @@ def test_what_a_last_verify_added_is_sketched_for_who_shares_it(head_map) -> Non
     for layer, stored in sketches.of_layer.items():
         for kv in range(KV_HEADS):
             expected = rig.sketch(layer, kv, PROMPT + 10)[PROMPT:]
-            assert torch.equal(stored[slots[PROMPT : PROMPT + 10], kv].double(), expected)
+            assert torch.equal(sketch_values(stored[slots[PROMPT : PROMPT + 10], kv]).double(), expected)
 
 
 @pytest.mark.parametrize("drafts", [True, False])
@@ -165,7 +167,7 @@ def test_a_verify_sketches_its_own_tokens(head_map, drafts) -> None:
     for layer, stored in rig.runtime.sketches.of_layer.items():
         for kv in range(KV_HEADS):
             expected = rig.sketch(layer, kv, PROMPT + rows)
-            assert torch.equal(stored[rig.slots[: PROMPT + rows], kv].double(), expected)
+            assert torch.equal(sketch_values(stored[rig.slots[: PROMPT + rows], kv]).double(), expected)
 
 
 def test_a_context_within_its_budget_is_attended_to_whole(head_map) -> None:

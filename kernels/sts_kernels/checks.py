@@ -309,15 +309,15 @@ def _check_rows(op: str, q: torch.Tensor, bs: int, kv_heads: int) -> None:
 def _check_directions(
     op: str, sketches: torch.Tensor, directions: Directions, kv_heads: int, dim: int
 ) -> None:
-    """Of sketches int8 [slots, H_kv, R]."""
+    """Of sketches int8 [slots, H_kv, R / 2]."""
     ok = sketches.dim() == 3 and sketches.shape[1] == kv_heads and sketches.dtype == torch.int8
     got = f"{sketches.dtype} {tuple(sketches.shape)}"
     expect(
         op,
         ok and sketches.is_contiguous(),
-        f"sketches must be contiguous int8 [slots, {kv_heads}, R], got {got}",
+        f"sketches must be contiguous int8 [slots, {kv_heads}, R / 2], got {got}",
     )
-    number = sketches.shape[2]
+    number = 2 * sketches.shape[2]
     wanted = {"onto": (kv_heads, dim, number), "centre": (kv_heads, number), "back": (kv_heads, dim, number)}
     for name, shape in wanted.items():
         own = getattr(directions, name)

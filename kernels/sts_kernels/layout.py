@@ -35,15 +35,18 @@ WHOLE = -1
 # Positions that share a sketch of their keys: page p of a request is its positions from PAGE * p on. A sketch
 # is as wide as two keys and lies in PAGE equal slices beside the keys, one a slot.
 PAGE = 16
-# A sketch of a token has as many values as a key's dimensions, divided by this: a byte each.
-SKETCHED = 4
+# A sketch of a token has as many values as a key's dimensions, divided by this: half a byte each.
+SKETCHED = 2
 # Bits of a float16 score that its rank in a list of tokens does not depend on: all but the exponent and four
 # of the mantissa. A sketch tells a score no better.
 UNRANKED_BITS = 6
 RANKS = 1 << (15 - UNRANKED_BITS)  # of scores that are not negative
 # Scores of a row that one program counts by rank and lists, where the row is longer than one can hold.
 SEGMENT = 8192
-MOST_STEPS = 127  # of a value of a sketch, in int8, either way
+MOST_STEPS = 7  # of a value of a sketch, either way
+# Two values share a byte, v and w as 16 * w + v + LOW_ZERO: so either half is had by a mask alone.
+LOW_ZERO = 8
+QUERY_STEPS = 127  # of a query that sketches are multiplied with, in int8, either way
 # New tokens of a prefill that have one selection, and keys that are selected together: neighbours.
 QUERY_BLOCK = KEY_BLOCK = 128
 # In place of the slot that ends a slot's page: the slice that lies there belongs to none.
@@ -257,9 +260,9 @@ class PageSizes(NamedTuple):
 class Directions(NamedTuple):
     """What the keys of one layer are projected on, to be sketched token by token.
 
-    onto: [H_kv, D, R], orthonormal directions divided by their steps, in the dtype of keys. centre: float32
-    [H_kv, R], the mean of keys on them, in steps. back: [H_kv, D, R], the directions times their steps, which
-    a query is projected on.
+    onto: [H_kv, D, R], orthonormal directions divided by their steps, in the dtype of keys; R is even.
+    centre: float32 [H_kv, R], the mean of keys on them, in steps. back: [H_kv, D, R], the directions times
+    their steps, which a query is projected on.
     """
 
     onto: torch.Tensor

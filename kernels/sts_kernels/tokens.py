@@ -1,4 +1,4 @@
-"""Sketches of single tokens in Triton: a key on few directions, a byte each, and the scores by them.
+"""Sketches of single tokens in Triton: a key on few directions, half a byte each, and the scores by them.
 
 A token's sketch lies beside its slot, so that it is shared and dies with the key. Scores take two kernels:
 one reads the sketches and leaves logits, one makes them importance, for which the sum over the whole context
@@ -19,7 +19,9 @@ from sts_kernels import select
 from sts_kernels.checks import check_select, check_token_scores, check_token_sketches, expect_half
 from sts_kernels.layout import (
     ALIGN,
+    LOW_ZERO,
     MOST_STEPS,
+    QUERY_STEPS,
     RANKS,
     SEGMENT,
     UNRANKED_BITS,
@@ -35,7 +37,7 @@ from sts_kernels.select import is_long, select_rows
 from sts_kernels.split_kv import LOG2E, padded, plan_whole, starts_early
 
 LARGEST = 65504.0  # of float16, which logits are kept in
-LEAST_ROWS, LEAST_DIRECTIONS = 8, 32  # of a product of int8
+LEAST_ROWS, LEAST_BYTES = 8, 32  # of a product of int8
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def sketch_tokens(
         R=number,
         R_P2=padded(number),
         MOST=MOST_STEPS,
+        ZERO=LOW_ZERO,
         BLOCK=block,
     )
 
@@ -173,10 +176,11 @@ def score_tokens(
         D=dim,
         D_P2=padded(dim),
         R=number,
-        R_P2=max(LEAST_DIRECTIONS, triton.next_power_of_2(number)),
+        R_P2=max(LEAST_BYTES, triton.next_power_of_2(number)),
         ROWS=rows,
-        MOST=MOST_STEPS,
-        LARGEST=LARGEST / (number * MOST_STEPS * MOST_STEPS),
+        MOST=QUERY_STEPS,
+        ZERO=LOW_ZERO,
+        LARGEST=LARGEST / (2 * number * MOST_STEPS * QUERY_STEPS),
         BLOCK=KNOBS.block,
         EARLY=bool(early),
         num_warps=KNOBS.num_warps,
@@ -241,11 +245,17 @@ def list_tokens(scores: Scores, contexts: Contexts, lists: Lists, *, sink: int, 
 
 
 @triton.jit
+def _steps(found, MOST: tl.constexpr):
+    """The nearest whole steps, in float32."""
+    return tl.minimum(tl.maximum(tl.floor(found + 0.5), -MOST), MOST)
+
+
+@triton.jit
 def _sketch_tokens_kernel(
     k_ptr,  # [slots, H_kv, D]
     sketch_ptr,  # int8 [slots, H_kv, R]
-    onto_ptr,  # [H_kv, D, R]
-    centre_ptr,  # float32 [H_kv, R]
+    onto_ptr,  # [H_kv, D, 2 * R]
+    centre_ptr,  # float32 [H_kv, 2 * R]
     table_ptr,  # int32 [requests, width]
     reqs_ptr,  # int [bs]
     lens_ptr,  # int [bs]
@@ -257,9 +267,10 @@ def _sketch_tokens_kernel(
     H_KV: tl.constexpr,
     D: tl.constexpr,
     D_P2: tl.constexpr,  # padded to a power of two of at least 16, and so is the next
-    R: tl.constexpr,
+    R: tl.constexpr,  # bytes of a sketch: half of the directions
     R_P2: tl.constexpr,
     MOST: tl.constexpr,
+    ZERO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     h, b, program = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -270,25 +281,29 @@ def _sketch_tokens_kernel(
     slot_ptr = table_ptr + req * stride_table
     dims, place = tl.arange(0, D_P2), tl.arange(0, R_P2)
     here = (dims < D)[:, None] & (place < R)[None, :]
-    onto = tl.load(onto_ptr + (h * D + dims)[:, None] * R + place[None, :], mask=here, other=0.0)  # [D, R]
-    centre = tl.load(centre_ptr + h * R + place, mask=place < R, other=0.0)
+    onto_ptr += (h * D + dims)[:, None] * (2 * R) + place[None, :]
+    low_onto = tl.load(onto_ptr, mask=here, other=0.0)  # [D, R], and so the other
+    high_onto = tl.load(onto_ptr + R, mask=here, other=0.0)
+    low_centre = tl.load(centre_ptr + h * 2 * R + place, mask=place < R, other=0.0)
+    high_centre = tl.load(centre_ptr + h * 2 * R + R + place, mask=place < R, other=0.0)
     for start in range(first + program * BLOCK, end, tl.num_programs(2) * BLOCK):
         offs = start + tl.arange(0, BLOCK)
         ok = offs < end
         slots = tl.load(slot_ptr + offs, mask=ok, other=0).to(tl.int64)  # [BLOCK]
         from_ptr = k_ptr + slots[:, None] * stride_slot + h * stride_head + dims[None, :]
         k = tl.load(from_ptr, mask=ok[:, None] & (dims < D)[None, :], other=0.0)  # [BLOCK, D]
-        found = tl.dot(k.to(onto.dtype), onto, input_precision="ieee") * k_scale - centre[None, :]
-        found = tl.minimum(tl.maximum(tl.floor(found + 0.5), -MOST), MOST)
+        k = k.to(low_onto.dtype)
+        low = _steps(tl.dot(k, low_onto, input_precision="ieee") * k_scale - low_centre[None, :], MOST)
+        high = _steps(tl.dot(k, high_onto, input_precision="ieee") * k_scale - high_centre[None, :], MOST)
         to_ptr = sketch_ptr + (slots[:, None] * H_KV + h) * R + place[None, :]
-        tl.store(to_ptr, found.to(tl.int8), mask=ok[:, None] & (place < R)[None, :])
+        tl.store(to_ptr, (16 * high + low + ZERO).to(tl.int8), mask=ok[:, None] & (place < R)[None, :])
 
 
 @triton.jit
 def _score_tokens_kernel(
     q_ptr,  # [bs, T, H_q, D], tokens `stride_q` apart
     sketch_ptr,  # int8 [slots, H_kv, R]
-    back_ptr,  # [H_kv, D, R]
+    back_ptr,  # [H_kv, D, 2 * R]
     logits_ptr,  # float16 [H_kv, columns, T * group], LOG2E included
     stats_ptr,  # float32 [H_kv, work, ROWS, 2]: maximum of logits, sum of exp2(logit - maximum)
     work_ptr,  # int64 [work, 4], see Plan
@@ -306,10 +321,11 @@ def _score_tokens_kernel(
     H_KV: tl.constexpr,
     D: tl.constexpr,
     D_P2: tl.constexpr,  # padded to a power of two of at least 16
-    R: tl.constexpr,
+    R: tl.constexpr,  # bytes of a sketch: half of the directions
     R_P2: tl.constexpr,  # padded to a power of two of at least 32
     ROWS: tl.constexpr,  # T * group, padded to a power of two
     MOST: tl.constexpr,
+    ZERO: tl.constexpr,
     LARGEST: tl.constexpr,  # of a step, at which no logit is out of range
     BLOCK: tl.constexpr,  # tokens at a time
     EARLY: tl.constexpr,
@@ -329,11 +345,18 @@ def _score_tokens_kernel(
     there = (rows < T * GROUP)[:, None] & (dims < D)[None, :]
     q = tl.load(q_ptr + q_offs[:, None] + dims[None, :], mask=there, other=0.0)  # [ROWS, D]
     here = (dims < D)[:, None] & (place < R)[None, :]
-    back = tl.load(back_ptr + (h * D + dims)[:, None] * R + place[None, :], mask=here, other=0.0)  # [D, R]
-    q = tl.dot(tl.trans(back), tl.trans(q.to(back.dtype)), input_precision="ieee")  # [R, ROWS]
+    back_ptr += (h * D + dims)[:, None] * (2 * R) + place[None, :]
+    low_back = tl.load(back_ptr, mask=here, other=0.0)  # [D, R], and so the other
+    high_back = tl.load(back_ptr + R, mask=here, other=0.0)
+    q = tl.trans(q.to(low_back.dtype))
+    low_q = tl.dot(tl.trans(low_back), q, input_precision="ieee")  # [R, ROWS], and so the other
+    high_q = tl.dot(tl.trans(high_back), q, input_precision="ieee")
     # Both sides are int8: to turn a sketch into float16 takes longer than to read it.
-    step = tl.maximum(tl.max(tl.abs(q), 0), 1e-30) / MOST  # [ROWS]
-    q = tl.floor(q / step[None, :] + 0.5).to(tl.int8)
+    largest = tl.maximum(tl.max(tl.abs(low_q), 0), tl.max(tl.abs(high_q), 0))
+    step = tl.maximum(largest, 1e-30) / MOST  # [ROWS]
+    low_q = tl.floor(low_q / step[None, :] + 0.5).to(tl.int8)
+    high_q = tl.floor(high_q / step[None, :] + 0.5).to(tl.int8)
+    zero = ZERO * tl.sum(low_q.to(tl.int32), 0)  # what the low halves are too large by
     step = tl.minimum(step * scale, LARGEST)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
@@ -343,7 +366,9 @@ def _score_tokens_kernel(
         slots = tl.load(slot_ptr + offs, mask=ok, other=0).to(tl.int64)  # [BLOCK]
         from_ptr = sketch_ptr + (slots[:, None] * H_KV + h) * R + place[None, :]
         sketch = tl.load(from_ptr, mask=ok[:, None] & (place < R)[None, :], other=0)  # [BLOCK, R]
-        s = tl.dot(sketch, q).to(tl.float32) * step[None, :]  # [BLOCK, ROWS]
+        # A mask is all that either half takes: the high one is 16 times what it says.
+        s = (tl.dot(sketch & -16, high_q) >> 4) + tl.dot(sketch & 15, low_q) - zero[None, :]
+        s = s.to(tl.float32) * step[None, :]  # [BLOCK, ROWS]
         line = (h.to(tl.int64) * columns + column + offs) * (T * GROUP)
         mask = ok[:, None] & (rows < T * GROUP)[None, :]
         tl.store(logits_ptr + line[:, None] + rows[None, :], s.to(tl.float16), mask=mask)

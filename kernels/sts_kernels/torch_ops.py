@@ -37,9 +37,11 @@ from sts_kernels.checks import (
 from sts_kernels.layout import (
     IMPORTANCE_SCALE,
     KEY_BLOCK,
+    LOW_ZERO,
     MOST_STEPS,
     NO_PAGE,
     PAGE,
+    QUERY_STEPS,
     SHIFT,
     UNKNOWN,
     UNRANKED_BITS,
@@ -612,14 +614,15 @@ def sketch_tokens(
 ) -> None:
     """Write the sketches of one layer of the tokens that a forward has written, once their keys are there.
 
-    A sketch is a key on R directions, from the mean of keys on them, in whole steps of each. Keys differ
-    from each other in few directions, so that a quarter of the dimensions, a byte each, tells which of them
-    a query wants (the low-rank keys of Loki, arXiv 2406.02542).
+    A sketch is a key on R directions, from the mean of keys on them, in whole steps of each, of which four
+    bits hold MOST_STEPS to either side. Keys differ from each other in few directions, so that half of the
+    dimensions, half a byte each, tells which of them a query wants (the low-rank keys of Loki, arXiv
+    2406.02542). A byte has the values of two directions: that of j below, that of j + R / 2 above.
 
     Args:
         keys: [slots, H_kv, D] of the layer, of the directions' dtype or of FP8.
-        sketches: int8 [slots, H_kv, R], written at the slots of positions [before, lens) of every request.
-            What is more than MOST_STEPS away becomes that. Row 0 of the table writes nothing.
+        sketches: int8 [slots, H_kv, R / 2], written at the slots of positions [before, lens) of every
+            request. What is more than MOST_STEPS away becomes that. Row 0 of the table writes nothing.
         directions: of this layer.
         contexts: lens are the lengths after the forward.
         before: int [bs], the first position that is written.
@@ -634,8 +637,14 @@ def sketch_tokens(
         if req > 0:
             slots = contexts.table[req, int(before[b]) : length].long()
             found = torch.einsum("lhd,hdr->lhr", keys[slots].float(), directions.onto.float())
-            found = torch.floor(found * k_scale - directions.centre + 0.5)
-            sketches[slots] = found.clamp(-MOST_STEPS, MOST_STEPS).to(torch.int8)
+            found = torch.floor(found * k_scale - directions.centre + 0.5).clamp(-MOST_STEPS, MOST_STEPS)
+            low, high = found.chunk(2, -1)
+            sketches[slots] = (16 * high + low + LOW_ZERO).to(torch.int8)
+
+
+def sketch_values(sketches: torch.Tensor) -> torch.Tensor:
+    """int8 [.., R], in steps, of sketches [.., R / 2]."""
+    return torch.cat([(sketches & 15) - LOW_ZERO, sketches >> 4], -1)
 
 
 def plan_scores(contexts: Contexts, *, kv_heads: int) -> Plan | None:
@@ -657,7 +666,7 @@ def score_tokens(
     """Importance of the tokens of one layer to its own queries, by their sketches.
 
     A token's logit is the product of its sketch and the query on the same directions, which is rounded to
-    MOST_STEPS steps of its largest value. A row's logits become probabilities among the tokens of the
+    QUERY_STEPS steps of its largest value. A row's logits become probabilities among the tokens of the
     context, which makes rows comparable; then they are pooled over the rows and heads that share a KV head.
 
     Args:
@@ -677,10 +686,10 @@ def score_tokens(
     for b, req, length in _requests(contexts):
         if length == 0:
             continue
-        own = sketches[contexts.table[req, :length].long()].float()  # [L, H_kv, R]
+        own = sketch_values(sketches[contexts.table[req, :length].long()]).float()  # [L, H_kv, R]
         rows = q[b].float().unflatten(1, (kv_heads, -1))  # [T, H_kv, G, D]
         rows = torch.einsum("thgd,hdr->thgr", rows, directions.back.float())
-        step = rows.abs().amax(-1, keepdim=True).clamp(min=1e-30) / MOST_STEPS
+        step = rows.abs().amax(-1, keepdim=True).clamp(min=1e-30) / QUERY_STEPS
         rows = torch.floor(rows / step + 0.5)
         probs = torch.softmax(torch.einsum("thgr,lhr->thgl", rows, own) * step * scale, -1)
         found = _importance(probs, pooling).to(scores.importance.dtype)

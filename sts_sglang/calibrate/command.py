@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sts_sglang import files
 from sts_sglang.config import MAX_TOKENS, ConfigError, StsConfig, one_line
 from sts_sglang.headmap import (
-    DIMS_EACH,
+    DIMS_STEP,
     HEAD_DIMS,
     LATEST,
     MAP_SHIFT,
@@ -266,7 +266,7 @@ def _selector(args: argparse.Namespace, target: Target) -> str:
     elif not number:
         raise ConfigError(
             f"--selector tokens: --model has heads of {target.head_dim} dimensions; allowed: a multiple of "
-            f"{DIMS_EACH} from {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, or --selector pages"
+            f"{DIMS_STEP} from {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, or --selector pages"
         )
     return selector
 

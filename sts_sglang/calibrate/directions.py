@@ -1,6 +1,7 @@
 """Directions along which a target's keys differ most, and the scores that sketches on them give.
 
-A token's sketch is its key on a few directions, a byte each: what a server without a draft selects tokens by.
+A token's sketch is its key on many directions, half a byte each: what selects tokens by the target's own
+queries.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sts_kernels.layout import MOST_STEPS
 from sts_sglang.headmap import Directions, HeadCounts, directions_of
 
 if TYPE_CHECKING:
     from sts_sglang.calibrate.record import Seen
 
-STEPS = 127  # of a sketch, to either side of the centre
-SPREAD = 4.0  # standard deviations that they reach over
+# Standard deviations that the steps of a sketch reach over, to either side. With so few steps, values of a
+# normal distribution are off by least at about this.
+SPREAD = 2.5
 LEAST_STEP = torch.finfo(torch.float16).tiny
 LARGEST = torch.finfo(torch.float16).max
 
@@ -54,7 +57,7 @@ class Keys:
         variances = variances.clamp(min=0).flip(-1)
         basis = vectors.flip(-1)[..., :number].half()
         centre = mean[..., None, :] @ basis.double()
-        steps = (SPREAD / STEPS * variances[..., None, :number].sqrt()).clamp(min=LEAST_STEP)
+        steps = (SPREAD / MOST_STEPS * variances[..., None, :number].sqrt()).clamp(min=LEAST_STEP)
         packed = torch.cat([basis, _half(centre), _half(steps)], -2).numpy().astype("<f2")
         heads = tuple(tuple(own.tobytes() for own in layer) for layer in packed)
         held = variances[..., :number].sum(-1) / variances.sum(-1).clamp(min=1e-30)
@@ -78,7 +81,7 @@ class Sketched:
         have it, the most of the group's."""
         packed = self._packed[seen.layer].to(seen.k.device).float()
         basis, centre, step = packed[:, :-2], packed[:, -2, None], packed[:, -1, None]
-        sketches = ((seen.k[:, :t].float() @ basis - centre) / step).round().clamp(-STEPS, STEPS)
+        sketches = ((seen.k[:, :t].float() @ basis - centre) / step).round().clamp(-MOST_STEPS, MOST_STEPS)
         rows = seen.q[:, t].float().unflatten(0, (seen.k.shape[0], -1))  # [H_kv, G, D]
         logits = rows @ (basis * step) @ sketches.mT
         return (logits * seen.scaling).softmax(-1).amax(1)

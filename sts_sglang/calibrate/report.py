@@ -10,7 +10,7 @@ import torch
 
 from sts_sglang import files
 from sts_sglang.config import ConfigError
-from sts_sglang.headmap import DIMS_EACH, HEAD_DIMS, directions_of
+from sts_sglang.headmap import DIMS_STEP, HEAD_DIMS, directions_of
 
 SHOWN = 20  # weak heads in the table
 WEAK = 0.5  # of the oracle's recall
@@ -96,7 +96,7 @@ def _of_directions(report: dict[str, Any]) -> list[str]:
     """What the map has of the target's keys."""
     dim, number, held = (report["directions"][name] for name in ("head_dim", "number", "variance"))
     if not number:
-        why = f": its heads have {dim} dimensions, and not a multiple of {DIMS_EACH} from {HEAD_DIMS[0]} on"
+        why = f": its heads have {dim} dimensions, and not a multiple of {DIMS_STEP} from {HEAD_DIMS[0]} on"
         return ["the map has no directions of keys" + (why if not directions_of(dim) else "")]
     return [f"{number} directions of the {dim} that keys have hold {held:.1%} of how they differ"]
 

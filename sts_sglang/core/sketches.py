@@ -125,7 +125,9 @@ class TokenSketches:
     ):
         self.ops, self.directions = ops, directions
         self.of_layer = {
-            layer: torch.zeros(slots, *own.centre.shape, dtype=torch.int8, device=device)
+            layer: torch.zeros(
+                slots, own.centre.shape[0], own.centre.shape[1] // 2, dtype=torch.int8, device=device
+            )
             for layer, own in directions.items()
         }
         self.written = torch.zeros(slots, dtype=torch.bool, device=device)  # alike in all layers
@@ -212,7 +214,7 @@ def page_bytes(layers: int, kv_heads: int, head_dim: int) -> int:
 
 def token_bytes(layers: int, kv_heads: int, head_dim: int) -> int:
     """Of a token of the KV pool: a sketch in so many layers, and whether it is written."""
-    return layers * kv_heads * (head_dim // SKETCHED) + 1
+    return layers * kv_heads * (head_dim // SKETCHED // 2) + 1
 
 
 def direction_bytes(layers: int, kv_heads: int, head_dim: int, itemsize: int) -> int:

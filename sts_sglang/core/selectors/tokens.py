@@ -1,6 +1,6 @@
 """Selection by single tokens: the queries that a layer has now, against short forms of all its keys.
 
-A key on a quarter of its dimensions, those along which keys differ most, a byte each, tells nearly as well as
+A key on half of its dimensions, those along which keys differ most, half a byte each, tells nearly as well as
 the whole key how much attention its token gets (low-rank keys, arXiv 2406.02542). To read them is to read an
 eighth of a layer's keys, as the sketches of pages are, whose mean and deviation tell little of one token.
 """
