@@ -46,6 +46,37 @@ _WIDTHS = {
 WIDTHS = {dtype: width for width, dtypes in _WIDTHS.items() for dtype in dtypes.split()}
 
 
+# A model's own layer for the next token but one, by what SGLang makes of it: where a checkpoint has its
+# block, its norms outside of that, and what joins a token's embedding and the target's state. {n}: how many
+# layers the model has besides.
+_OWN_LAYERS = {
+    "Ernie4_5_MoeForCausalLMMTP": (
+        "model.mtp_block.0",
+        "model.mtp_emb_norm.0 model.mtp_hidden_norm.0",
+        "model.mtp_linear_proj.0",
+    ),
+    "Glm4MoeForCausalLMNextN": (
+        "model.layers.{n}",
+        "model.layers.{n}.enorm model.layers.{n}.hnorm model.layers.{n}.shared_head.norm",
+        "model.layers.{n}.eh_proj",
+    ),
+    "HYV3ForCausalLMNextN": (
+        "model.layers.{n}",
+        "model.layers.{n}.enorm model.layers.{n}.hnorm",
+        "model.layers.{n}.eh_proj",
+    ),
+    "MiMoMTP": (
+        "model.mtp_layers.0",
+        "model.mtp_layers.0.token_layernorm model.mtp_layers.0.hidden_layernorm "
+        "model.mtp_layers.0.final_layernorm",
+        "model.mtp_layers.0.input_proj",
+    ),
+    "Qwen3MoeForCausalLMMTP": (
+        "mtp.layers.0",
+        "mtp.pre_fc_norm_embedding mtp.pre_fc_norm_hidden mtp.norm",
+        "mtp.fc",
+    ),
+}
 _OF_A_LAYER = re.compile(r"(?P<stack>(?:[a-z_]+\.)+)(?P<layer>\d+)(?P<part>\..+)")
 
 
@@ -190,7 +221,8 @@ def _check_alike(what: str, config: Mapping[str, Any], tensors: Mapping[str, Ten
     layers = config.get("num_hidden_layers")
     found: dict[str, set[int]] = {}
     for name in tensors:
-        if (match := _OF_A_LAYER.match(name)) and "att" in match["part"]:
+        match = _OF_A_LAYER.match(name)
+        if match and "att" in match["part"] and "mtp" not in match["stack"]:
             found.setdefault(f"{match['stack']}{{}}{match['part']}", set()).add(int(match["layer"]))
     numbers = range(layers if type(layers) is int else 0)
     missing = [name.format(i) for name, there in found.items() for i in numbers if i not in there]
@@ -219,6 +251,8 @@ def _expected(config: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None] | 
         return dict(_of_model(config, name))
     if name.endswith(("Eagle", "Eagle3")):
         return dict(_of_head(config, name.endswith("3")))
+    if name in _OWN_LAYERS:
+        return dict(_of_own_layer(config, *_OWN_LAYERS[name]))
     return None
 
 
@@ -261,16 +295,37 @@ def _of_head(config: Mapping[str, Any], eagle3: bool) -> Iterator[tuple[str, tup
             yield f"{layer}.self_attn.{part}_proj.bias", None
 
 
+def _of_own_layer(
+    config: Mapping[str, Any], block: str, norms: str, joined: str
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What it has beside experts and biases, by which models differ; embeddings are the target's."""
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    own = 0 if layers == 1 else layers  # alone in a checkpoint it is the first
+    block = block.format(n=own)
+    yield f"{joined.format(n=own)}.weight", (hidden, 2 * hidden)
+    for name in (
+        *norms.format(n=own).split(),
+        f"{block}.input_layernorm",
+        f"{block}.post_attention_layernorm",
+    ):
+        yield f"{name}.weight", (hidden,)
+    yield from _attention(config, block, hidden)
+
+
 def _block(config: Mapping[str, Any], layer: str, reads: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, inner, dim = config["hidden_size"], config.get("intermediate_size"), _dim(config)
-    heads = config["num_attention_heads"]
+    hidden, inner = config["hidden_size"], config.get("intermediate_size")
+    yield from _attention(config, layer, reads)
+    for part, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
+        yield f"{layer}.mlp.{part}_proj.weight", shape if inner else ()
+
+
+def _attention(config: Mapping[str, Any], layer: str, reads: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, heads, dim = config["hidden_size"], config["num_attention_heads"], _dim(config)
     kv_heads = config.get("num_key_value_heads") or heads
     yield f"{layer}.self_attn.q_proj.weight", (heads * dim, reads)
     yield f"{layer}.self_attn.k_proj.weight", (kv_heads * dim, reads)
     yield f"{layer}.self_attn.v_proj.weight", (kv_heads * dim, reads)
     yield f"{layer}.self_attn.o_proj.weight", (hidden, heads * dim)
-    for part, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
-        yield f"{layer}.mlp.{part}_proj.weight", shape if inner else ()
 
 
 def _dim(config: Mapping[str, Any]) -> int:

@@ -31,9 +31,11 @@ COMMON = {
 }
 ALL_HEADS = {"num_key_value_heads": 4}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+OWN_LAYER = {"num_nextn_predict_layers": 1}  # for the next token but one
 SHARED = {**EXPERTS, "num_shared_experts": 1, "first_k_dense_replace": 1}
 GLM = {
     **SHARED,
+    **OWN_LAYER,
     "n_routed_experts": 4,
     "n_shared_experts": 1,
     "n_group": 1,
@@ -89,6 +91,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_layer_start_index": 1,
             "moe_layer_interval": 1,
             "use_bias": False,
+            **OWN_LAYER,
         },
     ),
     "ExaoneForCausalLM": (
@@ -140,7 +143,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "IQuestCoderForCausalLM": ("iquestcoder", {}),
     "InternLM2ForCausalLM": ("internlm2", {"bias": False}),
     "InternLM3ForCausalLM": ("internlm3", {"bias": False, "qkv_bias": False}),
-    "MiMoForCausalLM": ("mimo", {"attention_bias": True}),
+    "MiMoForCausalLM": ("mimo", {"attention_bias": True, **OWN_LAYER}),
     "MiniCPMForCausalLM": ("minicpm", {"scale_emb": 2.0, "scale_depth": 1.4, "dim_model_base": 32}),
     "MiniMaxM2ForCausalLM": (
         "minimax_m2",
