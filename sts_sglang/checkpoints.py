@@ -44,39 +44,6 @@ _WIDTHS = {
     8: "U64 I64 F64 C64",
 }
 WIDTHS = {dtype: width for width, dtypes in _WIDTHS.items() for dtype in dtypes.split()}
-
-
-# A model's own layer for the next token but one, by what SGLang makes of it: where a checkpoint has its
-# block, its norms outside of that, and what joins a token's embedding and the target's state. {n}: how many
-# layers the model has besides.
-_OWN_LAYERS = {
-    "Ernie4_5_MoeForCausalLMMTP": (
-        "model.mtp_block.0",
-        "model.mtp_emb_norm.0 model.mtp_hidden_norm.0",
-        "model.mtp_linear_proj.0",
-    ),
-    "Glm4MoeForCausalLMNextN": (
-        "model.layers.{n}",
-        "model.layers.{n}.enorm model.layers.{n}.hnorm model.layers.{n}.shared_head.norm",
-        "model.layers.{n}.eh_proj",
-    ),
-    "HYV3ForCausalLMNextN": (
-        "model.layers.{n}",
-        "model.layers.{n}.enorm model.layers.{n}.hnorm",
-        "model.layers.{n}.eh_proj",
-    ),
-    "MiMoMTP": (
-        "model.mtp_layers.0",
-        "model.mtp_layers.0.token_layernorm model.mtp_layers.0.hidden_layernorm "
-        "model.mtp_layers.0.final_layernorm",
-        "model.mtp_layers.0.input_proj",
-    ),
-    "Qwen3MoeForCausalLMMTP": (
-        "mtp.layers.0",
-        "mtp.pre_fc_norm_embedding mtp.pre_fc_norm_hidden mtp.norm",
-        "mtp.fc",
-    ),
-}
 _OF_A_LAYER = re.compile(r"(?P<stack>(?:[a-z_]+\.)+)(?P<layer>\d+)(?P<part>\..+)")
 
 
@@ -87,6 +54,55 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+class OwnLayer(NamedTuple):
+    """A model's own layer for the next token but one, as it stands in its checkpoint. {n}: how many layers
+    the model has besides.
+
+    made: the class that SGLang makes of it. block: its decoder layer. norms: those outside of that, in words.
+    joined: what joins a token's embedding and the target's state.
+    """
+
+    made: str
+    block: str
+    norms: str
+    joined: str
+
+
+OWN_LAYERS = {
+    "Ernie4_5_MoeForCausalLM": OwnLayer(
+        "Ernie4_5_MoeForCausalLMMTP",
+        "model.mtp_block.0",
+        "model.mtp_emb_norm.0 model.mtp_hidden_norm.0",
+        "model.mtp_linear_proj.0",
+    ),
+    "Glm4MoeForCausalLM": OwnLayer(
+        "Glm4MoeForCausalLMNextN",
+        "model.layers.{n}",
+        "model.layers.{n}.enorm model.layers.{n}.hnorm model.layers.{n}.shared_head.norm",
+        "model.layers.{n}.eh_proj",
+    ),
+    "HYV3ForCausalLM": OwnLayer(
+        "HYV3ForCausalLMNextN",
+        "model.layers.{n}",
+        "model.layers.{n}.enorm model.layers.{n}.hnorm model.layers.{n}.final_layernorm",
+        "model.layers.{n}.eh_proj",
+    ),
+    "MiMoForCausalLM": OwnLayer(
+        "MiMoMTP",
+        "model.mtp_layers.0",
+        "model.mtp_layers.0.token_layernorm model.mtp_layers.0.hidden_layernorm "
+        "model.mtp_layers.0.final_layernorm",
+        "model.mtp_layers.0.input_proj",
+    ),
+    "Qwen3MoeForCausalLM": OwnLayer(
+        "Qwen3MoeForCausalLMMTP",
+        "mtp.layers.0",
+        "mtp.pre_fc_norm_embedding mtp.pre_fc_norm_hidden mtp.norm",
+        "mtp.fc",
+    ),
+}
 
 
 def read_config(what: str, folder: Path) -> dict[str, Any]:
@@ -251,9 +267,8 @@ def _expected(config: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None] | 
         return dict(_of_model(config, name))
     if name.endswith(("Eagle", "Eagle3")):
         return dict(_of_head(config, name.endswith("3")))
-    if name in _OWN_LAYERS:
-        return dict(_of_own_layer(config, *_OWN_LAYERS[name]))
-    return None
+    own = next((layer for layer in OWN_LAYERS.values() if layer.made == name), None)
+    return dict(_of_own_layer(config, own)) if own else None
 
 
 def _of_model(config: Mapping[str, Any], name: str) -> Iterator[tuple[str, tuple[int, ...] | None]]:
@@ -295,21 +310,17 @@ def _of_head(config: Mapping[str, Any], eagle3: bool) -> Iterator[tuple[str, tup
             yield f"{layer}.self_attn.{part}_proj.bias", None
 
 
-def _of_own_layer(
-    config: Mapping[str, Any], block: str, norms: str, joined: str
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """What it has beside experts and biases, by which models differ; embeddings are the target's."""
+def _of_own_layer(config: Mapping[str, Any], own: OwnLayer) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What it has beside experts, by which models differ; embeddings are the target's."""
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    own = 0 if layers == 1 else layers  # alone in a checkpoint it is the first
-    block = block.format(n=own)
-    yield f"{joined.format(n=own)}.weight", (hidden, 2 * hidden)
-    for name in (
-        *norms.format(n=own).split(),
-        f"{block}.input_layernorm",
-        f"{block}.post_attention_layernorm",
-    ):
+    number = 0 if layers == 1 else layers  # alone in a checkpoint it is the first
+    block, norms, joined = (names.format(n=number) for names in (own.block, own.norms, own.joined))
+    yield f"{joined}.weight", (hidden, 2 * hidden)
+    for name in (*norms.split(), f"{block}.input_layernorm", f"{block}.post_attention_layernorm"):
         yield f"{name}.weight", (hidden,)
     yield from _attention(config, block, hidden)
+    for part in "qkv" if config.get("attention_bias") else "":
+        yield f"{block}.self_attn.{part}_proj.bias", ()
 
 
 def _block(config: Mapping[str, Any], layer: str, reads: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -217,7 +217,7 @@ def test_its_own_layer_drafts_for_a_target_of_its_kind(monkeypatch, tmp_path, na
         own_layer(monkeypatch, tmp_path / "other", name, target="LlamaForCausalLM")
     with pytest.raises(Refusal, match=f"{refused}a model's own layer .* under EAGLE alone"):
         own_layer(monkeypatch, tmp_path / "standalone", name, speculative_algorithm="STANDALONE")
-    with pytest.raises(Refusal, match=f"{refused}vocab_size 128, the target has"):
+    with pytest.raises(Refusal, match="made for vocab_size 128, the target has"):
         own_layer(monkeypatch, tmp_path / "words", name, change={"vocab_size": 128})
     if name not in ("HYV3ForCausalLM", "Qwen3MoeForCausalLM"):  # of which SGLang takes one, whatever they say
         with pytest.raises(Refusal, match=f"{refused}num_nextn_predict_layers = 2, .* says 1"):
@@ -291,7 +291,8 @@ def test_the_page_says_what_is_served():
         assert row(start) - newer == names - newer and names <= row(start)
         assert f"| {start} ({len(row(start))}) |" in PAGE
     assert row("drafts under STANDALONE") == architectures.DRAFTED_BY_A_LAYER
-    assert row("heads under EAGLE") == DRAFTS["EAGLE"] | EAGLE_TARGETS
+    assert row("own layers under EAGLE") == {*OWN_LAYERS, *OWN_LAYERS.values()} <= DRAFTS["EAGLE"] | TARGETS
+    assert row("heads under EAGLE") == DRAFTS["EAGLE"] - {*OWN_LAYERS.values()} | EAGLE_TARGETS
     assert row("heads under EAGLE3") == DRAFTS["EAGLE3"] | (EAGLE_TARGETS - EAGLE3_TARGETS)
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     assert f"[{len(row('dense') | row('mixtures of experts'))} architectures]" in readme
@@ -341,7 +342,7 @@ def flags(folder: Path, road: str, model: Path) -> tuple[str, ...]:
         return serve
     draft, load = model, "dummy"
     if road == OWN:
-        road = "EAGLE"
+        road, draft, load = "EAGLE", tiny_architectures.own_layer(folder / "own", model.name), "auto"
     elif road != "STANDALONE":
         draft = eagle_head(folder, road)
     elif model.name not in DRAFTS["STANDALONE"]:

@@ -11,6 +11,7 @@ model of each.
 
 from __future__ import annotations
 
+from sts_sglang import checkpoints
 from sts_sglang.host.releases import release
 
 # What the newer release alone has.
@@ -63,13 +64,7 @@ EXPERTS = _names(
 TARGETS = DENSE | EXPERTS
 # Whose own layer for the next token but one drafts under EAGLE, and the class that SGLang makes of it: one
 # layer of plain attention, from the model's own checkpoint.
-OWN_LAYERS = {
-    "Ernie4_5_MoeForCausalLM": "Ernie4_5_MoeForCausalLMMTP",
-    "Glm4MoeForCausalLM": "Glm4MoeForCausalLMNextN",
-    "HYV3ForCausalLM": "HYV3ForCausalLMNextN",
-    "MiMoForCausalLM": "MiMoMTP",
-    "Qwen3MoeForCausalLM": "Qwen3MoeForCausalLMMTP",
-}
+OWN_LAYERS = {name: layer.made for name, layer in checkpoints.OWN_LAYERS.items()}
 # Of these SGLang takes the target's own path for that, where no draft is named.
 OWN_PATH = _names("Glm4MoeForCausalLM HYV3ForCausalLM")
 # SGLang loads a draft of these for that layer, whatever the algorithm; Bailing's is not served.

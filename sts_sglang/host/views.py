@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleVerifyInput
+    from transformers import PretrainedConfig
 
 
 # What the backends owe this release beyond the methods that every release asks for: class decorators.
@@ -312,7 +313,8 @@ class Model(NamedTuple):
 def own_layer(config: ModelConfig) -> bool:
     """Whether a draft is the layer that a model has for the next token but one; its configuration is that of
     the whole model."""
-    return config.hf_config.architectures[0] in OWN_LAYERS.values()
+    own: PretrainedConfig = config.hf_config
+    return own.architectures[0] in OWN_LAYERS.values()
 
 
 def model(config: ModelConfig) -> Model:
