@@ -42,7 +42,7 @@ TIE = NEAR_TIES[torch.bfloat16]
 STOCK = "stock"
 # Name -> what drafts, and what of sts is on.
 ROADS: dict[str, tuple[list[str], dict]] = {
-    "alone": ([], {"selector": "pages"}),
+    "alone": ([], {"selector": "tokens"}),
     "chain": ([*draft("STANDALONE"), *CHAIN], {}),
     "tree": ([*draft("EAGLE3"), *TREE], {"dense_layers": [1]}),
     "history": ([*draft("STANDALONE"), *CHAIN], {"history": "blend"}),
@@ -54,18 +54,17 @@ SIZES += ("--decode-log-interval", "5")  # rounds after which ranks publish what
 
 
 def write_map(folder: Path, name: str, tp: int) -> str:
-    """A map that a launch on so many ranks takes, and that is the same for any: the shipped pair's packaged
-    ones are of one rank."""
-    target, flags = counts(MODELS / "target"), ROADS[name][0]
-    path, found = folder / f"{name}-{tp}.json", {"version": headmap.MAP_VERSION, "tp": tp}
-    found |= {"target": target._asdict(), "draft": None}
+    """A map that a launch on so many ranks takes, and that is the same for any. The packaged ones are of one
+    rank, and the target's own, which asks no draft head of another, is it for any."""
+    path, flags = folder / f"{name}-{tp}.json", ROADS[name][0]
+    found = json.loads((headmap.MAPS / "none.json").read_text())
     if flags:
+        target = counts(MODELS / "target")
         drafts = counts(Path(flags[flags.index("--speculative-draft-model-path") + 1]))
-        found |= {"shift": headmap.MAP_SHIFT, "draft": drafts._asdict()}
+        found = {"version": headmap.MAP_VERSION, "shift": headmap.MAP_SHIFT}
+        found |= {"target": target._asdict(), "draft": drafts._asdict()}
         found["sources"] = headmap.proportional(target, drafts).sources
-    else:
-        found["shares"] = [[1.0] * target.kv_heads] * target.layers
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps({**found, "tp": tp}))
     return str(path)
 
 
