@@ -34,6 +34,27 @@ SHAPES = {
         "head_dim": 64,
         "tie_word_embeddings": True,
     },
+    "qwen3-32b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    },
+    "qwen3-32b-eagle3": {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 64,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "draft_vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
     # Without weights there is no map of its vocabulary: what it drafts are tokens of the target's.
     "llama-8b-eagle3": {
         "architectures": ["LlamaForCausalLMEagle3"],

@@ -44,8 +44,6 @@ _WIDTHS = {
     8: "U64 I64 F64 C64",
 }
 WIDTHS = {dtype: width for width, dtypes in _WIDTHS.items() for dtype in dtypes.split()}
-
-
 _OF_A_LAYER = re.compile(r"(?P<stack>(?:[a-z_]+\.)+)(?P<layer>\d+)(?P<part>\..+)")
 
 
@@ -56,6 +54,55 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+class OwnLayer(NamedTuple):
+    """A model's own layer for the next token but one, as it stands in its checkpoint. {n}: how many layers
+    the model has besides.
+
+    made: the class that SGLang makes of it. block: its decoder layer. norms: those outside of that, in words.
+    joined: what joins a token's embedding and the target's state.
+    """
+
+    made: str
+    block: str
+    norms: str
+    joined: str
+
+
+OWN_LAYERS = {
+    "Ernie4_5_MoeForCausalLM": OwnLayer(
+        "Ernie4_5_MoeForCausalLMMTP",
+        "model.mtp_block.0",
+        "model.mtp_emb_norm.0 model.mtp_hidden_norm.0",
+        "model.mtp_linear_proj.0",
+    ),
+    "Glm4MoeForCausalLM": OwnLayer(
+        "Glm4MoeForCausalLMNextN",
+        "model.layers.{n}",
+        "model.layers.{n}.enorm model.layers.{n}.hnorm model.layers.{n}.shared_head.norm",
+        "model.layers.{n}.eh_proj",
+    ),
+    "HYV3ForCausalLM": OwnLayer(
+        "HYV3ForCausalLMNextN",
+        "model.layers.{n}",
+        "model.layers.{n}.enorm model.layers.{n}.hnorm model.layers.{n}.final_layernorm",
+        "model.layers.{n}.eh_proj",
+    ),
+    "MiMoForCausalLM": OwnLayer(
+        "MiMoMTP",
+        "model.mtp_layers.0",
+        "model.mtp_layers.0.token_layernorm model.mtp_layers.0.hidden_layernorm "
+        "model.mtp_layers.0.final_layernorm",
+        "model.mtp_layers.0.input_proj",
+    ),
+    "Qwen3MoeForCausalLM": OwnLayer(
+        "Qwen3MoeForCausalLMMTP",
+        "mtp.layers.0",
+        "mtp.pre_fc_norm_embedding mtp.pre_fc_norm_hidden mtp.norm",
+        "mtp.fc",
+    ),
+}
 
 
 def read_config(what: str, folder: Path) -> dict[str, Any]:
@@ -190,7 +237,8 @@ def _check_alike(what: str, config: Mapping[str, Any], tensors: Mapping[str, Ten
     layers = config.get("num_hidden_layers")
     found: dict[str, set[int]] = {}
     for name in tensors:
-        if (match := _OF_A_LAYER.match(name)) and "att" in match["part"]:
+        match = _OF_A_LAYER.match(name)
+        if match and "att" in match["part"] and "mtp" not in match["stack"]:
             found.setdefault(f"{match['stack']}{{}}{match['part']}", set()).add(int(match["layer"]))
     numbers = range(layers if type(layers) is int else 0)
     missing = [name.format(i) for name, there in found.items() for i in numbers if i not in there]
@@ -219,7 +267,8 @@ def _expected(config: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None] | 
         return dict(_of_model(config, name))
     if name.endswith(("Eagle", "Eagle3")):
         return dict(_of_head(config, name.endswith("3")))
-    return None
+    own = next((layer for layer in OWN_LAYERS.values() if layer.made == name), None)
+    return dict(_of_own_layer(config, own)) if own else None
 
 
 def _of_model(config: Mapping[str, Any], name: str) -> Iterator[tuple[str, tuple[int, ...] | None]]:
@@ -261,16 +310,33 @@ def _of_head(config: Mapping[str, Any], eagle3: bool) -> Iterator[tuple[str, tup
             yield f"{layer}.self_attn.{part}_proj.bias", None
 
 
+def _of_own_layer(config: Mapping[str, Any], own: OwnLayer) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What it has beside experts, by which models differ; embeddings are the target's."""
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    number = 0 if layers == 1 else layers  # alone in a checkpoint it is the first
+    block, norms, joined = (names.format(n=number) for names in (own.block, own.norms, own.joined))
+    yield f"{joined}.weight", (hidden, 2 * hidden)
+    for name in (*norms.split(), f"{block}.input_layernorm", f"{block}.post_attention_layernorm"):
+        yield f"{name}.weight", (hidden,)
+    yield from _attention(config, block, hidden)
+    for part in "qkv" if config.get("attention_bias") else "":
+        yield f"{block}.self_attn.{part}_proj.bias", ()
+
+
 def _block(config: Mapping[str, Any], layer: str, reads: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, inner, dim = config["hidden_size"], config.get("intermediate_size"), _dim(config)
-    heads = config["num_attention_heads"]
+    hidden, inner = config["hidden_size"], config.get("intermediate_size")
+    yield from _attention(config, layer, reads)
+    for part, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
+        yield f"{layer}.mlp.{part}_proj.weight", shape if inner else ()
+
+
+def _attention(config: Mapping[str, Any], layer: str, reads: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, heads, dim = config["hidden_size"], config["num_attention_heads"], _dim(config)
     kv_heads = config.get("num_key_value_heads") or heads
     yield f"{layer}.self_attn.q_proj.weight", (heads * dim, reads)
     yield f"{layer}.self_attn.k_proj.weight", (kv_heads * dim, reads)
     yield f"{layer}.self_attn.v_proj.weight", (kv_heads * dim, reads)
     yield f"{layer}.self_attn.o_proj.weight", (hidden, heads * dim)
-    for part, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
-        yield f"{layer}.mlp.{part}_proj.weight", shape if inner else ()
 
 
 def _dim(config: Mapping[str, Any]) -> int:

@@ -20,7 +20,23 @@ def draw(model: torch.nn.Module) -> None:
             parameter.data.copy_(1 + 0.3 * drawn if scale else 0.2 * drawn)
 
 
+_load = loader.DefaultModelLoader.load_weights_and_postprocess
+SHARED = ("embed_tokens.weight", "lm_head.weight")  # a head has the target's
+
+
+def load(model: torch.nn.Module, *args) -> None:
+    """From a checkpoint. Ends the server where a parameter would be left as it was allocated."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data.fill_(torch.nan)
+    _load(model, *args)
+    left = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
+    if left := [name for name in left if not name.endswith(SHARED)]:
+        raise SystemExit(f"left as they were allocated: {left}")
+
+
 loader.initialize_dummy_weights = draw
+loader.DefaultModelLoader.load_weights_and_postprocess = staticmethod(load)
 
 if __name__ == "__main__":
     import runpy

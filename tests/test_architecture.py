@@ -39,7 +39,8 @@ ROOMS = {
         True,
     ),
     "sts_sglang.host.views": (
-        ("sts_kernels", "sts_sglang.core", "sts_sglang.headmap", "sts_sglang.host.releases"),
+        ("sts_kernels", "sts_sglang.core", "sts_sglang.headmap", "sts_sglang.host.releases")
+        + ("sts_sglang.host.architectures",),
         True,
     ),
     "sts_sglang.calibrate": (

@@ -26,7 +26,15 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sts_sglang.config import ConfigError
 from sts_sglang.headmap import HeadCounts
 from sts_sglang.host import architectures, bind, views
-from sts_sglang.host.architectures import DENSE, DRAFTS, EAGLE3_TARGETS, EAGLE_TARGETS, EXPERTS, TARGETS
+from sts_sglang.host.architectures import (
+    DENSE,
+    DRAFTS,
+    EAGLE3_TARGETS,
+    EAGLE_TARGETS,
+    EXPERTS,
+    OWN_LAYERS,
+    TARGETS,
+)
 from sts_sglang.host.serves import Refusal
 from sts_sglang.tools import tiny_pair
 from tests import tiny_architectures
@@ -36,6 +44,7 @@ from tests.server import Server, logged, random_ids
 from tests.test_serving import CHAIN, LEAK
 
 ALL = sorted(TARGETS)
+OWN = "own layer"  # of the target, under EAGLE
 SPARSE = json.dumps({"keep": 0.3, "budget": 0, "sink": 2, "recent": 8})
 DUMMY = ("--load-format", "dummy", "--trust-remote-code")
 PROMPTS = [random_ids(n, n) for n in (1, 40, 333)]
@@ -86,7 +95,8 @@ def test_what_sglang_makes_of_a_draft_is_known(tmp_path):
         config = ModelConfig(path, is_draft_model=True, speculative_algorithm="STANDALONE")
         made = config.hf_config.architectures[0]
         assert (made == name) == (name in DRAFTS["STANDALONE"]), name
-        assert made == name or made in architectures.REFUSED
+        assert made == OWN_LAYERS.get(name, made) and (made in OWN_LAYERS.values()) == (name in OWN_LAYERS)
+        assert made == name or made in DRAFTS["EAGLE"] or made in architectures.REFUSED
 
 
 def test_every_served_architecture_has_a_tiny_model():
@@ -185,9 +195,46 @@ def test_the_layer_for_the_next_token_but_one_is_refused_as_a_draft(monkeypatch,
     for name in sorted(architectures.DRAFTED_BY_A_LAYER):
         given = {"speculative_algorithm": "STANDALONE", "draft": name}
         # The older release asks a Bailing model for the latents of that layer, and there are none.
-        why = "(a model's own layer|cannot be read .*kv_lora_rank)"
+        why = "(a model's own layer .* under EAGLE alone|cannot be read .*kv_lora_rank|not seen running)"
         with pytest.raises(Refusal, match=f"^--speculative-draft-model-path .*{why}"):
             launch(monkeypatch, tmp_path / name, name, **given)
+
+
+def own_layer(monkeypatch, folder: Path, name: str, *, target=None, change=None, **arguments) -> str:
+    """A launch with the layer of one model as the draft of another, or of itself by its own path."""
+    draft = tiny_architectures.make(folder / "draft", name, change)
+    given = {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": str(draft), **arguments}
+    return launch(monkeypatch, folder, target or name, **given)
+
+
+@pytest.mark.parametrize("name", sorted(OWN_LAYERS))
+def test_its_own_layer_drafts_for_a_target_of_its_kind(monkeypatch, tmp_path, name):
+    for algorithm in ("EAGLE", "NEXTN"):
+        given = {"speculative_algorithm": algorithm}
+        assert own_layer(monkeypatch, tmp_path / algorithm, name, **given) == "sts"
+    refused = r"^--speculative-draft-model-path .*"
+    with pytest.raises(Refusal, match=f"{refused}{OWN_LAYERS[name]}, a layer of another kind of model"):
+        own_layer(monkeypatch, tmp_path / "other", name, target="LlamaForCausalLM")
+    with pytest.raises(Refusal, match=f"{refused}a model's own layer .* under EAGLE alone"):
+        own_layer(monkeypatch, tmp_path / "standalone", name, speculative_algorithm="STANDALONE")
+    with pytest.raises(Refusal, match="made for vocab_size 128, the target has"):
+        own_layer(monkeypatch, tmp_path / "words", name, change={"vocab_size": 128})
+    if name not in ("HYV3ForCausalLM", "Qwen3MoeForCausalLM"):  # of which SGLang takes one, whatever they say
+        with pytest.raises(Refusal, match=f"{refused}num_nextn_predict_layers = 2, .* says 1"):
+            own_layer(monkeypatch, tmp_path / "two", name, change={"num_nextn_predict_layers": 2})
+
+
+@pytest.mark.parametrize("name", sorted(OWN_LAYERS))
+def test_a_draft_that_sglang_finds_by_itself_need_not_be_named(monkeypatch, tmp_path, name):
+    given = {"speculative_draft_model_path": None}
+    if name in architectures.OWN_PATH:
+        assert own_layer(monkeypatch, tmp_path, name, **given) == "sts"
+        given["speculative_algorithm"] = "STANDALONE"
+        with pytest.raises(Refusal, match="no draft given; add --speculative-draft-model-path DRAFT$"):
+            own_layer(monkeypatch, tmp_path, name, **given)
+        return
+    with pytest.raises(Refusal, match=f"no draft given; add .* or .*{name} itself for the layer"):
+        own_layer(monkeypatch, tmp_path, name, **given)
 
 
 def loaded(*layers: dict) -> tuple[SimpleNamespace, views.Runner, int]:
@@ -244,7 +291,8 @@ def test_the_page_says_what_is_served():
         assert row(start) - newer == names - newer and names <= row(start)
         assert f"| {start} ({len(row(start))}) |" in PAGE
     assert row("drafts under STANDALONE") == architectures.DRAFTED_BY_A_LAYER
-    assert row("heads under EAGLE") == DRAFTS["EAGLE"] | EAGLE_TARGETS
+    assert row("own layers under EAGLE") == {*OWN_LAYERS, *OWN_LAYERS.values()} <= DRAFTS["EAGLE"] | TARGETS
+    assert row("heads under EAGLE") == DRAFTS["EAGLE"] - {*OWN_LAYERS.values()} | EAGLE_TARGETS
     assert row("heads under EAGLE3") == DRAFTS["EAGLE3"] | (EAGLE_TARGETS - EAGLE3_TARGETS)
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     assert f"[{len(row('dense') | row('mixtures of experts'))} architectures]" in readme
@@ -293,7 +341,9 @@ def flags(folder: Path, road: str, model: Path) -> tuple[str, ...]:
     if road == "alone":
         return serve
     draft, load = model, "dummy"
-    if road != "STANDALONE":
+    if road == OWN:
+        road, draft, load = "EAGLE", tiny_architectures.own_layer(folder / "own", model.name), "auto"
+    elif road != "STANDALONE":
         draft = eagle_head(folder, road)
     elif model.name not in DRAFTS["STANDALONE"]:
         draft, load = tiny_pair.make_pair(folder / "pair")["draft"], "auto"
@@ -301,7 +351,7 @@ def flags(folder: Path, road: str, model: Path) -> tuple[str, ...]:
     return (*serve, "--speculative-algorithm", road, *CHAIN, *drafted)
 
 
-REPRESENTATIVES = {"GraniteForCausalLM": ("STANDALONE",), "Qwen3MoeForCausalLM": ("EAGLE3",)}
+REPRESENTATIVES = {"GraniteForCausalLM": ("STANDALONE",), "Qwen3MoeForCausalLM": ("EAGLE3", OWN)}
 
 
 @pytest.mark.server
@@ -340,6 +390,7 @@ def stocks(forking, tmp_path_factory):
 
 
 ROADS = {"alone": TARGETS, "STANDALONE": TARGETS, "EAGLE3": EAGLE3_TARGETS, "EAGLE": EAGLE_TARGETS}
+ROADS[OWN] = frozenset(OWN_LAYERS)
 
 
 @pytest.mark.architectures

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
-from benchmarks import bench_serving, tables
+# Before SGLang is imported: it chooses its platform once per process.
+os.environ.setdefault("SGLANG_PLATFORM", "sts_cpu")
+
+from benchmarks import bench_serving, dummy_models, tables, two_gpus
 from benchmarks.bench_serving import parse, prepare, run_arm
 from benchmarks.serving_arms import ARMS_OF, arm_args, check_kept
+from tests.arguments import launched
 
 PAIR = ["--target", "T", "--draft", "D"]
 SPARSE = ["--attention-backend", "sts", "--sts-config"]
@@ -88,6 +93,25 @@ def test_dummy_models_are_those_of_the_algorithm(tmp_path):
     assert options.target.name == "llama-8b" and options.draft is None
     assert not (tmp_path / "llama-1b").exists()
     assert options.where == {"gpu": "G", "sglang": "0", "commit": "c", "simulated": None}
+
+
+@pytest.mark.parametrize("target", two_gpus.PAIRS)
+def test_two_gpus_have_a_part_of_every_model(tmp_path, monkeypatch, target):
+    given = two_gpus.parse(["--work", str(tmp_path / "work"), "--out", str(tmp_path / "rows.jsonl")])
+    options = parse(two_gpus.arguments(target, given))
+    prepare(options)
+    assert options.tp == 2 and options.arms == "stock,stock-spec-captured,sts" and options.logs.is_dir()
+    for model in (options.target, options.draft):
+        assert dummy_models.counts(model).shared_evenly(2)
+    args = {arm: arm_args(ARMS_OF["EAGLE3"][arm], options) for arm in options.arms.split(",")}
+    assert all(given[:2] == ["--tp-size", "2"] for given in args.values())
+    given = dict.fromkeys(("speculative_num_draft_tokens",), 4)
+    given |= {"speculative_num_steps": 3, "speculative_eagle_topk": 1, "tp_size": 2, "device": "cpu"}
+    given |= {"load_format": "dummy", "skip_tokenizer_init": True, "disable_cuda_graph": True}
+    given |= {"model_path": str(options.target), "speculative_draft_model_path": str(options.draft)}
+    given |= {"speculative_algorithm": "EAGLE3", "attention_backend": "sts", "context_length": 131072}
+    monkeypatch.setenv("SGLANG_PLATFORM", "sts_cpu")
+    assert launched(monkeypatch, **given).attention_backend == "sts"
 
 
 # 4,000 tokens: a tenth is 400, 25 whole pages; the floor of 1,024 tokens is more than a quarter.

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from sts_kernels import torch_ops
 from sts_kernels.layout import IMPORTANCE_SCALE, NO_PAGE, PAGE, WHOLE, Contexts, Lists, Pooling, Scores
-from sts_sglang import cli, fingerprint, headmap
+from sts_sglang import checkpoints, cli, fingerprint, headmap
 from sts_sglang.calibrate import alone, search
 from sts_sglang.calibrate import report as reports
 from sts_sglang.calibrate.directions import LEAST_STEP, Keys, Sketched
@@ -34,6 +34,7 @@ from sts_sglang.calibrate.record import (
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.headmap import Directions, HeadCounts, HeadMap
 from sts_sglang.tools import tiny_pair
+from tests import tiny_architectures
 from tests.oracle import Eagle3Draft
 
 ROOT = Path(__file__).parents[1]
@@ -524,6 +525,14 @@ def test_ranks_that_cannot_share_the_heads_are_refused(pair, tmp_path, capsys, d
         code, out = error.code, tmp_path / "map.json"
     errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert code == 2 and not out.exists() and len(errors) == 1 and said in errors[0]
+
+
+@pytest.mark.parametrize("name", checkpoints.OWN_LAYERS)
+def test_a_models_own_layer_is_not_run(pair, tmp_path, name):
+    """For the next token but one, which SGLang drafts with where such a model is the draft."""
+    draft = str(tiny_architectures.own_layer(tmp_path, name))
+    with pytest.raises(ConfigError, match=f"^--draft .*the layer that {name} has .*--no-recall"):
+        Pair(str(pair["target"]), draft)
 
 
 def test_a_head_that_follows_two_gets_both_and_not_more_than_allowed():

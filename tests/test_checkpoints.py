@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from sts_sglang import checkpoints, cli, fingerprint
 from sts_sglang.config import ConfigError
 from sts_sglang.tools.tiny_pair import make_pair
-from tests import arguments
+from tests import arguments, tiny_architectures
 
 MODELS = Path(__file__).parents[1] / "sts_sglang" / "models"
 
@@ -310,6 +310,35 @@ def test_layers_of_other_architectures_have_the_same_of_attention(name, tensor):
     with pytest.raises(ConfigError, match=f"^it: weights: missing tensor '{tensor.format(1)}'"):
         checkpoints.check_tensors("it", config, short, strict=False)
     checkpoints.check_tensors("it", {**config, "quantization_config": {"bits": 4}}, short, strict=False)
+
+
+@pytest.mark.parametrize("name", checkpoints.OWN_LAYERS)
+def test_a_checkpoint_without_its_own_layer_is_refused_as_a_draft(launched, tmp_path, name):
+    """For the next token but one; of the target SGLang needs none of it."""
+    target, draft = (
+        tiny_architectures.make(tmp_path, name),
+        tiny_architectures.own_layer(tmp_path / "own", name),
+    )
+    given = {"algorithm": "EAGLE", "load_format": "dummy", "speculative_draft_load_format": "auto"}
+    given["trust_remote_code"] = True
+    launched(target, draft, **given)
+    for tensor in load_file(draft / "model.safetensors"):
+        if "mlp" in tensor or "q_norm" in tensor or "k_norm" in tensor:
+            continue  # not known here
+        damage = weights(lambda w, tensor=tensor: w.pop(tensor))
+        folder = copied(draft, tmp_path / tensor, damage)
+        with pytest.raises(ConfigError, match=f"^--speculative-draft-model-path .*missing tensor '{tensor}'"):
+            launched(target, folder, **given)
+
+
+@pytest.mark.parametrize("name", checkpoints.OWN_LAYERS)
+def test_of_a_target_its_own_layer_is_no_layer_of_the_others(name):
+    """Nor of as many as they."""
+    own = checkpoints.OWN_LAYERS[name].block.format(n=3)
+    config = {"architectures": [name], "num_hidden_layers": 3}
+    whole = {f"model.layers.{i}.self_attn.q_proj.weight": None for i in range(3)}
+    whole[f"{own}.self_attn.q_proj.weight"] = None
+    checkpoints.check_tensors("it", config, whole, strict=False)
 
 
 @pytest.mark.parametrize("model", ["target", "draft"])

@@ -21,6 +21,7 @@ from sts_sglang.evaluate.asking import Cell, Reply
 from sts_sglang.evaluate.items import Copy, Item, Plain, Recital, Source, Text, TooShort
 from sts_sglang.tools.demo import MODELS
 from sts_sglang.tools.tiny_pair import make_pair
+from tests import tiny_architectures
 
 LENGTH = 2048
 
@@ -291,6 +292,15 @@ def test_a_draft_with_another_tokenizer_is_refused(tiny, tmp_path):
     (draft / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ValueError, match="--draft .*differs from the target's in 2 tokens, among them 'a'"):
         pair.check(str(tiny["target"]), str(draft), None)
+
+
+def test_a_models_own_layer_drafts_under_eagle(tmp_path):
+    model = str(tiny_architectures.own_layer(tmp_path, "Glm4MoeForCausalLM"))
+    assert pair.check(model, model, None).pair.algorithm == "EAGLE"
+    with pytest.raises(
+        ValueError, match="architecture 'Glm4MoeForCausalLMNextN' under --algorithm STANDALONE"
+    ):
+        pair.check(model, model, "STANDALONE")
 
 
 @pytest.mark.parametrize("head", ["eagle", "eagle3"])

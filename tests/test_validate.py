@@ -695,7 +695,18 @@ UNFIT_DRAFTS = {
     "EAGLE without head": ("EAGLE", LLAMA, "LlamaForCausalLM", ANOTHER_MODEL),
     "EAGLE with EAGLE3": ("EAGLE", EAGLE3, "LlamaForCausalLMEagle3", ANOTHER_MODEL),
     "EAGLE3 with EAGLE": ("EAGLE3", EAGLE, "LlamaForCausalLMEagle", ANOTHER_MODEL),
-    "MTP": ("EAGLE", {**LLAMA, "architectures": ["MiMoForCausalLM"]}, "MiMoMTP", ANOTHER_MODEL),
+    "MTP": (
+        "EAGLE",
+        {**LLAMA, "architectures": ["MiMoForCausalLM"]},
+        "MiMoMTP, a layer of another kind of model",
+        "give the target's own path",
+    ),
+    "MTP that is not served": (
+        "EAGLE",
+        {**LLAMA, "architectures": ["Step3p5ForCausalLM"]},
+        "Step3p5MTP",
+        ANOTHER_MODEL,
+    ),
     "other vocabulary": (
         "STANDALONE",
         {**LLAMA, "vocab_size": 255},

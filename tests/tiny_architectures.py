@@ -7,6 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
+from sts_sglang import checkpoints
 from sts_sglang.tools import tiny_pair
 
 LAYERS = 4  # an EAGLE-3 head reads three of them
@@ -31,9 +35,11 @@ COMMON = {
 }
 ALL_HEADS = {"num_key_value_heads": 4}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+OWN_LAYER = {"num_nextn_predict_layers": 1}  # for the next token but one
 SHARED = {**EXPERTS, "num_shared_experts": 1, "first_k_dense_replace": 1}
 GLM = {
     **SHARED,
+    **OWN_LAYER,
     "n_routed_experts": 4,
     "n_shared_experts": 1,
     "n_group": 1,
@@ -89,6 +95,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_layer_start_index": 1,
             "moe_layer_interval": 1,
             "use_bias": False,
+            **OWN_LAYER,
         },
     ),
     "ExaoneForCausalLM": (
@@ -140,7 +147,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "IQuestCoderForCausalLM": ("iquestcoder", {}),
     "InternLM2ForCausalLM": ("internlm2", {"bias": False}),
     "InternLM3ForCausalLM": ("internlm3", {"bias": False, "qkv_bias": False}),
-    "MiMoForCausalLM": ("mimo", {"attention_bias": True}),
+    "MiMoForCausalLM": ("mimo", {"attention_bias": True, **OWN_LAYER}),
     "MiniCPMForCausalLM": ("minicpm", {"scale_emb": 2.0, "scale_depth": 1.4, "dim_model_base": 32}),
     "MiniMaxM2ForCausalLM": (
         "minimax_m2",
@@ -300,6 +307,49 @@ def make(folder: Path, name: str, change: dict[str, Any] | None = None) -> Path:
         config["auto_map"] = {"AutoConfig": "configuration_tiny.TinyConfig"}
     path = write(folder / name, config)
     (path / "configuration_tiny.py").write_text(_CLASS.format(model_type))
+    return path
+
+
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_ROUTED = tuple(f"experts.{i}.{name}" for i in range(4) for name in _MLP)
+_SHARED = tuple(f"shared_experts.{name}" for name in _MLP)
+# Of a model's own layer for the next token but one: its MLP's matrices, and its vectors, in its block.
+_BIASES = tuple(f"self_attn.{name}_proj.bias" for name in "qkv")
+_QK_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+_OF_BLOCK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "Ernie4_5_MoeForCausalLM": (_MLP, ()),
+    "Glm4MoeForCausalLM": (("gate", *_ROUTED, *_SHARED), (*_QK_NORMS, "mlp.gate.e_score_correction_bias")),
+    "HYV3ForCausalLM": (
+        ("router.gate", *_ROUTED, *(f"shared_mlp.{name}" for name in _MLP)),
+        (*_QK_NORMS, "mlp.expert_bias"),
+    ),
+    "MiMoForCausalLM": (_MLP, _BIASES),
+    "Qwen3MoeForCausalLM": (("gate", *_ROUTED), _QK_NORMS),
+}
+
+
+def own_layer(folder: Path, name: str, change: dict[str, Any] | None = None) -> Path:
+    """A checkpoint of its own layer for the next token but one alone, in a folder below this one. change:
+    fields that are otherwise."""
+    path = make(folder, name, change)
+    config = json.loads((path / "config.json").read_text())
+    layer = checkpoints.OWN_LAYERS[name]
+    shapes = dict(checkpoints._of_own_layer(config, layer))
+    block, (matrices, vectors) = layer.block.format(n=LAYERS), _OF_BLOCK[name]
+    for matrix in matrices:
+        inner = 32 if "experts." in matrix or "shared_mlp." in matrix else 128
+        rows = 4 if matrix.endswith("gate") else inner
+        shape = (64, inner) if matrix.endswith("down_proj") else (rows, 64)
+        shapes[f"{block}.mlp.{matrix}.weight"] = shape
+    for vector in vectors:
+        sizes = {"norm.weight": 16, "q_proj.bias": 64, "k_proj.bias": 32, "v_proj.bias": 32}
+        shapes[f"{block}.{vector}"] = (next((n for end, n in sizes.items() if vector.endswith(end)), 4),)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        key: 0.2 * torch.randn(shape, generator=generator) + (len(shape) == 1 and "weight" in key)
+        for key, shape in shapes.items()
+    }
+    save_file(tensors, path / "model.safetensors")
     return path
 
 

@@ -233,6 +233,12 @@ class Pair(Target):
     """
 
     def __init__(self, target: str, draft: str, device: str = "cpu", dtype: str = "float32"):
+        architecture = (read_config("--draft", draft).get("architectures") or [""])[0]
+        if architecture in checkpoints.OWN_LAYERS:
+            raise ConfigError(
+                f"--draft {draft}: SGLang drafts with the layer that {architecture} has for the next token "
+                "but one, which is not run here; allowed: a whole model or a head (evaluate: --no-recall)"
+            )
         config = _check("--draft", draft)
         super().__init__(target, device, dtype)
         if config.get("vocab_size") != self.target.config.vocab_size:
@@ -240,7 +246,6 @@ class Pair(Target):
                 f"--draft {draft}: vocabulary of {config.get('vocab_size')}, the target's is "
                 f"{self.target.config.vocab_size}; allowed: a draft with the target's tokenizer"
             )
-        architecture = (config.get("architectures") or [""])[0]
         self.head = None
         if architecture.endswith(("Eagle", "Eagle3")):
             self.head = EagleHead(draft, config, self.target)

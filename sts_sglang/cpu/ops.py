@@ -190,6 +190,10 @@ def alloc_decode(seq_lens, last_loc, free_pages, out, bs_upper, page_size):
     out.copy_(torch.where(new_pages > 0, pages * page_size, last_loc + 1))
 
 
+def synchronize(device=None) -> None:
+    """torch.cuda.synchronize: some models wait for a GPU when they take the target's embeddings."""
+
+
 def support_triton(backend) -> bool:
     """Whether SGLang may run Triton kernels beside this attention backend: not on a CPU."""
     return False

@@ -117,10 +117,11 @@ def _check_alone(target: str, algorithm: str | None) -> Known:
 
 def _check_pair(target: str, draft: str, algorithm: str | None) -> Known:
     from sts_sglang.calibrate.record import read_config, tokenizer_of
-    from sts_sglang.host.serves import DRAFTS, listed
+    from sts_sglang.host.serves import DRAFTS, OWN_LAYERS, listed
 
     configs = _target_config(target), read_config("--draft", draft)
     name = _architecture(configs[1])
+    name = OWN_LAYERS.get(name, name)  # what SGLang makes of it as a draft
     algorithms = [known for known in ALGORITHMS if name in DRAFTS[known]]
     if not algorithms or (algorithm and algorithm not in algorithms):
         served = DRAFTS[algorithm] if algorithm else frozenset().union(*DRAFTS.values())

@@ -11,6 +11,7 @@ model of each.
 
 from __future__ import annotations
 
+from sts_sglang import checkpoints
 from sts_sglang.host.releases import release
 
 # What the newer release alone has.
@@ -61,13 +62,13 @@ EXPERTS = _names(
     """
 )
 TARGETS = DENSE | EXPERTS
-# SGLang loads a draft of these for the layer of theirs that predicts the next token but one.
-DRAFTED_BY_A_LAYER = _names(
-    """
-    BailingMoeForCausalLM BailingMoeV2ForCausalLM Ernie4_5_MoeForCausalLM Glm4MoeForCausalLM HYV3ForCausalLM
-    MiMoForCausalLM Qwen3MoeForCausalLM
-    """
-)
+# Whose own layer for the next token but one drafts under EAGLE, and the class that SGLang makes of it: one
+# layer of plain attention, from the model's own checkpoint.
+OWN_LAYERS = {name: layer.made for name, layer in checkpoints.OWN_LAYERS.items()}
+# Of these SGLang takes the target's own path for that, where no draft is named.
+OWN_PATH = _names("Glm4MoeForCausalLM HYV3ForCausalLM")
+# SGLang loads a draft of these for that layer, whatever the algorithm; Bailing's is not served.
+DRAFTED_BY_A_LAYER = frozenset(OWN_LAYERS) | _names("BailingMoeForCausalLM BailingMoeV2ForCausalLM")
 # Whose embeddings and logits a head of EAGLE can share (get_embed_and_head in SGLang's class; OPT's fails).
 EAGLE_TARGETS = _names(
     """
@@ -88,7 +89,8 @@ EAGLE3_TARGETS = EAGLE_TARGETS - _names(
 # An EAGLE head under STANDALONE, or a whole model under EAGLE, would load and draft nonsense.
 DRAFTS = {
     "STANDALONE": TARGETS - DRAFTED_BY_A_LAYER,
-    "EAGLE": _names("LlamaForCausalLMEagle MistralForCausalLMEagle Qwen2ForCausalLMEagle"),
+    "EAGLE": _names("LlamaForCausalLMEagle MistralForCausalLMEagle Qwen2ForCausalLMEagle")
+    | frozenset(OWN_LAYERS.values()),
     "EAGLE3": _names("LlamaForCausalLMEagle3"),
 }
 # Of the algorithms that ask a target for more than its logits.
@@ -166,30 +168,29 @@ _REASONS = {
     TransformersMultiModalForSequenceClassification TransformersMultiModalMoEEmbeddingModel
     TransformersMultiModalMoEForSequenceClassification XLMRobertaForSequenceClassification XLMRobertaModel
     """,
-    "a draft of another kind: a model's own layer for the next token but one, DFlash, DSpark": """
-    BailingMoeForCausalLMNextN DFlash2BeamDraftModel DFlash2DraftModel DFlashDraftModel
-    DFlashLagunaForCausalLM DSparkDraftModel DSparkMiniMaxDraftModel DeepseekV3ForCausalLMNextN
-    DeepseekV4ForCausalLMDSpark DeepseekV4ForCausalLMNextN Dots3NoteForCausalLMNextN
-    Eagle3DeepseekV2ForCausalLM Ernie4_5_MoeForCausalLMMTP ExaoneMoEForCausalLMMTP
-    Gemma4AssistantForCausalLM Gemma4UnifiedAssistantForCausalLM GigaChat35ForCausalLMNextN
-    Glm4MoeForCausalLMNextN Glm4MoeLiteForCausalLMNextN Glm5NextForConditionalGenerationNextN
-    GlmMoeDsaForCausalLMNextN GlmOcrForConditionalGenerationNextN HYV3ForCausalLMNextN HYV4ForCausalLMNextN
-    IQuestQ1MTP InklingForConditionalGenerationMTP Lfm2DSparkDraftModel LiLiCorrDraftModel LingDSparkModel
-    LongcatFlashForCausalLMNextN MiMoMTP MiMoV2MTP MiniMaxDFlash2DraftModel MistralLarge3ForCausalLMEagle
-    MuseGlimmerAssistantModel NemotronHForCausalLMMTP Qwen3DSparkModel Qwen3MoeForCausalLMMTP
+    "a draft of another kind: DFlash, DSpark, or of a model that is not served": """
+    DFlash2BeamDraftModel DFlash2DraftModel DFlashDraftModel DFlashLagunaForCausalLM DSparkDraftModel
+    DSparkMiniMaxDraftModel DeepseekV3ForCausalLMNextN DeepseekV4ForCausalLMDSpark DeepseekV4ForCausalLMNextN
+    Dots3NoteForCausalLMNextN Eagle3DeepseekV2ForCausalLM ExaoneMoEForCausalLMMTP Gemma4AssistantForCausalLM
+    Gemma4UnifiedAssistantForCausalLM GigaChat35ForCausalLMNextN Glm4MoeLiteForCausalLMNextN
+    Glm5NextForConditionalGenerationNextN GlmMoeDsaForCausalLMNextN GlmOcrForConditionalGenerationNextN
+    HYV4ForCausalLMNextN IQuestQ1MTP InklingForConditionalGenerationMTP Lfm2DSparkDraftModel
+    LiLiCorrDraftModel LingDSparkModel LongcatFlashForCausalLMNextN MiMoV2MTP MiniMaxDFlash2DraftModel
+    MistralLarge3ForCausalLMEagle MuseGlimmerAssistantModel NemotronHForCausalLMMTP Qwen3DSparkModel
     Qwen3NextForCausalLMMTP Qwen3_5ForCausalLMMTP Qwen4ExpForCausalLMMTP Step3p5MTP
     """,
     "another library's model, which says nothing of its attention": """
     MindSporeForCausalLM TransformersForCausalLM TransformersMoEForCausalLM
     """,
     "not seen running: SGLang cannot on a CPU, or in one release at all, or nobody has tried": """
-    DbrxForCausalLM DeepseekForCausalLM HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM
-    K2HorizonForCausalLM SolarForCausalLM XllmForCausalLM XverseMoeForCausalLM
+    BailingMoeForCausalLMNextN DbrxForCausalLM DeepseekForCausalLM HunYuanDenseV1ForCausalLM
+    HunYuanMoEV1ForCausalLM K2HorizonForCausalLM SolarForCausalLM XllmForCausalLM XverseMoeForCausalLM
     """,
 }
 REFUSED = {name: why for why, names in _REASONS.items() for name in _names(names)}
 
 
 def why_not(name: str) -> str | None:
-    """The reason why an architecture of SGLang is not served, None for one that is, or that SGLang lacks."""
-    return REFUSED.get(name)
+    """The reason why an architecture is not served where that is asked, None for one that SGLang lacks."""
+    own = "a model's own layer for the next token but one, which drafts under EAGLE alone"
+    return own if name in OWN_LAYERS.values() else REFUSED.get(name)

@@ -336,6 +336,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "num_attention_heads",
         "num_hidden_layers",
         "num_key_value_heads",
+        "num_nextn_predict_layers",
         "quantization",
         "speculative_algorithm",
         "v_head_dim",
@@ -410,6 +411,7 @@ CPU_BRANCHES = {
 }
 # Our stand-ins for functions and for Triton kernels, by name in cpu/ops.py.
 CPU_HOOKS: Targets = {
+    "synchronize": ("torch.cuda.synchronize", ("device",)),
     "support_triton": ("sglang.srt.utils.common.support_triton", ("backend",)),
     "gather_spec_extras": ("sglang.kernels.ops.speculative.gather_spec_extras.gather_spec_extras", ()),
     "get_last_loc": ("sglang.srt.mem_cache.allocation.get_last_loc", ()),

@@ -26,7 +26,7 @@ from sts_sglang.config import (
     shown,
 )
 from sts_sglang.host import views
-from sts_sglang.host.architectures import DRAFTS, HEADED_TARGETS, TARGETS, why_not
+from sts_sglang.host.architectures import DRAFTS, HEADED_TARGETS, OWN_LAYERS, OWN_PATH, TARGETS, why_not
 from sts_sglang.host.releases import release
 from sts_sglang.host.sampling import check_sampling
 from sts_sglang.verifiers import registry as verifiers
@@ -217,6 +217,7 @@ def check_raw(server_args: ServerArgs) -> None:
     _check_config_files(server_args)
     if (config := _target_config(server_args)) is not None:
         _check_config("--model-path", server_args.model_path, config, TARGETS)
+    _check_draft_given(server_args, config)
 
 
 def check_resolved(server_args: ServerArgs) -> None:
@@ -387,9 +388,11 @@ def check_draft(draft: ModelConfig, target: ModelConfig) -> None:
     algorithm = draft.speculative_algorithm
     _check_headed(algorithm, target)
     _check_model("--speculative-draft-model-path", draft, DRAFTS[algorithm])
-    if algorithm == "STANDALONE":
+    if views.own_layer(draft):
+        _check_own_layer(draft, target)
+    if algorithm == "STANDALONE" or views.own_layer(draft):
         _check_equal("vocab_size", draft.vocab_size, target.vocab_size)
-    else:
+    if algorithm != "STANDALONE":
         reads = getattr(draft.hf_text_config, "target_hidden_size", None) or draft.hidden_size
         _check_equal("hidden_size", reads, target.hidden_size)
 
@@ -503,10 +506,21 @@ def _check_algorithm(server_args: ServerArgs) -> None:
             f"--speculative-algorithm {algorithm}: its draft gives no attention for sts to select by; "
             f"use {', '.join(ALGORITHMS)} {OTHERWISE}"
         )
-    if server_args.speculative_draft_model_path is None:
-        raise Refusal(
-            f"--speculative-algorithm {algorithm}: no draft given; add --speculative-draft-model-path DRAFT"
-        )
+
+
+def _check_draft_given(server_args: ServerArgs, target: PretrainedConfig | None) -> None:
+    """A target's own layer may draft, which SGLang finds by itself for some. target: None if unknown yet."""
+    algorithm = server_args.speculative_algorithm
+    if algorithm is None or server_args.speculative_draft_model_path is not None:
+        return
+    names = set(target.architectures or ()) if target is not None else set()
+    by_a_layer = algorithm.upper() in ("EAGLE", "NEXTN") and not names.isdisjoint(OWN_LAYERS)
+    if by_a_layer and not names.isdisjoint(OWN_PATH):
+        return
+    own = f", or {server_args.model_path} itself for the layer that it has for that" if by_a_layer else ""
+    raise Refusal(
+        f"--speculative-algorithm {algorithm}: no draft given; add --speculative-draft-model-path DRAFT{own}"
+    )
 
 
 def _check_no_draft(server_args: ServerArgs) -> None:
@@ -645,6 +659,21 @@ def _check_headed(algorithm: str, target: ModelConfig) -> None:
         raise Refusal(
             f"--speculative-algorithm {algorithm}: SGLang's {unable} does not hand a head what it reads "
             f"({_HEADS_READ[algorithm]}); use --speculative-algorithm STANDALONE, or none"
+        )
+
+
+def _check_own_layer(draft: ModelConfig, target: ModelConfig) -> None:
+    """Whether it is the target's kind of layer, and SGLang keeps KV for one."""
+    made, path = draft.hf_config.architectures[0], draft.model_path
+    if all(OWN_LAYERS.get(name) != made for name in target.hf_config.architectures):
+        raise Refusal(
+            f"--speculative-draft-model-path {path}: SGLang drafts with {made}, a layer of another kind of "
+            "model than the target; give the target's own path, or a head that was trained for it"
+        )
+    if (layers := draft.num_nextn_predict_layers) != 1:
+        raise Refusal(
+            f"--speculative-draft-model-path {path}: num_nextn_predict_layers = {shown(layers)}, and SGLang "
+            "keeps KV for so many layers where one drafts; give a checkpoint whose config.json says 1"
         )
 
 

@@ -17,6 +17,7 @@ from sts_kernels.layout import FP8, Contexts, KvPool
 from sts_sglang.core.ranks import ALONE, Ranks
 from sts_sglang.core.request import Finished, Request
 from sts_sglang.headmap import HeadCounts, ModelPaths
+from sts_sglang.host.architectures import OWN_LAYERS
 from sts_sglang.host.releases import release
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleVerifyInput
+    from transformers import PretrainedConfig
 
 
 # What the backends owe this release beyond the methods that every release asks for: class decorators.
@@ -308,9 +310,16 @@ class Model(NamedTuple):
         return self.counts.layers * self.counts.kv_heads * 2 * self.head_dim * dtype.itemsize
 
 
+def own_layer(config: ModelConfig) -> bool:
+    """Whether a draft is the layer that a model has for the next token but one; its configuration is that of
+    the whole model."""
+    own: PretrainedConfig = config.hf_config
+    return own.architectures[0] in OWN_LAYERS.values()
+
+
 def model(config: ModelConfig) -> Model:
     counts = HeadCounts(
-        layers=config.num_hidden_layers,
+        layers=1 if own_layer(config) else config.num_hidden_layers,
         q_heads=config.num_attention_heads,
         kv_heads=config.get_total_num_kv_heads(),
     )
