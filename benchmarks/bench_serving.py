@@ -250,14 +250,19 @@ def check_models(p: argparse.ArgumentParser, options: argparse.Namespace) -> Non
             p.error(f"--{flag.replace('_', '-')}: nothing drafts with --algorithm {NONE}")
 
 
-def prepare(options: argparse.Namespace) -> None:
-    """Write the dummy models if asked for, and note where the numbers come from."""
+def prepare(options: argparse.Namespace, words: bool = False) -> None:
+    """Write the dummy models if asked for, and note where the numbers come from.
+
+    words: whether prompts are text, for which dummy models have a tokenizer too.
+    """
     if options.dummy:
         options.target = dummy_models.write(options.dummy_model, options.dummy)
         if options.algorithm != NONE:
             draft = dummy_models.DRAFTS[options.dummy_model][options.algorithm]
             options.draft = dummy_models.write(draft, options.dummy)
-        options.server_args += " --load-format dummy --skip-tokenizer-init"
+        options.server_args += " --load-format dummy" + ("" if words else " --skip-tokenizer-init")
+        if words:
+            dummy_models.write_tokenizer(options.target)
         options.vocab = 128000
     check_configs(options)
     options.where = {**origin(), "commit": commit(), "simulated": options.accept_length}

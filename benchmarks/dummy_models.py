@@ -88,6 +88,19 @@ def write(name: str, folder: Path) -> Path:
     return path
 
 
+def write_tokenizer(model: Path) -> None:
+    """One word a token of the model's vocabulary, so that a text of n words has n tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocab = json.loads((model / "config.json").read_text())["vocab_size"]
+    words = models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(model / "tokenizer.json"))
+    known = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**6}
+    (model / "tokenizer_config.json").write_text(json.dumps(known))
+
+
 def directions(target: Path, draft: Path | None) -> Path:
     """A head map beside the target with directions drawn at random, which cost what calibrated ones do; with
     a draft it is proportional."""

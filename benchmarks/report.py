@@ -19,13 +19,14 @@ from pathlib import Path
 
 from benchmarks import facts, pictures, tables
 from benchmarks.quality.report import folder_digest
-from benchmarks.tables import answers, eagle3, kernels, recall, restructuring, serving, shared, variants
+from benchmarks.tables import answers, eagle3, kernels, load, recall, restructuring, serving, shared, variants
 
 HERE = Path(__file__).parent
 README, REPORT, TEMPLATE = HERE.parent / "README.md", HERE / "REPORT.md", HERE / "report_template.md"
 TABLES: dict[str, Callable[[], str]] = {
     "serving": serving.serving,
     "eagle3": eagle3.eagle3,
+    "load": load.load,
     "alone": serving.alone,
     "round": kernels.round_time,
     "step": kernels.step_time,
