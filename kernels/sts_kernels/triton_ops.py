@@ -6,7 +6,7 @@ from sts_kernels.history import blend_history
 from sts_kernels.page_scores import plan_pages, score_pages
 from sts_kernels.pages import join_pages, list_pages, size_pages, sketch_pages, tag_pages
 from sts_kernels.select import select_tokens
-from sts_kernels.sizes import size_lists
+from sts_kernels.sizes import score_columns, size_lists
 from sts_kernels.split_kv import plan_lists
 from sts_kernels.spread import spread_importance
 from sts_kernels.tokens import list_tokens, plan_scores, score_tokens, sketch_tokens
@@ -24,6 +24,7 @@ __all__ = [
     "plan_lists",
     "plan_pages",
     "plan_scores",
+    "score_columns",
     "score_pages",
     "score_tokens",
     "select_tokens",
