@@ -66,6 +66,39 @@ SHAPES = {
         "tie_word_embeddings": False,
     },
 }
+QWEN3 = {"model_type": "qwen3", "head_dim": 128, "vocab_size": 151936, "rms_norm_eps": 1e-6}
+SHAPES |= {
+    # Five query heads a KV head.
+    "qwen3-14b": {
+        **QWEN3,
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+    },
+    "qwen3-0.6b": {
+        **QWEN3,
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-14b-eagle3": {
+        **SHAPES["llama-8b-eagle3"],
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_attention_heads": 40,
+        "vocab_size": 151936,
+    },
+}
+# What drafts for a target, by algorithm.
+DRAFTS = {
+    "llama-8b": {"STANDALONE": "llama-1b", "EAGLE3": "llama-8b-eagle3"},
+    "qwen3-14b": {"STANDALONE": "qwen3-0.6b", "EAGLE3": "qwen3-14b-eagle3"},
+}
 
 
 def write(name: str, folder: Path) -> Path:
@@ -74,6 +107,19 @@ def write(name: str, folder: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps({**COMMON, **SHAPES[name]}, indent=2))
     return path
+
+
+def write_tokenizer(model: Path) -> None:
+    """One word a token of the model's vocabulary, so that a text of n words has n tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocab = json.loads((model / "config.json").read_text())["vocab_size"]
+    words = models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(model / "tokenizer.json"))
+    known = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**6}
+    (model / "tokenizer_config.json").write_text(json.dumps(known))
 
 
 def directions(target: Path, draft: Path | None) -> Path:

@@ -106,6 +106,17 @@ def copy_rate() -> float:
     return 2 * source.nbytes / microseconds([lambda: target.copy_(source)]) / 1000
 
 
+def read_rate() -> float | None:
+    """Measured rate in GB/s at which the device reads memory once, in a plain sum; None without a GPU."""
+    if DEVICE != "cuda":
+        return None
+    source = torch.ones(1 << 28, dtype=torch.float32, device=DEVICE)
+    rate = source.nbytes / microseconds([source.sum]) / 1000
+    del source
+    torch.cuda.empty_cache()  # servers want the memory
+    return round(rate)
+
+
 class Results:
     """Gates and rows: appended to a JSONL file with where they come from, shown as one table at the end."""
 

@@ -2,6 +2,8 @@
 
     python -m benchmarks.profile_round --dummy --shape 32000x8 --accept-length 3 --arms stock-spec,sts \\
         --server-args "--context-length 131072 --cuda-graph-max-bs 8" --out profile.jsonl
+    python -m benchmarks.profile_round --dummy --algorithm EAGLE3 --shape mixed:2000-64000x16 --topk 4 \\
+        --arms sts --server-args "--context-length 131072 --cuda-graph-max-bs 16" --out profile.jsonl
     python -m benchmarks.profile_round --dummy --algorithm NONE --shape 32000x8 \\
         --server-args "--context-length 131072 --cuda-graph-max-bs 8" --out profile.jsonl
 
@@ -47,7 +49,7 @@ SELECTS = {"page_scores": page_scores, "pages": pages, "tokens": tokens, "select
 REST = "rest"
 
 
-def record(server: LocalServer, prompts: list[list[int]], rounds: int, tokens: int = 1500) -> list[dict]:
+def record(server: LocalServer, prompts: list[list[int]], rounds: int, tokens: int = 3000) -> list[dict]:
     """Events of a trace over about `rounds` decode rounds of a batch that is prefilled already.
 
     `tokens`, which each request may decode, must last for two seconds; the requests are aborted then.
@@ -167,25 +169,24 @@ def main(argv: list[str] | None = None) -> None:
         epilog="further options, --dummy, --arms, --out and others, are those of benchmarks.bench_serving",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--shape", default="32000x8", help="CONTEXTxREQUESTS (%(default)s)")
+    p.add_argument("--shape", default="32000x8", help="one of bench_serving's --shapes (%(default)s)")
     p.add_argument("--rounds", type=int, default=12, help="scheduler steps to record (%(default)s)")
     p.add_argument("--top", type=int, default=24, help="kernels to show (%(default)s)")
     own, rest = p.parse_known_args(argv)
     options = bench_serving.parse([*rest, "--shapes", own.shape])
     bench_serving.prepare(options)
-    context, requests = map(int, own.shape.split("x"))
-    prompts = [bench_serving.prompt(i, context, options.vocab) for i in range(requests)]
+    (shape,) = options.shapes
+    prompts = bench_serving.prompts_of(shape, options)
     for arm in options.arms.split(","):
+        known = ARMS_OF[options.algorithm][arm]
         with bench_serving.serve(arm, 0, options) as server:
-            rounds_of = verifies if ARMS_OF[options.algorithm][arm].drafts else steps
-            found = summary(record(server, prompts, own.rounds), own.top, rounds_of)
-            row = {"arm": arm, "context": context, "requests": requests, **found}
-            row |= {"algorithm": options.algorithm, "tp": options.tp}
+            found = summary(record(server, prompts, own.rounds), own.top, verifies if known.drafts else steps)
+            row = {"arm": arm, **shape.fields(), **found, **bench_serving.served(known, options)}
             row |= {"server": server.shown_command(), **options.where}
         if options.out:
             with options.out.open("a") as f:
                 f.write(json.dumps(row) + "\n")
-        print(f"\n{arm} {own.shape}: round {found['round_us']:.0f} us, idle {found['idle_us']:.0f} us")
+        print(f"\n{arm} {shape}: round {found['round_us']:.0f} us, idle {found['idle_us']:.0f} us")
         spent = ", ".join(f"{part} {us:.0f} us" for part, us in found["parts"].items())
         print(f"  scores pages and selects: {found['select_share']:.1%} of a round; {spent}")
         print(f"  host per round: {found['host_calls']}")

@@ -19,12 +19,14 @@ from pathlib import Path
 
 from benchmarks import facts, pictures, tables
 from benchmarks.quality.report import folder_digest
-from benchmarks.tables import answers, kernels, recall, restructuring, serving, shared, variants
+from benchmarks.tables import answers, eagle3, kernels, load, recall, restructuring, serving, shared, variants
 
 HERE = Path(__file__).parent
 README, REPORT, TEMPLATE = HERE.parent / "README.md", HERE / "REPORT.md", HERE / "report_template.md"
 TABLES: dict[str, Callable[[], str]] = {
     "serving": serving.serving,
+    "eagle3": eagle3.eagle3,
+    "load": load.load,
     "alone": serving.alone,
     "round": kernels.round_time,
     "step": kernels.step_time,
@@ -76,7 +78,7 @@ def report() -> str:
 
 def readme(text: str) -> str:
     """The README with every marked section made anew."""
-    sections = {"speed": serving.front, "answers": lambda: ANSWERS.format(**facts.facts())}
+    sections = {"speed": eagle3.front, "answers": lambda: ANSWERS.format(**facts.facts())}
     for name, make in sections.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:

@@ -18,18 +18,20 @@ class Arm:
     """A server to compare.
 
     config: of sts, on top of the given --sts-config; None: stock SGLang. drafts: whether something drafts for
-    the target. module: what launches it.
+    the target. module: what launches it. args: that it has besides.
     """
 
     config: dict | None
     drafts: bool = True
     module: str = "sglang.launch_server"
+    args: tuple[str, ...] = ()
 
 
 ARMS = {
     "stock": Arm(None, drafts=False),
     "stock-spec": Arm(None),
     "stock-spec-captured": Arm(None, module="benchmarks.captured_stock"),
+    "stock-fp8": Arm(None, module="benchmarks.captured_stock", args=("--kv-cache-dtype", "fp8_e4m3")),
     "sts-dense": Arm({"dense_layers": "all"}),
     "sts": Arm({}),
     "sts-draft": Arm({"draft": "all"}),
@@ -40,8 +42,7 @@ ARMS = {
     "sts-draft-blend": Arm({"draft": "all", "history": "blend"}),
 }
 ALONE = {name: replace(ARMS[name], drafts=False) for name in ("stock", "sts", "sts-pages", "sts-tokens")}
-DUMMY_DRAFTS = {"STANDALONE": "llama-1b", "EAGLE3": "llama-8b-eagle3"}
-ARMS_OF = {NONE: ALONE, **dict.fromkeys(DUMMY_DRAFTS, ARMS)}  # by algorithm
+ARMS_OF = {NONE: ALONE, **dict.fromkeys(("STANDALONE", "EAGLE3"), ARMS)}  # by algorithm
 
 
 def arm_args(arm: Arm, options: argparse.Namespace) -> list[str]:
@@ -50,11 +51,12 @@ def arm_args(arm: Arm, options: argparse.Namespace) -> list[str]:
     if arm.drafts:
         args += ["--speculative-algorithm", options.algorithm]
         args += ["--speculative-draft-model-path", str(options.draft)]
-        args += ["--speculative-num-steps", str(options.steps), "--speculative-eagle-topk", "1"]
-        args += ["--speculative-num-draft-tokens", str(options.steps + 1)]
+        args += ["--speculative-num-steps", str(options.steps)]
+        args += ["--speculative-eagle-topk", str(options.topk)]
+        args += ["--speculative-num-draft-tokens", str(options.draft_tokens)]
     if arm.config is not None:
         args += ["--attention-backend", "sts", "--sts-config", json.dumps(sts_config(arm, options))]
-    return args
+    return [*args, *arm.args]
 
 
 def sts_config(arm: Arm, options: argparse.Namespace) -> dict:
@@ -77,8 +79,9 @@ def layers_of(target: Path) -> int:
     return json.loads((target / "config.json").read_text())["num_hidden_layers"]
 
 
-def check_kept(ratio: float, arm: Arm, context: int, options: argparse.Namespace) -> None:
-    """End the benchmark where verifies attended to another share of the context than was asked for.
+def check_kept(ratio: float, arm: Arm, lengths: list[int], options: argparse.Namespace) -> None:
+    """End the benchmark where verifies attended to another share of contexts of these lengths than was asked
+    for.
 
     Pages are whole, and the parts of a map's heads rounded up, so a list may miss its budget by less than one
     page. How much a top-p set or verifies of everything come to is not known beforehand.
@@ -87,11 +90,12 @@ def check_kept(ratio: float, arm: Arm, context: int, options: argparse.Namespace
     if known.policy == "top_p" or known.full_verify_every or known.verify == "dense":
         return
     dense = len(known.dense_layers) / layers_of(options.target)
-    shares = [known.budget_for(n) / n for n in (context, context + options.new_tokens)]
+    longer = ([n + more for n in lengths] for more in (0, options.new_tokens))
+    shares = [sum(map(known.budget_for, some)) / sum(some) for some in longer]
     low, high = (dense + (1 - dense) * share for share in (min(shares), max(shares)))
-    within = PAGE / context
+    within = PAGE * len(lengths) / sum(lengths)
     if not low - within <= ratio <= high + within:
         raise SystemExit(
-            f"{context} tokens: verifies attended to {ratio:.4f} of them; asked for was {low:.4f} to "
-            f"{high:.4f}, within a page; nothing is reported"
+            f"{min(lengths)} to {max(lengths)} tokens: verifies attended to {ratio:.4f} of them; asked for "
+            f"was {low:.4f} to {high:.4f}, within a page; nothing is reported"
         )

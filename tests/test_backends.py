@@ -13,7 +13,7 @@ import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sts_kernels.layout import UNKNOWN, Contexts
+from sts_kernels.layout import UNKNOWN, WHOLE, Contexts, Count
 from sts_sglang.backends.carry import TorchCarry
 from sts_sglang.backends.draft import DraftMultiStepBackend
 from sts_sglang.backends.target import StsTargetBackend
@@ -332,7 +332,7 @@ def test_a_batch_is_scored_alike_some_requests_at_a_time():
     for most in (5, 2):
         state.at_once = most
         state.importance.fill_(torch.nan)
-        shares = runtime.shares(lens)
+        shares = runtime.shares(contexts)
         assert [share.requests for share in shares] == [slice(i, min(i + most, 5)) for i in range(0, 5, most)]
         out = runtime.score(1, q, contexts, shares, step=0, scale=SCALE)
         found.append((out, state.importance.clone()))
@@ -340,8 +340,29 @@ def test_a_batch_is_scored_alike_some_requests_at_a_time():
     assert torch.equal(out, parted)
     assert torch.equal(scores.nan_to_num(-1), parted_scores.nan_to_num(-1))
     scored = ~scores.isnan().view(len(scores), 8, -1)
-    fed = scored.any(2).any(1)
-    assert fed.any() and scored[fed].sum(2).tolist() == [[*(lens - 1).tolist(), 0, 0, 0]] * int(fed.sum())
+    fed, some = scored.any(2).any(1), torch.where(lens > CONFIG["budget"], lens - 1, 0).tolist()
+    assert fed.any() and scored[fed].sum(2).tolist() == [[*some, 0, 0, 0]] * int(fed.sum())
+
+
+@pytest.mark.parametrize("more", [{}, {"history": "warm"}, {"inspect_dir": "dumps"}], ids=str)
+def test_within_the_budget_sts_stands_aside_but_for_what_is_remembered_or_told(more):
+    """Nothing is scored that nothing is selected by, and the round counts as one that stood aside."""
+    rig = Rig({**CONFIG, **more})
+    runtime, state = rig.runtime, rig.runtime.state
+    budget = CONFIG["budget"]
+    contexts = Contexts(rig.target.table, torch.tensor([2, 1]), torch.tensor([budget, budget + 1]))
+    state.carried.normal_()
+    state.carried_lens[contexts.reqs] = contexts.lens
+    state.importance.fill_(torch.nan)
+    shares = runtime.shares(contexts)
+    for layer in range(LAYERS):
+        runtime.score(layer, torch.randn(2, Q_HEADS, DIM), contexts, shares, step=0, scale=SCALE)
+    scored = ~state.importance.isnan().all(0).view(-1, state.room.columns)
+    assert scored.any(1)[:2].tolist() == [bool(more), True]
+    counts = runtime.begin_verify(contexts).counts
+    assert (counts[0] == WHOLE).all() and (counts[1] == budget).all()
+    told = [Count.SPARSE_VERIFIES, Count.DENSE_VERIFIES, Count.ASIDE_VERIFIES]
+    assert state.totals[told].tolist() == [2, 0, 1]
 
 
 def test_a_round_of_one_step_scores_by_the_layers_own_scale():
@@ -353,7 +374,7 @@ def test_a_round_of_one_step_scores_by_the_layers_own_scale():
     contexts = Contexts(rig.target.table, torch.tensor([Rig.REQ]), lens)
     for scale, same in ((SCALE, True), (DIM**-0.5, False)):
         for layer in range(LAYERS):
-            runtime.score(layer, None, contexts, runtime.shares(lens), step=0, scale=scale)
+            runtime.score(layer, None, contexts, runtime.shares(contexts), step=0, scale=scale)
         assert torch.equal(found.nan_to_num(-1), runtime.state.importance.nan_to_num(-1)) is same
 
 
@@ -457,7 +478,7 @@ def test_verify_attends_to_the_selection_and_counts_it(layer):
             values = rig.target_pool.v[layer, rig.slots[positions], kv].double()
             weights = (keys @ q.view(TOKENS, Q_HEADS, DIM)[row, head].double() * SCALE).softmax(0)
             torch.testing.assert_close(out[row, head].double(), weights @ values, rtol=1e-5, atol=1e-5)
-    assert rig.runtime.state.totals.tolist() == [1, 0, 7 * KV_HEADS, (CONTEXT + 1) * KV_HEADS, 0, 0, 0, 0]
+    assert rig.runtime.state.totals.tolist() == [1, 0, 7 * KV_HEADS, (CONTEXT + 1) * KV_HEADS, *[0] * 5]
 
 
 class NoVerify:

@@ -10,10 +10,11 @@ import pytest
 # Before SGLang is imported: it chooses its platform once per process.
 os.environ.setdefault("SGLANG_PLATFORM", "sts_cpu")
 
-from benchmarks import bench_serving, dummy_models, tables, two_gpus
+from benchmarks import bench_serving, bound, dummy_models, tables, two_gpus
 from benchmarks.bench_serving import parse, prepare, run_arm
-from benchmarks.serving_arms import ARMS_OF, arm_args, check_kept
-from tests.arguments import launched
+from benchmarks.serving_arms import ARMS_OF, arm_args, check_kept, launched
+from benchmarks.shapes import Shape
+from tests import arguments
 
 PAIR = ["--target", "T", "--draft", "D"]
 SPARSE = ["--attention-backend", "sts", "--sts-config"]
@@ -52,6 +53,22 @@ def test_a_pair_is_served_as_ever():
     dense = json.loads(flags("sts-dense", *given)[-1])
     assert dense == {"keep": 0.1, "dense_layers": [0, 1, 2, 3]}
     assert flags("stock-spec", *PAIR)[5] == "3"  # draft steps, unless said otherwise
+    assert flags("stock-fp8", *given) == [*drafts, "--kv-cache-dtype", "fp8_e4m3"]
+    tree = flags("sts", *given, "--topk", "4")
+    assert tree[7:10] == ["4", "--speculative-num-draft-tokens", "8"]
+    assert flags("sts", *given, "--topk", "4", "--draft-tokens", "16")[9] == "16"
+
+
+def test_batches_are_of_equal_lengths_or_of_lengths_the_same_factor_apart():
+    equal, mixed = Shape.parse("32000x3"), Shape.parse("mixed:2000-64000x6")
+    assert equal.lengths() == [32000] * 3
+    assert mixed.lengths() == [64000, 32000, 16000, 8000, 4000, 2000]
+    for shape in (equal, mixed):
+        assert Shape.parse(str(shape)) == shape == Shape.of({"arm": "sts", **shape.fields()})
+    assert (equal.shown(), mixed.shown()) == ("32,000 x 3", "2,000 to 64,000 x 6")
+    for wrong in ("32000", "x8", "0x8", "8x0", "mixed:9-9x4", "mixed:9-8x4", "mixed:2-8x1", "mixed:0-8x2"):
+        with pytest.raises(ValueError, match=wrong):
+            Shape.parse(wrong)
 
 
 @pytest.mark.parametrize("arm", ["stock", "sts"])
@@ -71,7 +88,9 @@ def test_ranks_are_those_of_every_arm(arm):
         (["--dummy", "--algorithm", "NONE", "--steps", "3"], "--steps: nothing drafts"),
         (["--target", "T", "--draft", "D", "--algorithm", "NONE"], "--draft: nothing drafts"),
         (["--dummy", "--algorithm", "NONE", "--arms", "stock-spec"], "--arms: no stock-spec"),
+        (["--dummy", "--algorithm", "NONE", "--topk", "4"], "--topk: nothing drafts"),
         (["--dummy", "--tp", "3"], "--tp"),
+        (["--dummy", "--shapes", "32000x8,mixed"], "--shapes: 'mixed' is no CONTEXTxREQUESTS"),
     ],
 )
 def test_what_does_not_fit_together_is_named(argv, named, capsys):
@@ -92,7 +111,24 @@ def test_dummy_models_are_those_of_the_algorithm(tmp_path):
     prepare(options)
     assert options.target.name == "llama-8b" and options.draft is None
     assert not (tmp_path / "llama-1b").exists()
-    assert options.where == {"gpu": "G", "sglang": "0", "commit": "c", "simulated": None}
+    told = {"gpu": "G", "sglang": "0", "commit": "c", "simulated": None, "draft": None}
+    assert options.where.items() >= told.items()
+    assert options.where["target"]["layers"] == 32
+
+
+@pytest.mark.parametrize("model", dummy_models.DRAFTS)
+@pytest.mark.parametrize("algorithm", ["STANDALONE", "EAGLE3"])
+def test_dummy_pairs_are_models_that_sts_takes_by_tokens_too(tmp_path, model, algorithm):
+    from transformers import AutoConfig
+
+    options = parse(["--dummy", str(tmp_path), "--dummy-model", model, "--algorithm", algorithm])
+    prepare(options)
+    target, draft = (AutoConfig.from_pretrained(folder) for folder in (options.target, options.draft))
+    assert target.vocab_size == draft.vocab_size and options.vocab <= target.vocab_size
+    assert launched(ARMS_OF[algorithm]["sts-tokens"], options).selector == "tokens"
+    directions = json.loads((tmp_path / f"directions-{options.draft.name}.json").read_text())
+    assert len(directions["directions"]["heads"]) == target.num_hidden_layers
+    assert directions["draft"]["layers"] == draft.num_hidden_layers
 
 
 @pytest.mark.parametrize("target", two_gpus.PAIRS)
@@ -111,7 +147,7 @@ def test_two_gpus_have_a_part_of_every_model(tmp_path, monkeypatch, target):
     given |= {"model_path": str(options.target), "speculative_draft_model_path": str(options.draft)}
     given |= {"speculative_algorithm": "EAGLE3", "attention_backend": "sts", "context_length": 131072}
     monkeypatch.setenv("SGLANG_PLATFORM", "sts_cpu")
-    assert launched(monkeypatch, **given).attention_backend == "sts"
+    assert arguments.launched(monkeypatch, **given).attention_backend == "sts"
 
 
 # 4,000 tokens: a tenth is 400, 25 whole pages; the floor of 1,024 tokens is more than a quarter.
@@ -134,9 +170,18 @@ def test_verifies_attend_to_what_was_asked_for_within_a_page(config, ratio, pass
     options = parse(["--target", "T", "--algorithm", "NONE", "--sts-config", config])
     arm = ARMS_OF["NONE"]["sts"]
     if passes:
-        return check_kept(ratio, arm, 4000, options)
+        return check_kept(ratio, arm, [4000], options)
     with pytest.raises(SystemExit, match=f"attended to {ratio:.4f}"):
-        check_kept(ratio, arm, 4000, options)
+        check_kept(ratio, arm, [4000], options)
+
+
+def test_of_mixed_lengths_the_share_is_of_all_tokens():
+    options = parse(["--target", "T", "--algorithm", "NONE"])
+    lengths = Shape.parse("mixed:1000-64000x4").lengths()  # 1,000 is attended to whole, 4,000 by a quarter
+    assert lengths == [64000, 16000, 4000, 1000]
+    check_kept((6400 + 1600 + 1024 + 1000) / 85000, ARMS_OF["NONE"]["sts"], lengths, options)
+    with pytest.raises(SystemExit, match="1000 to 64000 tokens: verifies attended to 0.1000"):
+        check_kept(0.1, ARMS_OF["NONE"]["sts"], lengths, options)
 
 
 def test_whatever_was_measured_so_far_attended_to_what_was_asked_for():
@@ -145,7 +190,7 @@ def test_whatever_was_measured_so_far_attended_to_what_was_asked_for():
     found = [r for r in tables.rows("serving.jsonl") if r["arm"] in ("sts", "sts-draft", "sts-dense")]
     assert len(found) > 50
     for row in found:
-        check_kept(row["keep_ratio"], ARMS_OF["STANDALONE"][row["arm"]], row["context"], options)
+        check_kept(row["keep_ratio"], ARMS_OF["STANDALONE"][row["arm"]], [row["context"]], options)
 
 
 class Fake:
@@ -178,16 +223,16 @@ class Fake:
         return "python -m sglang.launch_server"
 
 
-def run(monkeypatch, arm: str, shapes: list[tuple[int, int]], **server: int) -> list[dict]:
+def run(monkeypatch, arm: str, *shapes: str, **server: int) -> list[dict]:
     monkeypatch.setattr(bench_serving, "serve", lambda *given: Fake(*given, **server))
     argv = ["--target", "T", "--algorithm", "NONE", "--tp", "2", "--passes", "2", "--out", "rows.jsonl"]
     options = parse([*argv, "--sts-config", '{"keep": 0.1, "budget": 0}'])
     prepare(options)
-    return run_arm(arm, 0, shapes, options)
+    return run_arm(arm, 0, [Shape.parse(shape) for shape in shapes], options)
 
 
 def test_a_row_says_what_was_served_and_how_sparsely(monkeypatch, tmp_path):
-    rows = run(monkeypatch, "sts", [(3000, 2)])
+    rows = run(monkeypatch, "sts", "3000x2")
     written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert len(rows) == len(written) == 2
     told = {"arm": "sts", "repeat": 0, "context": 3000, "requests": 2, "algorithm": "NONE", "tp": 2}
@@ -196,8 +241,51 @@ def test_a_row_says_what_was_served_and_how_sparsely(monkeypatch, tmp_path):
     told |= {"commit": "c", "simulated": None, "gpu": "G", "server": "python -m sglang.launch_server"}
     assert written[0].items() >= told.items()
     assert written[0]["tokens_per_s"] > 0
-    stock = run(monkeypatch, "stock", [(3000, 2)])
+    assert (written[0]["selector"], written[0]["new_tokens"], written[0]["target"]) == ("pages", 512, None)
+    stock = run(monkeypatch, "stock", "3000x2")
     assert "keep_ratio" not in stock[0]
+
+
+# 32 layers: queries and outputs of 4096 x 4096, keys and values of 4096 x 1024, and an MLP of 14336.
+LAYER = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+HEAD_LAYER = 4096 * (4096 + 2 * (4096 + 2 * 1024) + 3 * 14336)
+
+
+def test_the_bytes_of_a_round_are_weights_and_what_attention_is_over(tmp_path):
+    target = bound.model(dummy_models.write("llama-8b", tmp_path))
+    draft = bound.model(dummy_models.write("llama-8b-eagle3", tmp_path))
+    assert target["weights"] == 2 * (32 * LAYER + 128256 * 4096)
+    assert draft["weights"] == 2 * (HEAD_LAYER + 32000 * 4096)
+    row = {"target": target, "draft": draft, "drafts": True, "steps": 3, "kv": "auto", "shared": 0, "tp": 1}
+    row |= {"context": 1000, "requests": 2, "new_tokens": 200}  # 1,100 tokens each, on average
+    token, of_head = 2 * 2 * 8 * 128 * 32, 2 * 2 * 8 * 128
+    weights = target["weights"] + 3 * draft["weights"] + 2 * 3 * 4096 * 4096
+    dense = {"weights": weights, "target": 2200 * token, "draft": 3 * 2200 * of_head}
+    assert bound.round_bytes(row) == dense
+    halves = bound.round_bytes({**row, "kv": "fp8_e4m3"})
+    assert halves == {"weights": weights, "target": dense["target"] / 2, "draft": dense["draft"] / 2}
+    for mode, passes in {"dense": 3, "steps": 2.25, "all": 1.5}.items():
+        sparse = bound.round_bytes({**row, "keep_ratio": 0.25, "sparse_draft": mode})
+        assert (sparse["target"], sparse["draft"]) == (550 * token, passes * 2200 * of_head)
+    scored = bound.round_bytes({**row, "selector": "tokens", "keep_ratio": 0.25})
+    assert scored["sketches"] == 2200 * 32 * 8 * 128 / 4
+    assert bound.round_bytes({**row, "drafts": False}) == {
+        "weights": target["weights"],
+        "target": 2200 * token,
+    }
+    for unsaid in ({"target": None}, {"draft": None}, {"shared": 500}):
+        assert bound.round_bytes({**row, **unsaid}) is None
+    row |= {"tpot_ms": 4, "accept_length": 2.5, "read_gbps": sum(dense.values()) / 1e9 * 200}  # 5 ms of bytes
+    assert bound.times_bound([row]) == pytest.approx(2)
+    assert bound.times_bound([{**row, "read_gbps": None}]) is None and bound.times_bound([]) is None
+
+
+def test_a_model_that_does_not_say_what_it_reads_has_no_bound(tmp_path):
+    path = dummy_models.write("llama-8b", tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    for other in ({"hidden_size": None}, {"num_local_experts": 8}):
+        (path / "config.json").write_text(json.dumps({**config, **other}))
+        assert bound.model(path) is None
 
 
 def test_what_kv_is_kept_as_is_read_off_the_arguments_of_all_servers():
@@ -216,13 +304,13 @@ def test_what_kv_is_kept_as_is_read_off_the_arguments_of_all_servers():
 )
 def test_what_was_not_sparse_as_asked_is_not_written(monkeypatch, tmp_path, counted, message):
     with pytest.raises(SystemExit, match=message):
-        run(monkeypatch, "sts", [(3000, 2)], **counted)
+        run(monkeypatch, "sts", "3000x2", **counted)
     assert not (tmp_path / "rows.jsonl").exists()
 
 
 def test_shapes_that_a_server_has_no_room_for_are_left_out_and_named(monkeypatch, capsys):
-    rows = run(monkeypatch, "stock", [(3000, 5), (3000, 4), (30_000, 4), (2000, 1)], capacity=13_024)
+    rows = run(monkeypatch, "stock", "3000x5", "3000x4", "30000x4", "2000x1", capacity=14_048)
     assert [(r["context"], r["requests"]) for r in rows[::2]] == [(3000, 4), (2000, 1)]
     said = capsys.readouterr().out
     assert "stock 3000x5: left out, room for 4 requests at a time, not for 5" in said
-    assert "stock 30000x4: left out, room for 13,024 tokens of KV, not for 121,024" in said
+    assert "stock 30000x4: left out, room for 14,048 tokens of KV, not for 122,048" in said

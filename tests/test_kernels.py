@@ -898,7 +898,8 @@ with compile_only() as compiled:
     for keep, *more in ((0.1, split, None), (0.1, None, full), (None, split, full)):
         rule, room = Rule(keep, 1024, 1024, 68, 1e-6), Room(128, 4096, 4096, 9000)
         keeps = like(9, dtype=torch.float64)
-        ops("triton").size_lists(eight, i(9), keeps, rule, room, i(8), split=more[0], full=more[1])
+        ops("triton").score_columns(eight, keeps, rule, room)
+        ops("triton").size_lists(eight, i(9), keeps, rule, room, i(9), split=more[0], full=more[1])
     for channels, columns, bs in ((128, 65536, 8), (8, 4096, 2)):
         ops("triton").spread_importance(Scores(like(channels, columns, dtype=f16), i(bs)), i(bs), factor=0.5)
     ops("triton").blend_history(
@@ -932,7 +933,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
         *("_verify_kernel", "_verify_merge_kernel"),
         *("_claim_kernel", "_remember_kernel"),
         *("_lists_kernel", "_plan_kernel"),
-        *("_edges_kernel", "_spread_kernel", "_sizes_kernel"),
+        *("_edges_kernel", "_spread_kernel", "_sizes_kernel", "_columns_kernel"),
         *("_claim_pages_kernel", "_tag_kernel", "_sketch_kernel"),
         *("_known_kernel", "_page_sizes_kernel", "_list_pages_kernel"),
         *("_score_kernel", "pool_logits_kernel"),

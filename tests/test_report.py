@@ -8,7 +8,7 @@ import re
 import pytest
 
 from benchmarks import facts, pictures, report, tables
-from benchmarks.tables import kernels, recall, serving
+from benchmarks.tables import eagle3, kernels, recall, serving
 
 
 def test_readme_report_and_plots_show_the_results():
@@ -119,6 +119,38 @@ def test_a_target_alone_has_a_table_of_its_own(some_serving, tmp_path):
     ]
     assert "commit c;" in shown[-1]
     assert (serving.serving(), serving.front(), report.break_even()) == of_pairs
+
+
+def test_heads_have_a_table_of_their_own_and_stand_beside_drafts_on_the_front(
+    some_serving, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(serving, "FRONT", ((1000, 2), (500, 2)))
+    of_drafts = serving.serving(), report.break_even()
+    assert eagle3.eagle3() == "Not measured yet." and eagle3.front() == serving.front()
+    target = {"layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128, "weights": 10**10, "once": 0}
+    row = {"gpu": "H", "sglang": "0", "commit": "c", "simulated": 3.0, "algorithm": "EAGLE3", "tp": 1}
+    row |= {"shared": 0, "new_tokens": 512, "target": target, "draft": {**target, "weights": 0}, "steps": 3}
+    row |= {"read_gbps": 4000, "tpot_ms": 2, "accept_length": 3.0, "drafts": True, "draft_tokens": 4}
+    row |= {"context": 1000, "requests": 2, "kv": "auto", "topk": 1}
+    alone = {"drafts": False, "accept_length": 1, "tpot_ms": 6}
+    mixed = {"shortest": 100, "topk": 4, "draft_tokens": 8}
+    arms = [("stock", 50, alone), ("stock-spec-captured", 100, {}), ("sts", 160, {"keep_ratio": 0.1})]
+    arms += [("stock-fp8", 110, {"kv": "fp8_e4m3"}), ("sts", 999, {"kv": "fp8_e4m3", "keep_ratio": 0.1})]
+    arms += [("stock-spec-captured", 80, mixed), ("sts", 100, {**mixed, "keep_ratio": 0.2})]
+    with (tmp_path / "serving.jsonl").open("a") as file:
+        for arm, speed, more in arms:
+            file.write("\n" + json.dumps({**row, "arm": arm, "tokens_per_s": speed, **more}))
+    chain, tree = (part.splitlines() for part in eagle3.eagle3().split("*A tree of 4 branches a step"))
+    assert chain[0].startswith("*A chain, 3 steps and 4 tokens a verify; a target of 32 layers with 32 query")
+    own = "| 1,000 x 2 | 50 ± 0 | 100 ± 0 | 110 ± 0 | 160 ± 0 | – | – | 10 % | **1.60x** |"
+    assert own in "\n".join(chain)
+    times = [float(cell.strip("x ")) for cell in chain[4].split("|")[-3:-1]]
+    assert 1.5 < times[0] < times[1] < 2.4  # 6 ms a round; 2.5 of weights, and more KV without sts
+    assert "| 100 to 1,000 x 2 | – | 80 ± 0 | – | 100 ± 0 | – | – | 20 % | **1.25x** |" in "\n".join(tree)
+    assert "1,000 x 2 | 50" not in "\n".join(tree)
+    assert (serving.serving(), report.break_even()) == of_drafts
+    assert "| 1,000 x 2 | 100 | 160 | **1.60x** | 120 | 150 | **1.25x** | – |" in eagle3.front()
+    assert "**At 2,000 tokens sts brings nothing: 1.60x to 1.60x" in eagle3.front()
 
 
 def test_what_sts_adds_to_a_round_shows_the_newest_of_what_was_measured(tmp_path, monkeypatch):

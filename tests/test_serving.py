@@ -357,6 +357,11 @@ def _ignore_abort(server: Server, ids: list[int], rid: str) -> None:
 
 
 def test_metrics_and_server_info(sparse):
+    before = sparse.counters()["aside_verifies"]
+    everything = {"custom_params": {"sts": {"keep": 1.0}}}
+    verifies = sparse.generate(random_ids(400, 9), 8, sampling_params=everything)["meta_info"][
+        "spec_verify_ct"
+    ]
     sparse.generate(random_ids(400, 8), 240)  # more rounds than lie between two log lines
     counters = sparse.counters()
     metrics = dict(
@@ -366,6 +371,8 @@ def test_metrics_and_server_info(sparse):
     )
     assert float(metrics["sts:sparse_verifies_total"]) == counters["sparse_verifies"] > 0
     assert float(metrics["sts:dense_verifies_total"]) == counters["dense_verifies"] == 0
+    assert float(metrics["sts:aside_verifies_total"]) == counters["aside_verifies"]
+    assert verifies <= counters["aside_verifies"] - before <= verifies + 1
     assert 0 < float(metrics["sts:keep_ratio"]) <= 1
     info = sparse.sts()
     assert info["config"]["keep"] == 0.1
@@ -476,7 +483,7 @@ def test_many_requests_over_one_prefix_are_all_sparse(pair, logs, algorithm, dra
         answers = server.generate_all(prompts, new)
         counters = server.counters()
         assert sum(map(len, prompts)) > 20 * 4096
-        assert counters["dense_verifies"] == counters["full_verifies"] == 0
+        assert counters["dense_verifies"] == counters["full_verifies"] == counters["aside_verifies"] == 0
         assert counters["sparse_verifies"] > number * new / 5
         assert counters["selected_tokens"] < 0.2 * counters["available_tokens"]
         assert all(answer["meta_info"]["cached_tokens"] >= 1024 for answer in answers)

@@ -68,6 +68,14 @@ class Batch:
         )
         return Sizes(*(t.cpu() for t in sizes)), counts.cpu()
 
+    def columns(self, kernel: str, config: StsConfig, columns: int, budget: int) -> torch.Tensor:
+        """Where scores start, on the CPU."""
+        where = {"device": DEVICE if kernel == "triton" else "cpu"}
+        table = torch.zeros(REQUESTS, 1, dtype=torch.int32, **where)
+        reqs, lens = (torch.tensor(t, dtype=torch.int64, **where) for t in (self.reqs, self.lengths))
+        room, contexts = Room(self.channels, columns, budget, 100), Contexts(table, reqs, lens)
+        return ops(kernel).score_columns(contexts, self.keeps.to(**where), config.rule(), room).cpu()
+
     def list_length(self, config: StsConfig, length: int, budget: int, channel: int) -> int:
         if self.split is None:
             return budget
@@ -103,6 +111,7 @@ class Batch:
                 sparse[b] = b * columns if few else -1
             sparsely = Count.SPARSE_VERIFIES if scored else Count.DENSE_VERIFIES
             counts[Count.FULL_VERIFIES if full[b] else sparsely] += req > 0
+            counts[Count.ASIDE_VERIFIES] += req > 0 and scored and budgets[b] == length and not full[b]
         made = (known, sparse, budgets, starts, lists)
         return Sizes(*map(torch.tensor, made)), torch.tensor(counts)
 
@@ -182,6 +191,20 @@ def test_a_requests_part_of_the_lists_holds_whatever_it_may_ask_for(policy, keep
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.policy}-{c.budget}-{c.keep}")
+def test_who_attends_to_everything_in_any_case_has_no_scores(kernel: str, config: StsConfig) -> None:
+    for bs, budget in ((1, 40_000), (7, 40_000), (64, 3000)):
+        batch = Batch(bs, 3, False, seed=bs)
+        sizes, _ = batch.by_definition(config, 40_000, budget, 10**9)
+        found = batch.columns(kernel, config, 40_000, budget)
+        some = sizes.budgets < torch.tensor(batch.lengths)
+        assert found.tolist() == torch.where(some, torch.arange(bs) * 40_000, -1).tolist()
+        assert (found[sizes.sparse >= 0] >= 0).all()
+        assert bs < 64 or (some.any() and not some.all())
+    assert batch.columns(kernel, config, 40_000, 0).tolist() == [-1] * 64  # lists that hold nothing
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("list_full", [False, True])
 def test_who_is_to_attend_to_everything_is_counted_apart(kernel: str, list_full: bool) -> None:
     batch = Batch(9, 4, False, seed=4)
@@ -201,7 +224,8 @@ def test_padding_of_a_graph_is_not_counted(kernel: str) -> None:
 def test_sizes_of_an_empty_batch(kernel: str) -> None:
     sizes, counts = Batch(0, 5, True).run(kernel, StsConfig(), 128, 100, 100)
     assert [tuple(t.shape) for t in sizes] == [(0,), (0,), (0,), (0, 5), (0, 5)]
-    assert counts.tolist() == list(range(8))
+    assert counts.tolist() == list(range(len(Count)))
+    assert Batch(0, 5, True).columns(kernel, StsConfig(), 128, 100).shape == (0,)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -33,5 +33,9 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):,.0f} ± {(max(values) - min(values)) / 2:,.0f}"
 
 
+def gpus(found: Iterable[dict]) -> str:
+    return " and ".join(dict.fromkeys(r["gpu"] for r in found))
+
+
 def shapes_of(found: list[dict]) -> list[tuple[int, int]]:
     return list(dict.fromkeys((r["context"], r["requests"]) for r in found))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 
 from benchmarks.quality.report import table
-from benchmarks.tables import MISSING, commits, rows, timings
+from benchmarks.shapes import Shape
+from benchmarks.tables import MISSING, commits, gpus, rows, timings
 from sts_sglang.evaluate.pair import NONE
 
 OPS = {
@@ -152,8 +153,10 @@ def round_time() -> str:
             own = (what for what, names in CLASSES.items() if name.startswith(names))
             spent[next(own, OTHERS)] += kernel["us"]
         cells = [f"{us / 1000:.2f}" for us in (*spent.values(), r["idle_us"], r["round_us"])]
-        lines.append([f"`{r['arm']}`, {r['context']:,} x {r['requests']}, {r['commit']}", *cells])
-    note = f"Milliseconds of one round, means over {found[0]['rounds']} rounds. {found[0]['gpu']}."
+        drafts = {"EAGLE3": "EAGLE-3, "}.get(r.get("algorithm"), "")
+        drafts += f"topk {r['topk']}, " if r.get("topk", 1) > 1 else ""
+        lines.append([f"`{r['arm']}`, {drafts}{Shape.of(r).shown()}, {r['commit']}", *cells])
+    note = f"Milliseconds of one round, means over {found[0]['rounds']} rounds. {gpus(found)}."
     return table(["server", *CLASSES, OTHERS, "idle device", "round"], lines) + "\n\n" + note
 
 

@@ -6,6 +6,7 @@ import itertools
 import statistics
 
 from benchmarks.quality.report import table
+from benchmarks.shapes import Shape
 from benchmarks.tables import MISSING, commits, rows, shapes_of, spread
 from sts_sglang.evaluate.pair import NONE
 
@@ -18,17 +19,24 @@ ARMS = {
     "sts-draft": "sts, draft sparse too",
 }
 # Contexts and requests of the README.
-FRONT = ((128_000, 1), (32_000, 8), (8_000, 8), (2_000, 8), (2_000, 1))
+FRONT = ((128_000, 1), (32_000, 24), (32_000, 8), (8_000, 8), (2_000, 8), (2_000, 1))
 
 
 def measured() -> list[dict]:
-    """With KV in the model's dtype."""
-    return [r for r in rows("serving.jsonl") if r.get("kv", "auto") == "auto"]
+    """Contexts of one length, with KV in the model's dtype."""
+    found = rows("serving.jsonl")
+    return [r for r in found if r.get("kv", "auto") == "auto" and Shape.of(r).shortest is None]
 
 
 def drafted() -> list[dict]:
-    """What was measured of pairs, on one GPU."""
-    return [r for r in measured() if r.get("algorithm") != NONE and r.get("tp", 1) == 1]
+    """What was measured of targets with a STANDALONE draft that drafts a chain, on one GPU."""
+    found = [r for r in measured() if r.get("algorithm", "STANDALONE") == "STANDALONE"]
+    return [r for r in found if r.get("tp", 1) == 1 and r.get("topk", 1) == 1 and of_an_8b(r)]
+
+
+def of_an_8b(row: dict) -> bool:
+    """Whether a row is of the shape that all were of before rows said which."""
+    return row.get("target") is None or row["target"]["layers"] == 32
 
 
 SELECTS = {"sts-tokens": "tokens", "sts-pages": "pages"}

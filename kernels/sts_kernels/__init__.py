@@ -36,6 +36,10 @@ __all__ = ["Ops", "ops"]
 class Ops(Protocol):
     """The steps of a round in the order they run. `sts_kernels.torch_ops` says what each takes and writes."""
 
+    def score_columns(
+        self, contexts: Contexts, keeps: torch.Tensor, rule: Rule, room: Room
+    ) -> torch.Tensor: ...
+
     def draft_attention(
         self,
         q: torch.Tensor | None,

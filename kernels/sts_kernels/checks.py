@@ -63,6 +63,13 @@ def check_draft(
     _check_pooling(op, pooling)
 
 
+def check_columns(op: str, contexts: Contexts, keeps: torch.Tensor, room: Room) -> None:
+    """What score_columns and size_lists go by."""
+    expect(op, contexts.lens.dim() == 1, f"lens must be [bs], got {tuple(contexts.lens.shape)}")
+    expect(op, room.columns % ALIGN == 0, f"{room.columns} columns a request are no multiple of {ALIGN}")
+    expect(op, keeps.dtype == torch.float64, f"keeps must be float64, got {keeps.dtype}")
+
+
 def check_sizes(
     contexts: Contexts,
     carried_lens: torch.Tensor,
@@ -72,9 +79,7 @@ def check_sizes(
 ) -> None:
     """Arguments of size_lists."""
     op = "size_lists"
-    expect(op, contexts.lens.dim() == 1, f"lens must be [bs], got {tuple(contexts.lens.shape)}")
-    expect(op, room.columns % ALIGN == 0, f"{room.columns} columns a request are no multiple of {ALIGN}")
-    expect(op, keeps.dtype == torch.float64, f"keeps must be float64, got {keeps.dtype}")
+    check_columns(op, contexts, keeps, room)
     ok = carried_lens.dtype == torch.int64 and carried_lens.shape == keeps.shape
     expect(op, ok, f"carried_lens must be int64 {tuple(keeps.shape)}, got {carried_lens.dtype}")
     if split is not None:

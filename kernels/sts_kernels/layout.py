@@ -80,6 +80,7 @@ class Count(enum.IntEnum):
     CLIPPED_TOKENS = 5  # that the lists of FlashInfer had no room for
     DRAFT_SELECTED_TOKENS = 6  # in sparse passes of the draft
     DRAFT_AVAILABLE_TOKENS = 7
+    ASIDE_VERIFIES = 8  # of the sparse ones: of contexts within their budget, where nothing is selected
 
 
 class Part(enum.IntFlag):

@@ -18,6 +18,7 @@ from sts_kernels.checks import (
     check_block_attention,
     check_block_lists,
     check_block_scores,
+    check_columns,
     check_draft,
     check_headwise,
     check_history,
@@ -189,6 +190,21 @@ def _combine(
 # ---- sizes of lists
 
 
+def score_columns(contexts: Contexts, keeps: torch.Tensor, rule: Rule, room: Room) -> torch.Tensor:
+    """int64 [bs]: where the importance of a request starts, as in `Scores`; -1 where its budget is the whole
+    context, so that whatever its scores were, nothing would be selected by them. No host sync.
+
+    Args:
+        keeps: float64 [requests], NaN where the request has none of its own.
+
+    Raises:
+        ValueError: a dtype or shape is not the one above.
+    """
+    check_columns("score_columns", contexts, keeps, room)
+    columns = torch.arange(contexts.lens.numel(), device=contexts.lens.device) * room.columns
+    return torch.where(_budgets(contexts, keeps, rule, room) < contexts.lens, columns, -1)
+
+
 def size_lists(
     contexts: Contexts,
     carried_lens: torch.Tensor,
@@ -209,7 +225,8 @@ def size_lists(
     Args:
         carried_lens: int64 [requests], of `Carried`.
         keeps: float64 [requests], NaN where the request has none of its own.
-        totals: int64 [len(Count)], added to: SPARSE_VERIFIES, DENSE_VERIFIES and FULL_VERIFIES.
+        totals: int64 [len(Count)], added to: SPARSE_VERIFIES, DENSE_VERIFIES, FULL_VERIFIES and
+            ASIDE_VERIFIES.
         split: float64 [steps + 1, channels] or None: parts of the context that the channels keep when their
             mean is i / steps; in between they are interpolated.
         full: bool [bs] or None, who is to attend to everything.
@@ -221,15 +238,14 @@ def size_lists(
     check_sizes(contexts, carried_lens, keeps, split, room)
     reqs, lens = contexts.reqs, contexts.lens
     places = torch.arange(lens.numel(), device=lens.device)
-    columns, keeps = places * room.columns, keeps[reqs]
+    columns, budgets = places * room.columns, _budgets(contexts, keeps, rule, room)
     full = torch.zeros_like(lens, dtype=torch.bool) if full is None else full
-    budgets = budget_tokens(lens, keeps, rule)
-    budgets = torch.where(budgets > room.budget, lens, budgets)
     lengths = budgets[:, None].expand(-1, room.channels)
     if split is not None:
         lengths = _split_lengths(budgets, lens, split, rule)
     known = carried_lens[reqs] == lens
     sparse = known & (budgets < lens)
+    aside = known & (budgets >= lens)
     if not list_full:
         sparse &= ~full
     listed = sparse[:, None] & (lengths < lens[:, None])
@@ -238,6 +254,7 @@ def size_lists(
     totals[Count.SPARSE_VERIFIES] += (known & real & ~full).sum()
     totals[Count.DENSE_VERIFIES] += (~known & real & ~full).sum()
     totals[Count.FULL_VERIFIES] += (full & real).sum()
+    totals[Count.ASIDE_VERIFIES] += (aside & real & ~full).sum()
     return Sizes(
         known=torch.where(known, columns, -1),
         sparse=torch.where(sparse, columns, -1),
@@ -245,6 +262,13 @@ def size_lists(
         starts=(places * room.entries)[:, None] + entries.cumsum(1) - entries,
         counts=torch.where(listed, lengths, WHOLE).to(torch.int32),
     )
+
+
+def _budgets(contexts: Contexts, keeps: torch.Tensor, rule: Rule, room: Room) -> torch.Tensor:
+    """int64 [bs], before a head map splits them; who wants more than a list can have has the whole
+    context."""
+    budgets = budget_tokens(contexts.lens, keeps[contexts.reqs], rule)
+    return torch.where(budgets > room.budget, contexts.lens, budgets)
 
 
 def budget_tokens(lens: torch.Tensor, keeps: torch.Tensor, rule: Rule) -> torch.Tensor:

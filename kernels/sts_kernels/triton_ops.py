@@ -7,7 +7,7 @@ from sts_kernels.page_scores import plan_pages, score_pages
 from sts_kernels.pages import join_pages, list_pages, size_pages, sketch_pages, tag_pages
 from sts_kernels.prefill import block_attention, list_blocks, score_blocks
 from sts_kernels.select import select_tokens
-from sts_kernels.sizes import size_lists
+from sts_kernels.sizes import score_columns, size_lists
 from sts_kernels.split_kv import plan_lists
 from sts_kernels.spread import spread_importance
 from sts_kernels.tokens import list_tokens, plan_scores, score_tokens, sketch_tokens
@@ -28,6 +28,7 @@ __all__ = [
     "plan_pages",
     "plan_scores",
     "score_blocks",
+    "score_columns",
     "score_pages",
     "score_tokens",
     "select_tokens",

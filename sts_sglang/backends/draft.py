@@ -104,6 +104,7 @@ class DraftMultiStepBackend(Bindable):
         """The plan of the round, recorded into the graph of each batch size."""
         if views.mode(forward_batch) == Mode.IDLE:
             return
-        round_ = DraftRound(self.runtime.shares(views.requests_of(forward_batch).lens))
+        contexts = views.requests_of(forward_batch).contexts(self.runtime.cache.table)
+        round_ = DraftRound(self.runtime.shares(contexts))
         for backend in self.attn_backends:
             backend.round = round_

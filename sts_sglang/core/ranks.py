@@ -10,7 +10,12 @@ from torch import distributed
 
 from sts_kernels.layout import Count
 
-OF_REQUESTS = (Count.SPARSE_VERIFIES, Count.DENSE_VERIFIES, Count.FULL_VERIFIES)
+OF_REQUESTS = (
+    Count.SPARSE_VERIFIES,
+    Count.DENSE_VERIFIES,
+    Count.FULL_VERIFIES,
+    Count.ASIDE_VERIFIES,
+)
 
 
 class Ranks(NamedTuple):

@@ -228,10 +228,17 @@ class RoundState:
         """Importance of a batch, where the columns of each request start there (-1: it has none)."""
         return Scores(self.importance[:, : starts.numel() * self.room.columns], starts)
 
-    def scores_of(self, few: slice) -> Scores:
-        """Importance of some neighbours of a batch, as if they were one."""
+    def score_columns(self, ops: Ops, contexts: Contexts) -> torch.Tensor:
+        """int64 [bs]: where the importance of a batch goes that is alone in the buffer, -1 for who attends to
+        everything whatever it is. Slots remember it all the same, and dumps tell it."""
+        if self.history is not None or self.scored is not None:
+            return self.first_columns[: contexts.lens.numel()]
+        return ops.score_columns(contexts, self.keeps, self.rule, self.room)
+
+    def scores_of(self, few: slice, starts: torch.Tensor) -> Scores:
+        """Importance of some neighbours of a batch as if they were one, at their `score_columns`."""
         columns = slice(few.start * self.room.columns, few.stop * self.room.columns)
-        return Scores(self.importance[:, columns], self.first_columns[: few.stop - few.start])
+        return Scores(self.importance[:, columns], starts)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by purpose."""

@@ -36,10 +36,12 @@ SIGNALS = {
 
 
 class Share(NamedTuple):
-    """Neighbours of a batch whose contexts a draft layer scores at once, and how their work is parted."""
+    """Neighbours of a batch whose contexts a draft layer scores at once, how their work is parted, and where
+    their scores start (RoundState.score_columns)."""
 
     requests: slice
     plan: Plan | None
+    columns: torch.Tensor
 
 
 @dataclass
@@ -141,13 +143,16 @@ class Runtime:
         """A batch of requests at committed lengths."""
         return Contexts(self.cache.table, reqs, lens)
 
-    def shares(self, lens: torch.Tensor) -> list[Share]:
+    def shares(self, contexts: Contexts) -> list[Share]:
         """How draft steps that attend to everything part their work, alike in every layer: as many requests
         at a time as there is scratch for (`sizes.SCRATCH`)."""
-        bs, most, width = lens.numel(), self.state.at_once, self.cache.table.shape[1]
-        some = parted(bs, most)
-        plan = self.ops.plan_contexts
-        return [Share(few, plan(lens[few], kv_heads=self.draft.kv_heads, max_context=width)) for few in some]
+        (table, reqs, lens), kv_heads = contexts, self.draft.kv_heads
+        found = []
+        for few in parted(lens.numel(), self.state.at_once):
+            own = Contexts(table, reqs[few], lens[few])
+            plan = self.ops.plan_contexts(own.lens, kv_heads=kv_heads, max_context=table.shape[1])
+            found.append(Share(few, plan, self.state.score_columns(self.ops, own)))
+        return found
 
     def plan_draft(self, lists: Lists, lens: torch.Tensor) -> Plan | None:
         """The same for sparse passes."""
@@ -173,7 +178,7 @@ class Runtime:
                 None if rows is None else rows[few].flatten(0, 1),
                 self.draft.pools.layer(layer),
                 Contexts(table, reqs[few], lens[few]),
-                self.state.scores_of(few),
+                self.state.scores_of(few, columns),
                 self.channels.members.get(layer, NO_MEMBERS),
                 self.state.carried_of(layer, step == 0),
                 step=step,
@@ -182,7 +187,7 @@ class Runtime:
                 pooling=self.pooling,
                 plan=plan,
             )
-            for few, plan in shares
+            for few, plan, columns in shares
         ]
         return found[0] if q is None or len(found) == 1 else torch.cat(found)
 
@@ -238,7 +243,7 @@ class Runtime:
 
     def _score_carried(self, contexts: Contexts) -> None:
         """A round of one step has no draft decode step: nothing but the carried rows is scored."""
-        shares = self.shares(contexts.lens)
+        shares = self.shares(contexts)
         for layer in self.channels.members:
             self.score(layer, None, contexts, shares, step=0, scale=self.draft.scales[layer])
 

@@ -27,6 +27,7 @@ class Counters:
     clipped_tokens: int = 0
     draft_selected_tokens: int = 0
     draft_available_tokens: int = 0
+    aside_verifies: int = 0
     plans: int = 0  # of FlashInfer, made on the host
 
     @property
@@ -48,6 +49,7 @@ _HELP = {
     "clipped_tokens": "Context tokens that kernel flashinfer had no room for, per (layer, KV head).",
     "draft_selected_tokens": "Context tokens attended to in sparse draft steps, per (layer, KV head).",
     "draft_available_tokens": "Context tokens there in sparse draft steps, per (layer, KV head).",
+    "aside_verifies": "Sparse verifies (request, round) of a context within its budget: nothing is selected.",
     "plans": "Plans of kernel flashinfer, made on the host.",
 }
 

@@ -1,0 +1,152 @@
+"""Servers under load: SGLang's own serving client sends requests at random times (Poisson), at several
+rates.
+
+Arms are those of bench_serving (`--arms`, stock and sts by default); each is a server of its own, and sees
+the same prompts at the same times. Loads (`--dataset`):
+  generated-shared-prefix  `--groups` prompts of `--context` tokens, of which each has questions of 128 tokens
+                           behind it; all of it is prefilled before anything is measured, so that what is
+                           measured is decode with requests that come and go
+  random-ids               `--requests` prompts of up to `--context` tokens that nobody has seen: prefill
+                           and decode
+A row is one arm at one rate: what the client says, and of every request the time to its first token and the
+mean time of the others, so that goodput (requests a second whose tokens took at most `--tpot-ms`) can be
+worked out for another bound too. A client that fails a request, and an sts arm whose counters show no sparse
+verify or a dense one, end the benchmark.
+
+Example, on a GPU, with the shapes of Llama-3.1-8B and an EAGLE-3 head:
+  python -m benchmarks.bench_load --dummy --algorithm EAGLE3 --accept-length 3 --rates 1,2,4,8 \\
+      --server-args "--context-length 65536 --cuda-graph-max-bs 64 --max-running-requests 64" --out load.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import bench_serving
+from benchmarks.harness import end_orderly_when_terminated
+from benchmarks.serving_arms import ARMS_OF
+from sts_sglang.tools.local_server import LocalServer, sparse_between
+
+SHARED, RANDOM = "generated-shared-prefix", "random-ids"
+QUESTION = 128  # tokens that the requests of a group differ in
+SAID = ("duration", "completed", "output_throughput", "request_throughput", "concurrency", "accept_length")
+TIMES = tuple(f"{stat}_{what}_ms" for what in ("ttft", "tpot") for stat in ("median", "p90", "p99"))
+
+
+def client_args(options: argparse.Namespace, new_tokens: int) -> list[str]:
+    """What the client is asked for, but where, when and how many."""
+    args = ["--backend", "sglang", "--dataset-name", options.dataset, "--seed", "1", "--disable-tqdm"]
+    args += ["--model", str(options.target), "--tokenizer", str(options.target), "--output-details"]
+    if options.dataset == SHARED:
+        args += ["--gsp-num-groups", str(options.groups)]
+        args += ["--gsp-prompts-per-group", str(options.requests // options.groups)]
+        args += ["--gsp-system-prompt-len", str(options.context - QUESTION)]
+        return [*args, "--gsp-question-len", str(QUESTION), "--gsp-output-len", str(new_tokens)]
+    args += ["--random-input-len", str(options.context), "--random-output-len", str(new_tokens)]
+    return [*args, "--random-range-ratio", str(options.least_share), "--flush-cache"]
+
+
+def client(server: LocalServer, options: argparse.Namespace, rate: float, new_tokens: int) -> dict:
+    """One run of SGLang's serving client: what it writes of it.
+
+    Raises:
+        SystemExit: it ended in an error, or failed a request.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "client.jsonl"
+        command = [sys.executable, "-m", "sglang.benchmark.serving", *client_args(options, new_tokens)]
+        command += ["--host", "127.0.0.1", "--port", str(server.port), "--request-rate", str(rate)]
+        command += ["--num-prompts", str(options.requests), "--output-file", str(out)]
+        # It keeps prompts in the home folder by their lengths, whatever the tokenizer: not those of others.
+        env = {**os.environ, "HOME": folder, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        if done.returncode or not out.exists():
+            raise SystemExit(f"the client ended in an error: {(done.stdout + done.stderr)[-2000:]}")
+        found = json.loads(out.read_text().splitlines()[-1])
+    if failed := [error for error in found["errors"] if error]:
+        raise SystemExit(f"{len(failed)} requests failed, the first with: {failed[0][-2000:]}")
+    return found
+
+
+def summary(found: dict, bound_ms: float) -> dict:
+    """What a row says of a run of the client."""
+    tpots = [1000 * sum(gaps) / len(gaps) for gaps in found["itls"] if gaps]
+    good = sum(tpot <= bound_ms for tpot in tpots)
+    return {
+        **{name: _rounded(found[name]) for name in (*SAID, *TIMES)},
+        "tpot_bound_ms": bound_ms,
+        "goodput": round(good / found["duration"], 4),
+        "tpots_ms": [round(tpot, 3) for tpot in tpots],
+        "ttfts_ms": [round(1000 * ttft, 1) for ttft in found["ttfts"]],
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return value if value is None else round(value, 3)
+
+
+def run_arm(arm: str, options: argparse.Namespace) -> list[dict]:
+    """All rates of one arm on one server."""
+    known, rows = ARMS_OF[options.algorithm][arm], []
+    with bench_serving.serve(arm, 0, options) as server:
+        if options.dataset == SHARED:
+            client(server, options, float("inf"), 1)  # prefilled
+        for rate in options.rates:
+            before = None if known.config is None else server.counters()
+            row = {"arm": arm, "dataset": options.dataset, "context": options.context, "rate": rate}
+            row |= {"requests": options.requests, **bench_serving.served(known, options)}
+            row |= {"groups": options.groups if options.dataset == SHARED else None}
+            row |= summary(client(server, options, rate, options.new_tokens), options.tpot_ms)
+            if before is not None:
+                delta = sparse_between(before, server.counters())
+                row |= {"sparse_verifies": delta["sparse_verifies"]}
+                row |= {"keep_ratio": round(delta["keep_ratio"], 4)}
+            rows.append({**row, "server": server.shown_command(), **options.where})
+            print(f"{arm} at {rate:g}/s: {row['output_throughput']:.0f} tokens/s, goodput", end=" ")
+            print(f"{row['goodput']:.2f}/s, median {row['median_tpot_ms']:.2f} ms a token", flush=True)
+            if options.out:
+                with options.out.open("a") as f:
+                    f.write(json.dumps(rows[-1]) + "\n")
+    return rows
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="further options, --dummy, --arms, --out and others, are those of benchmarks.bench_serving",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--dataset", choices=(SHARED, RANDOM), default=SHARED, help="(%(default)s)")
+    p.add_argument("--context", type=int, default=32000, help="tokens of a prompt (%(default)s)")
+    p.add_argument("--least-share", type=float, default=0.1, help="of it, with random-ids (%(default)s)")
+    p.add_argument("--groups", type=int, default=8, help="prefixes that requests share (%(default)s)")
+    p.add_argument("--requests", type=int, default=128, help="at each rate (%(default)s)")
+    p.add_argument("--rates", default="1,2,4,8", help="requests a second, comma separated (%(default)s)")
+    p.add_argument("--tpot-ms", type=float, default=20, help="bound of goodput (%(default)s)")
+    own, rest = p.parse_known_args(argv)
+    own.rates = [float(rate) for rate in own.rates.split(",")]
+    if own.requests % own.groups:
+        p.error(f"--requests {own.requests}: no multiple of --groups {own.groups}")
+    if own.context <= QUESTION:
+        p.error(f"--context {own.context}: questions alone have {QUESTION} tokens")
+    if "--arms" not in rest:
+        rest += ["--arms", "stock-spec-captured,sts"]
+    return argparse.Namespace(**{**vars(bench_serving.parse(rest)), **vars(own)})
+
+
+def main(argv: list[str] | None = None) -> None:
+    end_orderly_when_terminated()
+    options = parse(argv)
+    bench_serving.prepare(options, words=True)
+    for arm in options.arms.split(","):
+        run_arm(arm, options)
+
+
+if __name__ == "__main__":
+    main()

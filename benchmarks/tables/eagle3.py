@@ -1,0 +1,122 @@
+"""Tokens per second of servers with an EAGLE-3 head, from serving.jsonl."""
+
+from __future__ import annotations
+
+import statistics
+
+from benchmarks.bound import times_bound
+from benchmarks.quality.report import table
+from benchmarks.shapes import Shape
+from benchmarks.tables import MISSING, commits, gpus, rows, serving, spread
+from benchmarks.tables.serving import gain, newest, null_result, of_an_8b
+
+ARMS = {
+    "stock": "stock FA3, no speculation",
+    "stock-spec-captured": "stock FA3 + EAGLE-3, draft-extend captured",
+    "stock-fp8": "the same, KV in FP8",
+    "sts": "sts, `keep` 0.1",
+    "sts-draft": "sts, draft sparse too",
+    "sts-tokens": "sts, token scores",
+}
+
+
+def measured() -> list[dict]:
+    """What was measured of targets with an EAGLE-3 head, mixed lengths and stock's KV in FP8 too."""
+    found = [r for r in rows("serving.jsonl") if r.get("algorithm") == "EAGLE3" and r.get("tp", 1) == 1]
+    return [r for r in found if r["kv"] == "auto" or r["arm"] == "stock-fp8"]
+
+
+def eagle3() -> str:
+    """Tokens per second with an EAGLE-3 head, by model and what it drafts."""
+    found = measured()
+    kinds: dict[tuple, list[dict]] = {}
+    for r in found:
+        kinds.setdefault((r["target"]["layers"], r["topk"] if r["drafts"] else None), []).append(r)
+    parts = []
+    for (layers, topk), own in kinds.items():
+        if topk is not None:
+            alone = kinds.get((layers, None), [])
+            parts.append(f"{title(own[0])}\n\n{by_shape(own, alone)}")
+    return "\n\n".join([*parts, note(found)]) if parts else MISSING
+
+
+def title(row: dict) -> str:
+    drafts = f"a tree of {row['topk']} branches a step" if row["topk"] > 1 else "a chain"
+    target = row["target"]
+    return (
+        f"*{drafts[0].upper()}{drafts[1:]}, {row['steps']} steps and {row['draft_tokens']} tokens a verify; "
+        f"a target of {target['layers']} layers with {target['heads']} query and {target['kv_heads']} KV "
+        f"heads of {target['head_dim']}.*"
+    )
+
+
+def by_shape(found: list[dict], alone: list[dict]) -> str:
+    """By shape: arms, what sts keeps, its gain over captured stock, and how near it is to its bytes.
+
+    alone: rows of the target without a draft."""
+    lines, shapes = [], sorted({Shape.of(r) for r in found}, key=lambda s: (s.shortest or 0, -s.context))
+    for shape in shapes:
+        of_shape = [r for r in (*found, *alone) if Shape.of(r) == shape]
+        key = (shape.context, shape.requests)
+        own = dict(zip(ARMS, (newest(of_shape, key, arm)[0] for arm in ARMS), strict=True))
+        cells = [spread([r["tokens_per_s"] for r in some]) if some else "–" for some in own.values()]
+        kept = {r["keep_ratio"] for r in own["sts"]}
+        cells.append(f"{100 * max(kept):.0f} %" if kept else "–")
+        gained = gain(of_shape, "sts", key, "stock-spec-captured")
+        cells.append(f"**{gained:.2f}x**" if gained else "–")
+        for arm in ("stock-spec-captured", "sts"):
+            times = times_bound(own[arm])
+            cells.append(f"{times:.2f}x" if times else "–")
+        lines.append([shape.shown(), *cells])
+    head = ["context x requests", *ARMS.values(), "kept", "gain", "stock, bytes", "sts, bytes"]
+    return table(head, lines)
+
+
+def note(found: list[dict]) -> str:
+    first = found[0]
+    rates = ", ".join(dict.fromkeys(f"{r['read_gbps']:,}" for r in found if r["read_gbps"]))
+    simulated = ", ".join(dict.fromkeys(f"{r['simulated']:g}" for r in found if r["simulated"]))
+    return (
+        f"Tokens per second, median ± half the spread, {first['new_tokens']} new tokens a request. "
+        f"{gpus(found)}, SGLang {first['sglang']}, commit {commits(found)}; dummy weights, a head of one "
+        f"layer with the target's heads, simulated accept length {simulated} (the output is meaningless, the "
+        f"work is not), prefix cached. Gains are over stock with its draft-extend captured. *Bytes*: how "
+        f"many times the least time of a round it takes, that of reading weights, KV that is attended to and "
+        f"scored by, and sketches at the {rates} GB/s at which a plain sum reads ([bound.py](bound.py))."
+    )
+
+
+def chains() -> list[dict]:
+    """Of `measured`, those that draft a chain for an 8B, at contexts of one length."""
+    found = [r for r in measured() if r.get("topk", 1) == 1 and of_an_8b(r)]
+    return [r for r in found if Shape.of(r).shortest is None]
+
+
+def front() -> str:
+    """The README's few rows: captured stock and sts, with an EAGLE-3 head, where one was measured, beside a
+    STANDALONE draft."""
+    heads, drafts = chains(), serving.drafted()
+    if not heads:
+        return serving.front()
+    lines, shown = [], []
+    for shape in serving.FRONT:
+        cells = []
+        for found, arm in ((heads, "sts"), (drafts, "sts"), (drafts, "sts-draft")):
+            stock, sts = newest(found, shape, "stock-spec-captured", arm)
+            speeds = [statistics.median(r["tokens_per_s"] for r in own) for own in (stock, sts) if own]
+            gained = f"**{speeds[1] / speeds[0]:.2f}x**" if speeds else ""
+            cells += [*(f"{speed:,.0f}" for speed in speeds), gained] if speeds else ["–"] * 3
+            shown += [*stock, *sts]
+        if set(cells) != {"–"}:
+            # Of the sparse draft the gain alone: its stock is that of the dense one, or of another run.
+            lines.append([f"{shape[0]:,} x {shape[1]}", *cells[:6], cells[8]])
+    low, high = null_result(heads)
+    null = f" **At 2,000 tokens sts brings nothing: {low:.2f}x to {high:.2f}x over all runs.**"
+    note = (
+        f"Tokens per second: shapes of Llama-3.1-8B, with an EAGLE-3 head of one layer "
+        f"({gpus(heads)}) and with a 1B STANDALONE draft ({gpus(drafts)}), dummy weights, simulated accept "
+        f"length {shown[0]['simulated']:g}, prefix cached. Stock is SGLang {shown[0]['sglang']} with FA3 and "
+        f"its draft-extend in a CUDA graph (as shipped it has none); a gain is of a run that had both."
+    )
+    head = ["context x requests", "EAGLE-3: stock", "sts", "gain", "STANDALONE: stock", "sts", "gain"]
+    return table([*head, '`"draft": "all"`'], lines) + "\n\n" + note + (null if low == low else "")

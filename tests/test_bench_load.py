@@ -1,0 +1,145 @@
+"""Servers under load: what the client is asked for, and what a row says of its answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import bench_load, bench_serving, dummy_models, tables
+from benchmarks.bench_load import client_args, parse, run_arm
+from benchmarks.tables import load
+from sts_sglang.tools.demo import shipped_pair
+from tests.server import ENVIRONMENT
+
+PAIR = ["--target", "T", "--draft", "D", "--algorithm", "EAGLE3"]
+
+
+@pytest.fixture(autouse=True)
+def target(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "T").mkdir()
+    (tmp_path / "T" / "config.json").write_text('{"num_hidden_layers": 4}')
+    monkeypatch.setattr(bench_serving, "origin", lambda: {"gpu": "G", "sglang": "0"})
+    monkeypatch.setenv("STS_COMMIT", "c")
+
+
+def values(args: list[str]) -> dict[str, str]:
+    return dict(zip(args, args[1:], strict=False))
+
+
+def test_the_client_is_asked_for_the_load():
+    shared = parse([*PAIR, "--requests", "12", "--groups", "3", "--context", "1000"])
+    assert shared.arms == "stock-spec-captured,sts" and shared.rates == [1, 2, 4, 8]
+    asked = values(client_args(shared, 64))
+    assert asked["--gsp-prompts-per-group"] == "4"
+    assert int(asked["--gsp-system-prompt-len"]) + int(asked["--gsp-question-len"]) == 1000
+    assert asked["--gsp-output-len"] == "64" and "--flush-cache" not in asked
+    unseen = parse([*PAIR, "--dataset", "random-ids", "--context", "1000", "--arms", "sts"])
+    asked = client_args(unseen, 64)
+    assert values(asked)["--random-input-len"] == "1000" and "--flush-cache" in asked
+    assert unseen.arms == "sts"
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--requests", "12", "--groups", "5"], "--requests 12: no multiple of --groups 5"),
+        (["--context", "128"], "--context 128: questions alone"),
+        (["--arms", "none"], "--arms: no none"),
+    ],
+)
+def test_what_does_not_fit_together_is_named(argv, named, capsys):
+    with pytest.raises(SystemExit):
+        parse([*PAIR, *argv])
+    assert named in capsys.readouterr().err
+
+
+# Two requests: 10 ms and 30 ms a token.
+TOLD = {
+    **dict.fromkeys(bench_load.TIMES, 1.0),
+    **{"duration": 4.0, "completed": 2, "output_throughput": 50.0, "request_throughput": 0.5},
+    **{"concurrency": 1.5, "accept_length": None, "errors": ["", ""]},
+    **{"itls": [[0.01, 0.01], [0.02, 0.04]], "ttfts": [0.1, 0.2]},
+}
+
+
+def test_goodput_counts_requests_whose_tokens_came_in_time():
+    assert bench_load.summary(TOLD, 20)["goodput"] == 0.25
+    assert bench_load.summary(TOLD, 30.1)["goodput"] == 0.5
+    row = bench_load.summary(TOLD, 20)
+    assert (row["tpots_ms"], row["ttfts_ms"]) == ([10, 30], [100, 200])
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("raise SystemExit('no such model')", "ended in an error: no such model"),
+        ('open(sys.argv[1], \'w\').write(\'{"errors": ["", "Bad Request"]}\')', "1 requests failed"),
+    ],
+)
+def test_a_client_that_fails_ends_the_benchmark(monkeypatch, tmp_path, script, message):
+    real = bench_load.subprocess.run
+
+    def run(command: list[str], **how):
+        out = command[command.index("--output-file") + 1]
+        return real([sys.executable, "-c", f"import sys; {script}", out], **how)
+
+    monkeypatch.setattr(bench_load.subprocess, "run", run)
+    server = type("S", (), {"port": 1})
+    with pytest.raises(SystemExit, match=message):
+        bench_load.client(server, parse(PAIR), 1.0, 8)
+
+
+def test_a_table_compares_stock_and_sts_at_every_rate_of_one_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert load.load() == "Not measured yet."
+    row = {"dataset": "random-ids", "context": 1000, "algorithm": "EAGLE3", "gpu": "G", "sglang": "0"}
+    row |= {"output_throughput": 100, "median_tpot_ms": 5, "p99_ttft_ms": 80, "tpot_bound_ms": 20}
+    row |= {"requests": 8, "new_tokens": 64}
+    runs = [("b", "sts", 1, 9.0), ("c", "stock-spec-captured", 1, 0.5), ("c", "sts", 1, 1.0)]
+    runs += [("c", "sts", 2, 1.5), ("c", "stock-spec-captured", 4, 0), ("c", "sts", 4, 2)]
+    lines = [
+        {**row, "commit": commit, "arm": arm, "rate": rate, "goodput": good}
+        for commit, arm, rate, good in runs
+    ]
+    (tmp_path / "load.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    shown = load.load().splitlines()
+    load_, rest = "1,000 tokens, prompts nobody has seen, EAGLE3", "100 | 100 | 5.00 | 5.00 | 80 | 80"
+    assert shown[2:4] == [
+        f"| {load_} | 1 | {rest} | 0.50 | 1.00 | **2.00x** |",
+        f"| {load_} | 4 | {rest} | 0.00 | 2.00 | – |",
+    ]
+    assert "at most 20 ms each" in shown[-1] and "commit c;" in shown[-1]
+
+
+def test_dummy_models_have_words_where_prompts_are_text(tmp_path):
+    from transformers import AutoTokenizer
+
+    options = parse(["--dummy", str(tmp_path), "--algorithm", "EAGLE3"])
+    bench_serving.prepare(options, words=True)
+    assert "--skip-tokenizer-init" not in options.server_args
+    ids = list(range(0, 128256, 999))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / next(iter(dummy_models.DRAFTS)))
+    assert tokenizer.encode(tokenizer.decode(ids)) == ids
+
+
+@pytest.mark.server
+def test_the_real_client_loads_a_real_server(tmp_path, monkeypatch):
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    pair = shipped_pair()
+    server = "--device cpu --dtype float32 --context-length 8192 --max-total-tokens 20000 "
+    server += "--max-running-requests 8 --skip-server-warmup"
+    options = ["--target", str(pair.target), "--draft", str(pair.draft), "--algorithm", "STANDALONE"]
+    options += ["--context", "400", "--requests", "4", "--groups", "2", "--rates", "8,inf", "--arms", "sts"]
+    options += ["--new-tokens", "16", "--tpot-ms", "1000000", "--server-args", server, "--out", "rows.jsonl"]
+    options = parse([*options, "--sts-config", '{"keep": 0.25, "budget": 64}'])
+    bench_serving.prepare(options, words=True)
+    rows = run_arm("sts", options)
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
+    for row, rate in zip(rows, (8, float("inf")), strict=True):
+        assert (row["rate"], row["completed"], len(row["tpots_ms"])) == (rate, 4, 4)
+        assert 0.2 < row["keep_ratio"] < 0.4 and row["sparse_verifies"] > 0
+        assert row["goodput"] == pytest.approx(4 / row["duration"], rel=1e-3)
