@@ -77,6 +77,8 @@ class Count(enum.IntEnum):
     CLIPPED_TOKENS = 5  # that the lists of FlashInfer had no room for
     DRAFT_SELECTED_TOKENS = 6  # in sparse passes of the draft
     DRAFT_AVAILABLE_TOKENS = 7
+    PREFILL_SELECTED_BLOCKS = 8  # of keys that blocks of new tokens select, or attend to unasked beside them
+    PREFILL_AVAILABLE_BLOCKS = 9  # that they could
 
 
 class Part(enum.IntFlag):

@@ -65,6 +65,10 @@ HOOKS: Targets = {
     "resolve_args": (f"{_ARGS}.__post_init__", ("self",)),
     "check_args": (f"{_ARGS}.check_server_args", ("self",)),
     "scheduler_init": ("sglang.srt.managers.scheduler.Scheduler.__init__", ("self", "server_args")),
+    "begin_request": (
+        "sglang.srt.managers.scheduler.Scheduler.handle_generate_request",
+        ("self", "recv_req"),
+    ),
     "sampling_verify": ("sglang.srt.sampling.sampling_params.SamplingParams.verify", ("self", "vocab_size")),
     "validate_request": (f"{_MANAGER}._validate_one_request", ("self", "obj", "input_ids")),
     "update_from_disk": (f"{_MANAGER}.update_weights_from_disk", _CALL),
@@ -230,7 +234,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
     f"{_BATCH}.ForwardBatch": (
         "batch_size",
         "extend_prefix_lens",
+        "extend_prefix_lens_cpu",
         "extend_seq_lens",
+        "extend_seq_lens_cpu",
         "forward_mode",
         "out_cache_loc",
         "req_pool_indices",
@@ -281,6 +287,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "sglang.srt.managers.io_struct.CheckWeightsReqInput": ("action",),
     "sglang.srt.managers.io_struct.GenerateReqInput": ("input_embeds", "positional_embed_overrides"),
     "sglang.srt.managers.io_struct.GetInternalStateReqOutput": ("internal_state",),
+    "sglang.srt.managers.io_struct.TokenizedGenerateReqInput": ("extra_key", "sampling_params"),
     _MANAGER: ("model_config", "server_args"),
     "sglang.srt.sampling.sampling_params.SamplingParams": (
         "custom_params",
@@ -444,6 +451,8 @@ CPU_SYMBOLS = (
 
 # Radix trees that bring KV back from the host by roads of their own, on which no slot is forgotten.
 TREES_THAT_REMEMBER = ("SGLANG_ENABLE_UNIFIED_RADIX_TREE", "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE")
+# Radix trees that share a prefix among requests of every `extra_key`.
+TREES_WITHOUT_KEYS = ("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",)
 
 
 def resolve(args: ServerArgs) -> None:
