@@ -61,6 +61,7 @@ class Rule:
     prefill_floor: int = 0
     asked: int = 8  # rows of a block that say which
     last_block: bool = False  # the prompt's last block selects too
+    cuts: tuple[int, ...] = ()  # where chunks begin within a block of the prompt
     dense_layers: tuple[int, ...] = ()
 
     def budget(self, context: int) -> int:
@@ -442,8 +443,8 @@ class Oracle:
             return
         (q, k, scale), kv_heads = self._projected(layer), self.target.config.num_key_value_heads
         group = q.shape[0] // kv_heads
-        for first in range(0, length, 128):
-            last = min(first + 128, length)
+        bounds = sorted({*range(0, length, 128), *(cut for cut in rule.cuts if cut < length), length})
+        for first, last in zip(bounds, bounds[1:], strict=False):
             if last <= rule.prefill_floor or (last == length and not rule.last_block):
                 continue
             asked = [first + max((i + 1) * (last - first) // rule.asked - 1, 0) for i in range(rule.asked)]
@@ -451,8 +452,8 @@ class Oracle:
                 heads = slice(h * group, (h + 1) * group)
                 logits = q[heads, asked, :] @ k[h].T * scale
                 causal = torch.arange(length) <= torch.tensor(asked)[:, None]
-                probs = logits.masked_fill(~causal, -torch.inf).softmax(-1)[..., :first]
-                score = probs.unflatten(-1, (-1, 128)).sum(-1).amax((0, 1)) if first else probs[0, 0]
+                probs = logits.masked_fill(~causal, -torch.inf).softmax(-1)[..., : first // 128 * 128]
+                score = probs.unflatten(-1, (first // 128, 128)).sum(-1).amax((0, 1))
                 unseen = self._unseen(score, rule, trace, ("prefill", layer, h, first))
                 for block in unseen:
                     seen[layer, heads, first:last, block * 128 : block * 128 + 128] = False
