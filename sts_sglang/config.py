@@ -577,7 +577,7 @@ def _check_key(field: str, key: object, allowed: tuple[str, ...]) -> None:
         return
     nearest = difflib.get_close_matches(key[:40] if isinstance(key, str) else "", allowed, n=1, cutoff=0.4)
     hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-    raise not_allowed(field, f"unknown key {shown(key)}{hint}", ", ".join(allowed))
+    raise not_allowed(field, f"unknown key {shown(key, 48)}{hint}", ", ".join(allowed))
 
 
 def _read_file(path: str) -> str:

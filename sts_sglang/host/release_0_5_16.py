@@ -57,6 +57,10 @@ HOOKS: Targets = {
         "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes",
         ("self", "pre_model_load_memory"),
     ),
+    "begin_request": (
+        "sglang.srt.managers.scheduler.Scheduler.handle_generate_request",
+        ("self", "recv_req"),
+    ),
     "internal_state": ("sglang.srt.managers.scheduler.Scheduler.get_internal_state", ("self", "recv_req")),
     "hicache_load": ("sglang.srt.managers.cache_controller.HiCacheController.load", ("self", "host_indices")),
     "release_kv": ("sglang.srt.mem_cache.common.release_kv_cache", ("req", "tree_cache", "is_insert")),
@@ -65,10 +69,6 @@ HOOKS: Targets = {
     "resolve_args": (f"{_ARGS}.__post_init__", ("self",)),
     "check_args": (f"{_ARGS}.check_server_args", ("self",)),
     "scheduler_init": ("sglang.srt.managers.scheduler.Scheduler.__init__", ("self", "server_args")),
-    "begin_request": (
-        "sglang.srt.managers.scheduler.Scheduler.handle_generate_request",
-        ("self", "recv_req"),
-    ),
     "sampling_verify": ("sglang.srt.sampling.sampling_params.SamplingParams.verify", ("self", "vocab_size")),
     "validate_request": (f"{_MANAGER}._validate_one_request", ("self", "obj", "input_ids")),
     "update_from_disk": (f"{_MANAGER}.update_weights_from_disk", _CALL),
