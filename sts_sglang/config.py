@@ -41,6 +41,7 @@ SelectorName = Literal["auto", "draft", "tokens", "pages", "joined", "quest", "r
 VerifyMode = Literal["sparse", "dense"]
 DraftMode = Literal["dense", "steps", "all"]
 RequestKeep = Literal["any", "at_most", "off"]
+PrefillMode = Literal["dense", "sparse"]
 
 # A share of a token below this is float error (0.1 * 30 = 3.0000000000000004), not a token.
 # It exceeds the error of keep * context for every context up to 2**33 tokens.
@@ -206,6 +207,9 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "page_share": _inner,
     "verify": _choice(get_args(VerifyMode)),
     "draft": _choice(get_args(DraftMode)),
+    "prefill": _choice(get_args(PrefillMode)),
+    "prefill_keep": _share,
+    "prefill_floor": _integer(0, MAX_TOKENS),
     "full_verify_every": _integer(0, MAX_TOKENS),
     "request_keep": _choice(get_args(RequestKeep)),
     "request_inspect": _flag,
@@ -278,11 +282,20 @@ class StsConfig:
     """What the draft itself attends to sparsely. `steps`: a round scores and selects the context in its first
     draft step; the steps after it attend to the selection, as verify does, and score nothing. `all`: so does
     draft-extend."""
+    prefill: PrefillMode = "dense"
+    """`sparse`: every block of 128 new tokens of a long prompt attends to the blocks of 128 keys that some of
+    its own queries give the most attention, in every layer and KV head anew."""
+    prefill_keep: float = 0.25
+    """Share of the blocks of keys before them that new tokens attend to when prefill is sparse, 0 <
+    prefill_keep <= 1; a request may set its own."""
+    prefill_floor: int = 16384
+    """Tokens: new ones attend to everything as long as they and what is before them are no more."""
     full_verify_every: int = 0
     """Every N-th verify of a request attends to everything; 0: none does."""
     request_keep: RequestKeep = "any"
     """What a request may ask for by `custom_params.sts.keep`: any; `at_most`: none above `keep`, whatever
-    the policy, so that no client makes the others wait; `off`: nothing. What it may not is a 400."""
+    the policy, so that no client makes the others wait; `off`: nothing. What it may not is a 400. The same
+    of `prefill` and `prefill_keep`."""
     request_inspect: bool = True
     """Whether requests may ask for dumps, where there is an inspect_dir; false: a 400."""
     inspect_dir: str | None = None
@@ -505,6 +518,42 @@ def request_keep(custom_params: Mapping[str, object] | None, config: StsConfig |
     return keep
 
 
+def request_prefill(custom_params: Mapping[str, object] | None, config: StsConfig) -> float | None:
+    """Which share of the blocks of keys a request's prompt attends to, None for a dense prefill: the
+    server's, or what it asks for by `{"sts": {"prefill": "sparse", "prefill_keep": 0.5}}`, each alone too.
+
+    Raises `ConfigError` for other values, a share beside "dense", and for what this server does not do or
+    does not leave to requests.
+    """
+    own, field = _request_params(custom_params), "custom_params.sts.prefill"
+    mode = _choice(get_args(PrefillMode))(field, own.get("prefill", config.prefill))
+    keep = _share(f"{field}_keep", own.get("prefill_keep", config.prefill_keep))
+    asks = "prefill_keep" if "prefill_keep" in own else "prefill"
+    if asks not in own:
+        return None if mode == "dense" else keep
+    if config.prefill == "dense" and (mode == "sparse" or "prefill_keep" in own):
+        allowed = "'dense', or a server with sts_config.prefill 'sparse'"
+        raise not_allowed(f"custom_params.sts.{asks}", "this server prefills densely", allowed)
+    if mode == "dense" and "prefill_keep" in own:
+        raise not_allowed(
+            f"{field}_keep", "given with prefill 'dense'", "prefill 'sparse', or no prefill_keep"
+        )
+    if config.request_keep == "off":
+        raise not_allowed(
+            f"custom_params.sts.{asks}",
+            "this server lets no request choose",
+            "neither prefill nor prefill_keep (sts_config.request_keep is 'off')",
+        )
+    if (
+        config.request_keep == "at_most"
+        and config.prefill == "sparse"
+        and (mode == "dense" or keep > config.prefill_keep)
+    ):
+        most = f"at most this server's {config.prefill_keep} (sts_config.request_keep is 'at_most')"
+        raise not_allowed(f"custom_params.sts.{asks}", f"got {shown(own[asks])}", most)
+    return None if mode == "dense" else keep
+
+
 def request_inspect(custom_params: Mapping[str, object] | None, config: StsConfig | None = None) -> bool:
     """Whether a request asks for a dump: `{"sts": {"inspect": true}}`.
 
@@ -527,6 +576,7 @@ def request_inspect(custom_params: Mapping[str, object] | None, config: StsConfi
 def check_request(custom_params: Mapping[str, object] | None, config: StsConfig) -> None:
     """Raises `ConfigError` for what a request may not ask of a server with this configuration."""
     request_keep(custom_params, config)
+    request_prefill(custom_params, config)
     request_inspect(custom_params, config)
 
 
@@ -541,7 +591,7 @@ def _request_params(custom_params: Mapping[str, object] | None) -> Mapping[str, 
     if not isinstance(own, Mapping):
         raise not_allowed("custom_params.sts", f"got {shown(own)}", 'an object such as {"keep": 0.5}')
     for key in own:
-        _check_key("custom_params.sts", key, ("keep", "inspect"))
+        _check_key("custom_params.sts", key, ("keep", "prefill", "prefill_keep", "inspect"))
     return own
 
 
@@ -550,7 +600,7 @@ def _check_key(field: str, key: object, allowed: tuple[str, ...]) -> None:
         return
     nearest = difflib.get_close_matches(key[:40] if isinstance(key, str) else "", allowed, n=1, cutoff=0.4)
     hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-    raise not_allowed(field, f"unknown key {shown(key)}{hint}", ", ".join(allowed))
+    raise not_allowed(field, f"unknown key {shown(key, 48)}{hint}", ", ".join(allowed))
 
 
 def _read_file(path: str) -> str:

@@ -56,6 +56,13 @@ class Rule:
     directions: dict | None = None
     page_share: float = 0.5
     deviation: float = 1.0  # how much of it a page's score has
+    # Share of the blocks of 128 keys that a block of 128 tokens of the prompt attends to; None: all of them.
+    prefill_keep: float | None = None
+    prefill_floor: int = 0
+    asked: int = 8  # rows of a block that say which
+    last_block: bool = False  # the prompt's last block selects too
+    cuts: tuple[int, ...] = ()  # where chunks begin within a block of the prompt
+    dense_layers: tuple[int, ...] = ()
 
     def budget(self, context: int) -> int:
         forced = self.sink + self.recent
@@ -230,7 +237,10 @@ class Oracle:
             draft_seen = causal.expand(self.draft.layers, self.draft.heads, -1, -1)
             draft_seen = draft_seen.clone() if rule.draft == "all" else draft_seen
         tokens = list(prompt)
-        logits, hidden = self._run_target(tokens, list(range(len(tokens))), seen)  # prefill is dense
+        if rule.prefill_keep is not None:
+            self._choose = lambda layer: self._choose_blocks(layer, len(prompt), seen, rule, trace)
+        logits, hidden = self._run_target(tokens, list(range(len(tokens))), seen)
+        self._choose = None
         tokens.append(self._emit(trace, logits[-1]))
         while len(tokens) - len(prompt) < new_tokens:
             length = len(tokens) - 1  # committed; the last token is the bonus, verify row 0
@@ -410,18 +420,14 @@ class Oracle:
 
     def _choose_by_keys(self, layer: int, tree: Tree, length: int, rows, rule: Rule, trace: Trace) -> None:
         """Before a layer attends: what its nodes see of the context, by the queries that they have there."""
-        config, (hidden, rotary) = self.target.config, self._inputs[layer]
-        attn, kv_heads = self.target.model.layers[layer].self_attn, config.num_key_value_heads
-        q, k = (p(hidden).view(*hidden.shape[:2], -1, attn.head_dim).transpose(1, 2) for p in
-                (attn.q_proj, attn.k_proj))  # fmt: skip
-        q, k = apply_rotary_pos_emb(q, k, *rotary)
-        group = config.num_attention_heads // kv_heads
+        (q, k, scale), kv_heads = self._projected(layer), self.target.config.num_key_value_heads
+        group = q.shape[0] // kv_heads
         for h in range(kv_heads):
             heads = slice(h * group, (h + 1) * group)
-            own, keys, head = q[0, heads, length:], k[0, h, :length], (layer, h)
+            own, keys, head = q[heads, length:], k[h, :length], (layer, h)
             tokens = rule.selector == "tokens"
             logits = _by_sketches(own, keys, head, rule, trace) if tokens else _by_pages(own, keys, rule)
-            score = (logits * attn.head_dim**-0.5).softmax(-1).amax((0, 1))
+            score = (logits * scale).softmax(-1).amax((0, 1))
             if tokens:
                 chosen = self._with_ranks(score, length, rule, trace, head)
             else:
@@ -430,6 +436,55 @@ class Oracle:
             trace.available += length
             rows[layer, heads, :, chosen] = True
             self._masks[layer][0, heads, length:, chosen] = 0
+
+    def _choose_blocks(self, layer: int, length: int, seen, rule: Rule, trace: Trace) -> None:
+        """Before a layer attends to the prompt: what every block of its tokens sees of those before it."""
+        if layer in rule.dense_layers:
+            return
+        (q, k, scale), kv_heads = self._projected(layer), self.target.config.num_key_value_heads
+        group = q.shape[0] // kv_heads
+        bounds = sorted({*range(0, length, 128), *(cut for cut in rule.cuts if cut < length), length})
+        for first, last in zip(bounds, bounds[1:], strict=False):
+            if last <= rule.prefill_floor or (last == length and not rule.last_block):
+                continue
+            asked = [first + max((i + 1) * (last - first) // rule.asked - 1, 0) for i in range(rule.asked)]
+            for h in range(kv_heads):
+                heads = slice(h * group, (h + 1) * group)
+                logits = q[heads, asked, :] @ k[h].T * scale
+                causal = torch.arange(length) <= torch.tensor(asked)[:, None]
+                probs = logits.masked_fill(~causal, -torch.inf).softmax(-1)[..., : first // 128 * 128]
+                score = probs.unflatten(-1, (first // 128, 128)).sum(-1).amax((0, 1))
+                unseen = self._unseen(score, rule, trace, ("prefill", layer, h, first))
+                for block in unseen:
+                    seen[layer, heads, first:last, block * 128 : block * 128 + 128] = False
+                    self._masks[layer][0, heads, first:last, block * 128 : block * 128 + 128] = FLOOR
+
+    @staticmethod
+    def _unseen(score: torch.Tensor, rule: Rule, trace: Trace, tie: tuple) -> list[int]:
+        """Of blocks with these scores, those that are not attended to."""
+        number = len(score)
+        forced = {*range(-(-rule.sink // 128)), *range(number - -(-rule.recent // 128), number)}
+        count = max(math.ceil(rule.prefill_keep * number - 1e-6), 1 + -(-rule.recent // 128))
+        if count >= number:
+            return []
+        ranked = sorted(set(range(number)) - forced, key=lambda j: (-float(score[j]), -j))
+        count -= len(forced)
+        if count:
+            inside, outside = float(score[ranked[count - 1]]), float(score[ranked[count]])
+            if inside - outside <= 1e-5 * inside:
+                trace.near_ties.add(tie)
+                if tie in rule.swapped_ties:
+                    ranked[count - 1], ranked[count] = ranked[count], ranked[count - 1]
+        return ranked[count:]
+
+    def _projected(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Queries and keys [heads, tokens, dim] of a layer's input, and the scale of their products."""
+        hidden, rotary = self._inputs[layer]
+        attn = self.target.model.layers[layer].self_attn
+        q, k = (p(hidden).view(*hidden.shape[:2], -1, attn.head_dim).transpose(1, 2) for p in
+                (attn.q_proj, attn.k_proj))  # fmt: skip
+        q, k = apply_rotary_pos_emb(q, k, *rotary)
+        return q[0], k[0], attn.head_dim**-0.5
 
     @staticmethod
     def _with_ranks(score: torch.Tensor, length: int, rule: Rule, trace: Trace, head: tuple) -> list[int]:

@@ -25,6 +25,7 @@ from sts_sglang.config import (
     quoted,
     request_inspect,
     request_keep,
+    request_prefill,
 )
 
 EVERY_KEY = {
@@ -49,6 +50,9 @@ EVERY_KEY = {
     "page_share": 0.25,
     "verify": "dense",
     "draft": "all",
+    "prefill": "sparse",
+    "prefill_keep": 0.5,
+    "prefill_floor": 0,
     "full_verify_every": 16,
     "request_keep": "at_most",
     "request_inspect": False,
@@ -171,6 +175,9 @@ BAD_VALUES = {
     "page_share": ([0, 1, -0.5, True, "half", None], "a number between 0 and 1"),
     "verify": (["full", "", None, True], "sparse | dense"),
     "draft": (["sparse", "", None, False], "dense | steps | all"),
+    "prefill": (["all", "", None, True], "dense | sparse"),
+    "prefill_keep": ([0, -0.1, 1.01, True, "0.5", None, math.nan], "a number above 0 and at most 1"),
+    "prefill_floor": ([-1, 1.0, True, "8", None, MAX_TOKENS + 1], INTEGER),
     "full_verify_every": ([-1, 1.0, True, "8", None, MAX_TOKENS + 1], INTEGER),
     "request_keep": (["all", "", None, True, 0.5, ["any"]], "any | at_most | off"),
     "request_inspect": ([0, 1, "true", None, [], "no"], "true or false"),
@@ -492,6 +499,50 @@ def test_an_operator_bounds_what_requests_may_keep(policy):
     for rule in ("any", "at_most", "off"):
         with pytest.raises(ConfigError, match=r"^custom_params\.sts\.keep: got 7; allowed: a number above 0"):
             asked(7, rule)
+
+
+@pytest.mark.parametrize(
+    ("params", "keep"),
+    [
+        (None, 0.25),
+        ({"sts": {"keep": 0.5}}, 0.25),
+        ({"sts": {"prefill": "sparse"}}, 0.25),
+        ({"sts": {"prefill_keep": 0.5}}, 0.5),
+        ({"sts": {"prefill": "sparse", "prefill_keep": 1}}, 1.0),
+        ({"sts": {"prefill": "dense"}}, None),
+    ],
+)
+def test_what_a_request_s_prompt_attends_to(params, keep):
+    config = StsConfig(prefill="sparse")
+    check_request(params, config)
+    assert request_prefill(params, config) == keep
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "message"),
+    [
+        ({}, {"prefill": "sparse"}, "prefill: this server prefills densely; allowed: 'dense', or a server"),
+        ({}, {"prefill_keep": 0.5}, "prefill_keep: this server prefills densely"),
+        ({}, {"prefill": True}, "prefill: got True; allowed: dense | sparse"),
+        ({"prefill": "sparse"}, {"prefill_keep": 0}, "prefill_keep: got 0; allowed: a number above 0"),
+        ({"prefill": "sparse"}, {"prefill": "dense", "prefill_keep": 0.5}, "prefill_keep: given with"),
+        ({"prefill": "sparse", "request_keep": "off"}, {"prefill": "dense"}, "prefill: this server lets no"),
+        ({"prefill": "sparse", "request_keep": "off"}, {"prefill_keep": 0.1}, "prefill_keep: this server"),
+        ({"prefill": "sparse", "request_keep": "at_most"}, {"prefill": "dense"}, "prefill: got 'dense'"),
+        ({"prefill": "sparse", "request_keep": "at_most"}, {"prefill_keep": 0.3}, "prefill_keep: got 0.3"),
+    ],
+)
+def test_a_prefill_that_a_request_may_not_ask_for(config, asked, message):
+    with pytest.raises(ConfigError) as caught:
+        check_request({"sts": asked}, StsConfig(**config))
+    assert str(caught.value).startswith(f"custom_params.sts.{message}")
+    check_request({"sts": {}}, StsConfig(**config))
+
+
+def test_a_request_may_ask_for_no_more_than_the_server_does():
+    config = StsConfig(prefill="sparse", request_keep="at_most")
+    assert request_prefill({"sts": {"prefill_keep": 0.1}}, config) == 0.1
+    assert request_prefill({"sts": {"prefill": "dense"}}, StsConfig()) is None
 
 
 def test_an_operator_closes_dumps_to_requests():

@@ -19,7 +19,14 @@ import numpy as np
 import pytest
 
 from sts_sglang import checkpoints, fingerprint, headmap
-from sts_sglang.config import ConfigError, StsConfig, check_request, request_inspect, request_keep
+from sts_sglang.config import (
+    ConfigError,
+    StsConfig,
+    check_request,
+    request_inspect,
+    request_keep,
+    request_prefill,
+)
 from sts_sglang.core import dumps
 from sts_sglang.tools import inspection
 from sts_sglang.tools.tiny_pair import make_pair
@@ -199,11 +206,16 @@ def test_configurations_as_text():
 def test_request_parameters():
     outcomes = Outcomes()
     servers = [StsConfig(), StsConfig(inspect_dir="d"), StsConfig(request_keep="at_most", keep=0.5)]
+    servers += [StsConfig(prefill="sparse"), StsConfig(prefill="sparse", request_keep="at_most")]
     servers += [StsConfig(request_keep="off", inspect_dir="d", request_inspect=False)]
     for seed, rng in seeds(15000):
         own = {"keep": rng.choice((0.5, 1, 0.9, value(rng, strange=True)))} if rng.random() < 0.7 else {}
         if rng.random() < 0.5:
             own["inspect"] = rng.choice((True, False, value(rng, strange=True)))
+        if rng.random() < 0.3:
+            own["prefill"] = rng.choice(("dense", "sparse", value(rng, strange=True)))
+        if rng.random() < 0.3:
+            own["prefill_keep"] = rng.choice((0.1, 0.5, value(rng, strange=True)))
         if rng.random() < 0.1:
             own[misspelled(rng, "keep")] = 0.5
         given = {"sts": own, "others": value(rng, strange=True)}
@@ -214,6 +226,8 @@ def test_request_parameters():
             keep = request_keep(given)
             assert keep is None or (0 < keep <= 1 and config.request_keep != "off"), seed
             assert keep is None or config.request_keep == "any" or keep <= config.share, seed
+            prompt = request_prefill(given, config)
+            assert prompt is None or (0 < prompt <= 1 and config.prefill == "sparse"), seed
             assert not request_inspect(given) or (config.inspect_dir and config.request_inspect), seed
     outcomes.both(300)
 

@@ -10,8 +10,8 @@ from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseCo
 
 from sts_sglang.backends import dense
 from sts_sglang.config import ConfigError, StsConfig
+from sts_sglang.core import prefill, sketches
 from sts_sglang.core import sizes as memory
-from sts_sglang.core import sketches
 from sts_sglang.core.channels import Channels
 from sts_sglang.core.round import Cache, Draft, RoundState
 from sts_sglang.core.selectors import compare as selectors
@@ -173,6 +173,15 @@ def test_what_another_selector_takes_is_reserved(monkeypatch, model):
     assert growth[0] > selectors.SCRATCH
     own = 64 * (131072 - 8192) * 3 * 8  # a score of 2 bytes, and an entry of 4 for every fourth token
     assert growth[1] - growth[0] == pytest.approx(own + scoring - selectors.SCRATCH, rel=0.01)
+
+
+def test_what_a_sparse_prefill_takes_is_reserved(monkeypatch, model):
+    monkeypatch.setattr(serves, "draft_config", lambda *_: None)
+    reserved = [
+        reserve.reserved_bytes(StsConfig(prefill=prefill_), server_args(), model(TARGET, 128), 60 << 30)
+        for prefill_ in ("dense", "sparse")
+    ]
+    assert reserved[1] - reserved[0] == pytest.approx(prefill.SCRATCH, rel=0.01)
 
 
 def test_the_state_allocates_what_was_counted():

@@ -1014,3 +1014,30 @@ def test_history_needs_a_cache_that_says_what_it_loads_back(name, monkeypatch):
             validate.check_history(hierarchical, config)
     with pytest.raises(Refusal, match=r"unset the variable$"):  # nothing else selects there
         validate.check_history(alone, StsConfig(selector="pages"))
+
+
+@pytest.mark.parametrize("name", release.TREES_WITHOUT_KEYS)
+def test_a_sparse_prefill_needs_a_cache_that_keeps_kinds_apart(name, monkeypatch):
+    validate.check_prefill(StsConfig(prefill="sparse"))
+    monkeypatch.setenv(name, "1")
+    validate.check_prefill(StsConfig())
+    with pytest.raises(Refusal, match=rf"^sts_config\.prefill: 'sparse' is not served with {name}.* unset"):
+        validate.check_prefill(StsConfig(prefill="sparse"))
+
+
+@pytest.mark.parametrize(("dim", "fits"), [(64, True), (128, True), (256, True), (512, False)])
+def test_heads_that_no_block_of_a_sparse_prefill_can_hold_are_refused(launch, flags, monkeypatch, dim, fits):
+    monkeypatch.setattr(validate, "_shared_memory", lambda: 232448)
+    args, model = (
+        launch(),
+        SimpleNamespace(model_path="m", head_dim=dim, num_attention_heads=8, num_key_value_heads=8),
+    )
+    draft = SimpleNamespace(model_path="m", head_dim=64, num_attention_heads=8, num_key_value_heads=8)
+    for drafts in (draft, None):
+        validate.check_tiles(args, StsConfig(), model, drafts)
+        if fits:
+            validate.check_tiles(args, StsConfig(prefill="sparse"), model, drafts)
+            continue
+        with pytest.raises(Refusal) as caught:
+            validate.check_tiles(args, StsConfig(prefill="sparse"), model, drafts)
+        check_message(caught, flags, "sts_config.prefill: 'sparse' with heads of 512", 'prefill to "dense"')

@@ -81,6 +81,8 @@ class Count(enum.IntEnum):
     DRAFT_SELECTED_TOKENS = 6  # in sparse passes of the draft
     DRAFT_AVAILABLE_TOKENS = 7
     ASIDE_VERIFIES = 8  # of the sparse ones: of contexts within their budget, where nothing is selected
+    PREFILL_SELECTED_BLOCKS = 9  # of keys that blocks of new tokens select, or attend to unasked beside them
+    PREFILL_AVAILABLE_BLOCKS = 10  # that they could
 
 
 class Part(enum.IntFlag):

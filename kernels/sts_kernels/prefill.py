@@ -43,6 +43,12 @@ KNOBS = PrefillKnobs()
 TILE_BYTES = 32768  # of keys that an attending program reads at a time; of half precision
 
 
+def shared_bytes(head_dim: int) -> int:
+    """About the bytes of shared memory that a thread block takes, of half precision; read off kernels that
+    Triton 3.6 compiled."""
+    return padded(head_dim) * (1300 if padded(head_dim) <= 128 else 780)
+
+
 def score_blocks(
     q: torch.Tensor,
     pool: KvPool,

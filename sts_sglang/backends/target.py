@@ -90,7 +90,10 @@ class StsTargetBackend(Bindable, AttentionBackend):
             runtime.state.history.forget(views.written(forward_batch))
         if self._selects(forward_batch):
             return self._attend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        out = self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        if self._prefills_sparsely(forward_batch, of):
+            out = self._prefill(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        else:
+            out = self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         runtime.prefilled(of.number, self.pools)
         return out
 
@@ -102,8 +105,7 @@ class StsTargetBackend(Bindable, AttentionBackend):
     def _attend(self, q, k, v, layer, forward_batch, save_kv_cache, **kwargs) -> torch.Tensor:
         """To what was selected or, in a dense layer, to everything."""
         runtime, of = self.runtime, views.layer(layer)
-        if kwargs:  # sinks, or parts of a key: what no kernel of ours would use
-            raise RuntimeError(f"STS: layer {of.number} asks its attention for {', '.join(sorted(kwargs))}")
+        _check_plain(of, kwargs)
         attend, lists = runtime.verify, self._lists
         if runtime.config.dense_verify(of.number):
             if self._dense_verifies(forward_batch):
@@ -115,6 +117,19 @@ class StsTargetBackend(Bindable, AttentionBackend):
         if save_kv_cache and k is not None:
             self.pools.write(k, v, layer, forward_batch)
         return attend(self._call(q, of), lists).view(-1, of.q_heads * of.v_head_dim)
+
+    def _prefills_sparsely(self, fb: ForwardBatch, of: views.Layer) -> bool:
+        prefill = self.runtime.prefill
+        return prefill is not None and views.mode(fb) == Mode.PREFILL and prefill.attends(of.number)
+
+    def _prefill(self, q, k, v, layer, forward_batch, save_kv_cache, **kwargs) -> torch.Tensor:
+        """To what the new tokens select."""
+        of = views.layer(layer)
+        _check_plain(of, kwargs)
+        if save_kv_cache and k is not None:
+            self.pools.write(k, v, layer, forward_batch)
+        rows = q.view(-1, of.q_heads, of.head_dim)
+        return self.runtime.prefill.attend(rows, self.pools.layer(of.number), of.scale).flatten(1)
 
     def _selects(self, fb: ForwardBatch) -> bool:
         """Whether a forward attends to a selection: verify does, and decode where nothing is drafted."""
@@ -145,6 +160,8 @@ class StsTargetBackend(Bindable, AttentionBackend):
         """Before the first layer."""
         contexts = views.requests_of(fb).contexts(self.table)
         self.runtime.begin_prefill(contexts, views.new_rows(fb).before)
+        if self.runtime.prefill is not None:
+            self.runtime.prefill.begin(contexts, *views.new_rows_on_host(fb))
 
     def _begin_verify(self, fb: ForwardBatch) -> None:
         """Once a round, before the first layer."""
@@ -172,3 +189,9 @@ class StsTargetBackend(Bindable, AttentionBackend):
         _, reqs, lens = self._contexts
         there = (lens * (reqs > 0)).sum()
         self.runtime.state.attended.add_(there * of.kv_heads)
+
+
+def _check_plain(of: views.Layer, kwargs: dict) -> None:
+    """Raises RuntimeError for sinks, or parts of a key: what no kernel of ours would use."""
+    if kwargs:
+        raise RuntimeError(f"STS: layer {of.number} asks its attention for {', '.join(sorted(kwargs))}")

@@ -12,6 +12,7 @@ from sts_kernels import Ops
 from sts_kernels.layout import Contexts, Lists, Plan, Pooling
 from sts_sglang.config import ConfigError, StsConfig, quoted, request_keep
 from sts_sglang.core.channels import NO_MEMBERS, Channels
+from sts_sglang.core.prefill import SparsePrefill
 from sts_sglang.core.ranks import ALONE, Ranks
 from sts_sglang.core.request import Request
 from sts_sglang.core.round import Cache, Draft, KvPools, RoundState
@@ -52,7 +53,7 @@ class Runtime:
     config: as served, the head map's own choices included. draft: None without one, where a round is one
     decode step. kernel: `triton`, `torch`, or `flashinfer`. verifier: attends to what `selector` chose.
     whole: attends to whole contexts, in dense layers. sketches: of the target's pages, where they have a say.
-    ranks: who has the other heads.
+    ranks: who has the other heads. prefill: of long prompts, where it may be sparse.
     """
 
     config: StsConfig
@@ -69,12 +70,21 @@ class Runtime:
     whole: Verifier
     sketches: Sketches | None
     ranks: Ranks = ALONE
+    prefill: SparsePrefill | None = None
     _loaded: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def selects_by(self) -> str:
         """In words, what decides which tokens are attended to."""
         return SIGNALS[self.config.selector]
+
+    @property
+    def prefills(self) -> str:
+        """In words, what prompts attend to where their requests do not ask for something else."""
+        if self.prefill is None:
+            return "dense"
+        keep, floor = self.config.prefill_keep, self.config.prefill_floor
+        return f"{keep} of the blocks of keys, by the target's queries, beyond {floor} tokens"
 
     @property
     def scoring_steps(self) -> int:
@@ -101,6 +111,8 @@ class Runtime:
         self.state.keeps[rows] = values.to(self.device, non_blocking=True)
         self.verifier.admit(requests, keeps)
         self.selector.admit(rows, [request.prompt for request in requests])
+        if self.prefill is not None:
+            self.prefill.admit(requests)
 
     # ---- slots that no forward writes
 

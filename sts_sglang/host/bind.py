@@ -19,6 +19,7 @@ from sts_sglang.backends.target import StsTargetBackend
 from sts_sglang.config import StsConfig, not_allowed, shown
 from sts_sglang.core import sizes
 from sts_sglang.core.channels import Channels
+from sts_sglang.core.prefill import SparsePrefill
 from sts_sglang.core.ranks import ALONE, Ranks
 from sts_sglang.core.round import Cache, Draft, RoundState
 from sts_sglang.core.runtime import Runtime
@@ -67,6 +68,7 @@ class Bound:
         return {
             "config": json.loads(runtime.config.to_json()),
             "selects_by": runtime.selects_by,
+            "prefill": runtime.prefills,
             "head_map": runtime.head_map.origin,
             "channels": runtime.channels.number,
             "ranks": runtime.ranks.size,
@@ -316,7 +318,18 @@ def assemble(
         whole=by_ops.make(made_of),
         sketches=sketches,
         ranks=ranks,
+        prefill=_prefill(config, own, target, device, state.totals),
     )
+
+
+def _prefill(
+    config: StsConfig, ops: Ops, target: HeadCounts, device: str, totals: torch.Tensor
+) -> SparsePrefill | None:
+    """Of a rank's heads, where a request may be prefilled sparsely."""
+    if config.prefill == "dense":
+        return None
+    group = target.q_heads // target.kv_heads
+    return SparsePrefill(config, ops, target.layers, target.kv_heads, group, device, totals)
 
 
 def _sketches(

@@ -23,7 +23,7 @@ from sts_sglang.host.sampling import check_sampling
 from sts_sglang.host.serves import Refusal, asks_for_sts, check_all, check_raw, speculates
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.io_struct import GetInternalStateReqOutput
+    from sglang.srt.managers.io_struct import GetInternalStateReqOutput, TokenizedGenerateReqInput
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.tp_worker import TpModelWorker
     from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
@@ -274,6 +274,14 @@ def verify_complete(result: None, self: EAGLEWorkerV2, *args, **kwargs) -> None:
         _Scheduler.exporter.on_round()
 
 
+def begin_request(self, recv_req: TokenizedGenerateReqInput, *args, **kwargs) -> None:
+    """BEFORE Scheduler.handle_generate_request: KV of a sparse prefill is for those who ask for the like."""
+    if (bound := bind.current()) is None or (prefill := bound.runtime.prefill) is None:
+        return
+    if mark := prefill.mark(views.asked_of(recv_req)):
+        views.keep_apart(recv_req, mark)
+
+
 @ends_in_one_line
 def profile_available_bytes(result: int, self: KVCacheConfigurator, pre_model_load_memory) -> int | None:
     """AFTER KVCacheConfigurator._profile_available_bytes: leave room for the buffers of a round."""
@@ -318,6 +326,7 @@ HOOKS: tuple[tuple[Callable, str], ...] = (
     (forward_target, "AROUND"),
     (decode_complete, "AFTER"),
     (profile_available_bytes, "AFTER"),
+    (begin_request, "BEFORE"),
     (internal_state, "AFTER"),
     (hicache_load, "AFTER"),
     (release_kv, "BEFORE"),

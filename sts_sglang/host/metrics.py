@@ -28,6 +28,8 @@ class Counters:
     draft_selected_tokens: int = 0
     draft_available_tokens: int = 0
     aside_verifies: int = 0
+    prefill_selected_blocks: int = 0
+    prefill_available_blocks: int = 0
     plans: int = 0  # of FlashInfer, made on the host
 
     @property
@@ -50,6 +52,8 @@ _HELP = {
     "draft_selected_tokens": "Context tokens attended to in sparse draft steps, per (layer, KV head).",
     "draft_available_tokens": "Context tokens there in sparse draft steps, per (layer, KV head).",
     "aside_verifies": "Sparse verifies (request, round) of a context within its budget: nothing is selected.",
+    "prefill_selected_blocks": "Blocks of keys attended to in sparse prefills, per (layer, KV head).",
+    "prefill_available_blocks": "Blocks of keys there in sparse prefills, per (layer, KV head).",
     "plans": "Plans of kernel flashinfer, made on the host.",
 }
 

@@ -57,6 +57,10 @@ HOOKS: Targets = {
         "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes",
         ("self", "pre_model_load_memory"),
     ),
+    "begin_request": (
+        "sglang.srt.managers.scheduler.Scheduler.handle_generate_request",
+        ("self", "recv_req"),
+    ),
     "internal_state": ("sglang.srt.managers.scheduler.Scheduler.get_internal_state", ("self", "recv_req")),
     "hicache_load": ("sglang.srt.managers.cache_controller.HiCacheController.load", ("self", "host_indices")),
     "release_kv": ("sglang.srt.mem_cache.common.release_kv_cache", ("req", "tree_cache", "is_insert")),
@@ -230,7 +234,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
     f"{_BATCH}.ForwardBatch": (
         "batch_size",
         "extend_prefix_lens",
+        "extend_prefix_lens_cpu",
         "extend_seq_lens",
+        "extend_seq_lens_cpu",
         "forward_mode",
         "out_cache_loc",
         "req_pool_indices",
@@ -281,6 +287,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "sglang.srt.managers.io_struct.CheckWeightsReqInput": ("action",),
     "sglang.srt.managers.io_struct.GenerateReqInput": ("input_embeds", "positional_embed_overrides"),
     "sglang.srt.managers.io_struct.GetInternalStateReqOutput": ("internal_state",),
+    "sglang.srt.managers.io_struct.TokenizedGenerateReqInput": ("extra_key", "sampling_params"),
     _MANAGER: ("model_config", "server_args"),
     "sglang.srt.sampling.sampling_params.SamplingParams": (
         "custom_params",
@@ -446,6 +453,8 @@ CPU_SYMBOLS = (
 
 # Radix trees that bring KV back from the host by roads of their own, on which no slot is forgotten.
 TREES_THAT_REMEMBER = ("SGLANG_ENABLE_UNIFIED_RADIX_TREE", "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE")
+# Radix trees that share a prefix among requests of every `extra_key`.
+TREES_WITHOUT_KEYS = ("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",)
 
 
 def resolve(args: ServerArgs) -> None:

@@ -54,6 +54,7 @@ HOOKS: before.Targets = {
 }
 
 TREES_THAT_REMEMBER: tuple[str, ...] = ()
+TREES_WITHOUT_KEYS: tuple[str, ...] = ()
 SYMBOLS = (
     *(name for name in before.SYMBOLS if name.rpartition(".")[2] not in before.TREES_THAT_REMEMBER),
     f"{_ATTENTION}.base_attn_backend.SharedReadEnds.POST_REPLAY",

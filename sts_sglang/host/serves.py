@@ -409,6 +409,7 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     config = asked.for_launch(drafts, directions=True)
     check_device(server_args, config)
     check_history(server_args, config)
+    check_prefill(config)
     check_inspect(config)
     target = release.model_config(server_args)
     check_target(target)
@@ -432,6 +433,18 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     return headmap.pinned(config, head_map)
 
 
+def check_prefill(config: StsConfig) -> None:
+    """Whether what a sparse prefill leaves in the prefix cache can be kept apart. Raises `Refusal`."""
+    from sglang.srt.environ import envs
+
+    for name in release.TREES_WITHOUT_KEYS:
+        if config.prefill == "sparse" and getattr(envs, name).get():
+            raise Refusal(
+                f"sts_config.prefill: 'sparse' is not served with {name}, which would hand KV of a sparse "
+                'prefill to requests that ask for a dense one; unset the variable or set prefill to "dense"'
+            )
+
+
 def check_tiles(
     server_args: ServerArgs, config: StsConfig, target: ModelConfig, draft: ModelConfig | None
 ) -> None:
@@ -440,8 +453,13 @@ def check_tiles(
     if room is None:
         return
     # Imports Triton, which a CPU's launcher goes without.
-    from sts_kernels import draft_attention, page_scores, tokens, verify
+    from sts_kernels import draft_attention, page_scores, prefill, tokens, verify
 
+    if config.prefill == "sparse" and (needed := prefill.shared_bytes(target.head_dim)) > room:
+        raise Refusal(
+            f"sts_config.prefill: 'sparse' with heads of {target.head_dim} needs about {needed} bytes of "
+            f'shared memory in a thread block, and this GPU has {room}; set prefill to "dense"'
+        )
     if draft is None:  # one row of every query head
         return
     number, branches = server_args.speculative_num_draft_tokens, server_args.speculative_eagle_topk

@@ -8,7 +8,7 @@ what is meant.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.distributed.parallel_state import GroupCoordinator
     from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
@@ -101,6 +102,21 @@ class Rows(NamedTuple):
 def new_rows(batch: ForwardBatch) -> Rows:
     """Of a prefill or a draft-extend."""
     return Rows(batch.extend_prefix_lens, batch.extend_seq_lens)
+
+
+class HostRows(NamedTuple):
+    """`Rows` on the host, a number a request."""
+
+    before: list[int]
+    number: list[int]
+
+
+def new_rows_on_host(batch: ForwardBatch) -> HostRows:
+    """Of a prefill. Raises RuntimeError where SGLang has them on the device only."""
+    before, number = batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu
+    if before is None or number is None:
+        raise RuntimeError("STS: SGLang runs a prefill without saying on the host how long it is")
+    return HostRows(before, number)
 
 
 def written(batch: ForwardBatch) -> torch.Tensor:
@@ -380,6 +396,18 @@ def prefills(batch: ScheduleBatch) -> bool:
 def request(req: Req) -> Request:
     params: SamplingParams = req.sampling_params
     return Request(req.rid, release.pool_row(req), req.origin_input_ids, req.output_ids, params.custom_params)
+
+
+def asked_of(received: TokenizedGenerateReqInput) -> Mapping[str, object] | None:
+    """The `custom_params` of a request that reaches the scheduler."""
+    params: SamplingParams = received.sampling_params
+    return params.custom_params
+
+
+def keep_apart(received: TokenizedGenerateReqInput, mark: str) -> None:
+    """Of the prefix cache: it shares prefixes with requests of the same mark alone, and among those, as ever,
+    with those of the same key of their own."""
+    received.extra_key = mark + (received.extra_key or "")
 
 
 def finished(req: Req) -> Finished | None:

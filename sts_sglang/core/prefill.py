@@ -1,0 +1,170 @@
+"""Prefill of long prompts that attends to selected blocks of keys.
+
+A block of new tokens asks for itself: some of its rows are multiplied with all keys before them, which says
+how much of their attention each block of keys has, and all its rows attend to the best. So nothing but the
+tokens of its own block and before it decides what a token's keys and values become, and they can be shared
+like any prefix, among requests that are prefilled alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+from sts_kernels import Ops
+from sts_kernels.layout import KEY_BLOCK, QUERY_BLOCK, WHOLE, Contexts, Count, KvPool, QueryBlocks, blocks_of
+from sts_sglang.config import CEIL_GUARD, ConfigError, StsConfig, quoted, request_prefill
+from sts_sglang.core.request import Request
+from sts_sglang.core.sizes import Need, parted
+
+logger = logging.getLogger(__name__)
+
+SAMPLED = 8  # rows of a block of new tokens that ask: evenly spaced, the last among them
+SCRATCH = 128 << 20  # bytes of what they found, and of lists: so many blocks of new tokens at a time
+
+
+class _Asked(NamedTuple):
+    """Of a request: its share of blocks of keys, None for a dense prefill, and the tokens of its prompt."""
+
+    keep: float | None
+    tokens: int
+
+
+class _Block(NamedTuple):
+    """A block of new tokens, as `QueryBlocks` has it."""
+
+    request: int
+    row: int
+    number: int
+    before: int
+    count: int
+
+    @property
+    def choices(self) -> int:
+        """Blocks of keys that it may select among."""
+        return self.before // KEY_BLOCK
+
+
+class SparsePrefill:
+    """The prefills of one target, a forward at a time.
+
+    Args:
+        config: with prefill 'sparse'. ops: the ops in use. layers: of the target. kv_heads, group: of a rank.
+        device: where it runs. totals: int64 [len(Count)], counts are added to it.
+    """
+
+    def __init__(
+        self,
+        config: StsConfig,
+        ops: Ops,
+        layers: int,
+        kv_heads: int,
+        group: int,
+        device: str,
+        totals: torch.Tensor,
+    ):
+        self.config, self.ops, self.device = config, ops, device
+        self._heads = (layers - len(config.dense_layers)) * kv_heads  # that select
+        self._row_bytes = 4 * kv_heads * (SAMPLED * group + 1)  # of a block of new tokens and one of keys
+        self._selected = totals[Count.PREFILL_SELECTED_BLOCKS]
+        self._available = totals[Count.PREFILL_AVAILABLE_BLOCKS]
+        self._forced = blocks_of(config.sink), blocks_of(config.recent)
+        self._asked: list[_Asked] = []
+        # Of the running forward: None where it is dense.
+        self._contexts: Contexts | None = None
+        self._parts: list[QueryBlocks] = []
+        self._rows = 0
+
+    def keep_of(self, params: Mapping[str, object] | None, rid: str | None = None) -> float | None:
+        """What a request's prompt attends to (`request_prefill`), None for everything; the server's where it
+        asks for nonsense."""
+        try:
+            keep = request_prefill(params, self.config)
+        except ConfigError as error:
+            # The tokenizer manager answers 400 to these; see core.runtime.keep_of.
+            logger.warning("STS: request %s prefilled as the server does: %s", quoted(rid), error)
+            keep = self.config.prefill_keep
+        return None if keep == 1 else keep
+
+    def mark(self, params: Mapping[str, object] | None) -> str:
+        """Requests of different marks may not share a prefix: its keys and values would be others. Empty for
+        a dense prefill."""
+        keep = self.keep_of(params)
+        return "" if keep is None else f"sts_prefill_keep={keep}|"
+
+    def admit(self, requests: list[Request]) -> None:
+        """The requests of the next forward. One that was retracted is prefilled with what it has answered."""
+        self._asked = [_Asked(self.keep_of(r.params, r.rid), len(r.prompt) + len(r.output)) for r in requests]
+
+    def begin(self, contexts: Contexts, before: list[int], numbers: list[int]) -> None:
+        """Before the layers of a forward. before, numbers: of each request, tokens before its new ones, and
+        these."""
+        blocks = []
+        if len(before) == len(self._asked):  # else SGLang tries a forward, of nobody
+            row = 0
+            for request, (asked, first, number) in enumerate(zip(self._asked, before, numbers, strict=True)):
+                blocks += self._blocks(request, row, asked, first, number)
+                row += number
+        self._contexts, self._rows, self._parts = contexts, sum(numbers), []
+        if all(block.count == WHOLE for block in blocks):
+            return
+        # What attends to everything takes longest, and so begins.
+        blocks.sort(key=lambda block: (block.count != WHOLE, block.request, -block.before))
+        self._count(blocks)
+        columns = torch.tensor(blocks, dtype=torch.int32).T.contiguous()
+        columns = columns.to(self.device, non_blocking=True)
+        most = max(blocks_of(block.before + block.number) for block in blocks)
+        for few in parted(len(blocks), max(1, SCRATCH // (self._row_bytes * most))):
+            own = max(blocks_of(block.before + block.number) for block in blocks[few])
+            self._parts.append(QueryBlocks(*columns[:, few].contiguous(), own))
+
+    def attends(self, layer: int) -> bool:
+        """Whether this forward attends to a selection in a layer."""
+        return bool(self._parts) and layer not in self.config.dense_layers
+
+    def attend(self, q: torch.Tensor, pool: KvPool, scale: float) -> torch.Tensor:
+        """[N, H_q, D]: attention of the new tokens' queries, whose keys and values are in the pool."""
+        if q.shape[0] != self._rows:
+            raise RuntimeError(f"STS: {q.shape[0]} queries of a prefill of {self._rows} tokens")
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        sink, recent = self._forced
+        for blocks in self._parts:
+            sums = self.ops.score_blocks(q, pool, self._contexts, blocks, scale=scale, sampled=SAMPLED)
+            listed = self.ops.list_blocks(sums, blocks, sink=sink, recent=recent)
+            del sums  # what other layers and parts need as well
+            self.ops.block_attention(q, pool, self._contexts, blocks, listed, out, scale=scale)
+        return out
+
+    def _blocks(self, request: int, row: int, asked: _Asked, before: int, number: int) -> Iterator[_Block]:
+        """The new tokens of a request in blocks that begin where those of the whole prompt would, so that it
+        hardly matters how a prompt is cut into chunks."""
+        first, end = before, before + number
+        while first < end:
+            last = min((first // QUERY_BLOCK + 1) * QUERY_BLOCK, end)
+            count = self._selects(asked, first, last)
+            yield _Block(request, row + first - before, last - first, first, count)
+            first = last
+
+    def _selects(self, asked: _Asked, first: int, last: int) -> int:
+        """Blocks of keys that the tokens [first, last) select, or WHOLE."""
+        choices = first // KEY_BLOCK
+        if asked.keep is None or last <= self.config.prefill_floor or last >= asked.tokens:
+            return WHOLE
+        count = max(math.ceil(asked.keep * choices - CEIL_GUARD), sum(self._forced))
+        return WHOLE if count >= choices else count
+
+    def _count(self, blocks: list[_Block]) -> None:
+        """On the host alone, which knows how long lists are; of requests that are prefilled sparsely."""
+        sparse = [block for block in blocks if self._asked[block.request].keep is not None]
+        attended = sum(block.choices if block.count == WHOLE else block.count for block in sparse)
+        self._selected += attended * self._heads
+        self._available += sum(block.choices for block in sparse) * self._heads
+
+
+def need(config: StsConfig) -> Need:
+    """What a sparse prefill takes besides what a dense one does."""
+    return Need(SCRATCH if config.prefill == "sparse" else 0)

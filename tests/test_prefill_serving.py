@@ -1,0 +1,155 @@
+"""The real server with a sparse prefill, float32, greedy: it says what the oracle says, and its prefix cache
+keeps what was prefilled sparsely from requests that want everything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.oracle import Oracle, Rule
+from tests.server import Server, random_ids
+from tests.test_alone import alone
+from tests.test_serving import CHAIN, logs, pair, refusal, sts_server  # noqa: F401
+
+torch.set_num_threads(1)  # the server has the other core
+pytestmark = pytest.mark.server
+
+KEEP = 0.25
+# Chunks end within blocks. A prompt that has a server to itself is cut there.
+CHUNKED = ("--chunked-prefill-size", "600", "--max-prefill-tokens", "600")
+CUTS = (600, 1200)
+PREFILL = {"prefill": "sparse", "prefill_keep": KEEP, "prefill_floor": 300}
+CONFIG = {"keep": 1.0, "dense_layers": [2], **PREFILL}
+RULE = Rule(keep=1.0, prefill_keep=KEEP, prefill_floor=300, cuts=CUTS)
+ALONE = replace(RULE, selector="pages", dense_layers=(2,))
+PROMPTS = [random_ids(n, 500 + n) for n in (1500, 1290, 420, 90)]
+LONG = random_ids(1600, 7)
+
+
+def asking(**params) -> dict:
+    return {"sampling_params": {"custom_params": {"sts": params}}}
+
+
+@pytest.fixture(scope="module")
+def stock(pair, logs) -> list[list[int]]:  # noqa: F811
+    """What SGLang's own attention says of LONG, of a branch of it, and of the prompts."""
+    with Server(pair["target"], logs / "prefill-stock.log") as server:
+        return [server.generate(ids, 24)["output_ids"] for ids in (LONG, branch(), *PROMPTS)]
+
+
+def branch() -> list[int]:
+    """Leaves LONG where a block ends, so that the blocks of both are the same before that."""
+    return LONG[:1408] + random_ids(330, 8)
+
+
+@pytest.fixture(scope="module")
+def sparse(pair, logs):  # noqa: F811
+    with alone(pair, logs, "prefill", CONFIG, *CHUNKED, "--enable-metrics") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def oracle(pair) -> Oracle:  # noqa: F811
+    return Oracle(pair["target"])
+
+
+def test_a_sparse_prefill_agrees_with_the_oracle(sparse, oracle, stock):
+    answers = [sparse.generate(ids, 24)["output_ids"] for ids in PROMPTS]
+    for tokens, ids in zip(answers, PROMPTS, strict=True):
+        oracle.agree(tokens, ids, ALONE)
+    assert answers != stock[2:]
+    for wrong in (
+        {"prefill_keep": 0.4},
+        {"prefill_keep": None},
+        {"prefill_floor": 900},
+        {"asked": 1},
+        {"last_block": True},
+        {"dense_layers": ()},
+        {"cuts": ()},
+    ):
+        tokens = [oracle.generate(ids, 24, replace(ALONE, **wrong)).tokens for ids in PROMPTS]
+        assert tokens != answers, f"the test does not notice {wrong}"
+    counters = sparse.counters()
+    ratio = counters["prefill_selected_blocks"] / counters["prefill_available_blocks"]
+    assert KEEP < ratio < 0.7
+
+
+def cached(answer: dict) -> int:
+    return answer["meta_info"]["cached_tokens"]
+
+
+def ask(server: Server, ids: list[int], **extra) -> tuple[list[int], int]:
+    """Tokens, and how many of the prompt came from the cache."""
+    answer = server.generate(ids, 24, **extra)
+    return answer["output_ids"], cached(answer)
+
+
+@pytest.mark.parametrize("first", ["sparse", "dense"])
+def test_the_cache_keeps_kinds_apart(sparse, oracle, stock, first):
+    """Whoever comes first: a dense prefill is stock's, and a sparse one the oracle's."""
+    sparse.get("/flush_cache")
+    kinds = {"sparse": {}, "dense": asking(prefill="dense"), "half": asking(prefill_keep=0.5)}
+    order = [first, *(kind for kind in kinds if kind != first)]
+    answers = {}
+    for kind in order:
+        answers[kind], hit = ask(sparse, LONG, **kinds[kind])
+        assert hit == 0, f"{kind} was handed what another one left"
+    oracle.agree(answers["sparse"], LONG, ALONE)
+    oracle.agree(answers["half"], LONG, replace(ALONE, prefill_keep=0.5))
+    assert answers["dense"] == stock[0]
+    assert len({tuple(tokens) for tokens in answers.values()}) == 3
+    for kind in order:  # its own kind shares
+        tokens, hit = ask(sparse, LONG, **kinds[kind])
+        assert tokens == answers[kind] and hit >= 1590
+    tokens, hit = ask(sparse, branch(), **kinds["dense"])
+    assert tokens == stock[1] and hit == 1408
+    tokens, hit = ask(sparse, branch())
+    assert hit == 1408
+    oracle.agree(tokens, branch(), replace(ALONE, cuts=()))
+
+
+def test_a_request_s_own_key_is_respected(sparse):
+    ids = random_ids(700, 61)
+    assert ask(sparse, ids)[1] == 0
+    for extra in ({"extra_key": "a"}, {"extra_key": "a", **asking(prefill="dense")}, {"extra_key": "b"}):
+        assert ask(sparse, ids, **extra)[1] == 0, extra
+        assert ask(sparse, ids, **extra)[1] >= 690, extra
+
+
+def test_a_keep_of_one_is_a_dense_prefill(sparse):
+    ids = random_ids(700, 62)
+    tokens, _ = ask(sparse, ids, **asking(prefill_keep=1.0))
+    again, hit = ask(sparse, ids, **asking(prefill="dense"))
+    assert again == tokens and hit >= 690
+
+
+def test_nonsense_is_a_400(sparse):
+    for params, message in (
+        ({"prefill": "half"}, "custom_params.sts.prefill"),
+        ({"prefill_keep": 0}, "custom_params.sts.prefill_keep"),
+        ({"prefill": "dense", "prefill_keep": 0.5}, "custom_params.sts.prefill_keep"),
+    ):
+        assert message in refusal(sparse.generate, PROMPTS[3], 4, **asking(**params))
+
+
+def test_the_start_up_line_and_the_metrics_say_so(sparse):
+    ask(sparse, random_ids(900, 63))
+    assert "0.25 of the blocks of keys" in sparse.sts()["prefill"]
+    assert sparse.counters()["prefill_selected_blocks"] > 0
+
+
+@pytest.mark.parametrize(("algorithm", "draft"), [("STANDALONE", "draft"), ("EAGLE3", "eagle3")])
+def test_with_a_draft(pair, logs, stock, algorithm, draft):  # noqa: F811
+    """Prompts at once, cut somewhere within their blocks; the draft reads its prompts whole."""
+    config = {**PREFILL, "keep": 0.1, "budget": 0, "sink": 2, "recent": 8}
+    rule, oracle = replace(RULE, keep=0.1, sink=2, recent=8), Oracle(pair["target"], pair[draft])
+    name = f"prefill-{algorithm}"
+    with sts_server(pair, logs, name, algorithm, draft, config, *CHAIN, *CHUNKED) as server:
+        for ids in PROMPTS:
+            oracle.agree(server.generate(ids, 24)["output_ids"], ids, rule)
+        dense = asking(prefill="dense", keep=1.0)
+        together = server.generate_all([LONG, branch()], 24, **dense)
+        assert [answer["output_ids"] for answer in together] == stock[:2]
+        assert server.counters()["prefill_selected_blocks"] > 0
