@@ -62,7 +62,7 @@ def round_bytes(row: dict) -> dict[str, float] | None:
         found["weights"] += passes * draft["weights"] + draft["once"]
         found["draft"] = (dense + kept * (passes - dense)) * context * kv_bytes(draft, value)
     if row.get("selector") == "tokens":
-        found["sketches"] = context * target["layers"] * target["kv_heads"] * target["head_dim"] / SKETCHED
+        found["sketches"] = context * target["layers"] * target["kv_heads"] * target["head_dim"] / SKETCHED / 2
     return found
 
 
