@@ -33,10 +33,10 @@ class PrefillKnobs:
     score_stages: int = 3
     cells: int = 8192
     list_warps: int = 4
-    heads: int = 1
-    tile: int = 128
+    heads: int = 2
+    tile: int = 64
     num_warps: int = 8
-    num_stages: int = 3
+    num_stages: int = 4
 
 
 KNOBS = PrefillKnobs()
