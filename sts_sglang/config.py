@@ -37,6 +37,7 @@ HistoryMode = Literal["off", "warm", "blend"]
 SelectorName = Literal["auto", "draft", "tokens", "pages", "joined", "quest", "recent", "random", "oracle"]
 VerifyMode = Literal["sparse", "dense"]
 DraftMode = Literal["dense", "steps", "all"]
+DraftKv = Literal["auto", "model", "fp8_e4m3"]
 RequestKeep = Literal["any", "at_most", "off"]
 
 # A share of a token below this is float error (0.1 * 30 = 3.0000000000000004), not a token.
@@ -195,6 +196,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "page_share": _inner,
     "verify": _choice(get_args(VerifyMode)),
     "draft": _choice(get_args(DraftMode)),
+    "draft_kv": _choice(get_args(DraftKv)),
     "full_verify_every": _integer(0, MAX_TOKENS),
     "request_keep": _choice(get_args(RequestKeep)),
     "request_inspect": _flag,
@@ -266,6 +268,9 @@ class StsConfig:
     """What the draft itself attends to sparsely. `steps`: a round scores and selects the context in its first
     draft step; the steps after it attend to the selection, as verify does, and score nothing. `all`: so does
     draft-extend."""
+    draft_kv: DraftKv = "auto"
+    """What the draft's keys and values are kept as, whatever the target's are: the `model`'s dtype or
+    `fp8_e4m3`, which halves what its passes over the context read; `auto` as SGLang's flags say."""
     full_verify_every: int = 0
     """Every N-th verify of a request attends to everything; 0: none does."""
     request_keep: RequestKeep = "any"
@@ -321,11 +326,13 @@ class StsConfig:
             return replace(self, selector="draft") if self.selector == "auto" else self
         needs = [("selector", "draft"), ("selector", "joined"), ("policy", "top_p")]
         needs += [("history", "warm"), ("history", "blend"), ("draft", "steps"), ("draft", "all")]
+        needs += [("draft_kv", "model"), ("draft_kv", "fp8_e4m3")]
         for field, value in needs:
             if getattr(self, field) == value:
+                what = "keys" if field == "draft_kv" else "scores"
                 raise not_allowed(
                     f"sts_config.{field}",
-                    f"got {value!r} without --speculative-algorithm, and only a draft's scores can do that",
+                    f"got {value!r} without --speculative-algorithm, and only a draft's {what} can do that",
                     f"{getattr(StsConfig, field)!r}, or a draft",
                 )
         own = "tokens" if directions else "pages"
