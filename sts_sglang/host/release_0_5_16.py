@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sts_kernels import layout
-
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
@@ -485,7 +483,9 @@ def ask_draft_kv(args: ServerArgs, kept: str) -> None:
 
 def reads_own_kv(backend: FlashAttentionBackend) -> None:
     """Let FA3 go by its runner's KV: it asks the launch whether queries become FP8 too."""
-    if backend.kv_cache_dtype in layout.FP8:
+    from sts_kernels.layout import FP8  # torch, which the launcher's side does without
+
+    if backend.kv_cache_dtype in FP8:
         backend.kv_cache_dtype_str = "fp8_e4m3"
 
 
