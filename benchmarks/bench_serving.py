@@ -8,6 +8,7 @@ Arms (each its own server, `--repeats` times in alternating order):
   sts-dense            sts with every target layer dense: what capture and selection cost
   sts                  sts with the given --sts-config
   sts-draft            the same with "draft": "all"
+  sts-draft-kv         sts with "draft_kv": "fp8_e4m3", where `stock-fp8` runs
   sts-pages            sts with "selector": "pages"
   sts-tokens           sts with "selector": "tokens"; with --dummy, by directions drawn at random
   sts-warm             sts with "history": "warm"
@@ -143,6 +144,7 @@ def served(arm: Arm, options: argparse.Namespace) -> dict:
     if arm.config is not None:
         known = launched(arm, options)
         found |= {"keep": known.keep, "sparse_draft": known.draft, "selector": known.selector}
+        found |= {"draft_kv": known.draft_kv}
     return found
 
 

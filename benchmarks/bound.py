@@ -60,9 +60,12 @@ def round_bytes(row: dict) -> dict[str, float] | None:
         passes = row["steps"]
         dense = min(passes, {"steps": 2, "all": 1}.get(row.get("sparse_draft"), passes))
         found["weights"] += passes * draft["weights"] + draft["once"]
-        found["draft"] = (dense + kept * (passes - dense)) * context * kv_bytes(draft, value)
+        own = {"model": BF16, "fp8_e4m3": 1}.get(row.get("draft_kv"), value)
+        found["draft"] = (dense + kept * (passes - dense)) * context * kv_bytes(draft, own)
     if row.get("selector") == "tokens":
-        found["sketches"] = context * target["layers"] * target["kv_heads"] * target["head_dim"] / SKETCHED / 2
+        found["sketches"] = (
+            context * target["layers"] * target["kv_heads"] * target["head_dim"] / SKETCHED / 2
+        )
     return found
 
 

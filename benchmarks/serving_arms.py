@@ -35,6 +35,7 @@ ARMS = {
     "sts-dense": Arm({"dense_layers": "all"}),
     "sts": Arm({}),
     "sts-draft": Arm({"draft": "all"}),
+    "sts-draft-kv": Arm({"draft_kv": "fp8_e4m3"}),
     "sts-pages": Arm({"selector": "pages"}),
     "sts-tokens": Arm({"selector": "tokens"}),
     "sts-warm": Arm({"history": "warm"}),

@@ -40,6 +40,7 @@ HistoryMode = Literal["off", "warm", "blend"]
 SelectorName = Literal["auto", "draft", "tokens", "pages", "joined", "quest", "recent", "random", "oracle"]
 VerifyMode = Literal["sparse", "dense"]
 DraftMode = Literal["dense", "steps", "all"]
+DraftKv = Literal["auto", "model", "fp8_e4m3"]
 RequestKeep = Literal["any", "at_most", "off"]
 PrefillMode = Literal["dense", "sparse"]
 
@@ -210,6 +211,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "prefill": _choice(get_args(PrefillMode)),
     "prefill_keep": _share,
     "prefill_floor": _integer(0, MAX_TOKENS),
+    "draft_kv": _choice(get_args(DraftKv)),
     "full_verify_every": _integer(0, MAX_TOKENS),
     "request_keep": _choice(get_args(RequestKeep)),
     "request_inspect": _flag,
@@ -290,6 +292,9 @@ class StsConfig:
     prefill_keep <= 1; a request may set its own."""
     prefill_floor: int = 16384
     """Tokens: new ones attend to everything as long as they and what is before them are no more."""
+    draft_kv: DraftKv = "auto"
+    """What the draft's keys and values are kept as, whatever the target's are: the `model`'s dtype or
+    `fp8_e4m3`, which halves what its passes over the context read; `auto` as SGLang's flags say."""
     full_verify_every: int = 0
     """Every N-th verify of a request attends to everything; 0: none does."""
     request_keep: RequestKeep = "any"
@@ -352,11 +357,13 @@ class StsConfig:
         """Raises `ConfigError` for what needs a draft."""
         needs = [("selector", "draft"), ("selector", "joined"), ("policy", "top_p")]
         needs += [("history", "warm"), ("history", "blend"), ("draft", "steps"), ("draft", "all")]
+        needs += [("draft_kv", "model"), ("draft_kv", "fp8_e4m3")]
         for field, value in needs:
             if getattr(self, field) == value:
+                what = "keys" if field == "draft_kv" else "scores"
                 raise not_allowed(
                     f"sts_config.{field}",
-                    f"got {value!r} without --speculative-algorithm, and only a draft's scores can do that",
+                    f"got {value!r} without --speculative-algorithm, and only a draft's {what} can do that",
                     f"{getattr(StsConfig, field)!r}, or a draft",
                 )
 

@@ -267,6 +267,9 @@ def test_the_bytes_of_a_round_are_weights_and_what_attention_is_over(tmp_path):
     for mode, passes in {"dense": 3, "steps": 2.25, "all": 1.5}.items():
         sparse = bound.round_bytes({**row, "keep_ratio": 0.25, "sparse_draft": mode})
         assert (sparse["target"], sparse["draft"]) == (550 * token, passes * 2200 * of_head)
+    for kept, share in {"fp8_e4m3": 0.5, "model": 1, "auto": 1}.items():
+        alone = bound.round_bytes({**row, "draft_kv": kept})
+        assert alone == {**dense, "draft": share * dense["draft"]}
     scored = bound.round_bytes({**row, "selector": "tokens", "keep_ratio": 0.25})
     assert scored["sketches"] == 2200 * 32 * 8 * 128 / 4
     assert bound.round_bytes({**row, "drafts": False}) == {

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from sglang.srt.layers.radix_attention import RadixAttention
 
-from sts_sglang.config import ConfigError
-from sts_sglang.host import bind, refused, views
+from sts_sglang.config import ConfigError, StsConfig
+from sts_sglang.host import bind, refused, release_0_5_16, release_0_5_23, views
 from sts_sglang.tools.tiny_pair import make_pair
 from tests import directions
 from tests.server import Server, random_ids
@@ -87,6 +87,37 @@ SCALES = {
     "v_scale_float": 0.25,
 }
 AUTO, E4M3 = (views.KvAsked("--kv-cache-dtype", value) for value in ("auto", "fp8_e4m3"))
+
+
+@pytest.mark.parametrize("kept, dtype", [("model", torch.float16), ("fp8_e4m3", torch.float8_e4m3fn)])
+def test_what_a_draft_is_kept_as_is_its_own(kept: str, dtype: torch.dtype) -> None:
+    """Whatever flags say; `auto` is what they say."""
+    given = SimpleNamespace(kv_cache_dtype="fp8_e4m3", speculative_draft_kv_cache_dtype=None)
+    asked = views.kv_asked(given, of_draft=StsConfig(draft_kv=kept))
+    assert asked.flag == "sts_config.draft_kv" and asked.dtype(torch.float16) == dtype
+    assert views.kv_asked(given, of_draft=StsConfig()) == views.kv_asked(given) == E4M3
+    runner = SimpleNamespace(dtype=torch.float16)
+    views.keep_kv_as(runner, asked)
+    assert runner.kv_cache_dtype == dtype
+
+
+def test_fa3_goes_by_the_kv_of_its_own_runner() -> None:
+    """On the release where it asks the launch."""
+    for dtype, says in ((torch.float8_e4m3fn, "fp8_e4m3"), (torch.bfloat16, "auto")):
+        backend = SimpleNamespace(kv_cache_dtype=dtype, kv_cache_dtype_str="auto")
+        release_0_5_16.reads_own_kv(backend)
+        assert backend.kv_cache_dtype_str == says
+
+
+def test_the_flag_for_the_drafts_kv_is_set_and_not_contradicted() -> None:
+    """On the release that has one."""
+    for kept, value in (("auto", None), ("model", "auto"), ("fp8_e4m3", "fp8_e4m3")):
+        args = SimpleNamespace(speculative_draft_kv_cache_dtype=None)
+        for _ in range(2):  # as every process does once more
+            release_0_5_23.ask_draft_kv(args, kept)
+            assert args.speculative_draft_kv_cache_dtype == value
+    with pytest.raises(ConfigError, match="got 'model' with --speculative-draft-kv-cache-dtype fp8_e4m3"):
+        release_0_5_23.ask_draft_kv(args, "model")
 
 
 def test_scales_are_those_of_fp8_alone() -> None:
@@ -162,7 +193,7 @@ def with_scales(model: Path, folder: Path, k: float, v: float) -> Path:
     return folder
 
 
-def sts(draft: Path, **config) -> list[str]:
+def sts(draft: Path, /, **config) -> list[str]:
     args = ["--attention-backend", "sts", "--sts-config", json.dumps({"sink": 2, "recent": 8, **config})]
     return [
         *args,
@@ -174,16 +205,19 @@ def sts(draft: Path, **config) -> list[str]:
     ]
 
 
-def answers(model: Path, log: Path, *args: str, module: str = "sglang.launch_server") -> tuple[list, dict]:
+def answers(
+    model: Path, log: Path, *args: str, module: str = "sglang.launch_server", kv: tuple[str, ...] = FP8
+) -> tuple[list, dict]:
     """Of requests one after the other, so that rounds can be counted: alone, chunked, and over the first half
     of a context whose slots others have had since; and counters."""
     prompts = [random_ids(n, n) for n in (7, 200, 700, 600, 601)]
     prompts.append(prompts[2][:350] + random_ids(30, 1))
-    with Server(model, log, *FP8, *args, module=module) as server:
+    with Server(model, log, *kv, *args, module=module) as server:
         found = [server.generate(ids, 24) for ids in prompts]
         if "--enable-hierarchical-cache" in args:
             assert found[-1]["meta_info"]["cached_tokens_details"]["host"] >= 300
-        return [one["output_ids"] for one in found], server.counters() if "sts" in args else {}
+        told = server.sts() if "sts" in args else {"counters": {}}
+        return [one["output_ids"] for one in found], {"draft_kv": told.get("draft_kv"), **told["counters"]}
 
 
 @pytest.mark.server
@@ -195,6 +229,26 @@ def test_full_budget_is_stock_over_fp8(tmp_path) -> None:
     own, counters = answers(pair["target"], tmp_path / "sts.log", *args, module="tests.hicache_on_cpu")
     assert own == stock
     assert counters["sparse_verifies"] > 0 and counters["keep_ratio"] == 1.0
+
+
+@pytest.mark.server
+def test_a_draft_over_fp8_leaves_the_target_exact(tmp_path) -> None:
+    """Its KV alone is FP8: answers at full budget are stock's over KV in the model's dtype."""
+    pair = make_pair(tmp_path / "tiny")
+    stock, _ = answers(pair["target"], tmp_path / "stock.log", kv=())
+    for draft in ("dense", "all"):
+        args = sts(pair["draft"], keep=1.0, draft=draft, draft_kv="fp8_e4m3")
+        own, told = answers(pair["target"], tmp_path / f"{draft}.log", *args, kv=())
+        assert own == stock
+        assert told["draft_kv"] == "float8_e4m3fn" and told["sparse_verifies"] > 0
+
+
+@pytest.mark.server
+def test_a_draft_may_be_kept_as_it_is_beside_a_target_over_fp8(tmp_path) -> None:
+    pair = make_pair(tmp_path / "tiny")
+    args = sts(pair["draft"], keep=0.3, budget=0, draft_kv="model")
+    _, told = answers(pair["target"], tmp_path / "log", *args)
+    assert told["draft_kv"] == "float32" and told["sparse_verifies"] > 0 and told["keep_ratio"] < 1
 
 
 @pytest.mark.server

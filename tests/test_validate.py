@@ -779,14 +779,18 @@ def test_a_checkpoint_that_may_bring_fp8_kv_needs_an_explicit_dtype(flags):
     packed = model("compressed-tensors", kv_cache_scheme={"num_bits": 8, "type": "float"})
     fp8 = model("fp8", quant_method="fp8", kv_cache_quant_algo="FP8")
     args = SimpleNamespace(kv_cache_dtype="auto", speculative_draft_kv_cache_dtype=None, device="cuda")
-    validate._check_kv_dtype(args, plain, model("fp8", quant_method="fp8", kv_cache_scheme=None))
+    config = StsConfig()
+    validate._check_kv_dtype(args, config, plain, model("fp8", quant_method="fp8", kv_cache_scheme=None))
     for models in ((modelopt, plain), (plain, modelopt), (packed, plain), (fp8, plain)):
         with pytest.raises(Refusal) as caught:
-            validate._check_kv_dtype(args, *models)
+            validate._check_kv_dtype(args, config, *models)
         remedy = "use --kv-cache-dtype fp8_e4m3 or --kv-cache-dtype bfloat16"
         check_message(caught, flags, "--kv-cache-dtype auto", remedy)
     for args.kv_cache_dtype in ("bfloat16", "fp8_e4m3"):
-        validate._check_kv_dtype(args, modelopt, modelopt)
+        validate._check_kv_dtype(args, config, modelopt, modelopt)
+    args.kv_cache_dtype = "bfloat16"
+    for kept in ("model", "fp8_e4m3"):  # which say it of the draft
+        validate._check_kv_dtype(args, StsConfig(draft_kv=kept), plain, modelopt)
 
 
 def test_fp8_kv_on_a_gpu_needs_a_model_in_bfloat16(flags):
@@ -794,11 +798,16 @@ def test_fp8_kv_on_a_gpu_needs_a_model_in_bfloat16(flags):
     model = SimpleNamespace(quantization=None, dtype=torch.float16, hf_config=SimpleNamespace())
     args = SimpleNamespace(kv_cache_dtype="fp8_e4m3", speculative_draft_kv_cache_dtype=None, device="cuda")
     with pytest.raises(Refusal) as caught:
-        validate._check_kv_dtype(args, model, None)
+        validate._check_kv_dtype(args, StsConfig(), model, None)
     named = "--kv-cache-dtype fp8_e4m3: --model-path runs in torch.float16"
     check_message(caught, flags, named, "use --kv-cache-dtype auto or --dtype bfloat16")
+    args.kv_cache_dtype = "auto"
+    with pytest.raises(Refusal) as caught:
+        validate._check_kv_dtype(args, StsConfig(draft_kv="fp8_e4m3"), model, model)
+    named = "sts_config.draft_kv fp8_e4m3: --speculative-draft-model-path runs in torch.float16"
+    check_message(caught, flags, named, "use sts_config.draft_kv auto or --dtype bfloat16")
     args.device = "cpu"
-    validate._check_kv_dtype(args, model, None)
+    validate._check_kv_dtype(args, StsConfig(draft_kv="fp8_e4m3"), model, model)
 
 
 def test_device(launch, flags, monkeypatch):

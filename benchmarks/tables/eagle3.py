@@ -16,6 +16,7 @@ ARMS = {
     "stock-fp8": "the same, KV in FP8",
     "sts": "sts, `keep` 0.1",
     "sts-draft": "sts, draft sparse too",
+    "sts-draft-kv": "sts, the head's KV in FP8",
     "sts-tokens": "sts, token scores",
 }
 

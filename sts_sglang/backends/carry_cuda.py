@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
+from sglang.srt.model_executor.model_runner import ModelRunner
 
 from sts_sglang.backends.carry import CarryLastRow
 from sts_sglang.host import views
@@ -19,3 +20,7 @@ class FlashInfer(CarryLastRow, FlashInferAttnBackend):
 @views.captured_draft_extend
 class FlashAttention(CarryLastRow, FlashAttentionBackend):
     """FA3, captured in a CUDA graph."""
+
+    def __init__(self, model_runner: ModelRunner, **kwargs):
+        super().__init__(model_runner, **kwargs)
+        views.reads_own_kv(self)

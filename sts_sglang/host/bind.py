@@ -80,6 +80,7 @@ class Bound:
             "longest_list": runtime.state.room.budget,
             "memory_bytes": own,
             **self._history_bytes(),
+            **self._draft_kv(),
             **_simulated(),
             "memory_share": round(sum(own.values()) / self.kv_bytes, 4),
             "counters": read_counters(runtime.totals(), runtime.verifier.host_plans),
@@ -91,6 +92,12 @@ class Bound:
         width = history.remembered.element_size()
         number = self.runtime.channels.number
         return {"history_bytes_per_token": sizes.history_bytes_per_token(number, width)}
+
+    def _draft_kv(self) -> dict[str, str]:
+        """What the draft's keys are kept as."""
+        if self.alone:
+            return {}
+        return {"draft_kv": str(self.runtime.draft.pools.layer(0).k.dtype).removeprefix("torch.")}
 
 
 def _simulated() -> dict[str, float]:
@@ -156,7 +163,7 @@ def bind(worker: EAGLEWorkerV2, config: StsConfig) -> Bound:
     target, draft = views.runner(found.target), views.runner(found.draft)
     args = views.resolved(worker.server_args)
     _check_kv(target, views.kv_asked(args), dense.name_of(config, found.target))
-    _check_kv(draft, views.kv_asked(args, of_draft=True), dense.name_of(config, found.draft))
+    _check_kv(draft, views.kv_asked(args, of_draft=config), dense.name_of(config, found.draft))
     _attention_of(found.target, target, args.tp_size)
     runtime = assemble(
         config,

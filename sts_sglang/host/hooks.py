@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.tp_worker import TpModelWorker
     from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
     from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
+    from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
@@ -108,6 +109,7 @@ def resolve_args(original, self: ServerArgs) -> None:
     _require_hooks()
     config = _launch_config(given)
     check_raw(self)
+    release.ask_draft_kv(self, config.draft_kv)
     original(self)
     _check(self, config)
     return None
@@ -282,6 +284,14 @@ def begin_request(self, recv_req: TokenizedGenerateReqInput, *args, **kwargs) ->
         views.keep_apart(recv_req, mark)
 
 
+def configure_kv(result: None, self: ModelRunner) -> None:
+    """AFTER ModelRunner.configure_kv_cache_dtype, where no flag says it: what the draft's KV is kept as."""
+    if self.is_draft_worker and asks_for_sts(self.server_args):
+        config = StsConfig.of_launch()
+        if config.draft_kv != "auto":
+            views.keep_kv_as(self, views.kv_asked(views.resolved(self.server_args), of_draft=config))
+
+
 @ends_in_one_line
 def profile_available_bytes(result: int, self: KVCacheConfigurator, pre_model_load_memory) -> int | None:
     """AFTER KVCacheConfigurator._profile_available_bytes: leave room for the buffers of a round."""
@@ -325,6 +335,7 @@ HOOKS: tuple[tuple[Callable, str], ...] = (
     (init_target_graphs, "AFTER"),
     (forward_target, "AROUND"),
     (decode_complete, "AFTER"),
+    (configure_kv, "AFTER"),
     (profile_available_bytes, "AFTER"),
     (begin_request, "BEFORE"),
     (internal_state, "AFTER"),

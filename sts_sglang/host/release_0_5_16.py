@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.sampling.sampling_params import SamplingParams
@@ -51,6 +52,10 @@ HOOKS: Targets = {
     "decode_complete": (
         "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
         ".process_batch_result_decode",
+        ("self",),
+    ),
+    "configure_kv": (
+        "sglang.srt.model_executor.model_runner.ModelRunner.configure_kv_cache_dtype",
         ("self",),
     ),
     "profile_available_bytes": (
@@ -325,6 +330,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "model",
         "model_config",
         "req_to_token_pool",
+        "server_args",
         "token_to_kv_pool",
         "war_fastpath_read_done_event",
     ),
@@ -384,6 +390,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "forward_extend",
         "init_forward_metadata_in_graph",
         "init_forward_metadata_out_graph",
+        "kv_cache_dtype",
+        "kv_cache_dtype_str",
     ),
     f"{_ATTENTION}.flashinfer_backend.FlashInferAttnBackend": ("forward_extend",),
     _ARGS: SERVER_ARGS_READ,
@@ -478,6 +486,18 @@ def model_config(args: ServerArgs) -> ModelConfig:
 
 def draft_kv_dtype(args: ServerArgs) -> tuple[str, str] | None:
     """The flag for the draft's KV alone and its value; None: --kv-cache-dtype is the draft's too."""
+
+
+def ask_draft_kv(args: ServerArgs, kept: str) -> None:
+    """Ask for what the configuration's `draft_kv` says by a flag: there is none, so a hook does it."""
+
+
+def reads_own_kv(backend: FlashAttentionBackend) -> None:
+    """Let FA3 go by its runner's KV: it asks the launch whether queries become FP8 too."""
+    from sts_kernels.layout import FP8  # torch, which the launcher's side does without
+
+    if backend.kv_cache_dtype in FP8:
+        backend.kv_cache_dtype_str = "fp8_e4m3"
 
 
 def pool_row(req: Req) -> int | None:

@@ -31,8 +31,9 @@ _OVERRIDES = "sglang.srt.arg_groups.model_override_base"
 _BATCH = "sglang.srt.managers.schedule_batch"
 _CONTROL = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
 
+# A flag says what the draft's KV is kept as.
 HOOKS: before.Targets = {
-    **before.HOOKS,
+    **{name: target for name, target in before.HOOKS.items() if name != "configure_kv"},
     "create_draft_backend": (
         f"{_SPEC}.draft_utils.DraftBackendFactory._create_backend",
         ("self", "backend_name", "backend_map", "error_template", "stamps_children"),
@@ -170,6 +171,22 @@ def draft_kv_dtype(args: ServerArgs) -> tuple[str, str] | None:
     """The flag for the draft's KV alone and its value; None: --kv-cache-dtype is the draft's too."""
     value = args.speculative_draft_kv_cache_dtype
     return None if value is None else ("--speculative-draft-kv-cache-dtype", value)
+
+
+def ask_draft_kv(args: ServerArgs, kept: str) -> None:
+    """Ask for what the configuration's `draft_kv` says by a flag. Raises `ConfigError` where that is given
+    and says something else."""
+    if kept == "auto":
+        return
+    value, given = "auto" if kept == "model" else kept, args.speculative_draft_kv_cache_dtype
+    if given not in (None, value):
+        problem = f"got {kept!r} with --speculative-draft-kv-cache-dtype {given}"
+        raise not_allowed("sts_config.draft_kv", problem, "the key or the flag, not both")
+    args.speculative_draft_kv_cache_dtype = value
+
+
+def reads_own_kv(backend: Any) -> None:
+    """Let FA3 go by its runner's KV: it does."""
 
 
 def pool_row(req: Req) -> int | None:

@@ -71,7 +71,7 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
     shape = target_shape(server_args, of, requests)
     kv_bytes = of.kv_bytes(shape.kv_dtype)
     if draft:
-        kv_bytes += draft.kv_bytes(views.kv_asked(server_args, of_draft=True).dtype(draft.dtype))
+        kv_bytes += draft.kv_bytes(views.kv_asked(server_args, of_draft=config).dtype(draft.dtype))
     launches = [
         _Launch(config, shape, draft, head_map.of_rank(rank, ranks, *whole), rows, requests)
         for rank in range(ranks)

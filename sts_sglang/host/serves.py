@@ -416,7 +416,7 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     if (draft := draft_config(server_args, target)) is not None:
         check_draft(draft, target)
     check_preferred(server_args, config, target)
-    _check_kv_dtype(server_args, target, draft)
+    _check_kv_dtype(server_args, config, target, draft)
     _check_heads(server_args.tp_size, target, draft)
     _check_weights(server_args, target, draft)
     config.check_layers(target.num_hidden_layers)
@@ -629,12 +629,14 @@ def draft_config(server_args: ServerArgs, target: ModelConfig) -> ModelConfig | 
         raise _unreadable("--speculative-draft-model-path", path, error) from error
 
 
-def _check_kv_dtype(server_args: ServerArgs, target: ModelConfig, draft: ModelConfig | None) -> None:
+def _check_kv_dtype(
+    server_args: ServerArgs, config: StsConfig, target: ModelConfig, draft: ModelConfig | None
+) -> None:
     import torch
 
     models = [("--model-path", target, views.kv_asked(server_args))]
     if draft is not None:
-        asked = views.kv_asked(server_args, of_draft=True)
+        asked = views.kv_asked(server_args, of_draft=config)
         models.append(("--speculative-draft-model-path", draft, asked))
     for flag, model, asked in models:
         name, value = asked
@@ -643,7 +645,8 @@ def _check_kv_dtype(server_args: ServerArgs, target: ModelConfig, draft: ModelCo
                 f"{name} auto: the quantized checkpoint of {flag} may set fp8; use {name} fp8_e4m3 or "
                 f"{name} bfloat16"
             )
-        if value == "auto" or model.dtype == torch.bfloat16 or (asked.fp8 and server_args.device == "cpu"):
+        fits = value in ("auto", "model") or model.dtype == torch.bfloat16
+        if fits or (asked.fp8 and server_args.device == "cpu"):
             continue
         why = "attention to FP8 answers in bfloat16" if asked.fp8 else "KV must have the model's dtype"
         raise Refusal(

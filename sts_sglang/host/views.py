@@ -36,11 +36,15 @@ if TYPE_CHECKING:
     from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleVerifyInput
     from transformers import PretrainedConfig
 
+    from sts_sglang.config import StsConfig
+
 
 # What the backends owe this release beyond the methods that every release asks for: class decorators.
 offers_tree_mask = release.offers_tree_mask
 reads_table_to_the_end = release.reads_table_to_the_end
 captured_draft_extend = release.captured_draft_extend
+# And what FA3 is told once it is made.
+reads_own_kv = release.reads_own_kv
 
 
 class Mode(enum.Enum):
@@ -343,7 +347,7 @@ def model(config: ModelConfig) -> Model:
 
 
 class KvAsked(NamedTuple):
-    """What a launch wants KV to be kept as: the flag that says so, and its value."""
+    """What a launch wants KV to be kept as: the flag or key that says so, and its value."""
 
     flag: str
     value: str
@@ -357,10 +361,18 @@ class KvAsked(NamedTuple):
         return torch.float8_e4m3fn if self.fp8 else of_model
 
 
-def kv_asked(args: ServerArgs, *, of_draft: bool = False) -> KvAsked:
-    """Of the target's KV, or of the draft's, which is kept alike unless a release has a flag for it."""
-    own = release.draft_kv_dtype(args) if of_draft else None
+def kv_asked(args: ServerArgs, *, of_draft: StsConfig | None = None) -> KvAsked:
+    """Of the target's KV, or of the draft's under a configuration: it is kept alike unless that, or a flag
+    that a release has for it, says otherwise."""
+    if of_draft is not None and of_draft.draft_kv != "auto":
+        return KvAsked("sts_config.draft_kv", of_draft.draft_kv)
+    own = None if of_draft is None else release.draft_kv_dtype(args)
     return KvAsked(*own) if own else KvAsked("--kv-cache-dtype", args.kv_cache_dtype)
+
+
+def keep_kv_as(runner: ModelRunner, asked: KvAsked) -> None:
+    """Before a runner has a pool."""
+    runner.kv_cache_dtype = asked.dtype(runner.dtype)
 
 
 def ranks(args: ServerArgs) -> Ranks:
