@@ -54,7 +54,7 @@ def test_oracle_attends_to_what_the_target_attends_to(layer):
             for h in heads:
                 expected = attention(rig, layer, q, t, h, [0, 1, best, *range(LENGTH - 4, LENGTH)])[1]
                 torch.testing.assert_close(out[t, h].double(), expected, rtol=1e-5, atol=1e-5)
-    assert rig.runtime.state.totals.tolist() == [1, 0, 7 * KV_HEADS, LENGTH * KV_HEADS, *[0] * 5]
+    assert rig.runtime.state.totals.tolist() == [1, 0, 7 * KV_HEADS, LENGTH * KV_HEADS, *[0] * 7]
 
 
 def test_random_draws_by_the_prompt():
@@ -121,4 +121,4 @@ def test_dense_verify_attends_to_everything_and_is_counted_as_such(layer):
         for h in range(Q_HEADS):
             expected = attention(rig, layer, q, t, h, range(LENGTH))[1]
             torch.testing.assert_close(out[t, h].double(), expected, rtol=1e-5, atol=1e-5)
-    assert rig.runtime.state.totals.tolist() == [0, 0, LENGTH * KV_HEADS, LENGTH * KV_HEADS, 1, *[0] * 4]
+    assert rig.runtime.state.totals.tolist() == [0, 0, LENGTH * KV_HEADS, LENGTH * KV_HEADS, 1, *[0] * 6]
