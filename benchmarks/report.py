@@ -42,6 +42,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-pretrained-tokens": answers.pretrained_tokens,
     "pages": kernels.pages,
     "tokens": kernels.tokens,
+    "prefill": kernels.prefill,
     "multi-turn": answers.multi_turn,
     "history": recall.history,
     "calibration": recall.calibration,

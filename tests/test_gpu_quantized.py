@@ -1,8 +1,5 @@
 """On a GPU: FP8 keys and values with a checkpoint's scales (tests/test_gpu.py has them without), and
-quantized weights.
-
-Nobody has run this file yet.
-"""
+quantized weights."""
 
 from __future__ import annotations
 

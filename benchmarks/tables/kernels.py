@@ -206,6 +206,29 @@ def tokens() -> str:
     return table(head, lines) + "\n\n" + note
 
 
+def prefill() -> str:
+    """Milliseconds of a layer of a chunk of sparse prefill, and of FA3 over everything."""
+    found = rows("prefill.jsonl")
+    if not found:
+        return MISSING
+    by_shape: dict[tuple[int, int], dict[str, float]] = {}
+    for row in found:
+        by_shape.setdefault((row["cached"], row["new"]), {})[row["provider"]] = row["us"] / 1000
+    providers = ("fa3-dense", "score", "list", "attend", "layer", "fa3-lists", "fa3-layer")
+    lines = []
+    for (cached, new), own in by_shape.items():
+        gains = (f"{own['fa3-dense'] / own[name]:.2f}x" for name in ("layer", "fa3-layer"))
+        lines.append([f"{new:,} behind {cached:,}", *(f"{own[name]:.2f}" for name in providers), *gains])
+    first = found[0]
+    note = (
+        f"Milliseconds; 8 KV heads of 128 dimensions, groups of 4, {100 * first['keep']:g} % of the blocks; "
+        f"{first['gpu']}, commit {first['commit']}. `layer` is `score`, `list` and `attend`; `fa3-layer` has "
+        "FA3 over the lists in place of `attend`, which no server does yet."
+    )
+    head = ["new tokens", *providers, "layer, gain", "with FA3, gain"]
+    return table(head, lines) + "\n\n" + note
+
+
 def pages() -> str:
     """Microseconds of a layer (`score`, `list`, `join`) or a step (`tag`, `sizes`) of page scores."""
     found = rows("pages.jsonl")
