@@ -16,7 +16,7 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sts_kernels import ops
-from sts_kernels.layout import Contexts, KvPool, Lists, Room
+from sts_kernels.layout import Contexts, Count, KvPool, Lists, Room
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core.request import Request
 from sts_sglang.core.selectors.base import LayerCall
@@ -436,7 +436,10 @@ def test_the_hook_tells_the_host_who_is_in_a_round(monkeypatch):
 def test_plans_are_published_and_logged(caplog):
     caplog.set_level("INFO")
     exporter = Exporter(
-        torch.tensor([3, 0, 5, 10, *[0] * 5]), enable_metrics=False, interval=1, plans=lambda: 2
+        torch.tensor([3, 0, 5, 10, *[0] * (len(Count) - 4)]),
+        enable_metrics=False,
+        interval=1,
+        plans=lambda: 2,
     )
     exporter.on_round()
     assert "3 sparse verifies, 0 dense, keep ratio 0.5000, 2 plans" in caplog.text
@@ -446,7 +449,7 @@ def test_plans_are_published_and_logged(caplog):
 
 def test_a_copy_of_the_middle_of_a_round_takes_nothing_back():
     """A verify is sparse until its pages are known; Prometheus ends a process that lowers a counter."""
-    totals, added = torch.tensor([3, 0, 5, 10, *[0] * 5]), []
+    totals, added = torch.tensor([3, 0, 5, 10, *[0] * (len(Count) - 4)]), []
     exporter = Exporter(totals, enable_metrics=False, interval=9)
     metric = SimpleNamespace(inc=added.append, set=lambda value: None)
     exporter._prometheus = dict.fromkeys((*_HELP, "keep_ratio"), metric)
