@@ -125,6 +125,7 @@ def model():
             dtype=torch.bfloat16,
             context_len=context_len,
             get_total_num_kv_heads=lambda: counts.kv_heads,
+            hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]),
         )
 
     return make
