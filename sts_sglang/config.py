@@ -401,7 +401,7 @@ class StsConfig:
         """`keep`, or what `auto` stands for with this selector."""
         if self.keep != "auto":
             return self.keep
-        return KEEP_BY_TARGET if self.by_sketches and not self.hears_draft else KEEP_BY_DRAFT
+        return KEEP_BY_DRAFT if self.hears_draft else KEEP_BY_TARGET
 
     @property
     def forced(self) -> int:
@@ -556,7 +556,8 @@ def request_prefill(custom_params: Mapping[str, object] | None, config: StsConfi
         and config.prefill == "sparse"
         and (mode == "dense" or keep > config.prefill_keep)
     ):
-        most = f"at most this server's {config.prefill_keep} (sts_config.request_keep is 'at_most')"
+        most = f"at most this server's {config.prefill_keep}" if asks == "prefill_keep" else "'sparse'"
+        most += " (sts_config.request_keep is 'at_most')"
         raise not_allowed(f"custom_params.sts.{asks}", f"got {shown(own[asks])}", most)
     return None if mode == "dense" else keep
 

@@ -568,7 +568,9 @@ def _directions(value: Any, target: HeadCounts) -> Directions:
         raise _error("directions.head_dim", f"got {dim}", f"a multiple of {DIMS_STEP}")
     if type(number) is not int or number != directions_of(dim):
         raise _error(
-            "directions.number", f"got {_short(number)}", f"head_dim // {DIMS_EACH}, {dim // DIMS_EACH}"
+            "directions.number",
+            f"got {_short(number)}",
+            f"head_dim // {DIMS_EACH}, {dim // DIMS_EACH}; calibrate anew",
         )
     return Directions(
         dim,

@@ -80,7 +80,8 @@ def admitting(config: StsConfig, rows: int) -> SimpleNamespace:
     """As much of a runtime as `admit` touches."""
     state = SimpleNamespace(keeps=torch.zeros(rows, dtype=torch.float64))
     ignored = SimpleNamespace(admit=lambda *_: None)
-    return SimpleNamespace(config=config, state=state, device="cpu", verifier=ignored, selector=ignored)
+    parts = {"verifier": ignored, "selector": ignored, "prefill": None}
+    return SimpleNamespace(config=config, state=state, device="cpu", **parts)
 
 
 def test_request_ids_are_quoted_in_the_log(monkeypatch, caplog, tmp_path):

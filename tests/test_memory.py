@@ -94,6 +94,19 @@ def test_what_is_allocated_is_reserved(monkeypatch, model, config, kv):
     assert 0.97 * reserved < taken + shared + stored <= reserved
 
 
+def test_a_draft_that_is_kept_in_more_bytes_than_the_target_is_reserved(monkeypatch, model):
+    """SGLang counts its pool in the target's bytes: what it has above them, of every token of the pool."""
+    monkeypatch.setattr(serves, "draft_config", lambda *_: model(DRAFT, 64))
+    args, available = server_args(kv="fp8_e4m3"), 60 << 30
+    target = model(TARGET, 128)
+    own, alike = (
+        reserve.reserved_bytes(StsConfig(draft_kv=kept), args, target, available)
+        for kept in ("model", "auto")
+    )
+    above = DRAFT.layers * DRAFT.kv_heads * 2 * 64
+    assert own - alike == pytest.approx((available - own) // (KV_BYTES // 2) * above, rel=0.01)
+
+
 @pytest.mark.parametrize("told, kv, itemsize", [(False, "auto", 2), (True, "auto", 2), (True, "fp8_e4m3", 1)])
 def test_what_a_target_alone_allocates_is_reserved(monkeypatch, model, tmp_path, told, kv, itemsize):
     """Sketches by the pool, page scores and lists by requests and contexts."""
@@ -167,7 +180,7 @@ def test_what_another_selector_takes_is_reserved(monkeypatch, model):
 
     def reserved(selector: str, context: int) -> int:
         target = model(TARGET, 128, context)
-        return reserve.reserved_bytes(StsConfig(selector=selector), args, target, 60 << 30)
+        return reserve.reserved_bytes(StsConfig(selector=selector, keep=0.1), args, target, 60 << 30)
 
     growth = [reserved("quest", context) - reserved("draft", context) for context in (8192, 131072)]
     scoring = selectors.request_bytes(131072, 8, 128, 2, 16)

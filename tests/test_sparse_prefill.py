@@ -139,6 +139,20 @@ def whole(made: Prefill, request_: int, rows: slice) -> torch.Tensor:
     return found
 
 
+def test_counts_are_the_same_however_a_prompt_is_cut() -> None:
+    """At ends of blocks: one that is cut is two."""
+    found = []
+    for chunks in ([(0, 4000)], [(0, 512), (512, 1152), (1664, 2336)]):
+        made = Prefill([(0, 4000)])
+        sparse = made_of(made, prefill_floor=1000)
+        for before, number in chunks:
+            sparse.admit([request(4000)])
+            sparse.begin(on_device(made.contexts), [before], [number])
+        found.append((int(sparse._available), int(sparse._selected)))
+    assert found[0] == found[1]
+    assert found[0][0] == LAYERS * made.kv_heads * sum(range(32)) > found[0][1]
+
+
 def test_queries_that_do_not_fit_the_batch_are_an_error() -> None:
     made = Prefill([(1024, 128)])
     sparse = made_of(made)

@@ -1050,3 +1050,16 @@ def test_heads_that_no_block_of_a_sparse_prefill_can_hold_are_refused(launch, fl
         with pytest.raises(Refusal) as caught:
             validate.check_tiles(args, StsConfig(prefill="sparse"), model, drafts)
         check_message(caught, flags, "sts_config.prefill: 'sparse' with heads of 512", 'prefill to "dense"')
+
+
+def test_many_heads_over_one_are_refused_a_sparse_prefill(launch, monkeypatch):
+    """All of them ask in one product with a block of keys."""
+    monkeypatch.setattr(validate, "_shared_memory", lambda: 232448)
+    model = {"model_path": "m", "head_dim": 128, "num_key_value_heads": 1}
+    for heads, fits in ((16, True), (48, False)):
+        target = SimpleNamespace(num_attention_heads=heads, **model)
+        if fits:
+            validate.check_tiles(launch(), StsConfig(prefill="sparse"), target, None)
+            continue
+        with pytest.raises(Refusal, match="with heads of 128, 48 to a KV head"):
+            validate.check_tiles(launch(), StsConfig(prefill="sparse"), target, None)

@@ -43,10 +43,11 @@ KNOBS = PrefillKnobs()
 TILE_BYTES = 32768  # of keys that an attending program reads at a time; of half precision
 
 
-def shared_bytes(head_dim: int) -> int:
-    """About the bytes of shared memory that a thread block takes, of half precision; read off kernels that
-    Triton 3.6 compiled."""
-    return padded(head_dim) * (1300 if padded(head_dim) <= 128 else 780)
+def shared_bytes(head_dim: int, rows: int) -> int:
+    """About the bytes of shared memory that a thread block takes, of half precision, where a block of queries
+    asks with so many rows; read off kernels that Triton 3.6 compiled."""
+    more = 2 * max(0, triton.next_power_of_2(rows) - KNOBS.score_rows)
+    return padded(head_dim) * ((1300 if padded(head_dim) <= 128 else 780) + more)
 
 
 def score_blocks(
@@ -216,8 +217,8 @@ def _score_blocks_kernel(
         own = tl.load(request_ptr + first + i, mask=leads, other=-1)
         leads = leads & (tl.load(count_ptr + first + i, mask=leads, other=-1) >= 0)
         if i > 0:
-            before = tl.load(request_ptr + first + i - 1) != own
-            leads = leads & (before | (tl.load(count_ptr + first + i - 1) < 0))
+            before = tl.load(request_ptr + first + i - 1, mask=leads, other=-1) != own
+            leads = leads & (before | (tl.load(count_ptr + first + i - 1, mask=leads, other=-1) < 0))
         asks = ok & (request == own)
         last = tl.max(tl.where(asks, position, -1), 0)
         end = tl.where(leads, tl.minimum(last // BLOCK + 1, begin + SPAN), 0)

@@ -81,12 +81,13 @@ class SparsePrefill:
 
     def keep_of(self, params: Mapping[str, object] | None, rid: str | None = None) -> float | None:
         """What a request's prompt attends to (`request_prefill`), None for everything; the server's where it
-        asks for nonsense."""
+        asks for nonsense, and the log says so if there is an id to name."""
         try:
             keep = request_prefill(params, self.config)
         except ConfigError as error:
             # The tokenizer manager answers 400 to these; see core.runtime.keep_of.
-            logger.warning("STS: request %s prefilled as the server does: %s", quoted(rid), error)
+            if rid is not None:
+                logger.warning("STS: request %s prefilled as the server does: %s", quoted(rid), error)
             keep = self.config.prefill_keep
         return None if keep == 1 else keep
 
@@ -110,11 +111,11 @@ class SparsePrefill:
                 blocks += self._blocks(request, row, asked, first, number)
                 row += number
         self._contexts, self._rows, self._parts = contexts, sum(numbers), []
+        self._count(blocks)
         if all(block.count == WHOLE for block in blocks):
             return
         # What attends to everything takes longest, and so begins.
         blocks.sort(key=lambda block: (block.count != WHOLE, block.request, -block.before))
-        self._count(blocks)
         columns = torch.tensor(blocks, dtype=torch.int32).T.contiguous()
         columns = columns.to(self.device, non_blocking=True)
         most = max(blocks_of(block.before + block.number) for block in blocks)
@@ -160,6 +161,8 @@ class SparsePrefill:
     def _count(self, blocks: list[_Block]) -> None:
         """On the host alone, which knows how long lists are; of requests that are prefilled sparsely."""
         sparse = [block for block in blocks if self._asked[block.request].keep is not None]
+        if not sparse:
+            return
         attended = sum(block.choices if block.count == WHOLE else block.count for block in sparse)
         self._selected += attended * self._heads
         self._available += sum(block.choices for block in sparse) * self._heads

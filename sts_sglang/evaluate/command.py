@@ -282,10 +282,11 @@ def report_of(
 def _config(given: str | None) -> dict[str, Any]:
     """What differs from the defaults. Raises ConfigError for what no keep can be judged with."""
     config, default = asdict(StsConfig.parse(given)), asdict(StsConfig())
-    for field, value in (("policy", "ratio"), ("verify", "sparse")):
+    # Prefill: what is judged is verify, against a dense one over the same keys.
+    for field, value in (("policy", "ratio"), ("verify", "sparse"), ("prefill", "dense")):
         if config[field] != value:
             raise ConfigError(
-                f"--sts-config: {field} {shown(config[field])}; allowed: {value!r}, whose keep is judged"
+                f"--sts-config: {field} {shown(config[field])}; allowed: {value!r}, for only keep is judged"
             )
     said = {key: value for key, value in config.items() if value != default[key] and key != "keep"}
     if given is not None and "budget" in _keys(given):

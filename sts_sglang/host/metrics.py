@@ -51,7 +51,7 @@ _HELP = {
     "clipped_tokens": "Context tokens that kernel flashinfer had no room for, per (layer, KV head).",
     "draft_selected_tokens": "Context tokens attended to in sparse draft steps, per (layer, KV head).",
     "draft_available_tokens": "Context tokens there in sparse draft steps, per (layer, KV head).",
-    "aside_verifies": "Sparse verifies (request, round) of a context within its budget: nothing is selected.",
+    "aside_verifies": "Sparse verifies (request, round) of a whole context, where nothing is selected.",
     "prefill_selected_blocks": "Blocks of keys attended to in sparse prefills, per (layer, KV head).",
     "prefill_available_blocks": "Blocks of keys there in sparse prefills, per (layer, KV head).",
     "plans": "Plans of kernel flashinfer, made on the host.",

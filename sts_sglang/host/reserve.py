@@ -18,7 +18,8 @@ MAX_REQUESTS = 4096  # SGLang's own bound where the user gives none (resolve_max
 
 
 class _Launch(NamedTuple):
-    """draft: None without one. rows: query rows of a draft KV head in one step. requests: of a batch."""
+    """draft: None without one. rows: query rows of a draft KV head in one step. requests: of a batch. above:
+    bytes of a token in the draft's pool that SGLang does not count."""
 
     config: StsConfig
     target: TargetShape
@@ -26,6 +27,7 @@ class _Launch(NamedTuple):
     head_map: headmap.HeadMap
     rows: int
     requests: int
+    above: int
 
     def need(self, context: int) -> Need:
         """Where no context has more tokens."""
@@ -38,6 +40,7 @@ class _Launch(NamedTuple):
             selectors.need(config, shape, capacity.longest(config, self.head_map)),
             verifiers.of(config.kernel).need(config, shape),
             prefill.need(config),
+            Need(per_token=self.above),
         ]
         return Need(*map(sum, zip(*needs, strict=True)))
 
@@ -69,11 +72,14 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
     of, draft = of.of_rank(ranks), draft and draft.of_rank(ranks)
     rows = (1 + (server_args.speculative_eagle_topk or 1)) * draft.group if draft else 0
     shape = target_shape(server_args, of, requests)
-    kv_bytes = of.kv_bytes(shape.kv_dtype)
+    kv_bytes, above = of.kv_bytes(shape.kv_dtype), 0
     if draft:
-        kv_bytes += draft.kv_bytes(views.kv_asked(server_args, of_draft=config).dtype(draft.dtype))
+        # SGLang counts a token of the draft's pool as if it were kept like the target's.
+        counted = draft.kv_bytes(shape.kv_dtype)
+        own = draft.kv_bytes(views.kv_asked(server_args, of_draft=config).dtype(draft.dtype))
+        kv_bytes, above = kv_bytes + counted, max(0, own - counted)
     launches = [
-        _Launch(config, shape, draft, head_map.of_rank(rank, ranks, *whole), rows, requests)
+        _Launch(config, shape, draft, head_map.of_rank(rank, ranks, *whole), rows, requests, above)
         for rank in range(ranks)
     ]
     # The same on every rank, whose pools must be of one size.

@@ -453,13 +453,10 @@ def check_tiles(
     if room is None:
         return
     # Imports Triton, which a CPU's launcher goes without.
-    from sts_kernels import draft_attention, page_scores, prefill, tokens, verify
+    from sts_kernels import draft_attention, page_scores, tokens, verify
 
-    if config.prefill == "sparse" and (needed := prefill.shared_bytes(target.head_dim)) > room:
-        raise Refusal(
-            f"sts_config.prefill: 'sparse' with heads of {target.head_dim} needs about {needed} bytes of "
-            f'shared memory in a thread block, and this GPU has {room}; set prefill to "dense"'
-        )
+    if config.prefill == "sparse":
+        _check_asking_rows(target, room)
     if draft is None:  # one row of every query head
         return
     number, branches = server_args.speculative_num_draft_tokens, server_args.speculative_eagle_topk
@@ -482,6 +479,20 @@ def check_tiles(
                 f"{model.head_dim} and need about {needed} bytes of shared memory, and this GPU has {room}; "
                 'use fewer, or set kernel to "torch" with --disable-cuda-graph'
             )
+
+
+def _check_asking_rows(target: ModelConfig, room: int) -> None:
+    """Whether a thread block can hold the rows of a block of queries that ask in a sparse prefill."""
+    from sts_kernels import prefill
+    from sts_sglang.core.prefill import SAMPLED
+
+    group = target.num_attention_heads // target.num_key_value_heads
+    if (needed := prefill.shared_bytes(target.head_dim, SAMPLED * group)) > room:
+        raise Refusal(
+            f"sts_config.prefill: 'sparse' with heads of {target.head_dim}, {group} to a KV head, needs "
+            f"about {needed} bytes of shared memory in a thread block, and this GPU has {room}; "
+            'set prefill to "dense"'
+        )
 
 
 def _shared_memory() -> int | None:
