@@ -60,6 +60,7 @@ def test_a_sparse_prefill_agrees_with_the_oracle(sparse, oracle, stock):
     for tokens, ids in zip(answers, PROMPTS, strict=True):
         oracle.agree(tokens, ids, ALONE)
     assert answers != stock[2:]
+    begun = [tokens[:12] for tokens in answers[:2]]
     for wrong in (
         {"prefill_keep": 0.4},
         {"prefill_keep": None},
@@ -69,8 +70,8 @@ def test_a_sparse_prefill_agrees_with_the_oracle(sparse, oracle, stock):
         {"dense_layers": ()},
         {"cuts": ()},
     ):
-        tokens = [oracle.generate(ids, 24, replace(ALONE, **wrong)).tokens for ids in PROMPTS]
-        assert tokens != answers, f"the test does not notice {wrong}"
+        tokens = [oracle.generate(ids, 12, replace(ALONE, **wrong)).tokens for ids in PROMPTS[:2]]
+        assert tokens != begun, f"the test does not notice {wrong}"
     counters = sparse.counters()
     ratio = counters["prefill_selected_blocks"] / counters["prefill_available_blocks"]
     assert KEEP < ratio < 0.7
@@ -140,9 +141,10 @@ def test_the_start_up_line_and_the_metrics_say_so(sparse):
     assert sparse.counters()["prefill_selected_blocks"] > 0
 
 
-@pytest.mark.parametrize(("algorithm", "draft"), [("STANDALONE", "draft"), ("EAGLE3", "eagle3")])
-def test_with_a_draft(pair, logs, stock, algorithm, draft):  # noqa: F811
-    """Prompts at once, cut somewhere within their blocks; the draft reads its prompts whole."""
+def test_with_a_draft(pair, logs, stock):  # noqa: F811
+    """Prompts at once, cut somewhere within their blocks; the draft reads its prompts whole, and what a head
+    reads of the target comes from a sparse prefill."""
+    algorithm, draft = "EAGLE3", "eagle3"
     config = {**PREFILL, "keep": 0.1, "budget": 0, "sink": 2, "recent": 8}
     rule, oracle = replace(RULE, keep=0.1, sink=2, recent=8), Oracle(pair["target"], pair[draft])
     name = f"prefill-{algorithm}"
