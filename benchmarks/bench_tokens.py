@@ -39,6 +39,7 @@ from sts_kernels.layout import (
     Plan,
     Pooling,
     Scores,
+    sketch_bytes,
 )
 from sts_kernels.torch_ops import sketch_values
 
@@ -160,7 +161,7 @@ class Step:
 
 def score_bytes(shape: Shape) -> int:
     """Sketches and slots; scores."""
-    return shape["batch"] * shape["context"] * (KV_HEADS * (shape["dim"] // SKETCHED // 2 + 2) + 4)
+    return shape["batch"] * shape["context"] * (KV_HEADS * (sketch_bytes(shape["dim"]) + 2) + 4)
 
 
 def list_bytes(shape: Shape) -> int:
@@ -241,7 +242,7 @@ def bench(results: Results, shape: Shape) -> None:
     for name, written in (("sketch", 1), ("chunk", CHUNK)):
         if written == 1 or batch == 1:
             call = [lambda written=written: sketch(step, keys, sketches, written)]
-            nbytes = batch * written * (key_bytes + KV_HEADS * shape["dim"] // SKETCHED // 2)
+            nbytes = batch * written * (key_bytes + KV_HEADS * sketch_bytes(shape["dim"]))
             arm(name, same_sketches(step, keys, written), call, nbytes)
 
 

@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks.shapes import Shape
-from sts_kernels.layout import SKETCHED
+from sts_kernels.layout import sketch_bytes
 
 BF16 = 2  # bytes of a value
 FUSED = 3  # hidden states of the target that an EAGLE-3 head is given, side by side
@@ -63,9 +63,8 @@ def round_bytes(row: dict) -> dict[str, float] | None:
         own = {"model": BF16, "fp8_e4m3": 1}.get(row.get("draft_kv"), value)
         found["draft"] = (dense + kept * (passes - dense)) * context * kv_bytes(draft, own)
     if row.get("selector") == "tokens":
-        found["sketches"] = (
-            context * target["layers"] * target["kv_heads"] * target["head_dim"] / SKETCHED / 2
-        )
+        own = target["layers"] * target["kv_heads"] * sketch_bytes(target["head_dim"])
+        found["sketches"] = context * own
     return found
 
 

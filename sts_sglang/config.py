@@ -130,18 +130,15 @@ def _number(inside: Callable[[float], bool], allowed: str) -> Callable[[str, obj
 
 
 _share = _number(lambda x: 0 < x <= 1, "a number above 0 and at most 1")
-
-
-def _share_or_auto(field: str, value: object) -> float | str:
-    if isinstance(value, str) and value == "auto":
-        return value
-    return _number(lambda x: 0 < x <= 1, "a number above 0 and at most 1, or 'auto'")(field, value)
-
-
+_keep = _number(lambda x: 0 < x <= 1, "a number above 0 and at most 1, or 'auto'")
 _part = _number(lambda x: 0 <= x <= 1, "a number from 0 to 1")
 _inner = _number(lambda x: 0 < x < 1, "a number between 0 and 1")
 # Between 0.999 and 1 float16 would round the change away, round after round.
 _decay = _number(lambda x: 0 < x <= 0.999 or x == 1, "a number above 0 and at most 0.999, or 1")
+
+
+def _keep_or_auto(field: str, value: object) -> float | str:
+    return value if isinstance(value, str) and value == "auto" else _keep(field, value)
 
 
 def _sink(field: str, value: object) -> int:
@@ -188,7 +185,7 @@ def _digest(field: str, value: object) -> str | None:
 
 _READERS: dict[str, Callable[[str, object], object]] = {
     "policy": _choice(get_args(Policy)),
-    "keep": _share_or_auto,
+    "keep": _keep_or_auto,
     "budget": _integer(0, MAX_TOKENS),
     "top_p": _share,
     "sink": _sink,

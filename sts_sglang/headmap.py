@@ -32,7 +32,7 @@ LATEST = "latest"  # in place of sources: the head selects the last tokens, what
 POOLS = ("max", "mean")
 MAX_SHARE = 1000.0
 DIMS_EACH = 2  # dimensions of a head for each of its directions
-DIMS_STEP = 4  # what a head with directions has a multiple of: the number of these is even
+DIMS_STEP = 2 * DIMS_EACH  # what a head with directions has a multiple of: the number of these is even
 HEAD_DIMS = (16, 1024)  # of heads that have directions
 SPLIT_STEPS = 64  # keeps at which a split budget is worked out; in between it is interpolated
 

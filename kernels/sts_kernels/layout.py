@@ -60,6 +60,11 @@ def pages_of(positions: int) -> int:
     return -(-positions // PAGE)
 
 
+def sketch_bytes(head_dim: int) -> int:
+    """Of a token's sketch for one KV head."""
+    return head_dim // SKETCHED // 2
+
+
 def blocks_of(positions: int) -> int:
     """Blocks of so many keys, the last of them maybe not complete."""
     return -(-positions // KEY_BLOCK)

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from sts_kernels import Ops
-from sts_kernels.layout import NO_PAGE, PAGE, SKETCHED, Contexts, Directions, KvPool
+from sts_kernels.layout import NO_PAGE, PAGE, SKETCHED, Contexts, Directions, KvPool, sketch_bytes
 
 SCRATCH = 128 << 20  # bytes that looking for what has no sketch may take: so many requests at a time
 BYTES_LOOKED_AT = 20  # a position: its slot twice, what lies there, and whether that is a sketch
@@ -214,7 +214,7 @@ def page_bytes(layers: int, kv_heads: int, head_dim: int) -> int:
 
 def token_bytes(layers: int, kv_heads: int, head_dim: int) -> int:
     """Of a token of the KV pool: a sketch in so many layers, and whether it is written."""
-    return layers * kv_heads * (head_dim // SKETCHED // 2) + 1
+    return layers * kv_heads * sketch_bytes(head_dim) + 1
 
 
 def direction_bytes(layers: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
