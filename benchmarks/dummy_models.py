@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -122,6 +123,7 @@ def write_tokenizer(model: Path) -> None:
     (model / "tokenizer_config.json").write_text(json.dumps(known))
 
 
+@cache
 def directions(target: Path, draft: Path | None) -> Path:
     """A head map beside the target with directions drawn at random, which cost what calibrated ones do; with
     a draft it is proportional."""

@@ -27,11 +27,7 @@ def facts() -> dict[str, str]:
         "quality_alone": partial(_read, "alone", {"sts": [0.1], "pages": [0.1]}),
         "quality_smollm2_plain": _plain,
         "quality_smollm2_eagle3": partial(_accepted, "smol_eagle3"),
-        "quality_smollm2_alone": partial(
-            _read,
-            "smol",
-            {"tokens": [0.1, 0.25], **dict.fromkeys(("tokens-split", "pages", "quest", "oracle"), [0.1])},
-        ),
+        "quality_smollm2_alone": _pretrained_alone,
         "quality_smollm2_eagle3_tokens": partial(_read, "smol_e3", {"map": [0.1], "tokens": [0.1, 0.25]}),
     }
     for folder, make in makers.items():
@@ -94,6 +90,10 @@ def _recall() -> dict[str, str]:
     }
 
 
+def listed(items: list[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
 def _answers(found: Results) -> dict[str, str]:
     lengths, texts = found.lengths(), found.lengths(loss=True)
 
@@ -105,9 +105,6 @@ def _answers(found: Results) -> dict[str, str]:
 
     def rise(arm: str, keep: float, length: int) -> float:
         return 100 * found.loss_change((arm, keep), (arm, DENSE), length).mean
-
-    def listed(items: list[str]) -> str:
-        return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
     quest = [
         f"{rise('quest', 0.05, n):.1f} % at 5 % and {rise('quest', 0.1, n):.1f} % at 10 % of {n:,} tokens"
@@ -153,6 +150,20 @@ def _changes(name: str, shown: Shown, found: Results, change: Callable, digits: 
         for arm, keeps in shown.items()
         for keep in keeps
     }
+
+
+def _pretrained_alone(found: Results) -> dict[str, str]:
+    """Of SmolLM2 without a draft, at every length: percent of the loss of text, and points of answers."""
+    shown = {"tokens": (0.05, 0.1), "tokens-split": (0.1,), "pages": (0.1, 0.25, 0.5), "oracle": (0.1,)}
+    facts = {"smol_texts": listed([f"{n:,}" for n in found.lengths(loss=True)])}
+    for arm, keep in ((arm, keep) for arm, keeps in shown.items() for keep in keeps):
+        for kind, change, digits in (("text", found.loss_change, 2), ("answers", found.difference, 1)):
+            each = [
+                signed(change((arm, keep), (arm, DENSE), n), digits=digits).strip("*")
+                for n in found.lengths(loss=kind == "text")
+            ]
+            facts[f"smol_{kind}_{arm}_{100 * keep:.0f}"] = listed(each)
+    return facts
 
 
 def _accepted(name: str, found: Results) -> dict[str, str]:

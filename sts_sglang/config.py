@@ -27,9 +27,10 @@ ENV = "STS_CONFIG"
 MAX_SOURCE = 64 * 1024  # bytes of a file, characters of a string
 MAX_TOKENS = 2**24
 MAX_LAYERS = 1024
-# What `keep` "auto" stands for, by the draft's choice and by the target's own queries: of 0.1, 0.25 and 0.5
-# the least at which `sts-sglang evaluate` lets the latter pass on a model that nobody trained to be sparse.
-KEEP_BY_DRAFT, KEEP_BY_TARGET = 0.1, 0.25
+# What `keep` "auto" stands for. Where the target's own queries select it is the least of 0.1, 0.25 and 0.5 at
+# which `sts-sglang evaluate` let them pass on a model that nobody trained to be sparse; the rows of a verify
+# share a list of tokens, so that a draft makes it longer.
+KEEP, KEEP_OF_TOKENS, KEEP_OF_PAGES = 0.1, 0.25, 0.5
 BRANCHES = 2  # places within a page where a request left the prefix that it shares; more are rare
 
 Policy = Literal["ratio", "fixed", "top_p"]
@@ -228,8 +229,8 @@ class StsConfig:
     """`ratio`: keep a share of the context; `fixed`: `budget` tokens; `top_p`: the smallest set that holds
     `top_p` of the importance, at most `budget`."""
     keep: float | Literal["auto"] = "auto"
-    """Share of the context to keep under `ratio`, 0 < keep <= 1; a request may set its own. auto: 0.1 by the
-    draft's choice, 0.25 where only the target's own queries select."""
+    """Share of the context to keep under `ratio`, 0 < keep <= 1; a request may set its own. auto: 0.1; by
+    `tokens` beside a draft 0.25, by `pages` 0.5."""
     budget: int = 1024
     """Tokens: the floor under `ratio` (0 allowed), the budget of `fixed`, the cap of `top_p`."""
     top_p: float = 0.95
@@ -348,7 +349,8 @@ class StsConfig:
             self._check_alone()
         own = "draft" if drafts else "tokens" if directions else "pages"
         chosen = replace(self, selector=own) if self.selector == "auto" else self
-        return replace(chosen, keep=chosen.share)
+        tenth = chosen.keep == "auto" and chosen.selector == "tokens" and not drafts
+        return replace(chosen, keep=KEEP if tenth else chosen.share)
 
     def _check_alone(self) -> None:
         """Raises `ConfigError` for what needs a draft."""
@@ -395,10 +397,10 @@ class StsConfig:
 
     @property
     def share(self) -> float:
-        """`keep`, or what `auto` stands for with this selector."""
+        """`keep`, or what `auto` stands for with this selector beside a draft."""
         if self.keep != "auto":
             return self.keep
-        return KEEP_BY_DRAFT if self.hears_draft else KEEP_BY_TARGET
+        return {"tokens": KEEP_OF_TOKENS, "pages": KEEP_OF_PAGES}.get(self.selector, KEEP)
 
     @property
     def forced(self) -> int:

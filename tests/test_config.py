@@ -84,14 +84,14 @@ def test_defaults():
     )
 
 
-def test_a_launch_keeps_a_tenth_by_the_draft_and_a_quarter_by_the_targets_queries():
+def test_what_a_launch_keeps_depends_on_who_selects():
     found = {
         (selector, drafts): StsConfig(selector=selector).for_launch(drafts, directions=True).keep
         for selector in ("auto", "tokens", "pages", "quest")
         for drafts in (True, False)
     }
-    tenth = {("auto", True)}
-    assert found == {case: 0.1 if case in tenth else 0.25 for case in found}
+    more = {("tokens", True): 0.25, ("pages", True): 0.5, ("pages", False): 0.5}
+    assert found == {case: more.get(case, 0.1) for case in found}
     assert StsConfig(selector="joined").for_launch(True).keep == 0.1
     assert StsConfig(keep=0.3).for_launch(False).keep == 0.3
     assert StsConfig(selector="tokens").budget_for(100_000) == 25_000

@@ -19,7 +19,7 @@ from benchmarks import pictures
 from sts_sglang.evaluate.stats import ENOUGH, Interval, interval, macro_interval
 
 DENSE = 1.0
-ALONE = "Target alone: {target}; a verify is one decode step, and `sts` are page scores of its own queries. "
+ALONE = "Target alone: {target}; a verify is one decode step, selected for by the target's own queries. "
 LOSS = "text"
 RIVALS = ("quest", "pages", "recent", "random", "oracle", "sts-uniform", "sts-proportional")
 RIVALS += ("sts-warm", "sts-blend", "sts-full4")
@@ -31,6 +31,10 @@ COLORS = {
     "pages": "C4",
     "recent": "C2",
     "random": "C7",
+    "map": "C5",
+    "joined": "C8",
+    "tokens": "C6",
+    "tokens-split": "C9",
 }
 
 
@@ -392,18 +396,13 @@ def markdown(r: Results) -> str:
     )
     parts = ["# Quality of sparse verify, by selector and budget", about, few(r), origin(r)]
     for length in r.lengths() if r.keeps else ():
-        parts += [
-            f"## {length} tokens",
-            overview(r, length),
-            "### What was aimed at",
-            reach(r, length),
-            "### STS against the others",
-            rivals(r, length),
-            f"### By task, keep {percent(shown)}, against dense",
-            by_task(r, length, shown),
-            f"### By depth, keep {percent(shown)}, accuracy",
-            by_depth(r, length, shown),
-        ]
+        parts += [f"## {length} tokens", overview(r, length)]
+        if "sts" in r.arms:
+            parts += ["### What was aimed at", reach(r, length)]
+            parts += ["### STS against the others", rivals(r, length)]
+        parts += [f"### By task, keep {percent(shown)}, against dense", by_task(r, length, shown)]
+        if "single" in r.tasks:
+            parts += [f"### By depth, keep {percent(shown)}, accuracy", by_depth(r, length, shown)]
     if r.keeps and r.lengths(loss=True):
         parts += ["## Held-out text, forced through the server", losses(r), text_rivals(r)]
     parts += [
@@ -428,7 +427,7 @@ def plot(r: Results, path: Path) -> None:
     columns = max(len(lengths) for lengths, *_ in kinds)
     figure = Figure(figsize=(1 + 4 * columns, 1 + 3.2 * len(kinds)), layout="constrained")
     axes = figure.subplots(len(kinds), columns, squeeze=False, sharey="row")
-    for row, (lengths, change, label) in zip(axes, kinds, strict=True):
+    for row, (lengths, change, unit) in zip(axes, kinds, strict=True):
         for axis in row[len(lengths) :]:
             axis.set_visible(False)
         for axis, length in zip(row, lengths, strict=False):
@@ -443,7 +442,7 @@ def plot(r: Results, path: Path) -> None:
             axis.set_xticks(r.keeps, [percent(k) for k in r.keeps])
             axis.minorticks_off()
             axis.legend(fontsize=7)
-        row[0].set_ylabel(label)
+        row[0].set_ylabel(unit)
     figure.supxlabel("keep (share of the context)", fontsize=10)
     head = next(iter(r.headers.values()))
     figure.suptitle(f"{head['device']}, {head['items']} items a task and length", fontsize=9)

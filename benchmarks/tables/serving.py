@@ -43,13 +43,16 @@ SELECTS = {"sts-tokens": "tokens", "sts-pages": "pages"}
 
 
 def alone() -> str:
-    """Tokens per second without a draft, of the newest run of a shape that has stock and an arm of sts."""
+    """Tokens per second without a draft, of the newest run of a shape and keep that has stock and an arm of
+    sts."""
     found = [r for r in measured() if r.get("algorithm") == NONE]
     lines, shown = [], []
     for tp in sorted({r["tp"] for r in found}):
         of_tp = [r for r in found if r["tp"] == tp]
-        for shape, arm in itertools.product(sorted(shapes_of(of_tp), reverse=True), SELECTS):
-            own = newest(of_tp, shape, "stock", arm)
+        keeps = sorted({keep_of(r) for r in of_tp if r["arm"] in SELECTS})
+        for shape, arm, keep in itertools.product(sorted(shapes_of(of_tp), reverse=True), SELECTS, keeps):
+            comparable = [r for r in of_tp if r["arm"] == "stock" or keep_of(r) == keep]
+            own = newest(comparable, shape, "stock", arm)
             if not all(own):
                 continue
             stock, sts = ([r["tokens_per_s"] for r in of_arm] for of_arm in own)
@@ -67,8 +70,13 @@ def alone() -> str:
         f"{commits(shown)}; shape of Llama-3.1-8B, dummy weights (the output is meaningless, the work is "
         f"not), prefix cached. Kept is what decode attends to."
     )
-    head = ["context x requests", "GPUs", "selects by", "stock FA3", "sts, `keep` 0.1", "kept", "gain"]
+    head = ["context x requests", "GPUs", "selects by", "stock FA3", "sts", "kept", "gain"]
     return table(head, lines) + "\n\n" + note
+
+
+def keep_of(row: dict) -> float:
+    """What a row's server was asked to keep; before rows said it, a tenth."""
+    return row.get("keep", 0.1)
 
 
 def serving() -> str:
