@@ -2,7 +2,8 @@
 
 Three kernels a layer. A few rows of each block of queries are multiplied with all keys before them and leave
 the sum of each block of keys; these sums become scores, and the best blocks a list; then all rows attend to
-what their block has listed. How many blocks are listed is known on the host, so nothing waits for the device.
+what their block has listed. For a paged attention in its place a kernel writes the slots of that. How many
+blocks are listed is known on the host, so nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -14,8 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
-from sts_kernels.checks import check_block_attention, check_block_lists, check_block_scores
-from sts_kernels.layout import KEY_BLOCK, QUERY_BLOCK, Contexts, KvPool, QueryBlocks
+from sts_kernels.checks import (
+    check_block_attention,
+    check_block_lists,
+    check_block_scores,
+    check_block_slots,
+)
+from sts_kernels.layout import KEY_BLOCK, QUERY_BLOCK, Contexts, KvPool, QueryBlocks, blocks_of
 from sts_kernels.split_kv import LOG2E, in_tile, padded
 
 
@@ -40,6 +46,7 @@ class PrefillKnobs:
 
 
 KNOBS = PrefillKnobs()
+LISTED = 16  # blocks of keys whose slots a program writes
 TILE_BYTES = 32768  # of keys that an attending program reads at a time; of half precision
 
 
@@ -165,6 +172,29 @@ def block_attention(
         num_warps=KNOBS.num_warps,
         num_stages=KNOBS.num_stages,
     )
+
+
+def block_slots(contexts: Contexts, blocks: QueryBlocks, listed: torch.Tensor, *, width: int) -> torch.Tensor:
+    """Kernel of `sts_kernels.torch_ops.block_slots` (see there); no host sync."""
+    check_block_slots(contexts, blocks, listed, width)
+    number, kv_heads, most = listed.shape
+    slots = torch.empty(kv_heads, number, width, dtype=torch.int32, device=listed.device)
+    if slots.numel() == 0:
+        return slots
+    _block_slots_kernel[(-(-blocks_of(width) // LISTED), number, kv_heads)](
+        slots,
+        listed,
+        blocks.requests,
+        *blocks[2:5],
+        contexts.table,
+        contexts.reqs,
+        most,
+        width,
+        contexts.table.stride(0),
+        KEYS=KEY_BLOCK,
+        LISTED=LISTED,
+    )
+    return slots
 
 
 @triton.jit
@@ -392,3 +422,38 @@ def _block_attention_kernel(
     out = acc / norm[:, None] * v_scale
     to_ptr = out_ptr + (row * stride_out + head * D)[:, None] + dims[None, :]
     tl.store(to_ptr, out.to(out_ptr.dtype.element_ty), mask=in_tile(ok, dims, D))
+
+
+@triton.jit
+def _block_slots_kernel(
+    slots_ptr,  # int32 [H_kv, blocks, width], written
+    listed_ptr,  # int32 [blocks, H_kv, most]
+    request_ptr,  # int32 [blocks], and so the next three, see QueryBlocks
+    number_ptr,
+    before_ptr,
+    count_ptr,
+    table_ptr,  # int32 [requests, ..]
+    reqs_ptr,  # int [bs]
+    most,
+    width,
+    stride_table,
+    KEYS: tl.constexpr,
+    LISTED: tl.constexpr,  # blocks of keys of a program
+):
+    block, h = tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(2)
+    count, before = tl.load(count_ptr + block), tl.load(before_ptr + block)
+    if count < 0:
+        return
+    end = before + tl.load(number_ptr + block)
+    req = tl.load(reqs_ptr + tl.load(request_ptr + block)).to(tl.int64)
+    place, keys = tl.program_id(0) * LISTED + tl.arange(0, LISTED), tl.arange(0, KEYS)
+    listed = place < count
+    list_ptr = listed_ptr + (block.to(tl.int64) * heads + h) * most
+    # Behind the list stands what is between the blocks that could be selected and the last new token.
+    j = tl.where(listed, tl.load(list_ptr + place, mask=listed, other=0), before // KEYS + place - count)
+    offs = j[:, None] * KEYS + keys[None, :]
+    there = offs < end
+    slots = tl.load(table_ptr + req * stride_table + offs, mask=there, other=0)
+    to_ptr = slots_ptr + (h.to(tl.int64) * tl.num_programs(1) + block) * width
+    tl.store(to_ptr + place[:, None] * KEYS + keys[None, :], slots * heads + h, mask=there)
