@@ -28,15 +28,18 @@ from sts_kernels.split_kv import LOG2E, in_tile, padded
 @dataclass(frozen=True)
 class PrefillKnobs:
     """score_rows: that a program multiplies with a block of keys, those of several blocks of queries. span:
-    blocks of keys that it goes through. score_warps, score_stages: of it. cells: sums that a selecting
-    program holds at a time. list_warps: of it. heads: query heads of a KV head that an attending program has,
-    which share its reads. tile: keys that it reads at a time. num_warps, num_stages: of it.
+    blocks of keys that it goes through. score_warps, score_stages: of it. score_registers: that a thread of
+    it may have where it has no more rows; 128 let two programs share a multiprocessor, so that one multiplies
+    while the other makes exponentials or waits for keys. cells: sums that a selecting program holds at a
+    time. list_warps: of it. heads: query heads of a KV head that an attending program has, which share its
+    reads. tile: keys that it reads at a time. num_warps, num_stages: of it.
     """
 
     score_rows: int = 128
     span: int = 64
     score_warps: int = 8
     score_stages: int = 3
+    score_registers: int = 128
     cells: int = 8192
     list_warps: int = 4
     heads: int = 2
@@ -47,7 +50,8 @@ class PrefillKnobs:
 
 KNOBS = PrefillKnobs()
 LISTED = 16  # blocks of keys whose slots a program writes
-TILE_BYTES = 32768  # of keys that an attending program reads at a time; of half precision
+# Of an attending program, of half precision: of keys that it reads at a time, and of its queries.
+TILE_BYTES, QUERY_BYTES = 32768, 65536
 
 
 def shared_bytes(head_dim: int, rows: int) -> int:
@@ -74,6 +78,7 @@ def score_blocks(
     if number == 0:
         return sums
     together = max(1, KNOBS.score_rows // each)
+    rows = padded(together * each)
     grid = (kv_heads, -(-number // together), -(-blocks.most // KNOBS.span))
     _score_blocks_kernel[grid](
         q,
@@ -94,11 +99,12 @@ def score_blocks(
         D_P2=padded(q.shape[2]),
         SAMPLED=sampled,
         TOGETHER=together,
-        ROWS=padded(together * each),
+        ROWS=rows,
         BLOCK=KEY_BLOCK,
         SPAN=KNOBS.span,
         num_warps=KNOBS.score_warps,
         num_stages=KNOBS.score_stages,
+        maxnreg=KNOBS.score_registers if rows <= KNOBS.score_rows else None,
     )
     return sums
 
@@ -144,7 +150,8 @@ def block_attention(
     number, kv_heads, group = blocks.counts.numel(), pool.k.shape[1], q.shape[1] // pool.k.shape[1]
     if number == 0:
         return
-    heads, dims = math.gcd(group, KNOBS.heads), padded(q.shape[2])
+    dims = padded(q.shape[2])
+    heads = math.gcd(group, max(1, min(KNOBS.heads, QUERY_BYTES // (2 * QUERY_BLOCK * dims))))
     _block_attention_kernel[(number * (group // heads), kv_heads)](
         q,
         pool.k,
@@ -266,9 +273,9 @@ def _score_blocks_kernel(
                 k = tl.load(k_offs)  # [BLOCK, D]
             else:
                 k = tl.load(k_offs, mask=(dims < D)[None, :], other=0.0)
-            s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale  # [ROWS, BLOCK]
-            peak = tl.max(s, 1)
-            found = peak + tl.log2(tl.sum(tl.exp2(s - peak[:, None]), 1))
+            s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")  # [ROWS, BLOCK]
+            peak = tl.max(s, 1) * scale
+            found = peak + tl.log2(tl.sum(tl.exp2(s * scale - peak[:, None]), 1))
             tl.store(to_ptr + j * EACH, found, mask=asks)
         for j in range(tl.maximum(begin, clear), end):
             offs = j * BLOCK + tl.arange(0, BLOCK)

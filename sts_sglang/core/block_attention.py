@@ -159,6 +159,11 @@ class ByFa3:
         self._listed = [self._call_listed(part) for part in parts]
         return parts
 
+    @property
+    def widths(self) -> list[int]:
+        """Tokens that the blocks of each part attend to at most."""
+        return [call.width for call in self._listed]
+
     def attend(
         self,
         part: int,
