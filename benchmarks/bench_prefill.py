@@ -2,10 +2,10 @@
 
 A chunk of `new` tokens behind `cached` ones in one layer of an 8B: 8 KV heads of 128 dimensions. `score`,
 `list` and `attend` are the three kernels, `layer` all of them; `whole` is `attend` with every block of keys.
-`fa3-dense` is what SGLang's backend calls, at page size 1. `fa3-lists` is FA3 as the sparse kernel: every
-(block of queries, KV head) is a request whose pages are the slots of its list, of KV seen as
-[slots * H_kv, 1, 1, D]. `fa3-table` is the part of it that writes the pages, `fa3-layer` all of it with
-`score` and `list`. Rates are of the keys and values that are attended to, each read once a block of queries.
+`fa3-dense` is what SGLang's backend calls, at page size 1. `fa3-lists` is FA3 over the lists, as the product
+calls it (sts_sglang/core/block_attention.py), `fa3-table` the part of it that writes the pages, `fa3-layer`
+all of it with `score` and `list`. Rates are of the keys and values that are attended to, each read once a
+block of queries.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import triton
-import triton.language as tl
 
 from benchmarks.harness import (
     DEVICE,
@@ -32,6 +30,8 @@ from benchmarks.harness import (
 )
 from sts_kernels import ops, prefill
 from sts_kernels.layout import KEY_BLOCK, QUERY_BLOCK, WHOLE, Contexts, KvPool, QueryBlocks, blocks_of
+from sts_sglang.core.block_attention import Block, ByFa3, Fa3
+from sts_sglang.core.verifier import TargetShape
 
 KV_HEADS, SAMPLED, SINK, RECENT = 8, 8, 1, 1
 FULL = settings(
@@ -48,9 +48,17 @@ QUICK = [
     for cached, new in ((0, 8192), (32768, 8192), (122880, 8192), (122880, 4096))
 ]
 TUNED = [{"cached": 122880, "new": 8192, "keep": 0.25, "group": 4, "dim": 128}]
-ATTEND_GRID = settings({"tile": [64, 128], "num_warps": [4, 8], "num_stages": [2, 3, 4], "heads": [1, 2]})
+# Where keys lie is read before they are, and lists before that: Triton keeps one tile more in flight for
+# every second, or third, stage beyond the first.
+ATTEND_GRID = settings({"tile": [32, 64, 128], "num_warps": [4, 8], "num_stages": [4, 7], "heads": [1, 2]})
 SCORE_GRID = settings(
-    {"score_rows": [64, 128, 256], "span": [32, 64, 128], "score_warps": [4, 8], "score_stages": [2, 3, 4]}
+    {
+        "score_rows": [128, 256],
+        "span": [64, 128],
+        "score_warps": [4, 8],
+        "score_stages": [3, 5, 7],
+        "score_registers": [128, 255],
+    }
 )
 LIST_GRID = settings({"cells": [4096, 8192, 16384], "list_warps": [2, 4, 8]})
 TOLERANCE = {"rtol": 1.6e-2, "atol": 8e-3}
@@ -170,89 +178,63 @@ def fa3_dense(shape: Shape, chunk: Chunk) -> Callable[[], torch.Tensor]:
     return lambda: flash_attn_with_kvcache(**options)
 
 
-@triton.jit
-def _pages_kernel(
-    pages_ptr,  # int32 [H_kv, blocks, width], written
-    listed_ptr,  # int32 [blocks, H_kv, most]
-    before_ptr,
-    number_ptr,
-    count_ptr,
-    slot_ptr,
-    most,
-    width,
-    KEYS: tl.constexpr,
-):
-    h, block, i = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    heads = tl.num_programs(0)
-    before, count = tl.load(before_ptr + block), tl.load(count_ptr + block)
-    choices = before // KEYS
-    total = tl.where(count < 0, choices, count)
-    end = before + tl.load(number_ptr + block)
-    pair = block.to(tl.int64) * heads + h
-    j = tl.load(listed_ptr + pair * most + i, mask=(count >= 0) & (i < total), other=0)
-    j = tl.where(i < total, tl.where(count < 0, i, j), choices + i - total)
-    offs = j * KEYS + tl.arange(0, KEYS)
-    slots = tl.load(slot_ptr + offs, mask=offs < end, other=0)
-    to_ptr = pages_ptr + (h.to(tl.int64) * tl.num_programs(1) + block) * width + i * KEYS
-    tl.store(to_ptr + tl.arange(0, KEYS), slots * heads + h, mask=offs < end)
-
-
 @dataclass
 class Fa3Lists:
-    """FA3 over lists; blocks of queries stand in the order of their rows."""
+    """FA3 over lists as the product has it (core.block_attention); blocks of queries stand in the order of
+    their rows, those that list nothing first.
+
+    parts: places of the blocks that are attended to at a time, and these.
+    """
 
     chunk: Chunk
-    width: int
-    options: dict
+    attention: ByFa3
+    parts: list[tuple[slice, QueryBlocks]]
 
     @classmethod
-    def make(cls, chunk: Chunk) -> Fa3Lists:
-        _, _, numbers, before, counts, _ = chunk.blocks
-        own = before + numbers - before // KEY_BLOCK * KEY_BLOCK
-        lens = torch.where(counts < 0, before // KEY_BLOCK, counts) * KEY_BLOCK + own
-        rows = torch.cat([torch.zeros(1, device=numbers.device), numbers.repeat(KV_HEADS)])
-        flat = [pool.view(-1, 1, 1, pool.shape[2]) for pool in (chunk.pool.k, chunk.pool.v)]
-        options = {
-            "k_cache": flat[0],
-            "v_cache": flat[1],
-            "cache_seqlens": lens.repeat(KV_HEADS).int(),
-            "cu_seqlens_q": rows.cumsum(0).int(),
-            "max_seqlen_q": QUERY_BLOCK,
-            "softmax_scale": chunk.scale,
-            "causal": True,
-        }
-        return cls(chunk, blocks_of(int(lens.max())) * KEY_BLOCK, options)
+    def make(cls, chunk: Chunk, fa3: Fa3 | None = None) -> Fa3Lists:
+        if fa3 is None:
+            from sgl_kernel.flash_attn import flash_attn_with_kvcache as fa3
+        (_, heads, dim), dtype = chunk.q.shape, chunk.q.dtype
+        slots, context = chunk.pool.k.shape[0], chunk.contexts.table.shape[1]
+        shape = TargetShape(1, 1, heads, KV_HEADS, dim, dtype, dtype, context, 1, 0, slots)
+        attention = ByFa3(ops("triton"), fa3, shape, chunk.q.device)
+        columns = chunk.blocks[:5]
+        blocks = [Block(*own) for own in zip(*(part.tolist() for part in columns), strict=True)]
+        parts, first = [], sum(block.count == WHOLE for block in blocks)
+        for part in attention.begin(chunk.contexts, blocks, len(blocks)):
+            few = slice(first, first + len(part))
+            own = QueryBlocks(*(column[few].contiguous() for column in columns), chunk.blocks.most)
+            parts.append((few, own))
+            first = few.stop
+        return cls(chunk, attention, parts)
 
-    def pages(self, listed: torch.Tensor) -> torch.Tensor:
-        blocks, number = self.chunk.blocks, self.chunk.blocks.counts.numel()
-        pages = torch.zeros(KV_HEADS, number, self.width, dtype=torch.int32, device=listed.device)
-        grid = (KV_HEADS, number, self.width // KEY_BLOCK)
-        columns = (blocks.before, blocks.numbers, blocks.counts, self.chunk.contexts.table[1])
-        _pages_kernel[grid](pages, listed, *columns, blocks.most, self.width, KEYS=KEY_BLOCK, num_warps=1)
-        return pages.flatten(0, 1)
+    def pages(self, listed: torch.Tensor, kernel: str = "triton") -> list[torch.Tensor]:
+        """int32 [H_kv, blocks, width], by part."""
+        return [
+            ops(kernel).block_slots(
+                self.chunk.contexts, blocks, listed[few], width=self.attention.widths[part]
+            )
+            for part, (few, blocks) in enumerate(self.parts)
+        ]
 
     def attend(self, listed: torch.Tensor) -> torch.Tensor:
-        from sgl_kernel.flash_attn import flash_attn_with_kvcache
+        q, pool, out, scale = self.chunk.q, self.chunk.pool, self.chunk.out, self.chunk.scale
+        self.attention.attend_whole(q, pool, out, scale=scale)
+        for part, (few, blocks) in enumerate(self.parts):
+            self.attention.attend(part, blocks, listed[few], q, pool, out, scale=scale)
+        return out
 
-        q = self.chunk.q.unflatten(1, (KV_HEADS, -1)).transpose(0, 1).flatten(0, 1)
-        found = flash_attn_with_kvcache(q, page_table=self.pages(listed), **self.options)
-        return found.view(KV_HEADS, -1, *found.shape[1:]).transpose(0, 1).flatten(1, 2)
 
-
-def same_pages(chunk: Chunk) -> None:
-    """FA3's pages are the slots that the twin attends to, in the order of positions."""
-    listed, table = chunk.list(chunk.score()), chunk.contexts.table[1].cpu()
-    lists = Fa3Lists.make(chunk)
-    pages, lens = lists.pages(listed).cpu().unflatten(0, (KV_HEADS, -1)), lists.options["cache_seqlens"]
-    columns = (chunk.blocks.before, chunk.blocks.numbers, chunk.blocks.counts)
-    for i, (before, number, count) in enumerate(zip(*(part.tolist() for part in columns), strict=True)):
-        choices = before // KEY_BLOCK
-        for h in range(KV_HEADS):
-            chosen = range(choices) if count == WHOLE else listed[i, h, :count].tolist()
-            positions = [j * KEY_BLOCK + p for j in chosen for p in range(KEY_BLOCK)]
-            positions += range(choices * KEY_BLOCK, before + number)
-            assert int(lens[h * len(pages[0]) + i]) == len(positions)
-            assert torch.equal(pages[h, i, : len(positions)], table[positions] * KV_HEADS + h), f"block {i}"
+def same_pages(chunk: Chunk, lists: Fa3Lists) -> None:
+    """FA3's pages are those of the twin, as far as anybody reads them."""
+    listed = chunk.list(chunk.score())
+    for own, other, (_, blocks) in zip(
+        lists.pages(listed), lists.pages(listed, "torch"), lists.parts, strict=True
+    ):
+        columns = (blocks.before, blocks.numbers, blocks.counts)
+        for i, (before, number, count) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            length = count * KEY_BLOCK + before % KEY_BLOCK + number
+            assert torch.equal(own[:, i, :length], other[:, i, :length]), f"block {i}"
 
 
 # ---- arms
@@ -289,7 +271,7 @@ def bench(results: Results, shape: Shape) -> None:
     arm("fa3-lists", lambda: same_attention(chunk, listed, over), over, nbytes)
     layer = lambda: lists.attend(chunk.list(chunk.score()))  # noqa: E731
     arm("fa3-layer", lambda: same_attention(chunk, listed, layer), layer, nbytes)
-    arm("fa3-table", lambda: same_pages(chunk), lambda: lists.pages(listed), nbytes)
+    arm("fa3-table", lambda: same_pages(chunk, lists), lambda: lists.pages(listed), nbytes)
 
 
 def prepare_attend(shape: Shape):

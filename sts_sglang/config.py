@@ -44,6 +44,7 @@ DraftMode = Literal["dense", "steps", "all"]
 DraftKv = Literal["auto", "model", "fp8_e4m3"]
 RequestKeep = Literal["any", "at_most", "off"]
 PrefillMode = Literal["dense", "sparse"]
+PrefillAttend = Literal["auto", "ops", "fa3"]
 
 # A share of a token below this is float error (0.1 * 30 = 3.0000000000000004), not a token.
 # It exceeds the error of keep * context for every context up to 2**33 tokens.
@@ -209,6 +210,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "prefill": _choice(get_args(PrefillMode)),
     "prefill_keep": _share,
     "prefill_floor": _integer(0, MAX_TOKENS),
+    "prefill_attend": _choice(get_args(PrefillAttend)),
     "draft_kv": _choice(get_args(DraftKv)),
     "full_verify_every": _integer(0, MAX_TOKENS),
     "request_keep": _choice(get_args(RequestKeep)),
@@ -290,6 +292,10 @@ class StsConfig:
     prefill_keep <= 1; a request may set its own."""
     prefill_floor: int = 16384
     """Tokens: new ones attend to everything as long as they and what is before them are no more."""
+    prefill_attend: PrefillAttend = "auto"
+    """What attends to the selected blocks of keys when prefill is sparse: `ops`, those of `kernel`; `fa3`,
+    which needs `dense` fa3, KV in the model's dtype and a GPU of compute capability 9; `auto` fa3 where that
+    can be, unless kernel is torch."""
     draft_kv: DraftKv = "auto"
     """What the draft's keys and values are kept as, whatever the target's are: the `model`'s dtype or
     `fp8_e4m3`, which halves what its passes over the context read; `auto` as SGLang's flags say."""

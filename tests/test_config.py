@@ -53,6 +53,7 @@ EVERY_KEY = {
     "prefill": "sparse",
     "prefill_keep": 0.5,
     "prefill_floor": 0,
+    "prefill_attend": "ops",
     "draft_kv": "fp8_e4m3",
     "full_verify_every": 16,
     "request_keep": "at_most",
@@ -66,7 +67,7 @@ def refused(source, *words: str) -> str:
     with pytest.raises(ConfigError) as caught:
         StsConfig.parse(source)
     message = str(caught.value)
-    assert len(message.splitlines()) == 1 and "; allowed: " in message and len(message) < 400, message
+    assert len(message.splitlines()) == 1 and "; allowed: " in message and len(message) < 450, message
     for word in words:
         assert word in message, message
     return message
@@ -179,6 +180,7 @@ BAD_VALUES = {
     "prefill": (["all", "", None, True], "dense | sparse"),
     "prefill_keep": ([0, -0.1, 1.01, True, "0.5", None, math.nan], "a number above 0 and at most 1"),
     "prefill_floor": ([-1, 1.0, True, "8", None, MAX_TOKENS + 1], INTEGER),
+    "prefill_attend": (["triton", "", None, True], "auto | ops | fa3"),
     "draft_kv": (["fp8", "", None, True, "bfloat16"], "auto | model | fp8_e4m3"),
     "full_verify_every": ([-1, 1.0, True, "8", None, MAX_TOKENS + 1], INTEGER),
     "request_keep": (["all", "", None, True, 0.5, ["any"]], "any | at_most | off"),

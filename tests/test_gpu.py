@@ -33,6 +33,7 @@ LONG += ["--speculative-num-draft-tokens", "6"]
 TREE = ["--speculative-num-steps", "3", "--speculative-eagle-topk", "4"]
 TREE += ["--speculative-num-draft-tokens", "8"]
 SPARSE = {"keep": 0.1, "budget": 0}
+PREFILL = {"prefill": "sparse", "prefill_keep": 0.25, "prefill_floor": 1024}
 WHOLE = {"custom_params": {"sts": {"keep": 1.0}}}
 NEW_TOKENS = 48
 
@@ -76,6 +77,10 @@ SERVERS = {
     "alone-pages-bfloat16": alone(selector="pages"),
     "alone-flashinfer-bfloat16": alone(dense="flashinfer", dense_layers=[1]),
     "alone-oracle-bfloat16": alone(selector="oracle"),
+    "sparse-prefill-bfloat16": sts("STANDALONE", CHAIN, **PREFILL),
+    "sparse-prefill-eagle3-bfloat16": sts("EAGLE3", CHAIN, **PREFILL),
+    "sparse-prefill-alone-bfloat16": alone(**PREFILL),
+    "sparse-prefill-ops-bfloat16": sts("STANDALONE", CHAIN, **PREFILL, prefill_attend="ops"),
     "prefill-graphs-bfloat16": sts("STANDALONE", CHAIN),  # breakable, SGLang's default
     "eager-bfloat16": [*sts("STANDALONE", CHAIN), *EAGER],
     "torch-bfloat16": [*sts("STANDALONE", CHAIN, kernel="torch", dense="fa3"), *EAGER],
@@ -133,7 +138,9 @@ def servers(request, tmp_path_factory):
     """Those that the chosen tests name, and what they are compared with."""
     chosen = " ".join(item.nodeid for item in request.session.items)
     kinds = {dtype_of(n) for n in SERVERS if f"[{n}]" in chosen}
-    compared = [n for n in SERVERS if n not in UNDER_TEST or n in TORCH]
+    compared = [n for n in SERVERS if n.startswith("stock") or n in TORCH]
+    if f"[{BY_OPS}]" in chosen:
+        compared.append(BY_FA3)
     names = [n for n in SERVERS if f"[{n}]" in chosen or (n in compared and dtype_of(n) in kinds)]
     with Servers(tmp_path_factory.mktemp("gpu"), names) as running:
         yield running
@@ -204,7 +211,9 @@ def was_sparse(server: LocalServer, before: dict) -> float:
 
 ALONE = [name for name in SERVERS if name.startswith("alone")]
 NOT_DRAFTED = [name for name, flags in SERVERS.items() if "--speculative-algorithm" not in flags]
-UNDER_TEST = [name for name in SERVERS if not name.startswith("stock")]
+PREFILLED = [name for name in SERVERS if name.startswith("sparse-prefill")]
+BY_FA3, BY_OPS = "sparse-prefill-bfloat16", "sparse-prefill-ops-bfloat16"
+UNDER_TEST = [name for name in SERVERS if not name.startswith("stock") and name not in PREFILLED]
 TORCH = [name for name in SERVERS if name.startswith("torch")]
 
 
@@ -250,6 +259,65 @@ def test_questions_are_answered_from_a_tenth_of_the_context(servers, prompts, na
     assert was_sparse(server, before) < (0.25 if "dense_layers" in str(SERVERS[name]) else 0.15)
     if name not in ALONE:
         assert min(a["meta_info"]["spec_accept_length"] for a in answers) > 1.5
+
+
+def asking(**params) -> dict:
+    return {"custom_params": {"sts": params}}
+
+
+@pytest.mark.parametrize("name", PREFILLED)
+def test_a_dense_prefill_among_sparse_ones_equals_stock_but_for_near_ties(servers, prompts, name):
+    """Also where both are in one batch, whose blocks that attend to everything are attended to apart."""
+    server = servers[name]
+    stock = ask_all(servers["stock-bfloat16"], prompts)
+    whole = asking(keep=1.0, prefill="dense")
+    for seed in range(4):  # new prompts each, so that nothing of them is cached
+        other = [[*prompts[3][:50], 1000 + seed, *ids] for ids in prompts[2:]]
+        with ThreadPoolExecutor(2) as pool:
+            sparse = pool.submit(ask_all, server, other)
+            dense = pool.submit(ask_all, server, other, **whole)
+            assert all(len(a["output_ids"]) == NEW_TOKENS for a in (*sparse.result(), *dense.result()))
+    differences = [
+        forced_through(server, ids, answer, NEAR_TIES[torch.bfloat16], **asking(keep=1.0, prefill_keep=1.0))
+        for ids, answer in zip(prompts, stock, strict=True)
+    ]
+    assert sum(differences) <= 0.1 * NEW_TOKENS * len(prompts)
+
+
+@pytest.mark.parametrize("name", PREFILLED)
+def test_a_long_prompt_is_prefilled_sparsely_and_shares_no_prefix_with_a_dense_one(servers, prompts, name):
+    server, ids = servers[name], [*prompts[4][:50], 999, *prompts[4]]
+    before = server.counters()
+    first, again = ask(server, ids), ask(server, ids)
+    after = server.counters()
+    selected, available = (
+        after[count] - before[count] for count in ("prefill_selected_blocks", "prefill_available_blocks")
+    )
+    # Of blocks beyond the floor a quarter, rounded up; below it, and at the end of the prompt, all.
+    assert 0.25 <= selected / available < 0.45
+    assert again["meta_info"]["cached_tokens"] >= len(ids) - 64
+    dense = ask(server, ids, **asking(prefill="dense"))
+    assert dense["meta_info"]["cached_tokens"] == 0
+    assert first["meta_info"]["cached_tokens"] == 0
+
+
+@pytest.mark.parametrize("name", [BY_OPS])
+def test_fa3_attends_to_lists_as_the_ops_do_but_for_near_ties(servers, prompts, name):
+    """Lists are those of the same scores, but for the last bits of queries in the layers behind the first."""
+    params = asking(keep=1.0)
+    answers = [ask(servers[BY_FA3], ids, **params) for ids in prompts]
+    differences = [
+        forced_through(servers[name], ids, answer, NEAR_TIES[torch.bfloat16], **params)
+        for ids, answer in zip(prompts, answers, strict=True)
+    ]
+    assert sum(differences) <= 0.1 * NEW_TOKENS * len(prompts)
+
+
+@pytest.mark.parametrize("name", PREFILLED)
+def test_what_attends_in_a_sparse_prefill_is_said(servers, name):
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    expected = "fa3" if hopper and name != BY_OPS else "triton"
+    assert servers[name].sts()["prefill_attends_by"] == expected
 
 
 # Those that select by the same map, rows and memory.

@@ -33,6 +33,7 @@ from sts_kernels.layout import (
     Pooling,
     Scores,
 )
+from tests.paged_fa3 import paged_fa3
 from tests.tolerances import assert_close
 
 KERNELS = ["torch", "triton"]
@@ -853,7 +854,10 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
         _, check, nbytes = prepare(shape)
         check()
         assert nbytes > 0
-    bench_prefill.same_pages(bench_prefill.Chunk.draw(shape))
+    chunk = bench_prefill.Chunk.draw(shape)
+    listed, lists = chunk.list(chunk.score()), bench_prefill.Fa3Lists.make(chunk, paged_fa3)
+    bench_prefill.same_pages(chunk, lists)
+    bench_prefill.same_attention(chunk, listed, lambda: lists.attend(listed))
 
 
 COMPILE = """
@@ -863,7 +867,9 @@ from benchmarks import (
 )
 from benchmarks.harness import compile_only
 from sts_kernels import ops
-from sts_kernels.layout import Contexts, History, Lists, PagedLists, Room, Rule, Scores
+from sts_kernels.layout import (
+    Contexts, History, Lists, PagedLists, QueryBlocks, Room, Rule, Scores
+)
 
 def like(*size, dtype=torch.int32):
     return torch.empty(size, dtype=dtype, device="meta")
@@ -893,6 +899,11 @@ with compile_only() as compiled:
         bench_tokens.compile_one(shape | odd | {"context": 65536}, {})
         chunk = {"cached": 32768, "new": 8192, "keep": 0.25, "group": 4, "dim": 128}
         bench_prefill.compile_one(chunk | odd, {})
+    bench_prefill.compile_one(chunk | {"dim": 256, "group": 4}, {})
+    ops("triton").block_slots(
+        Contexts(like(3, 4096), i(2), i(2)), QueryBlocks(*(like(9) for _ in range(5)), 32), like(9, 8, 32),
+        width=1000,
+    )
     eight, two = Contexts(like(9, 4096), i(8), i(8)), Contexts(like(3, 4096), i(2), i(2))
     split, full = like(65, 128, dtype=torch.float64), like(8, dtype=torch.bool)
     for keep, *more in ((0.1, split, None), (0.1, None, full), (None, split, full)):
@@ -939,7 +950,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
         *("_score_kernel", "pool_logits_kernel"),
         *("_sketch_tokens_kernel", "_score_tokens_kernel", "_count_kernel", "_list_kernel"),
         *("_copy_scores_kernel", "_mark_pages_kernel"),
-        *("_score_blocks_kernel", "_list_blocks_kernel", "_block_attention_kernel"),
+        *("_score_blocks_kernel", "_list_blocks_kernel", "_block_attention_kernel", "_block_slots_kernel"),
     }
     for name, shared, asynchronous, single in kernels:
         assert int(shared) <= 232448

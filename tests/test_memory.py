@@ -10,7 +10,7 @@ from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseCo
 
 from sts_sglang.backends import dense
 from sts_sglang.config import ConfigError, StsConfig
-from sts_sglang.core import prefill, sketches
+from sts_sglang.core import block_attention, prefill, sketches
 from sts_sglang.core import sizes as memory
 from sts_sglang.core.channels import Channels
 from sts_sglang.core.round import Cache, Draft, RoundState
@@ -192,10 +192,11 @@ def test_what_another_selector_takes_is_reserved(monkeypatch, model):
 def test_what_a_sparse_prefill_takes_is_reserved(monkeypatch, model):
     monkeypatch.setattr(serves, "draft_config", lambda *_: None)
     reserved = [
-        reserve.reserved_bytes(StsConfig(prefill=prefill_), server_args(), model(TARGET, 128), 60 << 30)
-        for prefill_ in ("dense", "sparse")
+        reserve.reserved_bytes(StsConfig(**config), server_args(), model(TARGET, 128), 60 << 30)
+        for config in ({}, {"prefill": "sparse", "prefill_attend": "ops"}, {"prefill": "sparse"})
     ]
     assert reserved[1] - reserved[0] == pytest.approx(prefill.SCRATCH, rel=0.01)
+    assert reserved[2] - reserved[1] == pytest.approx(block_attention.SCRATCH, rel=0.01)
 
 
 def test_the_state_allocates_what_was_counted():

@@ -11,6 +11,7 @@ import torch
 from tests.oracle import Oracle, Rule
 from tests.server import Server, random_ids
 from tests.test_alone import alone
+from tests.test_hicache import HICACHE
 from tests.test_serving import CHAIN, logs, pair, refusal, sts_server  # noqa: F401
 
 torch.set_num_threads(1)  # the server has the other core
@@ -20,6 +21,9 @@ KEEP = 0.25
 # Chunks end within blocks. A prompt that has a server to itself is cut there.
 CHUNKED = ("--chunked-prefill-size", "600", "--max-prefill-tokens", "600")
 CUTS = (600, 1200)
+PAGED = ("--chunked-prefill-size", "608", "--max-prefill-tokens", "608", "--page-size", "16")
+# Room for five of the longest prompts, and the others on the host.
+HOST = (*HICACHE, "--max-total-tokens", "9000")
 PREFILL = {"prefill": "sparse", "prefill_keep": KEEP, "prefill_floor": 300}
 CONFIG = {"keep": 1.0, "dense_layers": [2], **PREFILL}
 RULE = Rule(keep=1.0, prefill_keep=KEEP, prefill_floor=300, cuts=CUTS)
@@ -46,7 +50,8 @@ def branch() -> list[int]:
 
 @pytest.fixture(scope="module")
 def sparse(pair, logs):  # noqa: F811
-    with alone(pair, logs, "prefill", CONFIG, *CHUNKED, "--enable-metrics") as server:
+    args = (*CHUNKED, *HOST, "--enable-metrics")
+    with alone(pair, logs, "prefill", CONFIG, *args, module="tests.hicache_on_cpu") as server:
         yield server
 
 
@@ -111,6 +116,21 @@ def test_the_cache_keeps_kinds_apart(sparse, oracle, stock, first):
     oracle.agree(tokens, branch(), ALONE)
 
 
+def test_the_host_keeps_kinds_apart_too(sparse, oracle, stock):
+    """What was evicted to the host comes back to those who asked for the like."""
+    sparse.get("/flush_cache")
+    kinds = {"sparse": {}, "dense": asking(prefill="dense")}
+    answers = {kind: ask(sparse, LONG, **extra)[0] for kind, extra in kinds.items()}
+    for seed in range(6):  # every slot gets another occupant
+        sparse.generate(random_ids(1500, 700 + seed), 1)
+    for kind, extra in kinds.items():
+        answer = sparse.generate(LONG, 24, **extra)
+        assert answer["meta_info"]["cached_tokens_details"]["host"] >= 1500, kind
+        assert answer["output_ids"] == answers[kind]
+    assert answers["dense"] == stock[0]
+    oracle.agree(answers["sparse"], LONG, ALONE)
+
+
 def test_a_request_s_own_key_is_respected(sparse):
     ids = random_ids(700, 61)
     assert ask(sparse, ids)[1] == 0
@@ -146,9 +166,11 @@ def test_with_a_draft(pair, logs, stock):  # noqa: F811
     reads of the target comes from a sparse prefill."""
     algorithm, draft = "EAGLE3", "eagle3"
     config = {**PREFILL, "keep": 0.1, "budget": 0, "sink": 2, "recent": 8}
-    rule, oracle = replace(RULE, keep=0.1, sink=2, recent=8), Oracle(pair["target"], pair[draft])
+    rule = replace(RULE, keep=0.1, sink=2, recent=8, cuts=(608, 1216))
+    oracle = Oracle(pair["target"], pair[draft])
     name = f"prefill-{algorithm}"
-    with sts_server(pair, logs, name, algorithm, draft, config, *CHAIN, *CHUNKED) as server:
+    args = (*CHAIN, *PAGED)
+    with sts_server(pair, logs, name, algorithm, draft, config, *args) as server:
         for ids in PROMPTS:
             oracle.agree(server.generate(ids, 24)["output_ids"], ids, rule)
         dense = asking(prefill="dense", keep=1.0)

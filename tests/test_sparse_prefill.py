@@ -9,6 +9,7 @@ from sts_kernels import ops
 from sts_kernels.layout import KEY_BLOCK, WHOLE, Count
 from sts_sglang.config import StsConfig
 from sts_sglang.core import prefill
+from sts_sglang.core.block_attention import ByOps
 from sts_sglang.core.prefill import SparsePrefill
 from sts_sglang.core.request import Request
 from tests.test_kernels import DEVICE, KERNELS, on_device
@@ -25,7 +26,9 @@ def request(tokens: int, output: int = 0, **asked) -> Request:
 def made_of(made: Prefill, kernel: str = "torch", **config) -> SparsePrefill:
     config = StsConfig(prefill="sparse", **{"prefill_floor": 0, **config})
     totals = torch.zeros(len(Count), dtype=torch.int64, device=DEVICE)
-    return SparsePrefill(config, ops(kernel), LAYERS, made.kv_heads, made.group, DEVICE, totals)
+    own = ops(kernel)
+    attention = ByOps(own, kernel)
+    return SparsePrefill(config, own, attention, LAYERS, made.kv_heads, made.group, DEVICE, totals)
 
 
 def begun(sparse: SparsePrefill, made: Prefill, requests: list[Request]) -> list[tuple]:

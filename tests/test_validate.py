@@ -920,6 +920,15 @@ def test_kernels_of_a_device(launch, device, field, value, monkeypatch):
     )
 
 
+def test_fa3_attends_to_lists_on_cuda_alone(launch):
+    args, config = launch(), StsConfig(prefill="sparse", prefill_attend="fa3")
+    args.device = "cpu"
+    with pytest.raises(Refusal, match="sts_config.prefill_attend: 'fa3' is not .* allowed here: auto, ops"):
+        validate.check_device(args, config)
+    args.device = "cuda"
+    validate.check_device(args, config)
+
+
 @pytest.mark.parametrize(
     "config, arguments, named",
     [

@@ -223,7 +223,7 @@ def prefill() -> str:
     note = (
         f"Milliseconds; 8 KV heads of 128 dimensions, groups of 4, {100 * first['keep']:g} % of the blocks; "
         f"{first['gpu']}, commit {first['commit']}. `layer` is `score`, `list` and `attend`; `fa3-layer` has "
-        "FA3 over the lists in place of `attend`, which no server does yet."
+        "FA3 over the lists in place of `attend`."
     )
     head = ["new tokens", *providers, "layer, gain", "with FA3, gain"]
     return table(head, lines) + "\n\n" + note

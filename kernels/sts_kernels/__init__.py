@@ -242,6 +242,10 @@ class Ops(Protocol):
         scale: float,
     ) -> None: ...
 
+    def block_slots(
+        self, contexts: Contexts, blocks: QueryBlocks, listed: torch.Tensor, *, width: int
+    ) -> torch.Tensor: ...
+
     def plan_scores(self, contexts: Contexts, *, kv_heads: int) -> Plan | None:
         """`plan_lists` for score_tokens, alike in all layers of a step; None where none is needed."""
 

@@ -264,13 +264,27 @@ def check_block_attention(
     """Arguments of block_attention."""
     op = "block_attention"
     _check_prefill(op, q, pool, contexts, blocks)
-    wanted = (blocks.counts.numel(), pool.k.shape[1], blocks.most)
-    ok = tuple(listed.shape) == wanted and listed.dtype == torch.int32 and listed.is_contiguous()
-    got = f"{listed.dtype} {tuple(listed.shape)}"
-    expect(op, ok, f"listed must be contiguous int32 {wanted}, got {got}")
+    _check_listed(op, listed, blocks, pool.k.shape[1])
     ok = out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
     got = f"{out.dtype} {tuple(out.shape)}"
     expect(op, ok, f"out must be contiguous {q.dtype} {tuple(q.shape)} as q is, got {got}")
+
+
+def check_block_slots(contexts: Contexts, blocks: QueryBlocks, listed: torch.Tensor, width: int) -> None:
+    """Arguments of block_slots."""
+    op = "block_slots"
+    expect(op, contexts.lens.dim() == 1, f"lens must be [bs], got {tuple(contexts.lens.shape)}")
+    _check_blocks(op, blocks)
+    _check_listed(op, listed, blocks, listed.shape[1] if listed.dim() == 3 else 1)
+    expect(op, width >= 0, f"width must not be negative, got {width}")
+
+
+def _check_listed(op: str, listed: torch.Tensor, blocks: QueryBlocks, kv_heads: int) -> None:
+    """What list_blocks answers."""
+    wanted = (blocks.counts.numel(), kv_heads, blocks.most)
+    ok = tuple(listed.shape) == wanted and listed.dtype == torch.int32 and listed.is_contiguous()
+    got = f"{listed.dtype} {tuple(listed.shape)}"
+    expect(op, ok, f"listed must be contiguous int32 {wanted}, got {got}")
 
 
 def _check_prefill(op: str, q: torch.Tensor, pool: KvPool, contexts: Contexts, blocks: QueryBlocks) -> None:

@@ -2,7 +2,8 @@
 
 Three kernels a layer. A few rows of each block of queries are multiplied with all keys before them and leave
 the sum of each block of keys; these sums become scores, and the best blocks a list; then all rows attend to
-what their block has listed. How many blocks are listed is known on the host, so nothing waits for the device.
+what their block has listed. For a paged attention in its place a kernel writes the slots of that. How many
+blocks are listed is known on the host, so nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -14,23 +15,31 @@ import torch
 import triton
 import triton.language as tl
 
-from sts_kernels.checks import check_block_attention, check_block_lists, check_block_scores
-from sts_kernels.layout import KEY_BLOCK, QUERY_BLOCK, Contexts, KvPool, QueryBlocks
+from sts_kernels.checks import (
+    check_block_attention,
+    check_block_lists,
+    check_block_scores,
+    check_block_slots,
+)
+from sts_kernels.layout import KEY_BLOCK, QUERY_BLOCK, Contexts, KvPool, QueryBlocks, blocks_of
 from sts_kernels.split_kv import LOG2E, in_tile, padded
 
 
 @dataclass(frozen=True)
 class PrefillKnobs:
     """score_rows: that a program multiplies with a block of keys, those of several blocks of queries. span:
-    blocks of keys that it goes through. score_warps, score_stages: of it. cells: sums that a selecting
-    program holds at a time. list_warps: of it. heads: query heads of a KV head that an attending program has,
-    which share its reads. tile: keys that it reads at a time. num_warps, num_stages: of it.
+    blocks of keys that it goes through. score_warps, score_stages: of it. score_registers: that a thread of
+    it may have where it has no more rows; 128 let two programs share a multiprocessor, so that one multiplies
+    while the other makes exponentials or waits for keys. cells: sums that a selecting program holds at a
+    time. list_warps: of it. heads: query heads of a KV head that an attending program has, which share its
+    reads. tile: keys that it reads at a time. num_warps, num_stages: of it.
     """
 
     score_rows: int = 128
     span: int = 64
     score_warps: int = 8
     score_stages: int = 3
+    score_registers: int = 128
     cells: int = 8192
     list_warps: int = 4
     heads: int = 2
@@ -40,7 +49,9 @@ class PrefillKnobs:
 
 
 KNOBS = PrefillKnobs()
-TILE_BYTES = 32768  # of keys that an attending program reads at a time; of half precision
+LISTED = 16  # blocks of keys whose slots a program writes
+# Of an attending program, of half precision: of keys that it reads at a time, and of its queries.
+TILE_BYTES, QUERY_BYTES = 32768, 65536
 
 
 def shared_bytes(head_dim: int, rows: int) -> int:
@@ -67,6 +78,7 @@ def score_blocks(
     if number == 0:
         return sums
     together = max(1, KNOBS.score_rows // each)
+    rows = padded(together * each)
     grid = (kv_heads, -(-number // together), -(-blocks.most // KNOBS.span))
     _score_blocks_kernel[grid](
         q,
@@ -87,11 +99,12 @@ def score_blocks(
         D_P2=padded(q.shape[2]),
         SAMPLED=sampled,
         TOGETHER=together,
-        ROWS=padded(together * each),
+        ROWS=rows,
         BLOCK=KEY_BLOCK,
         SPAN=KNOBS.span,
         num_warps=KNOBS.score_warps,
         num_stages=KNOBS.score_stages,
+        maxnreg=KNOBS.score_registers if rows <= KNOBS.score_rows else None,
     )
     return sums
 
@@ -137,7 +150,8 @@ def block_attention(
     number, kv_heads, group = blocks.counts.numel(), pool.k.shape[1], q.shape[1] // pool.k.shape[1]
     if number == 0:
         return
-    heads, dims = math.gcd(group, KNOBS.heads), padded(q.shape[2])
+    dims = padded(q.shape[2])
+    heads = math.gcd(group, max(1, min(KNOBS.heads, QUERY_BYTES // (2 * QUERY_BLOCK * dims))))
     _block_attention_kernel[(number * (group // heads), kv_heads)](
         q,
         pool.k,
@@ -165,6 +179,29 @@ def block_attention(
         num_warps=KNOBS.num_warps,
         num_stages=KNOBS.num_stages,
     )
+
+
+def block_slots(contexts: Contexts, blocks: QueryBlocks, listed: torch.Tensor, *, width: int) -> torch.Tensor:
+    """Kernel of `sts_kernels.torch_ops.block_slots` (see there); no host sync."""
+    check_block_slots(contexts, blocks, listed, width)
+    number, kv_heads, most = listed.shape
+    slots = torch.empty(kv_heads, number, width, dtype=torch.int32, device=listed.device)
+    if slots.numel() == 0:
+        return slots
+    _block_slots_kernel[(-(-blocks_of(width) // LISTED), number, kv_heads)](
+        slots,
+        listed,
+        blocks.requests,
+        *blocks[2:5],
+        contexts.table,
+        contexts.reqs,
+        most,
+        width,
+        contexts.table.stride(0),
+        KEYS=KEY_BLOCK,
+        LISTED=LISTED,
+    )
+    return slots
 
 
 @triton.jit
@@ -236,9 +273,9 @@ def _score_blocks_kernel(
                 k = tl.load(k_offs)  # [BLOCK, D]
             else:
                 k = tl.load(k_offs, mask=(dims < D)[None, :], other=0.0)
-            s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale  # [ROWS, BLOCK]
-            peak = tl.max(s, 1)
-            found = peak + tl.log2(tl.sum(tl.exp2(s - peak[:, None]), 1))
+            s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")  # [ROWS, BLOCK]
+            peak = tl.max(s, 1) * scale
+            found = peak + tl.log2(tl.sum(tl.exp2(s * scale - peak[:, None]), 1))
             tl.store(to_ptr + j * EACH, found, mask=asks)
         for j in range(tl.maximum(begin, clear), end):
             offs = j * BLOCK + tl.arange(0, BLOCK)
@@ -392,3 +429,38 @@ def _block_attention_kernel(
     out = acc / norm[:, None] * v_scale
     to_ptr = out_ptr + (row * stride_out + head * D)[:, None] + dims[None, :]
     tl.store(to_ptr, out.to(out_ptr.dtype.element_ty), mask=in_tile(ok, dims, D))
+
+
+@triton.jit
+def _block_slots_kernel(
+    slots_ptr,  # int32 [H_kv, blocks, width], written
+    listed_ptr,  # int32 [blocks, H_kv, most]
+    request_ptr,  # int32 [blocks], and so the next three, see QueryBlocks
+    number_ptr,
+    before_ptr,
+    count_ptr,
+    table_ptr,  # int32 [requests, ..]
+    reqs_ptr,  # int [bs]
+    most,
+    width,
+    stride_table,
+    KEYS: tl.constexpr,
+    LISTED: tl.constexpr,  # blocks of keys of a program
+):
+    block, h = tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(2)
+    count, before = tl.load(count_ptr + block), tl.load(before_ptr + block)
+    if count < 0:
+        return
+    end = before + tl.load(number_ptr + block)
+    req = tl.load(reqs_ptr + tl.load(request_ptr + block)).to(tl.int64)
+    place, keys = tl.program_id(0) * LISTED + tl.arange(0, LISTED), tl.arange(0, KEYS)
+    listed = place < count
+    list_ptr = listed_ptr + (block.to(tl.int64) * heads + h) * most
+    # Behind the list stands what is between the blocks that could be selected and the last new token.
+    j = tl.where(listed, tl.load(list_ptr + place, mask=listed, other=0), before // KEYS + place - count)
+    offs = j[:, None] * KEYS + keys[None, :]
+    there = offs < end
+    slots = tl.load(table_ptr + req * stride_table + offs, mask=there, other=0)
+    to_ptr = slots_ptr + (h.to(tl.int64) * tl.num_programs(1) + block) * width
+    tl.store(to_ptr + place[:, None] * KEYS + keys[None, :], slots * heads + h, mask=there)

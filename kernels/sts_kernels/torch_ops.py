@@ -18,6 +18,7 @@ from sts_kernels.checks import (
     check_block_attention,
     check_block_lists,
     check_block_scores,
+    check_block_slots,
     check_columns,
     check_draft,
     check_headwise,
@@ -1146,6 +1147,34 @@ def block_attention(
                 scale=scale * pool.k_scale,
             )
             out[rows, heads] = found[0].transpose(0, 1) * pool.v_scale
+
+
+def block_slots(contexts: Contexts, blocks: QueryBlocks, listed: torch.Tensor, *, width: int) -> torch.Tensor:
+    """What `block_attention` attends to, as pages of one token, for a paged attention that takes every
+    (KV head, query block) as a request, of pools that are seen as one head.
+
+    Args:
+        contexts: with the lengths after the new tokens. listed: of `list_blocks`.
+        width: tokens that a query block attends to at most, causality aside.
+
+    Returns:
+        int32 [H_kv, blocks, width]: slot * H_kv + h of every token that a query block and KV head h attend
+        to, in the order of positions; undefined behind them, and for blocks that are WHOLE.
+
+    Raises:
+        ValueError: a dtype or shape does not fit.
+    """
+    check_block_slots(contexts, blocks, listed, width)
+    kv_heads = listed.shape[1]
+    found = torch.zeros(kv_heads, listed.shape[0], width, dtype=torch.int32, device=listed.device)
+    for i, (slots, _, before, _, count) in enumerate(_query_blocks(contexts, blocks)):
+        if count == WHOLE:
+            continue
+        block = torch.arange(slots.numel(), device=slots.device) // KEY_BLOCK
+        for h in range(kv_heads):
+            own = slots[torch.isin(block, listed[i, h, :count]) | (block >= before // KEY_BLOCK)]
+            found[h, i, : own.numel()] = own * kv_heads + h
+    return found
 
 
 def _query_blocks(

@@ -18,8 +18,9 @@ import torch
 from sts_kernels import Ops
 from sts_kernels.layout import KEY_BLOCK, QUERY_BLOCK, WHOLE, Contexts, Count, KvPool, QueryBlocks, blocks_of
 from sts_sglang.config import CEIL_GUARD, ConfigError, StsConfig, quoted, request_prefill
+from sts_sglang.core.block_attention import Block, BlockAttention
 from sts_sglang.core.request import Request
-from sts_sglang.core.sizes import Need, parted
+from sts_sglang.core.sizes import Need
 
 logger = logging.getLogger(__name__)
 
@@ -34,40 +35,27 @@ class _Asked(NamedTuple):
     tokens: int
 
 
-class _Block(NamedTuple):
-    """A block of new tokens, as `QueryBlocks` has it."""
-
-    request: int
-    row: int
-    number: int
-    before: int
-    count: int
-
-    @property
-    def choices(self) -> int:
-        """Blocks of keys that it may select among."""
-        return self.before // KEY_BLOCK
-
-
 class SparsePrefill:
     """The prefills of one target, a forward at a time.
 
     Args:
-        config: with prefill 'sparse'. ops: the ops in use. layers: of the target. kv_heads, group: of a rank.
-        device: where it runs. totals: int64 [len(Count)], counts are added to it.
+        config: with prefill 'sparse'. ops: the ops in use. attention: to what was listed. layers: of the
+            target. kv_heads, group: of a rank. device: where it runs. totals: int64 [len(Count)], counts are
+            added to it.
     """
 
     def __init__(
         self,
         config: StsConfig,
         ops: Ops,
+        attention: BlockAttention,
         layers: int,
         kv_heads: int,
         group: int,
         device: str,
         totals: torch.Tensor,
     ):
-        self.config, self.ops, self.device = config, ops, device
+        self.config, self.ops, self.attention, self.device = config, ops, attention, device
         self._heads = (layers - len(config.dense_layers)) * kv_heads  # that select
         self._row_bytes = 4 * kv_heads * (SAMPLED * group + 1)  # of a block of new tokens and one of keys
         self._selected = totals[Count.PREFILL_SELECTED_BLOCKS]
@@ -114,14 +102,14 @@ class SparsePrefill:
         self._count(blocks)
         if all(block.count == WHOLE for block in blocks):
             return
-        # What attends to everything takes longest, and so begins.
-        blocks.sort(key=lambda block: (block.count != WHOLE, block.request, -block.before))
+        most = max(blocks_of(block.end) for block in blocks)
+        at_once = max(1, SCRATCH // (self._row_bytes * most))
+        self._parts = [self._columns(part) for part in self.attention.begin(contexts, blocks, at_once)]
+
+    def _columns(self, blocks: list[Block]) -> QueryBlocks:
         columns = torch.tensor(blocks, dtype=torch.int32).T.contiguous()
-        columns = columns.to(self.device, non_blocking=True)
-        most = max(blocks_of(block.before + block.number) for block in blocks)
-        for few in parted(len(blocks), max(1, SCRATCH // (self._row_bytes * most))):
-            own = max(blocks_of(block.before + block.number) for block in blocks[few])
-            self._parts.append(QueryBlocks(*columns[:, few].contiguous(), own))
+        most = max(blocks_of(block.end) for block in blocks)
+        return QueryBlocks(*columns.to(self.device, non_blocking=True), most)
 
     def attends(self, layer: int) -> bool:
         """Whether this forward attends to a selection in a layer."""
@@ -133,21 +121,22 @@ class SparsePrefill:
             raise RuntimeError(f"STS: {q.shape[0]} queries of a prefill of {self._rows} tokens")
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         sink, recent = self._forced
-        for blocks in self._parts:
+        self.attention.attend_whole(q, pool, out, scale=scale)
+        for part, blocks in enumerate(self._parts):
             sums = self.ops.score_blocks(q, pool, self._contexts, blocks, scale=scale, sampled=SAMPLED)
             listed = self.ops.list_blocks(sums, blocks, sink=sink, recent=recent)
             del sums  # what other layers and parts need as well
-            self.ops.block_attention(q, pool, self._contexts, blocks, listed, out, scale=scale)
+            self.attention.attend(part, blocks, listed, q, pool, out, scale=scale)
         return out
 
-    def _blocks(self, request: int, row: int, asked: _Asked, before: int, number: int) -> Iterator[_Block]:
+    def _blocks(self, request: int, row: int, asked: _Asked, before: int, number: int) -> Iterator[Block]:
         """The new tokens of a request in blocks that begin where those of the whole prompt would, so that it
         hardly matters how a prompt is cut into chunks."""
         first, end = before, before + number
         while first < end:
             last = min((first // QUERY_BLOCK + 1) * QUERY_BLOCK, end)
             count = self._selects(asked, first, last)
-            yield _Block(request, row + first - before, last - first, first, count)
+            yield Block(request, row + first - before, last - first, first, count)
             first = last
 
     def _selects(self, asked: _Asked, first: int, last: int) -> int:
@@ -158,7 +147,7 @@ class SparsePrefill:
         count = max(math.ceil(asked.keep * choices - CEIL_GUARD), sum(self._forced))
         return WHOLE if count >= choices else count
 
-    def _count(self, blocks: list[_Block]) -> None:
+    def _count(self, blocks: list[Block]) -> None:
         """On the host alone, which knows how long lists are; of requests that are prefilled sparsely."""
         sparse = [block for block in blocks if self._asked[block.request].keep is not None]
         if not sparse:
@@ -169,5 +158,5 @@ class SparsePrefill:
 
 
 def need(config: StsConfig) -> Need:
-    """What a sparse prefill takes besides what a dense one does."""
+    """What selecting takes in a sparse prefill."""
     return Need(SCRATCH if config.prefill == "sparse" else 0)

@@ -17,7 +17,8 @@ from sts_sglang.backends.carry import CarryLastRow
 from sts_sglang.backends.draft import DraftMultiStepBackend
 from sts_sglang.backends.target import StsTargetBackend
 from sts_sglang.config import StsConfig, not_allowed, shown
-from sts_sglang.core import sizes
+from sts_sglang.core import block_attention, sizes
+from sts_sglang.core.block_attention import Fa3
 from sts_sglang.core.channels import Channels
 from sts_sglang.core.prefill import SparsePrefill
 from sts_sglang.core.ranks import ALONE, Ranks
@@ -69,6 +70,7 @@ class Bound:
             "config": json.loads(runtime.config.to_json()),
             "selects_by": runtime.selects_by,
             "prefill": runtime.prefills,
+            **self._prefill_attends(),
             "head_map": runtime.head_map.origin,
             "channels": runtime.channels.number,
             "ranks": runtime.ranks.size,
@@ -85,6 +87,11 @@ class Bound:
             "memory_share": round(sum(own.values()) / self.kv_bytes, 4),
             "counters": read_counters(runtime.totals(), runtime.verifier.host_plans),
         }
+
+    def _prefill_attends(self) -> dict[str, str]:
+        """What attends to what a sparse prefill selects."""
+        prefill = self.runtime.prefill
+        return {} if prefill is None else {"prefill_attends_by": prefill.attention.name}
 
     def _history_bytes(self) -> dict[str, int]:
         if (history := self.runtime.state.history) is None:
@@ -175,6 +182,7 @@ def bind(worker: EAGLEWorkerV2, config: StsConfig) -> Bound:
         models=views.paths(args),
         shape=_target_of(args, target),
         ranks=views.ranks(args),
+        fa3=_fa3_of(found.verify),
     )
     release.use_qlen_tree_mask(worker._draft_worker)
     for backend in (found.verify, found.extend, found.steps):
@@ -208,6 +216,7 @@ def bind_alone(worker: TpModelWorker, config: StsConfig) -> Bound:
         models=views.paths(args),
         shape=_target_of(args, target),
         ranks=views.ranks(args),
+        fa3=_fa3_of(backend),
     )
     backend.bind(runtime)
     _bound = Bound(runtime, type(backend.dense).__name__, target.pools.nbytes(), {})
@@ -283,6 +292,7 @@ def assemble(
     models: ModelPaths | None = None,
     shape: TargetShape | None = None,
     ranks: Ranks = ALONE,
+    fa3: Fa3 | None = None,
 ) -> Runtime:
     """The runtime of a pair, or of a target alone; on one of several ranks, of its heads.
 
@@ -291,6 +301,7 @@ def assemble(
         cache: where contexts are. draft: of its pass, None without one. device: where the state lives.
         models: where the weights are, for the fingerprints of head maps.
         shape: of the target on this rank, for verifiers that plan for it. ranks: who has the other heads.
+        fa3: where it can attend to lists.
     """
     config.check_layers(target.layers)
     head_map = headmap.of_config(config, target, draft_counts, models, ranks.size)
@@ -325,18 +336,27 @@ def assemble(
         whole=by_ops.make(made_of),
         sketches=sketches,
         ranks=ranks,
-        prefill=_prefill(config, own, target, device, state.totals),
+        prefill=_prefill(made_of, own_ops, target, device, fa3),
     )
 
 
 def _prefill(
-    config: StsConfig, ops: Ops, target: HeadCounts, device: str, totals: torch.Tensor
+    parts: VerifierParts, kernel: str, target: HeadCounts, device: str, fa3: Fa3 | None
 ) -> SparsePrefill | None:
-    """Of a rank's heads, where a request may be prefilled sparsely."""
+    """Of a rank's heads, where a request may be prefilled sparsely. kernel: name of the ops."""
+    config, ops, totals = parts.config, parts.ops, parts.state.totals
     if config.prefill == "dense":
         return None
+    attention = block_attention.make(config, ops, kernel, parts.target, fa3, device)
     group = target.q_heads // target.kv_heads
-    return SparsePrefill(config, ops, target.layers, target.kv_heads, group, device, totals)
+    return SparsePrefill(config, ops, attention, target.layers, target.kv_heads, group, device, totals)
+
+
+def _fa3_of(backend: StsTargetBackend) -> Fa3 | None:
+    """SGLang's, where it serves what is dense on a GPU that its kernels are made for."""
+    if backend.dense_name != "fa3" or torch.cuda.get_device_capability()[0] != 9:
+        return None
+    return views.fa3(backend.dense)
 
 
 def _sketches(

@@ -387,6 +387,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "support_triton",
     ),
     f"{_ATTENTION}.flashattention_backend.FlashAttentionBackend": (
+        "flash_attn_with_kvcache",
         "forward_extend",
         "init_forward_metadata_in_graph",
         "init_forward_metadata_out_graph",

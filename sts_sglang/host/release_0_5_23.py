@@ -106,7 +106,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     f"{_ATTENTION}.verify_mask.VerifyMask": ("buffer", "max_bs", "mode"),
     _RUNNER: _changed(_RUNNER, {"war_fastpath_read_done_event"}, set()),
     _PARAMS: _changed(_PARAMS, set(), {"beam_width"}),
-    _FA3: ("forward_extend",),
+    _FA3: ("flash_attn_with_kvcache", "forward_extend"),
     _DRAFT_WORKER: _changed(_DRAFT_WORKER, {"tree_mask_mode"}, set()),
     _ARGS: SERVER_ARGS_READ,
 }

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from sts_sglang import headmap
 from sts_sglang.config import StsConfig, not_allowed
-from sts_sglang.core import prefill, sizes
+from sts_sglang.core import block_attention, prefill, sizes
 from sts_sglang.core.selectors import registry as selectors
 from sts_sglang.core.sizes import Capacity, Need
 from sts_sglang.core.verifier import TargetShape
@@ -40,6 +40,7 @@ class _Launch(NamedTuple):
             selectors.need(config, shape, capacity.longest(config, self.head_map)),
             verifiers.of(config.kernel).need(config, shape),
             prefill.need(config),
+            block_attention.need(config, shape),
             Need(per_token=self.above),
         ]
         return Need(*map(sum, zip(*needs, strict=True)))

@@ -48,6 +48,7 @@ OTHERWISE = "or use another --attention-backend"
 # A device that is not listed is not served.
 KERNELS = {"cpu": ("auto", "torch"), "cuda": ("auto", "triton", "flashinfer", "torch")}
 DENSE = {"cpu": ("auto", "torch"), "cuda": ("auto", "fa3", "flashinfer", "torch")}
+PREFILL_ATTEND = {"cpu": ("auto", "ops"), "cuda": ("auto", "ops", "fa3")}
 
 _OTHER_WINDOWS = ("sliding_window_size", "window_size")
 _HEADS_READ = {
@@ -278,7 +279,7 @@ def check_device(server_args: ServerArgs, config: StsConfig) -> None:
 
 def _check_kernel(server_args: ServerArgs, config: StsConfig) -> None:
     device = server_args.device
-    available = {"kernel": KERNELS[device], "dense": DENSE[device]}
+    available = {"kernel": KERNELS[device], "dense": DENSE[device], "prefill_attend": PREFILL_ATTEND[device]}
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         # As numpy: far too slow to serve, for tests of the whole path.
         available["kernel"] = (*available["kernel"], "triton")

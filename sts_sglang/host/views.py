@@ -8,7 +8,7 @@ what is meant.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from sts_sglang.host.releases import release
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.distributed.parallel_state import GroupCoordinator
+    from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -278,6 +279,11 @@ def pools(of_model: ModelRunner) -> Pools:
     """Of a model that is loaded."""
     of_layer = {layer.layer_id: scales(layer) for layer in attention_layers(of_model)}
     return Pools(of_model.token_to_kv_pool, of_layer)
+
+
+def fa3(backend: FlashAttentionBackend) -> Callable[..., torch.Tensor]:
+    """Paged attention by FA3 (`flash_attn_with_kvcache` of sgl_kernel), the one that the backend calls."""
+    return backend.flash_attn_with_kvcache
 
 
 class Runner(NamedTuple):
