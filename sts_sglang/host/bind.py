@@ -18,6 +18,7 @@ from sts_sglang.backends.draft import DraftMultiStepBackend
 from sts_sglang.backends.target import StsTargetBackend
 from sts_sglang.config import StsConfig, not_allowed, shown
 from sts_sglang.core import sizes
+from sts_sglang.core.block_selectors import ByDraft, ByTarget
 from sts_sglang.core.channels import Channels
 from sts_sglang.core.prefill import SparsePrefill
 from sts_sglang.core.ranks import ALONE, Ranks
@@ -325,18 +326,28 @@ def assemble(
         whole=by_ops.make(made_of),
         sketches=sketches,
         ranks=ranks,
-        prefill=_prefill(config, own, target, device, state.totals),
+        prefill=_prefill(config, own, head_map, target, draft, state),
     )
 
 
 def _prefill(
-    config: StsConfig, ops: Ops, target: HeadCounts, device: str, totals: torch.Tensor
+    config: StsConfig,
+    ops: Ops,
+    head_map: headmap.HeadMap,
+    target: HeadCounts,
+    draft: Draft | None,
+    state: RoundState,
 ) -> SparsePrefill | None:
     """Of a rank's heads, where a request may be prefilled sparsely."""
     if config.prefill == "dense":
         return None
-    group = target.q_heads // target.kv_heads
-    return SparsePrefill(config, ops, target.layers, target.kv_heads, group, device, totals)
+    device = str(state.totals.device)
+    if config.prefill_selector == "draft":
+        # Whoever selects for verify, the draft is heard here.
+        selector = ByDraft(config, ops, Channels.of(head_map, device), draft)
+    else:
+        selector = ByTarget(config, ops, target.kv_heads, target.q_heads // target.kv_heads)
+    return SparsePrefill(config, ops, selector, target.layers, target.kv_heads, device, state.totals)
 
 
 def _sketches(
