@@ -1045,7 +1045,10 @@ def test_a_head_cannot_read_a_prompt_first(flags, algorithm):
     with pytest.raises(Refusal) as caught:
         validate.check_prefill(args, StsConfig(prefill="sparse", prefill_by="draft"))
     check_message(
-        caught, flags, f"'draft' with --speculative-algorithm {algorithm}", 'prefill_by to "target"'
+        caught,
+        flags,
+        f"sts_config.prefill_by: 'draft' with --speculative-algorithm {algorithm}",
+        'prefill_by to "target"',
     )
 
 
