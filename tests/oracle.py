@@ -244,9 +244,8 @@ class Oracle:
         tokens = list(prompt)
         if rule.prefill_keep is not None:
             if rule.prefill_by == "draft":
-                self._read = self.draft(tokens[1:], None, list(range(len(tokens) - 1)), _causal(tokens[1:]))[
-                    2
-                ]
+                ids, positions = self._draft_ids(tokens, rule), list(range(len(tokens) - 1))
+                self._read = self.draft(ids, None, positions, causal[: len(ids), : len(ids)])[2]
             self._choose = lambda layer: self._choose_blocks(layer, len(prompt), seen, rule, trace)
         logits, hidden = self._run_target(tokens, list(range(len(tokens))), seen)
         self._choose = None
@@ -274,6 +273,14 @@ class Oracle:
         trace.logprobs = trace.logprobs[:new_tokens]
         return trace
 
+    @staticmethod
+    def _draft_ids(tokens: list[int], rule: Rule) -> list[int]:
+        """What the draft has read of these."""
+        ids = tokens[1:]
+        if rule.donor:
+            ids[rule.donor[0]] = rule.donor[1]
+        return ids
+
     def _draft_round(
         self, tokens: list[int], hidden: list[torch.Tensor], rule: Rule, trace: Trace, mask: torch.Tensor
     ) -> Tree:
@@ -284,9 +291,7 @@ class Oracle:
         do not run. `mask` is [layers, heads, length, length], of the committed tokens.
         """
         k, length = rule.topk, len(tokens) - 1
-        ids, positions = tokens[1:], list(range(length))
-        if rule.donor:
-            ids[rule.donor[0]] = rule.donor[1]
+        ids, positions = self._draft_ids(tokens, rule), list(range(length))
         states = self.draft.project(hidden) if isinstance(self.draft, Eagle3Draft) else None
         logits, out, attention = self.draft(ids, states, positions, mask)
         scores, chosen = logits[-1:].softmax(-1).topk(k)
@@ -649,10 +654,6 @@ def _causal_row(logits: torch.Tensor, row: int) -> torch.Tensor:
     found = torch.zeros_like(logits[:, row])
     found[:, : row + 1] = logits[:, row, : row + 1].softmax(-1)
     return found
-
-
-def _causal(tokens: list[int]) -> torch.Tensor:
-    return torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
 
 
 def _additive(mask: torch.Tensor) -> torch.Tensor:
