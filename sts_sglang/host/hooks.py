@@ -266,7 +266,7 @@ def forward_batch(self: EAGLEWorkerV2, batch: ScheduleBatch, *args, **kwargs) ->
     draft read first where it selects."""
     if (bound := bind.current()) is not None:
         _before_forward(bound.runtime, batch)
-        if views.prefills(batch):
+        if _Scheduler.draft_first is not None and views.prefills(batch):
             _Scheduler.draft_first.before_target(self, batch)
 
 
