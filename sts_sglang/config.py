@@ -45,6 +45,7 @@ DraftKv = Literal["auto", "model", "fp8_e4m3"]
 RequestKeep = Literal["any", "at_most", "off"]
 PrefillMode = Literal["dense", "sparse"]
 PrefillAttend = Literal["auto", "ops", "fa3"]
+PrefillBy = Literal["auto", "target", "draft"]
 
 # A share of a token below this is float error (0.1 * 30 = 3.0000000000000004), not a token.
 # It exceeds the error of keep * context for every context up to 2**33 tokens.
@@ -211,6 +212,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "prefill_keep": _share,
     "prefill_floor": _integer(0, MAX_TOKENS),
     "prefill_attend": _choice(get_args(PrefillAttend)),
+    "prefill_by": _choice(get_args(PrefillBy)),
     "draft_kv": _choice(get_args(DraftKv)),
     "full_verify_every": _integer(0, MAX_TOKENS),
     "request_keep": _choice(get_args(RequestKeep)),
@@ -286,16 +288,21 @@ class StsConfig:
     draft-extend."""
     prefill: PrefillMode = "dense"
     """`sparse`: every block of 128 new tokens of a long prompt attends to the blocks of 128 keys that some of
-    its own queries give the most attention, in every layer and KV head anew."""
+    its own queries give the most attention, in every layer and KV head anew; or the draft's, see
+    `prefill_by`."""
     prefill_keep: float = 0.25
     """Share of the blocks of keys before them that new tokens attend to when prefill is sparse, 0 <
     prefill_keep <= 1; a request may set its own."""
     prefill_floor: int = 16384
     """Tokens: new ones attend to everything as long as they and what is before them are no more."""
-    prefill_attend: PrefillAttend = "auto"
+    prefill_attend: PrefillAttend = "ops"
     """What attends to the selected blocks of keys when prefill is sparse: `ops`, those of `kernel`; `fa3`,
     which needs `dense` fa3, KV in the model's dtype and a GPU of compute capability 9; `auto` fa3 where that
     can be, unless kernel is torch."""
+    prefill_by: PrefillBy = "auto"
+    """Whose queries say what new tokens attend to when prefill is sparse. `target`: its own, layer by layer.
+    `draft`, with STANDALONE alone: the draft reads a chunk before the target, and its attention selects for
+    all layers at once through the head map. `auto`: the target's."""
     draft_kv: DraftKv = "auto"
     """What the draft's keys and values are kept as, whatever the target's are: the `model`'s dtype or
     `fp8_e4m3`, which halves what its passes over the context read; `auto` as SGLang's flags say."""
@@ -362,7 +369,7 @@ class StsConfig:
         """Raises `ConfigError` for what needs a draft."""
         needs = [("selector", "draft"), ("selector", "joined"), ("policy", "top_p")]
         needs += [("history", "warm"), ("history", "blend"), ("draft", "steps"), ("draft", "all")]
-        needs += [("draft_kv", "model"), ("draft_kv", "fp8_e4m3")]
+        needs += [("draft_kv", "model"), ("draft_kv", "fp8_e4m3"), ("prefill_by", "draft")]
         for field, value in needs:
             if getattr(self, field) == value:
                 what = "keys" if field == "draft_kv" else "scores"
@@ -417,6 +424,11 @@ class StsConfig:
         from sts_kernels.layout import PAGE, pages_of  # imports torch
 
         return PAGE * (pages_of(self.sink) + pages_of(self.recent) + BRANCHES) + PAGE - 1
+
+    @property
+    def prefill_selector(self) -> Literal["target", "draft"]:
+        """Who selects in a sparse prefill: `prefill_by`, or what `auto` stands for."""
+        return "target" if self.prefill_by == "auto" else self.prefill_by
 
     @property
     def sparse_draft(self) -> bool:

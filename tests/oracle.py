@@ -59,9 +59,13 @@ class Rule:
     # Share of the blocks of 128 keys that a block of 128 tokens of the prompt attends to; None: all of them.
     prefill_keep: float | None = None
     prefill_floor: int = 0
+    # Whose: the target's in every layer, or the draft's, which reads a chunk first: without the row of its
+    # first token, and with the key of its index p in the place of token p + prefill_shift.
+    prefill_by: str = "target"
+    prefill_shift: int = 1
     asked: int = 8  # rows of a block that say which
     last_block: bool = False  # the prompt's last block selects too
-    cuts: tuple[int, ...] = ()  # where chunks begin within a block of the prompt
+    cuts: tuple[int, ...] = ()  # where chunks begin within a block of the prompt; all of them for a draft
     dense_layers: tuple[int, ...] = ()
 
     def budget(self, context: int) -> int:
@@ -194,6 +198,7 @@ class Oracle:
             self.draft = self._load_draft(draft)
         self._masks: list[torch.Tensor] = []
         self._choose = None  # of a running verify whose layers select by their own queries
+        self._read: list[torch.Tensor] = []  # [heads, n, n] a layer, what a draft attends to in a prompt
         self._inputs: dict[int, tuple] = {}
         for i, layer in enumerate(self.target.model.layers):
             layer.self_attn.register_forward_pre_hook(_mask_hook(self, i), with_kwargs=True)
@@ -238,6 +243,9 @@ class Oracle:
             draft_seen = draft_seen.clone() if rule.draft == "all" else draft_seen
         tokens = list(prompt)
         if rule.prefill_keep is not None:
+            if rule.prefill_by == "draft":
+                ids, positions = self._draft_ids(tokens, rule), list(range(len(tokens) - 1))
+                self._read = self.draft(ids, None, positions, causal[: len(ids), : len(ids)])[2]
             self._choose = lambda layer: self._choose_blocks(layer, len(prompt), seen, rule, trace)
         logits, hidden = self._run_target(tokens, list(range(len(tokens))), seen)
         self._choose = None
@@ -265,6 +273,14 @@ class Oracle:
         trace.logprobs = trace.logprobs[:new_tokens]
         return trace
 
+    @staticmethod
+    def _draft_ids(tokens: list[int], rule: Rule) -> list[int]:
+        """What the draft has read of these."""
+        ids = tokens[1:]
+        if rule.donor:
+            ids[rule.donor[0]] = rule.donor[1]
+        return ids
+
     def _draft_round(
         self, tokens: list[int], hidden: list[torch.Tensor], rule: Rule, trace: Trace, mask: torch.Tensor
     ) -> Tree:
@@ -275,9 +291,7 @@ class Oracle:
         do not run. `mask` is [layers, heads, length, length], of the committed tokens.
         """
         k, length = rule.topk, len(tokens) - 1
-        ids, positions = tokens[1:], list(range(length))
-        if rule.donor:
-            ids[rule.donor[0]] = rule.donor[1]
+        ids, positions = self._draft_ids(tokens, rule), list(range(length))
         states = self.draft.project(hidden) if isinstance(self.draft, Eagle3Draft) else None
         logits, out, attention = self.draft(ids, states, positions, mask)
         scores, chosen = logits[-1:].softmax(-1).topk(k)
@@ -441,23 +455,45 @@ class Oracle:
         """Before a layer attends to the prompt: what every block of its tokens sees of those before it."""
         if layer in rule.dense_layers:
             return
-        (q, k, scale), kv_heads = self._projected(layer), self.target.config.num_key_value_heads
-        group = q.shape[0] // kv_heads
+        kv_heads = self.target.config.num_key_value_heads
+        group = self.target.config.num_attention_heads // kv_heads
+        by_draft = rule.prefill_by == "draft"
         bounds = sorted({*range(0, length, 128), *(cut for cut in rule.cuts if cut < length), length})
         for first, last in zip(bounds, bounds[1:], strict=False):
             if last <= rule.prefill_floor or (last == length and not rule.last_block):
                 continue
-            asked = [first + max((i + 1) * (last - first) // rule.asked - 1, 0) for i in range(rule.asked)]
+            begins = first + 1 if by_draft and first in (0, *rule.cuts) else first
+            if begins == last:
+                continue
+            asked = [begins + max((i + 1) * (last - begins) // rule.asked - 1, 0) for i in range(rule.asked)]
             for h in range(kv_heads):
                 heads = slice(h * group, (h + 1) * group)
-                logits = q[heads, asked, :] @ k[h].T * scale
-                causal = torch.arange(length) <= torch.tensor(asked)[:, None]
-                probs = logits.masked_fill(~causal, -torch.inf).softmax(-1)[..., : first // 128 * 128]
-                score = probs.unflatten(-1, (first // 128, 128)).sum(-1).amax((0, 1))
+                said = self._said(layer, h, asked, rule) if by_draft else self._own(layer, h, asked)
+                score = (
+                    said[..., : first // 128 * 128].unflatten(-1, (first // 128, 128)).sum(-1).amax((0, 1))
+                )
                 unseen = self._unseen(score, rule, trace, ("prefill", layer, h, first))
                 for block in unseen:
                     seen[layer, heads, first:last, block * 128 : block * 128 + 128] = False
                     self._masks[layer][0, heads, first:last, block * 128 : block * 128 + 128] = FLOOR
+
+    def _own(self, layer: int, h: int, asked: list[int]) -> torch.Tensor:
+        """[heads, rows, tokens]: what some rows of a layer's KV head would attend to."""
+        q, k, scale = self._projected(layer)
+        group = q.shape[0] // k.shape[0]
+        logits = q[h * group : (h + 1) * group, asked, :] @ k[h].T * scale
+        causal = torch.arange(k.shape[1]) <= torch.tensor(asked)[:, None]
+        return logits.masked_fill(~causal, -torch.inf).softmax(-1)
+
+    def _said(self, layer: int, h: int, asked: list[int], rule: Rule) -> torch.Tensor:
+        """The same of the draft's heads that speak for it, by the target's tokens."""
+        config, draft = self.target.config, self.draft
+        source = self._read[layer * draft.layers // config.num_hidden_layers]
+        speaker = config.num_key_value_heads - 1 - h if rule.swap_heads else h
+        first = speaker * draft.heads // config.num_key_value_heads
+        last = -(-(speaker + 1) * draft.heads // config.num_key_value_heads)
+        rows = source[first:last, [token - 1 for token in asked]]
+        return torch.cat([torch.zeros(*rows.shape[:2], rule.prefill_shift), rows], -1)
 
     @staticmethod
     def _unseen(score: torch.Tensor, rule: Rule, trace: Trace, tie: tuple) -> list[int]:

@@ -15,6 +15,7 @@ from sts_kernels.layout import FP8, KEY_BLOCK, WHOLE, Count, QueryBlocks
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core import block_attention
 from sts_sglang.core.block_attention import Block, BlockAttention, ByFa3, ByOps
+from sts_sglang.core.block_selectors import BlockCall, ByTarget
 from sts_sglang.core.prefill import SparsePrefill
 from sts_sglang.core.verifier import TargetShape
 from tests.paged_fa3 import paged_fa3
@@ -210,12 +211,13 @@ def test_a_prefill_says_the_same_by_fa3(kernel: str) -> None:
     for attention in (ByOps(ops(kernel), kernel), by_fa3(made, kernel)):
         config = StsConfig(prefill="sparse", prefill_floor=300, prefill_keep=0.4)
         totals = torch.zeros(len(Count), dtype=torch.int64, device=DEVICE)
-        parts = (config, ops(kernel), attention, LAYERS, made.kv_heads, made.group, DEVICE, totals)
-        sparse = SparsePrefill(*parts)
+        selector = ByTarget(config, ops(kernel), made.kv_heads, made.group)
+        sparse = SparsePrefill(config, selector, attention, LAYERS, made.kv_heads, DEVICE, totals)
         sparse.admit(requests)
         sparse.begin(on_device(made.contexts), *map(list, zip(*made.chunks, strict=True)))
         assert sparse.attends(0)
-        found.append(sparse.attend(on_device(made.q), on_device(made.pool), made.scale).cpu())
+        call = BlockCall(0, on_device(made.q), on_device(made.pool), made.scale)
+        found.append(sparse.attend(call).cpu())
     assert not torch.isnan(found[1]).any()
     assert_close(found[1], found[0].double())
 

@@ -868,7 +868,7 @@ from benchmarks import (
 from benchmarks.harness import compile_only
 from sts_kernels import ops
 from sts_kernels.layout import (
-    Contexts, History, Lists, PagedLists, QueryBlocks, Room, Rule, Scores
+    Contexts, History, KvPool, Lists, Members, PagedLists, Pooling, QueryBlocks, Room, Rule, Scores
 )
 
 def like(*size, dtype=torch.int32):
@@ -905,6 +905,15 @@ with compile_only() as compiled:
         width=1000,
     )
     eight, two = Contexts(like(9, 4096), i(8), i(8)), Contexts(like(3, 4096), i(2), i(2))
+    blocks, drafted = QueryBlocks(*(like(64) for _ in range(5)), 1024), like(4096, 8, 128, dtype=f16)
+    sums = ops("triton").score_blocks(
+        like(8192, 16, 128, dtype=f16), KvPool(drafted, drafted), two, blocks, scale=1.0, sampled=8, shift=1
+    )
+    members = Members(like(8), like(8, 2), like(8, dtype=f32), like(8, dtype=torch.bool))
+    for rows, heads in (("max", "max"), ("mean", "mean"), ("max", "mean")):
+        scores = like(64, 288, 1024, dtype=f32)
+        ops("triton").pool_blocks(sums, blocks, members, scores, pooling=Pooling(rows, heads, 8))
+    ops("triton").list_blocks(like(64, 288, 1024, 1, dtype=f32), blocks, sink=1, recent=1)
     split, full = like(65, 128, dtype=torch.float64), like(8, dtype=torch.bool)
     for keep, *more in ((0.1, split, None), (0.1, None, full), (None, split, full)):
         rule, room = Rule(keep, 1024, 1024, 68, 1e-6), Room(128, 4096, 4096, 9000)
@@ -950,7 +959,8 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
         *("_score_kernel", "pool_logits_kernel"),
         *("_sketch_tokens_kernel", "_score_tokens_kernel", "_count_kernel", "_list_kernel"),
         *("_copy_scores_kernel", "_mark_pages_kernel"),
-        *("_score_blocks_kernel", "_list_blocks_kernel", "_block_attention_kernel", "_block_slots_kernel"),
+        *("_score_blocks_kernel", "_pool_blocks_kernel", "_list_blocks_kernel", "_block_attention_kernel"),
+        "_block_slots_kernel",
     }
     for name, shared, asynchronous, single in kernels:
         assert int(shared) <= 232448

@@ -151,6 +151,8 @@ def server_args(graphs: int = 0, kv: str = "auto") -> SimpleNamespace:
         speculative_eagle_topk=1,
         speculative_num_draft_tokens=4,
         max_running_requests=64,
+        chunked_prefill_size=8192,
+        max_prefill_tokens=16384,
         kv_cache_dtype=kv,
         speculative_draft_kv_cache_dtype=None,
         cuda_graph_config=CudaGraphConfig(decode=decode, prefill=PhaseConfig()),
@@ -197,6 +199,23 @@ def test_what_a_sparse_prefill_takes_is_reserved(monkeypatch, model):
     ]
     assert reserved[1] - reserved[0] == pytest.approx(prefill.SCRATCH, rel=0.01)
     assert reserved[2] - reserved[1] == pytest.approx(block_attention.SCRATCH, rel=0.01)
+
+
+@pytest.mark.parametrize("chunk", [2048, -1])
+def test_what_a_draft_says_of_a_prompt_is_reserved(monkeypatch, model, chunk):
+    """Of all layers at once, and of a whole prompt where none is cut."""
+    monkeypatch.setattr(serves, "draft_config", lambda *_: model(DRAFT, 64))
+    args, context = server_args(), 32768
+    args.chunked_prefill_size = chunk
+    reserved = [
+        reserve.reserved_bytes(
+            StsConfig(prefill="sparse", prefill_by=by), args, model(TARGET, 128, context), 60 << 30
+        )
+        for by in ("target", "draft")
+    ]
+    blocks = 2 * 64 + (chunk if chunk > 0 else 16384 + context) // 128
+    lists = 4 * blocks * len(proportional(TARGET, DRAFT).channels) * context // 128
+    assert reserved[1] - reserved[0] == pytest.approx(lists, rel=0.02)
 
 
 def test_the_state_allocates_what_was_counted():

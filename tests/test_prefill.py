@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from sts_kernels import ops, prefill
-from sts_kernels.layout import KEY_BLOCK, QUERY_BLOCK, WHOLE, Contexts, KvPool, QueryBlocks, blocks_of
+from sts_kernels.layout import (
+    KEY_BLOCK,
+    QUERY_BLOCK,
+    SHIFT,
+    WHOLE,
+    Contexts,
+    KvPool,
+    Members,
+    Pooling,
+    QueryBlocks,
+    blocks_of,
+)
 from tests.test_kernels import KERNELS, on_device, skip_bf16_in_the_interpreter, tune
 from tests.tolerances import assert_close
 
@@ -75,14 +86,16 @@ class Prefill:
     def slots(self, request: int, end: int) -> torch.Tensor:
         return self.contexts.table[self.reqs[request], :end].long()
 
-    def logits(self, request: int, row: int, head: int, end: int) -> torch.Tensor:
-        """float64 [end] of a row of q."""
-        keys = self.pool.k[self.slots(request, end), head // self.group].double() * self.pool.k_scale
-        return keys @ self.q[row, head].double() * self.scale
+    def logits(self, request: int, row: int, head: int, end: int, shift: int = 0) -> torch.Tensor:
+        """float64 [end] of a row of q; with a shift -inf for the first token, which has no key."""
+        keys = self.pool.k[self.slots(request, end - shift), head // self.group].double() * self.pool.k_scale
+        return torch.cat(
+            [torch.full((shift,), -math.inf).double(), keys @ self.q[row, head].double() * self.scale]
+        )
 
-    def score(self, kernel: str, sampled: int = 8) -> torch.Tensor:
+    def score(self, kernel: str, sampled: int = 8, shift: int = 0) -> torch.Tensor:
         moved = [on_device(part) for part in (self.q, self.pool, self.contexts, self.blocks)]
-        found = ops(kernel).score_blocks(*moved, scale=self.scale, sampled=sampled)
+        found = ops(kernel).score_blocks(*moved, scale=self.scale, sampled=sampled, shift=shift)
         assert tuple(found.shape[:3]) == (self.blocks.counts.numel(), self.kv_heads, self.blocks.most)
         return found.cpu()
 
@@ -130,14 +143,14 @@ def check_attention(made: Prefill, kernel: str) -> None:
     assert_close(made.attend(kernel, listed), expected_attention(made, listed))
 
 
-def check_sums(made: Prefill, kernel: str, sampled: int) -> None:
-    found = made.score(kernel, sampled)
+def check_sums(made: Prefill, kernel: str, sampled: int, shift: int = 0) -> None:
+    found = made.score(kernel, sampled, shift)
     for i, request, row, number, before, _ in made.listing():
         for s in range(sampled):
             place = max((s + 1) * number // sampled - 1, 0)
             for head in range(made.q.shape[1]):
                 h, g = divmod(head, made.group)
-                logits = made.logits(request, row + place, head, before + place + 1)
+                logits = made.logits(request, row + place, head, before + place + 1, shift)
                 own = found[i, h, : blocks_of(before + number), s * made.group + g]
                 expected = torch.full(own.shape, -math.inf, dtype=torch.float64)
                 for j, part in enumerate(logits.split(KEY_BLOCK)):
@@ -159,6 +172,14 @@ def test_sums_are_those_of_the_rows_that_are_asked(kernel: str, group: int, samp
 def test_sums_of_half_precision(kernel: str, dim: int, dtype: torch.dtype) -> None:
     skip_bf16_in_the_interpreter(kernel, dtype)
     check_sums(Prefill(dim=dim, dtype=dtype), kernel, 8)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dim", [32, 96])
+def test_sums_over_the_keys_of_a_draft(monkeypatch, kernel: str, dim: int) -> None:
+    """They lie a position before their tokens, and the first token has none."""
+    tune(monkeypatch, prefill, span=2)
+    check_sums(Prefill(dim=dim, group=3), kernel, 8, SHIFT)
 
 
 def test_programs_share_the_keys_and_several_blocks_a_program(monkeypatch) -> None:
@@ -224,6 +245,43 @@ def test_lists_have_the_highest_shares_and_of_equals_the_later(monkeypatch, kern
             assert listed[i, h, :count].tolist() == expected
 
 
+POOLINGS = [("max", "max"), ("mean", "mean"), ("max", "mean"), ("mean", "max")]
+MEMBERS = Members(
+    channels=torch.tensor([3, 0, 1], dtype=torch.int32),
+    heads=torch.tensor([[0, 1, -1], [5, -1, -1], [2, 3, 4]], dtype=torch.int32),
+    scale=torch.tensor([1 / 2, 1 / 4, 1 / 3]),
+    fresh=torch.tensor([True, False, True]),
+)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("cells", [64, 8192])
+@pytest.mark.parametrize(("rows", "heads"), POOLINGS)
+def test_scores_of_channels_are_pooled_shares(monkeypatch, kernel: str, cells: int, rows, heads) -> None:
+    """Of heads, then of rows, then with what a layer before has found; what nobody feeds or sees is left."""
+    tune(monkeypatch, prefill, cells=cells)
+    made = Prefill([(2000, 300), (0, 900), (1500, 7)], group=3, count=4)
+    sums, pooling = drawn_sums(made, None), Pooling(rows, heads, 8)
+    earlier = torch.rand(made.blocks.counts.numel(), 4, made.blocks.most)
+    found = on_device(earlier.clone())
+    ops(kernel).pool_blocks(
+        on_device(sums), on_device(made.blocks), on_device(MEMBERS), found, pooling=pooling
+    )
+    expected = earlier.double()
+    for i, _, _, number, before, _ in made.listing():
+        seen = blocks_of(before + number)
+        shares = (sums[i, :, :seen].double() * math.log(2)).softmax(1)  # [H_kv, seen, rows * group]
+        for channel, members, scale, fresh in zip(*(part.tolist() for part in MEMBERS), strict=True):
+            spoken = [shares[h // 3, :, h % 3 :: 3] for h in members if h >= 0]  # [seen, rows] each
+            row = torch.stack(spoken).amax(0) if heads == "max" else sum(spoken) * scale
+            score = row.amax(1) if rows == "max" else row.mean(1)
+            if not fresh:
+                both = score, expected[i, channel, :seen]
+                score = torch.maximum(*both) if rows == "max" else sum(both)
+            expected[i, channel, :seen] = score
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_planted_key_is_found(kernel: str) -> None:
     """By one row of one head of its group, and by no other KV head."""
@@ -261,9 +319,18 @@ def test_prefill_refuses_shapes_that_do_not_fit(kernel: str) -> None:
         op.score_blocks(q, pool, contexts, blocks._replace(rows=blocks.rows.long()), scale=1.0, sampled=8)
     with pytest.raises(ValueError, match="score_blocks: sampled"):
         op.score_blocks(q, pool, contexts, blocks, scale=1.0, sampled=0)
+    with pytest.raises(ValueError, match="score_blocks: shift"):
+        op.score_blocks(q, pool, contexts, blocks, scale=1.0, sampled=8, shift=2)
     with pytest.raises(ValueError, match="score_blocks: pools"):
         op.score_blocks(q.half(), pool, contexts, blocks, scale=1.0, sampled=8)
     sums = op.score_blocks(q, pool, contexts, blocks, scale=1.0, sampled=8)
+    scores = torch.zeros(*sums.shape[:3], device=q.device)
+    for wrong in ({"scores": scores.half()}, {"sums": sums[..., 1:]}, {"pooling": Pooling("max", "max", 3)}):
+        given = {"sums": sums, "scores": scores, "pooling": Pooling("max", "max", 8), **wrong}
+        with pytest.raises(ValueError, match=f"pool_blocks: {'total_rows' if 'pooling' in wrong else ''}"):
+            op.pool_blocks(
+                given["sums"], blocks, on_device(MEMBERS), given["scores"], pooling=given["pooling"]
+            )
     with pytest.raises(ValueError, match="list_blocks: sums"):
         op.list_blocks(sums.half(), blocks, sink=1, recent=1)
     listed, out = op.list_blocks(sums, blocks, sink=1, recent=1), torch.empty_like(q).contiguous()

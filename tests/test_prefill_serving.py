@@ -3,6 +3,7 @@ keeps what was prefilled sparsely from requests that want everything."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -25,6 +26,9 @@ PAGED = ("--chunked-prefill-size", "608", "--max-prefill-tokens", "608", "--page
 # Room for five of the longest prompts, and the others on the host.
 HOST = (*HICACHE, "--max-total-tokens", "9000")
 PREFILL = {"prefill": "sparse", "prefill_keep": KEEP, "prefill_floor": 300}
+# The same in whole pages.
+PAGED = ("--page-size", "16", "--chunked-prefill-size", "592", "--max-prefill-tokens", "592")
+PAGED_CUTS = (592, 1184)
 CONFIG = {"keep": 1.0, "dense_layers": [2], **PREFILL}
 RULE = Rule(keep=1.0, prefill_keep=KEEP, prefill_floor=300, cuts=CUTS)
 ALONE = replace(RULE, selector="pages", dense_layers=(2,))
@@ -177,3 +181,61 @@ def test_with_a_draft(pair, logs, stock):  # noqa: F811
         together = server.generate_all([LONG, branch()], 24, **dense)
         assert [answer["output_ids"] for answer in together] == stock[:2]
         assert server.counters()["prefill_selected_blocks"] > 0
+
+
+@pytest.fixture(scope="module")
+def by_draft(pair, logs):  # noqa: F811
+    config = {**PREFILL, "prefill_by": "draft", "keep": 0.1, "budget": 0, "sink": 2, "recent": 8}
+    args = (*CHAIN, *PAGED, "--enable-metrics")
+    with sts_server(pair, logs, "prefill-draft", "STANDALONE", "draft", config, *args) as server:
+        yield server
+
+
+DRAFTED = replace(RULE, keep=0.1, sink=2, recent=8, prefill_by="draft", cuts=PAGED_CUTS)
+
+
+def test_a_draft_that_reads_first_selects_as_the_oracle_says(by_draft, pair):  # noqa: F811
+    """And drafts from what it would have read afterwards: it is as often right."""
+    oracle = Oracle(pair["target"], pair["draft"])
+    answers = [by_draft.generate(ids, 16) for ids in PROMPTS[:3]]
+    for answer, ids in zip(answers, PROMPTS, strict=False):
+        trace = oracle.agree(answer["output_ids"], ids, DRAFTED)
+        assert answer["meta_info"]["spec_verify_ct"] == trace.rounds
+    for wrong in ({"prefill_by": "target"}, {"prefill_shift": 64}, {"swap_heads": True}, {"cuts": ()}):
+        rule = replace(DRAFTED, **wrong)
+        noticed = any(
+            oracle.generate(ids, 12, rule).tokens != answer["output_ids"][:12]
+            for answer, ids in zip(answers[:2], PROMPTS, strict=False)
+        )
+        assert noticed, f"the test does not notice {wrong}"
+    assert "by the draft's attention" in by_draft.sts()["prefill"]
+    assert by_draft.counters()["prefill_selected_blocks"] > 0
+
+
+def test_what_the_draft_reads_first_it_reads_as_ever(by_draft, stock):
+    """Who wants everything gets stock's answer, alone and beside prompts for which the draft reads first, and
+    its draft is as often right."""
+    dense = asking(prefill="dense", keep=1.0)
+    rounds = []
+    for beside in ([], [random_ids(n, n) for n in (1000, 1350, 700)]):
+        by_draft.get("/flush_cache")
+        bodies = [(LONG, dense), (branch(), dense), *((ids, {}) for ids in beside)]
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            answers = list(pool.map(lambda body: by_draft.generate(body[0], 24, **body[1]), bodies))
+        assert [answer["output_ids"] for answer in answers[:2]] == stock[:2]
+        rounds.append([answer["meta_info"]["spec_verify_ct"] for answer in answers[:2]])
+    assert rounds[0] == rounds[1]
+
+
+def test_prefixes_of_prompts_that_the_draft_selected_for(by_draft, pair):  # noqa: F811
+    """Shared with their like alone; a turn behind them selects from where it begins."""
+    oracle = Oracle(pair["target"], pair["draft"])
+    by_draft.get("/flush_cache")
+    assert ask(by_draft, LONG)[1] == 0 and ask(by_draft, LONG, **asking(prefill="dense"))[1] == 0
+    tokens, hit = ask(by_draft, branch())
+    assert hit == 1408
+    # What its first key is about is what the prompt before went on with.
+    rule = replace(DRAFTED, cuts=(*PAGED_CUTS, 1408), donor=(1407, LONG[1408]))
+    oracle.agree(tokens[:12], branch(), rule)
+    kept = asking(prefill_keep=1.0, keep=1.0)
+    assert ask(by_draft, LONG, **kept)[1] >= 1584  # as a dense prefill

@@ -6,12 +6,16 @@ import pytest
 import torch
 
 from sts_kernels import ops
-from sts_kernels.layout import KEY_BLOCK, WHOLE, Count
+from sts_kernels.layout import KEY_BLOCK, WHOLE, Count, KvPool, blocks_of
 from sts_sglang.config import StsConfig
 from sts_sglang.core import prefill
 from sts_sglang.core.block_attention import ByOps
+from sts_sglang.core.block_selectors import SAMPLED, BlockCall, BlockSelector, ByDraft, ByTarget, of_draft
+from sts_sglang.core.channels import Channels
 from sts_sglang.core.prefill import SparsePrefill
 from sts_sglang.core.request import Request
+from sts_sglang.core.round import Draft
+from sts_sglang.headmap import HeadMap
 from tests.test_kernels import DEVICE, KERNELS, on_device
 from tests.test_prefill import Prefill
 from tests.tolerances import assert_close
@@ -25,10 +29,19 @@ def request(tokens: int, output: int = 0, **asked) -> Request:
 
 def made_of(made: Prefill, kernel: str = "torch", **config) -> SparsePrefill:
     config = StsConfig(prefill="sparse", **{"prefill_floor": 0, **config})
+    selector = ByTarget(config, ops(kernel), made.kv_heads, made.group)
+    return prefilling(made, config, kernel, selector)
+
+
+def prefilling(made: Prefill, config: StsConfig, kernel: str, selector: BlockSelector) -> SparsePrefill:
     totals = torch.zeros(len(Count), dtype=torch.int64, device=DEVICE)
-    own = ops(kernel)
-    attention = ByOps(own, kernel)
-    return SparsePrefill(config, own, attention, LAYERS, made.kv_heads, made.group, DEVICE, totals)
+    attention = ByOps(ops(kernel), kernel)
+    return SparsePrefill(config, selector, attention, LAYERS, made.kv_heads, DEVICE, totals)
+
+
+def attend(sparse: SparsePrefill, made: Prefill, q: torch.Tensor, layer: int = 0) -> torch.Tensor:
+    call = BlockCall(layer, on_device(q), on_device(made.pool), made.scale)
+    return sparse.attend(call).cpu()
 
 
 def begun(sparse: SparsePrefill, made: Prefill, requests: list[Request]) -> list[tuple]:
@@ -113,7 +126,7 @@ def test_a_batch_attends_as_it_would_one_by_one(monkeypatch, kernel: str, scratc
     sparse = made_of(made, kernel, prefill_keep=0.4)
     begun(sparse, made, requests)
     assert (len(sparse._parts) > 1) == (scratch == 5_000)
-    found = sparse.attend(on_device(made.q), on_device(made.pool), made.scale).cpu()
+    found = attend(sparse, made, made.q)
     row = 0
     for i, (before, new) in enumerate(made.chunks):
         rows = slice(row, row + new)
@@ -124,7 +137,7 @@ def test_a_batch_attends_as_it_would_one_by_one(monkeypatch, kernel: str, scratc
         )
         alone.begin(contexts, [before], [new])
         if alone.attends(0):
-            expected = alone.attend(on_device(made.q[rows]), on_device(made.pool), made.scale).cpu()
+            expected = attend(alone, made, made.q[rows])
         else:
             expected = whole(made, i, rows)
         assert_close(found[rows], expected.double())
@@ -161,7 +174,7 @@ def test_queries_that_do_not_fit_the_batch_are_an_error() -> None:
     sparse = made_of(made)
     begun(sparse, made, [request(9000)])
     with pytest.raises(RuntimeError, match="127 queries of a prefill of 128 tokens"):
-        sparse.attend(on_device(made.q[1:]), on_device(made.pool), made.scale)
+        attend(sparse, made, made.q[1:])
 
 
 def test_marks_are_of_what_keys_and_values_become() -> None:
@@ -187,11 +200,189 @@ def test_a_block_of_keys_is_one_of_queries() -> None:
 
 
 def test_need_is_what_a_forward_has_at_a_time() -> None:
-    assert prefill.need(StsConfig()).fixed == 0
-    assert prefill.need(StsConfig(prefill="sparse")).fixed == prefill.SCRATCH
+    sizes = {"channels": 7, "tokens": 8192, "requests": 16, "context": 131072}
+    assert prefill.need(StsConfig(), **sizes).fixed == 0
+    assert prefill.need(StsConfig(prefill="sparse"), **sizes).fixed == prefill.SCRATCH
     made = Prefill([(100_000, 3000)], kv_heads=2, dim=16)
     sparse = made_of(made)
     begun(sparse, made, [request(200_000)])
-    each = prefill.SAMPLED * made.group + 1  # sums, and a place in a list
+    each = SAMPLED * made.group + 1  # sums, and a place in a list
     for blocks in sparse._parts:
         assert 4 * blocks.counts.numel() * made.kv_heads * blocks.most * each <= prefill.SCRATCH
+
+
+# ---- the draft selects
+
+
+class Drafted:
+    """A draft of two layers of three and six query heads a KV head, whose keys lie a position before those of
+    the target's tokens, in slots of its own; and a map onto a target of LAYERS layers of two KV heads."""
+
+    # Layers joined, a head that weighs twice, one that nobody speaks for.
+    SOURCES = (
+        (((0, 0), (0, 5)), ((1, 2),)),
+        (((0, 1), (1, 1), (1, 4)), ((1, 2),)),
+        (((1, 0), (1, 0)), ()),
+    )
+
+    def __init__(self, chunks: list[tuple[int, int]], pool: str):
+        self.layers = [Prefill(chunks, group=3, dim=16) for _ in range(2)]
+        for layer in self.layers[1:]:
+            layer.contexts, layer.reqs = self.layers[0].contexts, self.layers[0].reqs
+            keys = self.layers[0].pool.k
+            layer.pool = layer.pool._replace(k=torch.where(keys.isnan(), keys, torch.randn(keys.shape)))
+        self.made, self.head_map = self.layers[0], HeadMap(self.SOURCES, "test", pool)
+        self.config = StsConfig(
+            prefill="sparse", prefill_floor=0, prefill_keep=0.4, pool_rows=pool, pool_heads=pool
+        )
+
+    def selecting(self, kernel: str) -> SparsePrefill:
+        scales = (self.made.scale, self.made.scale)
+        q_heads, pools = self.made.q.shape[1], self
+        draft = Draft(3, 1, q_heads, self.made.kv_heads, self.made.dim, torch.float32, pools, scales)
+        selector = ByDraft(self.config, ops(kernel), Channels.of(self.head_map, DEVICE), draft)
+        return prefilling(self.made, self.config, kernel, selector)
+
+    def layer(self, number: int) -> KvPool:
+        return on_device(self.layers[number].pool)
+
+    def read(self, sparse: SparsePrefill, requests: list[Request]) -> bool:
+        """As the draft's worker does."""
+        sparse.admit(requests)
+        contexts = on_device(self.made.contexts)
+        asked = sparse.ask_draft(contexts, *map(list, zip(*self.made.chunks, strict=True)))
+        if asked:
+            with sparse.listening():
+                for number, layer in enumerate(self.layers):
+                    sparse.hear(number, on_device(layer.q))
+        return asked
+
+    def shares(self, request: int, first: int, last: int) -> torch.Tensor:
+        """float64 [layers, heads, rows, blocks of keys]: what the draft's rows of some of the target's tokens
+        [first, last) of a request attend to."""
+        before, start = self.made.chunks[request][0], sum(n for _, n in self.made.chunks[:request])
+        first = max(first, before + 1)  # the row of the token before that was in another forward
+        asked = [first + max((i + 1) * (last - first) // SAMPLED - 1, 0) for i in range(SAMPLED)]
+        found = []
+        for layer in self.layers:
+            for head in range(layer.q.shape[1]):
+                for token in asked:
+                    row = start + token - 1 - before
+                    # Its own key is the last that it sees; keys are of tokens 1, 2, ...
+                    probs = layer.logits(request, row, head, token).softmax(0)
+                    probs = torch.cat([torch.zeros(1), probs, torch.zeros(-(token + 1) % KEY_BLOCK)])
+                    found.append(probs.view(-1, KEY_BLOCK).sum(1))
+        blocks = blocks_of(last)
+        found = [torch.cat([part, torch.zeros(blocks - len(part))]) for part in found]
+        return torch.stack(found).view(len(self.layers), -1, SAMPLED, blocks)
+
+    def expected(self, block: tuple[int, ...], layer: int, head: int) -> list[int]:
+        """Blocks of keys that a head of the target attends to."""
+        request, _, number, before, count = block
+        sources, shares = self.SOURCES[layer][head], self.shares(request, before, before + number)
+        choices = before // KEY_BLOCK
+        spoken = [shares[source] for source in sources]  # [rows, blocks] each
+        if not spoken:
+            score = torch.zeros(choices)
+        elif self.config.pool_rows == "max":
+            score = torch.stack(spoken).amax((0, 1))
+        else:
+            score = torch.stack(spoken).mean((0, 1))
+        free = sorted(range(1, choices - 1), key=lambda j: (-float(score[j]), -j))
+        return sorted([0, choices - 1, *free[: count - 2]])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "pool", "scratch"),
+    [
+        ("torch", "max", prefill.SCRATCH),
+        ("torch", "mean", 20_000),
+        ("triton", "max", 20_000),
+        pytest.param("triton", "mean", prefill.SCRATCH, marks=pytest.mark.gpu),
+    ],
+)
+def test_what_the_draft_attends_to_becomes_lists_of_the_target(monkeypatch, kernel, pool, scratch) -> None:
+    """Of chunks that begin within a block, and of several requests; whoever wants everything gets it."""
+    monkeypatch.setattr(prefill, "SCRATCH", scratch)
+    drafted = Drafted([(1000, 300), (0, 200), (1151, 140), (700, 140)], pool)
+    sparse = drafted.selecting(kernel)
+    requests = [request(9000), request(200), request(9000), request(9000, prefill="dense")]
+    assert drafted.read(sparse, requests)
+    assert (len(sparse._parts) > 1) == (scratch == 20_000)
+    checked = 0
+    for part, blocks in enumerate(sparse._parts):
+        for layer in range(LAYERS):
+            listed = sparse.selector.listed(part, BlockCall(layer, None, None, 1.0)).cpu()
+            assert listed.shape == (blocks.counts.numel(), 2, blocks.most)
+            for i, block in enumerate(zip(*(c.tolist() for c in blocks[:5]), strict=True)):
+                for head in range(2) if block[4] != WHOLE else ():
+                    assert listed[i, head, : block[4]].tolist() == drafted.expected(block, layer, head)
+                    checked += 1
+    # Four blocks of the first request, and of the third all but its first, which is a single token.
+    assert checked == 2 * LAYERS * (4 + 2)
+    attended = attend(sparse, drafted.made, drafted.made.q, layer=1)
+    assert not torch.isnan(attended).any()
+    sparse.end()
+    assert not sparse.attends(0)
+
+
+def test_the_target_goes_by_what_the_draft_has_read() -> None:
+    """Its own forward begins nothing anew, and is counted once; the next one is."""
+    drafted = Drafted([(1024, 300)], "max")
+    sparse = drafted.selecting("torch")
+    assert not sparse.listens and drafted.read(sparse, [request(9000)]) and not sparse.listens
+    counted, parts = int(sparse._selected), sparse._parts
+    sparse.begin(on_device(drafted.made.contexts), [1024], [300])
+    assert sparse._parts is parts and int(sparse._selected) == counted > 0
+    sparse.end()
+    sparse.begin(on_device(drafted.made.contexts), [1024], [300])
+    assert int(sparse._selected) == 2 * counted
+
+
+def test_where_nobody_selects_the_draft_reads_afterwards() -> None:
+    drafted = Drafted([(1024, 300)], "max")
+    sparse = drafted.selecting("torch")
+    assert not drafted.read(sparse, [request(9000, prefill="dense")])
+    sparse.begin(on_device(drafted.made.contexts), [1024], [300])
+    assert not sparse.attends(0)
+
+
+def test_a_list_depends_on_no_later_token() -> None:
+    """Nor does it where the next token is in the same forward."""
+    drafted = Drafted([(1000, 400)], "max")
+    found = []
+    for _ in range(2):
+        sparse = drafted.selecting("torch")
+        drafted.read(sparse, [request(9000)])
+        blocks, listed = sparse._parts[0], sparse.selector.listed(0, BlockCall(0, None, None, 1.0))
+        ends = (blocks.before + blocks.numbers).tolist()
+        block = ends.index(1152)
+        found.append(listed[block, :, : blocks.counts[block]])
+        for layer in drafted.layers:  # of token 1152, and after it
+            layer.q[1151 - 1000 :] = torch.randn_like(layer.q[1151 - 1000 :])
+            layer.pool.k[layer.slots(0, 1400)[1151:]] *= -1
+    assert torch.equal(*found)
+
+
+def test_rows_of_blocks_in_the_draft_s_pass() -> None:
+    made = Prefill([(1000, 300)])
+    blocks = on_device(made.blocks)
+    moved = of_draft(blocks, torch.tensor([1000], dtype=torch.int32, device=DEVICE))
+    columns = [part.tolist() for part in (moved.rows, moved.numbers, moved.before)]
+    assert sorted(zip(*columns, strict=True)) == [(0, 127, 1001), (127, 128, 1128), (255, 44, 1256)]
+
+
+def test_what_the_draft_selected_is_shared_with_its_like() -> None:
+    marks = {made_of(Prefill([(0, 1)])).mark(None), Drafted([(0, 1)], "max").selecting("torch").mark(None)}
+    assert len(marks) == 2 and "" not in marks
+
+
+def test_lists_of_a_draft_take_what_is_reserved() -> None:
+    drafted = Drafted([(9000, 3000), (12_000, 2)], "max")
+    sparse = drafted.selecting("torch")
+    sparse.admit([request(99_999), request(99_999)])
+    sparse.ask_draft(on_device(drafted.made.contexts), [9000, 12_000], [3000, 2])
+    taken = sum(scores.nbytes for scores in sparse.selector._scores)
+    channels = sparse.selector.number
+    need = prefill.need(StsConfig(prefill="sparse", prefill_by="draft"), channels, 3002, 2, 12_002)
+    assert taken + prefill.SCRATCH <= need.fixed

@@ -1036,11 +1036,29 @@ def test_history_needs_a_cache_that_says_what_it_loads_back(name, monkeypatch):
 
 @pytest.mark.parametrize("name", release.TREES_WITHOUT_KEYS)
 def test_a_sparse_prefill_needs_a_cache_that_keeps_kinds_apart(name, monkeypatch):
-    validate.check_prefill(StsConfig(prefill="sparse"))
+    args = SimpleNamespace(speculative_algorithm=None)
+    validate.check_prefill(args, StsConfig(prefill="sparse"))
     monkeypatch.setenv(name, "1")
-    validate.check_prefill(StsConfig())
+    validate.check_prefill(args, StsConfig())
     with pytest.raises(Refusal, match=rf"^sts_config\.prefill: 'sparse' is not served with {name}.* unset"):
-        validate.check_prefill(StsConfig(prefill="sparse"))
+        validate.check_prefill(args, StsConfig(prefill="sparse"))
+
+
+@pytest.mark.parametrize("algorithm", ["EAGLE", "EAGLE3", "STANDALONE"])
+def test_a_head_cannot_read_a_prompt_first(flags, algorithm):
+    args = SimpleNamespace(speculative_algorithm=algorithm)
+    validate.check_prefill(args, StsConfig(prefill="sparse", prefill_by="target"))
+    if algorithm == "STANDALONE":
+        validate.check_prefill(args, StsConfig(prefill="sparse", prefill_by="draft"))
+        return
+    with pytest.raises(Refusal) as caught:
+        validate.check_prefill(args, StsConfig(prefill="sparse", prefill_by="draft"))
+    check_message(
+        caught,
+        flags,
+        f"sts_config.prefill_by: 'draft' with --speculative-algorithm {algorithm}",
+        'prefill_by to "target"',
+    )
 
 
 @pytest.mark.parametrize(("dim", "fits"), [(64, True), (128, True), (256, True), (512, False)])

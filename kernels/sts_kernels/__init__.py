@@ -224,7 +224,18 @@ class Ops(Protocol):
         *,
         scale: float,
         sampled: int,
+        shift: int = 0,
     ) -> torch.Tensor: ...
+
+    def pool_blocks(
+        self,
+        sums: torch.Tensor,
+        blocks: QueryBlocks,
+        members: Members,
+        scores: torch.Tensor,
+        *,
+        pooling: Pooling,
+    ) -> None: ...
 
     def list_blocks(
         self, sums: torch.Tensor, blocks: QueryBlocks, *, sink: int, recent: int

@@ -11,6 +11,7 @@ from sts_kernels.layout import (
     ALIGN,
     FP8,
     PAGE,
+    SHIFT,
     Carried,
     Contexts,
     Directions,
@@ -58,8 +59,7 @@ def check_draft(
     expect(op, shapes[0] == shapes[1], f"pools {shapes[0]} and {shapes[1]} differ")
     _check_stored(op, carried.q if q is None else q, pool)
     _check_importance(op, scores)
-    agree = members.heads.shape[0] == members.channels.numel() == members.scale.numel()
-    expect(op, agree, "members do not agree")
+    _check_members(op, members)
     _check_pooling(op, pooling)
 
 
@@ -234,22 +234,38 @@ def check_token_scores(
 
 
 def check_block_scores(
-    q: torch.Tensor, pool: KvPool, contexts: Contexts, blocks: QueryBlocks, sampled: int
+    q: torch.Tensor, pool: KvPool, contexts: Contexts, blocks: QueryBlocks, sampled: int, shift: int
 ) -> None:
     """Arguments of score_blocks."""
     op = "score_blocks"
     _check_prefill(op, q, pool, contexts, blocks)
     expect(op, sampled >= 1, f"sampled must be 1 or more, got {sampled}")
+    expect(op, shift in (0, SHIFT), f"shift must be 0 or {SHIFT}, got {shift}")
+
+
+def check_block_pooling(
+    sums: torch.Tensor, blocks: QueryBlocks, members: Members, scores: torch.Tensor, pooling: Pooling
+) -> None:
+    """Arguments of pool_blocks."""
+    op = "pool_blocks"
+    _check_sums(op, sums, blocks)
+    rows = pooling.total_rows
+    expect(op, rows >= 1 and sums.shape[3] % rows == 0, f"total_rows must divide {sums.shape[3]}, got {rows}")
+    _check_members(op, members)
+    _check_pooling(op, pooling)
+    wanted, got = (
+        f"[{blocks.counts.numel()}, channels, {blocks.most}]",
+        f"{scores.dtype} {tuple(scores.shape)}",
+    )
+    ok = scores.dim() == 3 and scores.shape[0] == blocks.counts.numel() and scores.shape[2] == blocks.most
+    ok = ok and scores.dtype == torch.float32 and scores.is_contiguous()
+    expect(op, ok, f"scores must be contiguous float32 {wanted}, got {got}")
 
 
 def check_block_lists(sums: torch.Tensor, blocks: QueryBlocks, sink: int, recent: int) -> None:
     """Arguments of list_blocks."""
     op = "list_blocks"
-    _check_blocks(op, blocks)
-    wanted, got = f"[{blocks.counts.numel()}, H_kv, {blocks.most}, R]", f"{sums.dtype} {tuple(sums.shape)}"
-    ok = sums.dim() == 4 and sums.shape[0] == blocks.counts.numel() and sums.shape[2] == blocks.most
-    ok = ok and sums.dtype == torch.float32 and sums.is_contiguous()
-    expect(op, ok, f"sums must be contiguous float32 {wanted}, got {got}")
+    _check_sums(op, sums, blocks)
     expect(op, sink >= 0 and recent >= 0, f"sink {sink} and recent {recent} must not be negative")
 
 
@@ -285,6 +301,15 @@ def _check_listed(op: str, listed: torch.Tensor, blocks: QueryBlocks, kv_heads: 
     ok = tuple(listed.shape) == wanted and listed.dtype == torch.int32 and listed.is_contiguous()
     got = f"{listed.dtype} {tuple(listed.shape)}"
     expect(op, ok, f"listed must be contiguous int32 {wanted}, got {got}")
+
+
+def _check_sums(op: str, sums: torch.Tensor, blocks: QueryBlocks) -> None:
+    """What score_blocks answers."""
+    _check_blocks(op, blocks)
+    wanted, got = f"[{blocks.counts.numel()}, H_kv, {blocks.most}, R]", f"{sums.dtype} {tuple(sums.shape)}"
+    ok = sums.dim() == 4 and sums.shape[0] == blocks.counts.numel() and sums.shape[2] == blocks.most
+    ok = ok and sums.dtype == torch.float32 and sums.is_contiguous()
+    expect(op, ok, f"sums must be contiguous float32 {wanted}, got {got}")
 
 
 def _check_prefill(op: str, q: torch.Tensor, pool: KvPool, contexts: Contexts, blocks: QueryBlocks) -> None:
@@ -389,6 +414,11 @@ def _check_layers(op: str, channels: torch.Tensor) -> None:
     ok = channels.dim() == 2 and channels.dtype == torch.int32 and channels.is_contiguous()
     got = f"{channels.dtype} {tuple(channels.shape)}"
     expect(op, ok, f"channels must be contiguous int32 [layers, H_kv], got {got}")
+
+
+def _check_members(op: str, members: Members) -> None:
+    agree = members.heads.shape[0] == members.channels.numel() == members.scale.numel()
+    expect(op, agree, "members do not agree")
 
 
 def _check_pooling(op: str, pooling: Pooling) -> None:

@@ -2,8 +2,9 @@
 
 Three kernels a layer. A few rows of each block of queries are multiplied with all keys before them and leave
 the sum of each block of keys; these sums become scores, and the best blocks a list; then all rows attend to
-what their block has listed. For a paged attention in its place a kernel writes the slots of that. How many
-blocks are listed is known on the host, so nothing waits for the device.
+what their block has listed. For a paged attention in its place a kernel writes the slots of that; where a
+draft is asked, another makes scores of the target's heads of its sums. How many blocks are listed is known on
+the host, so nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -18,10 +19,20 @@ import triton.language as tl
 from sts_kernels.checks import (
     check_block_attention,
     check_block_lists,
+    check_block_pooling,
     check_block_scores,
     check_block_slots,
 )
-from sts_kernels.layout import KEY_BLOCK, QUERY_BLOCK, Contexts, KvPool, QueryBlocks, blocks_of
+from sts_kernels.layout import (
+    KEY_BLOCK,
+    QUERY_BLOCK,
+    Contexts,
+    KvPool,
+    Members,
+    Pooling,
+    QueryBlocks,
+    blocks_of,
+)
 from sts_kernels.split_kv import LOG2E, in_tile, padded
 
 
@@ -69,9 +80,10 @@ def score_blocks(
     *,
     scale: float,
     sampled: int,
+    shift: int = 0,
 ) -> torch.Tensor:
     """Kernel of `sts_kernels.torch_ops.score_blocks` (see there); no host sync."""
-    check_block_scores(q, pool, contexts, blocks, sampled)
+    check_block_scores(q, pool, contexts, blocks, sampled, shift)
     number, kv_heads, q_heads = blocks.counts.numel(), pool.k.shape[1], q.shape[1]
     each = sampled * (q_heads // kv_heads)
     sums = torch.empty(number, kv_heads, blocks.most, each, dtype=torch.float32, device=q.device)
@@ -97,6 +109,7 @@ def score_blocks(
         GROUP=q_heads // kv_heads,
         D=q.shape[2],
         D_P2=padded(q.shape[2]),
+        SHIFT=shift,
         SAMPLED=sampled,
         TOGETHER=together,
         ROWS=rows,
@@ -107,6 +120,37 @@ def score_blocks(
         maxnreg=KNOBS.score_registers if rows <= KNOBS.score_rows else None,
     )
     return sums
+
+
+def pool_blocks(
+    sums: torch.Tensor, blocks: QueryBlocks, members: Members, scores: torch.Tensor, *, pooling: Pooling
+) -> None:
+    """Kernel of `sts_kernels.torch_ops.pool_blocks` (see there); no host sync."""
+    check_block_pooling(sums, blocks, members, scores, pooling)
+    number, kv_heads, most, each = sums.shape
+    if number == 0 or members.channels.numel() == 0:
+        return
+    columns, rows = triton.next_power_of_2(most), triton.next_power_of_2(pooling.total_rows)
+    _pool_blocks_kernel[(number, members.channels.numel())](
+        sums,
+        scores,
+        blocks.numbers,
+        blocks.before,
+        blocks.counts,
+        *members,
+        most,
+        scores.shape[1],
+        KV_HEADS=kv_heads,
+        GROUP=each // pooling.total_rows,
+        ASKED=pooling.total_rows,
+        HEADS=members.heads.shape[1],
+        MAX_HEADS=pooling.heads == "max",
+        MAX_ROWS=pooling.rows == "max",
+        STEP=max(1, min(rows, KNOBS.cells // columns)),
+        BLOCK=KEY_BLOCK,
+        COLUMNS=columns,
+        num_warps=KNOBS.list_warps,
+    )
 
 
 def list_blocks(sums: torch.Tensor, blocks: QueryBlocks, *, sink: int, recent: int) -> torch.Tensor:
@@ -226,6 +270,7 @@ def _score_blocks_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     D_P2: tl.constexpr,  # padded to a power of two
+    SHIFT: tl.constexpr,  # positions that a token's key lies before it, those of a draft
     SAMPLED: tl.constexpr,
     TOGETHER: tl.constexpr,  # query blocks of a program
     ROWS: tl.constexpr,  # their rows, padded to a power of two
@@ -262,12 +307,14 @@ def _score_blocks_kernel(
         # Blocks before this one all rows see whole.
         clear = (tl.min(tl.where(asks, position, last), 0) + 1) // BLOCK
         clear = tl.minimum(clear, end)
+        if SHIFT > 0:  # the first one begins with a token that has no key
+            clear = tl.where(begin == 0, 0, clear)
         req = tl.load(reqs_ptr + tl.maximum(own, 0)).to(tl.int64)
         slot_ptr = table_ptr + req * stride_table
         head_ptr = k_ptr + h * stride_head
         for j in range(begin, clear):
             offs = j * BLOCK + tl.arange(0, BLOCK)
-            slots = tl.load(slot_ptr + offs).to(tl.int64)  # [BLOCK]
+            slots = tl.load(slot_ptr + offs - SHIFT).to(tl.int64)  # [BLOCK]
             k_offs = head_ptr + slots[:, None] * stride_slot + dims[None, :]
             if D_P2 == D:
                 k = tl.load(k_offs)  # [BLOCK, D]
@@ -279,16 +326,79 @@ def _score_blocks_kernel(
             tl.store(to_ptr + j * EACH, found, mask=asks)
         for j in range(tl.maximum(begin, clear), end):
             offs = j * BLOCK + tl.arange(0, BLOCK)
-            there = offs <= last
-            slots = tl.load(slot_ptr + offs, mask=there, other=0).to(tl.int64)
+            there = (offs <= last) & (offs >= SHIFT)
+            slots = tl.load(slot_ptr + offs - SHIFT, mask=there, other=0).to(tl.int64)
             k_offs = head_ptr + slots[:, None] * stride_slot + dims[None, :]
             k = tl.load(k_offs, mask=in_tile(there, dims, D), other=0.0)
             s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
-            s = tl.where(offs[None, :] <= position[:, None], s, float("-inf"))
+            s = tl.where(there[None, :] & (offs[None, :] <= position[:, None]), s, float("-inf"))
             peak = tl.max(s, 1)
             safe = tl.where(peak == float("-inf"), 0.0, peak)  # of a row that sees none of these keys
             found = safe + tl.log2(tl.sum(tl.exp2(s - safe[:, None]), 1))
             tl.store(to_ptr + j * EACH, found, mask=asks)
+
+
+@triton.jit
+def _pool_blocks_kernel(
+    sums_ptr,  # float32 [blocks, KV_HEADS, most, ASKED * GROUP]
+    scores_ptr,  # float32 [blocks, channels, most], written or raised
+    number_ptr,  # int32 [blocks], and so the next two, see QueryBlocks
+    before_ptr,
+    count_ptr,
+    channel_ptr,  # int32 [n], and so on, see Members
+    head_ptr,
+    weight_ptr,
+    fresh_ptr,
+    most,
+    channels,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ASKED: tl.constexpr,  # rows of a block
+    HEADS: tl.constexpr,  # of a channel in this layer, at most
+    MAX_HEADS: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    STEP: tl.constexpr,  # rows at a time
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,  # most, padded to a power of two
+):
+    block, member = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    count, before = tl.load(count_ptr + block), tl.load(before_ptr + block)
+    if count < 0:
+        return
+    seen = tl.cdiv(before + tl.load(number_ptr + block), BLOCK)
+    columns = tl.arange(0, COLUMNS)
+    there = columns < seen
+    score = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, ASKED, STEP):
+        rows = start + tl.arange(0, STEP)
+        ok = there[:, None] & (rows < ASKED)[None, :]
+        spoken = tl.zeros([COLUMNS, STEP], tl.float32)
+        for i in range(HEADS):
+            head = tl.load(head_ptr + member * HEADS + i)
+            if head >= 0:
+                first = (block * KV_HEADS + head // GROUP) * most
+                offs = (first + columns[:, None]) * (ASKED * GROUP) + (rows * GROUP)[None, :] + head % GROUP
+                own = tl.load(sums_ptr + offs, mask=ok, other=float("-inf"))
+                peak = tl.max(own, 0)  # [STEP]
+                peak = tl.where(peak == float("-inf"), 0.0, peak)  # of a row that is not there
+                norm = tl.maximum(tl.sum(tl.exp2(own - peak[None, :]), 0), 1e-30)
+                share = tl.exp2(own - (peak + tl.log2(norm))[None, :])
+                if MAX_HEADS:
+                    spoken = tl.maximum(spoken, share)
+                else:
+                    spoken += share
+        if MAX_ROWS:
+            score = tl.maximum(score, tl.max(spoken, 1))
+        else:
+            score += tl.sum(spoken, 1)
+    if not MAX_HEADS:
+        score *= tl.load(weight_ptr + member)
+    if not MAX_ROWS:
+        score /= ASKED
+    to_ptr = scores_ptr + (block * channels + tl.load(channel_ptr + member)) * most + columns
+    earlier = there & (tl.load(fresh_ptr + member) == 0)  # whether a layer before has fed the channel
+    found = tl.load(to_ptr, mask=earlier, other=0.0)
+    tl.store(to_ptr, tl.maximum(score, found) if MAX_ROWS else score + found, mask=there)
 
 
 @triton.jit

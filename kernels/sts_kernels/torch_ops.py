@@ -17,6 +17,7 @@ from sts_kernels.checks import (
     check_attention,
     check_block_attention,
     check_block_lists,
+    check_block_pooling,
     check_block_scores,
     check_block_slots,
     check_columns,
@@ -1032,6 +1033,7 @@ def score_blocks(
     *,
     scale: float,
     sampled: int,
+    shift: int = 0,
 ) -> torch.Tensor:
     """What some rows of each query block would attend to if they attended to everything: by blocks of keys.
 
@@ -1044,6 +1046,9 @@ def score_blocks(
         contexts: with the lengths after the new tokens.
         scale: of the logits.
         sampled: rows of a block that are asked.
+        shift: 0, or 1 in a draft's pass (SHIFT): `blocks` are of tokens all the same, with the rows where
+            their queries are, and the key of token p lies at position p - shift of the table; the first
+            token has none.
 
     Returns:
         float32 [blocks, H_kv, blocks.most, sampled * group]: of row i of query head g of a KV head, at
@@ -1053,7 +1058,7 @@ def score_blocks(
     Raises:
         ValueError: a dtype, shape or stride does not fit.
     """
-    check_block_scores(q, pool, contexts, blocks, sampled)
+    check_block_scores(q, pool, contexts, blocks, sampled, shift)
     kv_heads, group = pool.k.shape[1], q.shape[1] // pool.k.shape[1]
     shape = (blocks.counts.numel(), kv_heads, blocks.most, sampled * group)
     sums = torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -1063,14 +1068,51 @@ def score_blocks(
         asked = [max((row + 1) * number // sampled - 1, 0) for row in range(sampled)]
         places = torch.tensor(asked, device=q.device)
         rows = q[first + places].float().unflatten(1, (kv_heads, group))  # [sampled, H_kv, group, D]
-        keys = pool.k[slots].float()  # [n, H_kv, D]
-        logits = torch.einsum("shgd,nhd->hnsg", rows, keys) * (scale * pool.k_scale)
         positions = torch.arange(slots.numel(), device=q.device)
-        unseen = positions[:, None] > before + places  # [n, sampled]
+        keys = pool.k[slots[(positions - shift).clamp(min=0)]].float()  # [n, H_kv, D]
+        logits = torch.einsum("shgd,nhd->hnsg", rows, keys) * (scale * pool.k_scale)
+        unseen = (positions[:, None] > before + places) | (positions < shift)[:, None]  # [n, sampled]
         logits = logits.masked_fill(unseen[None, :, :, None], -torch.inf).flatten(2)
         for j, part in enumerate(logits.split(KEY_BLOCK, 1)):
             sums[i, :, j] = torch.logsumexp(part, 1) / math.log(2)
     return sums
+
+
+def pool_blocks(
+    sums: torch.Tensor, blocks: QueryBlocks, members: Members, scores: torch.Tensor, *, pooling: Pooling
+) -> None:
+    """Scores of blocks of keys by channel, of what the rows of one draft layer that are asked attend to.
+
+    A row's sums become shares of everything it sees. Heads of a channel are pooled first, then rows, and then
+    the layers that feed it, by the maximum or by adding as rows are.
+
+    Args:
+        sums: of `score_blocks` in that layer. blocks: as it was given.
+        members: the channels that the layer feeds.
+        scores: float32 [blocks, channels, blocks.most], zero at first: written, or raised by what is found,
+            for the channels of `members` as far as a block's tokens see; nothing else of it.
+        pooling: with the rows that were asked of a block.
+
+    Raises:
+        ValueError: a dtype or shape does not fit.
+    """
+    check_block_pooling(sums, blocks, members, scores, pooling)
+    sizes = (blocks.before.tolist(), blocks.numbers.tolist(), blocks.counts.tolist())
+    for i, (before, number, count) in enumerate(zip(*sizes, strict=True)):
+        if count == WHOLE:
+            continue
+        own = sums[i, :, : blocks_of(before + number)] * math.log(2)  # [H_kv, seen, rows * group]
+        shares = torch.exp(own - torch.logsumexp(own, 1, keepdim=True))
+        by_row = shares.unflatten(2, (pooling.total_rows, -1))  # [H_kv, seen, rows, group]
+        pooled = _pool(by_row.permute(2, 0, 3, 1).flatten(1, 2), members, pooling)
+        for j, channel in enumerate(members.channels.tolist()):
+            found = scores[i, channel, : pooled.shape[1]]
+            if bool(members.fresh[j]):
+                found.copy_(pooled[j])
+            elif pooling.rows == "max":
+                torch.maximum(found, pooled[j], out=found)
+            else:
+                found.add_(pooled[j])
 
 
 def list_blocks(sums: torch.Tensor, blocks: QueryBlocks, *, sink: int, recent: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from sts_kernels.headwise import headwise_lists
 from sts_kernels.history import blend_history
 from sts_kernels.page_scores import plan_pages, score_pages
 from sts_kernels.pages import join_pages, list_pages, size_pages, sketch_pages, tag_pages
-from sts_kernels.prefill import block_attention, block_slots, list_blocks, score_blocks
+from sts_kernels.prefill import block_attention, block_slots, list_blocks, pool_blocks, score_blocks
 from sts_kernels.select import select_tokens
 from sts_kernels.sizes import score_columns, size_lists
 from sts_kernels.split_kv import plan_lists
@@ -28,6 +28,7 @@ __all__ = [
     "plan_lists",
     "plan_pages",
     "plan_scores",
+    "pool_blocks",
     "score_blocks",
     "score_columns",
     "score_pages",

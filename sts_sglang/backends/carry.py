@@ -42,6 +42,7 @@ class CarryLastRow(Bindable):
         else:
             out = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         self._carry(q, views.layer(layer), forward_batch)
+        self._tell_prefill(q, views.layer(layer))
         return out
 
     def _carry(self, q: torch.Tensor, layer: views.Layer, fb: ForwardBatch) -> None:
@@ -59,6 +60,12 @@ class CarryLastRow(Bindable):
         if layer.number == max(state.carried_q):
             state.carry(reqs, self._queries, None if self._prefill else self._rows)
             self._queries = []
+
+    def _tell_prefill(self, q: torch.Tensor, layer: views.Layer) -> None:
+        """Where the draft reads a prompt before the target does, so that its attention selects for that."""
+        prefill = self.runtime.prefill
+        if prefill is not None and prefill.listens:
+            prefill.hear(layer.number, q.view(-1, layer.q_heads, layer.head_dim))
 
     def _extend_sparsely(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
         """All T rows of a request: to what the round selected, and to each other."""

@@ -11,6 +11,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sts_kernels.layout import Contexts, Lists
 from sts_sglang.backends.bindable import Bindable
 from sts_sglang.backends.torch_dense import tail_masks
+from sts_sglang.core.block_selectors import BlockCall
 from sts_sglang.core.selectors.base import LayerCall
 from sts_sglang.host import views
 from sts_sglang.host.views import Mode
@@ -123,13 +124,13 @@ class StsTargetBackend(Bindable, AttentionBackend):
         return prefill is not None and views.mode(fb) == Mode.PREFILL and prefill.attends(of.number)
 
     def _prefill(self, q, k, v, layer, forward_batch, save_kv_cache, **kwargs) -> torch.Tensor:
-        """To what the new tokens select."""
+        """To what is selected for the new tokens."""
         of = views.layer(layer)
         _check_plain(of, kwargs)
         if save_kv_cache and k is not None:
             self.pools.write(k, v, layer, forward_batch)
-        rows = q.view(-1, of.q_heads, of.head_dim)
-        return self.runtime.prefill.attend(rows, self.pools.layer(of.number), of.scale).flatten(1)
+        rows, pool = q.view(-1, of.q_heads, of.head_dim), self.pools.layer(of.number)
+        return self.runtime.prefill.attend(BlockCall(of.number, rows, pool, of.scale)).flatten(1)
 
     def _selects(self, fb: ForwardBatch) -> bool:
         """Whether a forward attends to a selection: verify does, and decode where nothing is drafted."""

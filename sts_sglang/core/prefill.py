@@ -1,9 +1,10 @@
 """Prefill of long prompts that attends to selected blocks of keys.
 
-A block of new tokens asks for itself: some of its rows are multiplied with all keys before them, which says
-how much of their attention each block of keys has, and all its rows attend to the best. So nothing but the
-tokens of its own block and before it decides what a token's keys and values become, and they can be shared
-like any prefix, among requests that are prefilled alike.
+A block of new tokens asks for itself: some of its rows, the target's own or the draft's
+(core.block_selectors), are multiplied with all keys before them, which says how much of their attention each
+block of keys has, and all its rows attend to the best. So nothing but the tokens of its own block and before
+it decides what a token's keys and values become, and they can be shared like any prefix, among requests that
+are prefilled alike.
 """
 
 from __future__ import annotations
@@ -11,20 +12,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
-from sts_kernels import Ops
-from sts_kernels.layout import KEY_BLOCK, QUERY_BLOCK, WHOLE, Contexts, Count, KvPool, QueryBlocks, blocks_of
+from sts_kernels.layout import KEY_BLOCK, QUERY_BLOCK, WHOLE, Contexts, Count, QueryBlocks, blocks_of
 from sts_sglang.config import CEIL_GUARD, ConfigError, StsConfig, quoted, request_prefill
 from sts_sglang.core.block_attention import Block, BlockAttention
+from sts_sglang.core.block_selectors import BlockCall, BlockSelector, forced_blocks
 from sts_sglang.core.request import Request
 from sts_sglang.core.sizes import Need
 
 logger = logging.getLogger(__name__)
 
-SAMPLED = 8  # rows of a block of new tokens that ask: evenly spaced, the last among them
 SCRATCH = 128 << 20  # bytes of what they found, and of lists: so many blocks of new tokens at a time
 
 
@@ -39,33 +40,30 @@ class SparsePrefill:
     """The prefills of one target, a forward at a time.
 
     Args:
-        config: with prefill 'sparse'. ops: the ops in use. attention: to what was listed. layers: of the
-            target. kv_heads, group: of a rank. device: where it runs. totals: int64 [len(Count)], counts are
-            added to it.
+        config: with prefill 'sparse'. selector: who says what is attended to. attention: to that. layers,
+            kv_heads: of a rank. device: where it runs. totals: int64 [len(Count)], counts are added to it.
     """
 
     def __init__(
         self,
         config: StsConfig,
-        ops: Ops,
+        selector: BlockSelector,
         attention: BlockAttention,
         layers: int,
         kv_heads: int,
-        group: int,
         device: str,
         totals: torch.Tensor,
     ):
-        self.config, self.ops, self.attention, self.device = config, ops, attention, device
+        self.config, self.selector, self.attention, self.device = config, selector, attention, device
         self._heads = (layers - len(config.dense_layers)) * kv_heads  # that select
-        self._row_bytes = 4 * kv_heads * (SAMPLED * group + 1)  # of a block of new tokens and one of keys
         self._selected = totals[Count.PREFILL_SELECTED_BLOCKS]
         self._available = totals[Count.PREFILL_AVAILABLE_BLOCKS]
-        self._forced = blocks_of(config.sink), blocks_of(config.recent)
+        self._forced = sum(forced_blocks(config))
         self._asked: list[_Asked] = []
-        # Of the running forward: None where it is dense.
-        self._contexts: Contexts | None = None
+        # Of the running forward, none where it is dense.
         self._parts: list[QueryBlocks] = []
         self._rows = 0
+        self._listening = self._heard = False  # whether the draft reads, or has read, its new tokens
 
     def keep_of(self, params: Mapping[str, object] | None, rid: str | None = None) -> float | None:
         """What a request's prompt attends to (`request_prefill`), None for everything; the server's where it
@@ -83,28 +81,62 @@ class SparsePrefill:
         """Requests of different marks may not share a prefix: its keys and values would be others. Empty for
         a dense prefill."""
         keep = self.keep_of(params)
-        return "" if keep is None else f"sts_prefill_keep={keep}|"
+        return "" if keep is None else f"sts_prefill_keep={self.selector.mark}{keep}|"
 
     def admit(self, requests: list[Request]) -> None:
         """The requests of the next forward. One that was retracted is prefilled with what it has answered."""
         self._asked = [_Asked(self.keep_of(r.params, r.rid), len(r.prompt) + len(r.output)) for r in requests]
 
     def begin(self, contexts: Contexts, before: list[int], numbers: list[int]) -> None:
-        """Before the layers of a forward. before, numbers: of each request, tokens before its new ones, and
-        these."""
+        """Before the layers of a forward, unless the draft has read its tokens. before, numbers: of each
+        request, tokens before its new ones, and these."""
+        if not self._heard:
+            self._begin(contexts, before, numbers)
+
+    def ask_draft(self, contexts: Contexts, before: list[int], numbers: list[int]) -> bool:
+        """The same before the draft reads, which it has to before the target if this says so."""
+        self._begin(contexts, before, numbers)
+        self._heard = True
+        return bool(self._parts)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While the draft reads."""
+        self._listening = True
+        yield
+        self._listening = False
+        self.selector.heard()
+
+    @property
+    def listens(self) -> bool:
+        return self._listening
+
+    def hear(self, layer: int, q: torch.Tensor) -> None:
+        """[N, H_q, D]: queries of the new tokens in a layer of the draft, whose keys are in its pool."""
+        self._check_rows(q)
+        self.selector.hear(layer, q)
+
+    def end(self) -> None:
+        """After the target's forward, where the draft has been asked."""
+        self._heard, self._parts = False, []
+        self.selector.end()
+
+    def _begin(self, contexts: Contexts, before: list[int], numbers: list[int]) -> None:
         blocks = []
         if len(before) == len(self._asked):  # else SGLang tries a forward, of nobody
             row = 0
             for request, (asked, first, number) in enumerate(zip(self._asked, before, numbers, strict=True)):
                 blocks += self._blocks(request, row, asked, first, number)
                 row += number
-        self._contexts, self._rows, self._parts = contexts, sum(numbers), []
+        self._rows, self._parts = sum(numbers), []
         self._count(blocks)
         if all(block.count == WHOLE for block in blocks):
             return
         most = max(blocks_of(block.end) for block in blocks)
-        at_once = max(1, SCRATCH // (self._row_bytes * most))
+        at_once = max(1, SCRATCH // (self.selector.row_bytes * most))
         self._parts = [self._columns(part) for part in self.attention.begin(contexts, blocks, at_once)]
+        cached = torch.tensor(before, dtype=torch.int32).to(self.device, non_blocking=True)
+        self.selector.begin(contexts, cached, self._parts)
 
     def _columns(self, blocks: list[Block]) -> QueryBlocks:
         columns = torch.tensor(blocks, dtype=torch.int32).T.contiguous()
@@ -115,19 +147,19 @@ class SparsePrefill:
         """Whether this forward attends to a selection in a layer."""
         return bool(self._parts) and layer not in self.config.dense_layers
 
-    def attend(self, q: torch.Tensor, pool: KvPool, scale: float) -> torch.Tensor:
+    def attend(self, call: BlockCall) -> torch.Tensor:
         """[N, H_q, D]: attention of the new tokens' queries, whose keys and values are in the pool."""
+        self._check_rows(call.q)
+        out = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
+        self.attention.attend_whole(call.q, call.pool, out, scale=call.scale)
+        for part, blocks in enumerate(self._parts):
+            listed = self.selector.listed(part, call)
+            self.attention.attend(part, blocks, listed, call.q, call.pool, out, scale=call.scale)
+        return out
+
+    def _check_rows(self, q: torch.Tensor) -> None:
         if q.shape[0] != self._rows:
             raise RuntimeError(f"STS: {q.shape[0]} queries of a prefill of {self._rows} tokens")
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        sink, recent = self._forced
-        self.attention.attend_whole(q, pool, out, scale=scale)
-        for part, blocks in enumerate(self._parts):
-            sums = self.ops.score_blocks(q, pool, self._contexts, blocks, scale=scale, sampled=SAMPLED)
-            listed = self.ops.list_blocks(sums, blocks, sink=sink, recent=recent)
-            del sums  # what other layers and parts need as well
-            self.attention.attend(part, blocks, listed, q, pool, out, scale=scale)
-        return out
 
     def _blocks(self, request: int, row: int, asked: _Asked, before: int, number: int) -> Iterator[Block]:
         """The new tokens of a request in blocks that begin where those of the whole prompt would, so that it
@@ -135,7 +167,8 @@ class SparsePrefill:
         first, end = before, before + number
         while first < end:
             last = min((first // QUERY_BLOCK + 1) * QUERY_BLOCK, end)
-            count = self._selects(asked, first, last)
+            asks = first > before or self.selector.can_ask(last - first)
+            count = self._selects(asked, first, last) if asks else WHOLE
             yield Block(request, row + first - before, last - first, first, count)
             first = last
 
@@ -144,7 +177,7 @@ class SparsePrefill:
         choices = first // KEY_BLOCK
         if asked.keep is None or last <= self.config.prefill_floor or last >= asked.tokens:
             return WHOLE
-        count = max(math.ceil(asked.keep * choices - CEIL_GUARD), sum(self._forced))
+        count = max(math.ceil(asked.keep * choices - CEIL_GUARD), self._forced)
         return WHOLE if count >= choices else count
 
     def _count(self, blocks: list[Block]) -> None:
@@ -157,6 +190,17 @@ class SparsePrefill:
         self._available += sum(block.choices for block in sparse) * self._heads
 
 
-def need(config: StsConfig) -> Need:
-    """What selecting takes in a sparse prefill."""
-    return Need(SCRATCH if config.prefill == "sparse" else 0)
+def need(config: StsConfig, channels: int, tokens: int, requests: int, context: int) -> Need:
+    """What a sparse prefill takes besides what a dense one does.
+
+    Args:
+        channels: of the head map. tokens, requests: of the largest forward. context: the longest.
+    """
+    if config.prefill == "dense":
+        return Need()
+    if config.prefill_selector == "target":
+        return Need(SCRATCH)
+    # What the draft says of all layers is there before the target's first. A request has no more blocks than
+    # its tokens fill, and one at each end.
+    blocks = tokens // QUERY_BLOCK + 2 * min(requests, tokens)
+    return Need(SCRATCH + 4 * blocks * channels * blocks_of(context))

@@ -84,7 +84,7 @@ class Runtime:
         if self.prefill is None:
             return "dense"
         keep, floor = self.config.prefill_keep, self.config.prefill_floor
-        return f"{keep} of the blocks of keys, by the target's queries, beyond {floor} tokens"
+        return f"{keep} of the blocks of keys, by {self.prefill.selector.said}, beyond {floor} tokens"
 
     @property
     def scoring_steps(self) -> int:

@@ -19,6 +19,7 @@ from sts_sglang.backends.target import StsTargetBackend
 from sts_sglang.config import StsConfig, not_allowed, shown
 from sts_sglang.core import block_attention, sizes
 from sts_sglang.core.block_attention import Fa3
+from sts_sglang.core.block_selectors import ByDraft, ByTarget
 from sts_sglang.core.channels import Channels
 from sts_sglang.core.prefill import SparsePrefill
 from sts_sglang.core.ranks import ALONE, Ranks
@@ -336,20 +337,30 @@ def assemble(
         whole=by_ops.make(made_of),
         sketches=sketches,
         ranks=ranks,
-        prefill=_prefill(made_of, own_ops, target, device, fa3),
+        prefill=_prefill(made_of, own_ops, head_map, target, draft, fa3),
     )
 
 
 def _prefill(
-    parts: VerifierParts, kernel: str, target: HeadCounts, device: str, fa3: Fa3 | None
+    parts: VerifierParts,
+    kernel: str,
+    head_map: headmap.HeadMap,
+    target: HeadCounts,
+    draft: Draft | None,
+    fa3: Fa3 | None,
 ) -> SparsePrefill | None:
     """Of a rank's heads, where a request may be prefilled sparsely. kernel: name of the ops."""
     config, ops, totals = parts.config, parts.ops, parts.state.totals
     if config.prefill == "dense":
         return None
+    device = str(totals.device)
+    if config.prefill_selector == "draft":
+        # Whoever selects for verify, the draft is heard here.
+        selector = ByDraft(config, ops, Channels.of(head_map, device), draft)
+    else:
+        selector = ByTarget(config, ops, target.kv_heads, target.q_heads // target.kv_heads)
     attention = block_attention.make(config, ops, kernel, parts.target, fa3, device)
-    group = target.q_heads // target.kv_heads
-    return SparsePrefill(config, ops, attention, target.layers, target.kv_heads, group, device, totals)
+    return SparsePrefill(config, selector, attention, target.layers, target.kv_heads, device, totals)
 
 
 def _fa3_of(backend: StsTargetBackend) -> Fa3 | None:

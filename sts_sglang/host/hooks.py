@@ -17,6 +17,7 @@ from sts_sglang.config import BACKEND, ENV, ConfigError, StsConfig, check_reques
 from sts_sglang.core import dumps
 from sts_sglang.core.runtime import Runtime
 from sts_sglang.host import bind, compat, handover, refused, reserve, views
+from sts_sglang.host.draft_first import DraftFirst
 from sts_sglang.host.metrics import Exporter
 from sts_sglang.host.releases import release
 from sts_sglang.host.sampling import check_sampling
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
-    from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
+    from sglang.srt.speculative.eagle_info import EagleDraftInput
+    from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker, EAGLEWorkerV2
 
 UNSET = object()
 
@@ -50,6 +52,7 @@ class _Scheduler:
     """State of a scheduler process, where forwards run."""
 
     exporter: Exporter | None = None  # of the counters, once draft and target are bound
+    draft_first: DraftFirst | None = None  # of a bound pair
 
 
 def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
@@ -205,7 +208,9 @@ def init_attention_backends(result: None, self: EAGLEWorkerV2) -> None:
     """AFTER EAGLEWorkerV2.init_attention_backends: bind draft and target, before any capture."""
     if not asks_for_sts(self.server_args):
         return
-    _count(bind.bind(self, StsConfig.of_launch()).runtime, views.resolved(self.server_args))
+    runtime = bind.bind(self, StsConfig.of_launch()).runtime
+    _Scheduler.draft_first = DraftFirst(runtime)
+    _count(runtime, views.resolved(self.server_args))
 
 
 def _count(runtime: Runtime, args: ServerArgs) -> None:
@@ -257,9 +262,30 @@ def decode_complete(result: None, self, *args, **kwargs) -> None:
 
 
 def forward_batch(self: EAGLEWorkerV2, batch: ScheduleBatch, *args, **kwargs) -> None:
-    """BEFORE EAGLEWorkerV2.forward_batch_generation: note keeps at prefill, and who is in a round."""
+    """BEFORE EAGLEWorkerV2.forward_batch_generation: note keeps at prefill, and who is in a round; let the
+    draft read first where it selects."""
     if (bound := bind.current()) is not None:
         _before_forward(bound.runtime, batch)
+        if _Scheduler.draft_first is not None and views.prefills(batch):
+            _Scheduler.draft_first.before_target(self, batch)
+
+
+def draft_prefill(
+    original,
+    self: EagleDraftWorker,
+    batch: ScheduleBatch,
+    target_hidden_states,
+    next_token_ids,
+    *rest,
+    **of_all,
+) -> EagleDraftInput:
+    """AROUND EagleDraftWorker._draft_extend_for_prefill: what the draft has not read yet. rest, of_all: of a
+    pass over all new tokens."""
+    stock = functools.partial(original, self, batch, target_hidden_states, next_token_ids, *rest, **of_all)
+    if _Scheduler.draft_first is None:
+        return stock()
+    again = functools.partial(original, self)
+    return _Scheduler.draft_first.after_target(again, batch, next_token_ids, stock)
 
 
 def _before_forward(runtime: Runtime, batch: ScheduleBatch) -> None:
@@ -330,6 +356,7 @@ HOOKS: tuple[tuple[Callable, str], ...] = (
     (init_attention_backends, "AFTER"),
     (init_cuda_graphs, "AFTER"),
     (forward_batch, "BEFORE"),
+    (draft_prefill, "AROUND"),
     (verify_complete, "AFTER"),
     (init_target_backends, "AFTER"),
     (init_target_graphs, "AFTER"),

@@ -7,6 +7,8 @@ function is called.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ Targets = dict[str, tuple[str, tuple[str, ...]]]
 
 _SPEC = "sglang.srt.speculative"
 _WORKER = f"{_SPEC}.eagle_worker_v2.EAGLEWorkerV2"
+_DRAFT_WORKER = f"{_SPEC}.eagle_worker_v2.EagleDraftWorker"
 _TARGET = "sglang.srt.managers.tp_worker.TpModelWorker"
 _ARGS = "sglang.srt.server_args.ServerArgs"
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
@@ -42,6 +45,10 @@ HOOKS: Targets = {
     "init_attention_backends": (f"{_WORKER}.init_attention_backends", ("self",)),
     "init_cuda_graphs": (f"{_WORKER}.init_cuda_graphs", ("self",)),
     "forward_batch": (f"{_WORKER}.forward_batch_generation", ("self", "batch", "on_publish")),
+    "draft_prefill": (
+        f"{_DRAFT_WORKER}._draft_extend_for_prefill",
+        ("self", "batch", "target_hidden_states", "next_token_ids"),
+    ),
     "verify_complete": (
         f"{_WORKER}.on_verify_complete_cpu",
         ("self", "num_correct_drafts_per_req", "batch_size"),
@@ -100,6 +107,8 @@ SYMBOLS = (
     "sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS",
     "sglang.srt.layers.attention.attention_registry.register_attention_backend",
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend",
+    "sglang.srt.layers.moe.utils.speculative_moe_a2a_backend_context",
+    "sglang.srt.layers.moe.utils.speculative_moe_backend_context",
     "sglang.srt.mem_cache.memory_pool.KVWriteLoc",
     "sglang.srt.managers.scheduler.run_scheduler_process",
     "sglang.srt.model_executor.cuda_graph_config.Backend.DISABLED",
@@ -155,6 +164,7 @@ SERVER_ARGS_READ = (
     "attention_backend",
     "attn_cp_size",
     "checkpoint_engine_wait_weights_before_ready",
+    "chunked_prefill_size",
     "cuda_graph_config",
     "dcp_size",
     "decode_attention_backend",
@@ -197,6 +207,7 @@ SERVER_ARGS_READ = (
     "json_model_override_args",
     "kv_cache_dtype",
     "load_format",
+    "max_prefill_tokens",
     "max_running_requests",
     "model_config_parser",
     "model_impl",
@@ -256,6 +267,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "is_target_verify",
     ),
     f"{_EAGLE}.EagleVerifyInput": ("custom_mask", "draft_token_num", "topk"),
+    f"{_EAGLE}.EagleDraftInput": ("bonus_tokens",),
     f"{_EAGLE}.EagleDraftExtendInput": ("num_accept_tokens", "num_tokens_per_req"),
     "sglang.srt.distributed.parallel_state.GroupCoordinator": ("cpu_group", "rank_in_group", "world_size"),
     "sglang.srt.layers.radix_attention.AttentionType": ("DECODER",),
@@ -277,7 +289,19 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "v_scale_float",
         "xai_temperature_len",
     ),
-    "sglang.srt.managers.schedule_batch.ScheduleBatch": ("forward_mode", "reqs"),
+    "sglang.srt.managers.schedule_batch.ScheduleBatch": (
+        "chunked_req",
+        "chunked_req_next_prompt_token",
+        "extend_lens",
+        "extend_num_tokens",
+        "forward_mode",
+        "input_ids",
+        "out_cache_loc",
+        "prefix_lens",
+        "req_pool_indices",
+        "reqs",
+        "seq_lens",
+    ),
     "sglang.srt.managers.schedule_batch.Req": (
         "cached_tokens",
         "finished",
@@ -332,6 +356,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "req_to_token_pool",
         "server_args",
         "token_to_kv_pool",
+        "tp_group",
         "war_fastpath_read_done_event",
     ),
     "sglang.srt.configs.model_config.ModelConfig": (
@@ -359,12 +384,14 @@ FIELDS: dict[str, tuple[str, ...]] = {
     f"{_GRAPHS}.PhaseConfig": ("backend", "bs", "max_bs"),
     f"{_GRAPHS}.Backend": ("BREAKABLE", "DISABLED", "FULL"),
     _WORKER: ("_draft_worker", "_target_worker", "server_args", "speculative_num_steps", "topk"),
-    f"{_SPEC}.eagle_worker_v2.EagleDraftWorker": (
+    _DRAFT_WORKER: (
+        "_draft_extend_for_prefill",
         "cuda_graph_runner",
         "cuda_graph_runner_for_draft_extend",
         "draft_attn_backend",
         "draft_extend_attn_backend",
         "draft_runner",
+        "draft_tp_context",
         "tree_mask_mode",
     ),
     _TARGET: ("model_runner", "server_args"),
@@ -514,6 +541,23 @@ def committed(req: Req) -> int:
 def built(backend: Any) -> Any:
     """What a builder in the map of DraftBackendFactory answers."""
     return backend
+
+
+@contextmanager
+def drafting(draft: EagleDraftWorker) -> Iterator[None]:
+    """What the draft's passes run in."""
+    from sglang.srt.layers.moe.utils import (
+        speculative_moe_a2a_backend_context,
+        speculative_moe_backend_context,
+    )
+
+    runner: ModelRunner = draft.draft_runner
+    with (
+        draft.draft_tp_context(runner.tp_group),
+        speculative_moe_backend_context(),
+        speculative_moe_a2a_backend_context(),
+    ):
+        yield
 
 
 def offers_tree_mask(cls: type) -> type:

@@ -6,6 +6,8 @@ whose draft-extend is captured, where a backend's reads of shared tables end, wh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sts_sglang.config import not_allowed
@@ -61,6 +63,7 @@ SYMBOLS = (
     f"{_ATTENTION}.base_attn_backend.SharedReadEnds.POST_REPLAY",
     "sglang.srt.environ.envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH",
     "sglang.srt.environ.envs.SGLANG_RUST_SERVER",
+    f"{_SPEC}.spec_utils.draft_tp_context",
     f"{_OVERRIDES}.model_config_of",
     f"{_OVERRIDES}.resolving_view",
 )
@@ -104,10 +107,10 @@ FIELDS: dict[str, tuple[str, ...]] = {
         _BACKEND, {"get_verify_buffers_to_fill_after_draft"}, {"shared_read_ends", "verify_mask"}
     ),
     f"{_ATTENTION}.verify_mask.VerifyMask": ("buffer", "max_bs", "mode"),
-    _RUNNER: _changed(_RUNNER, {"war_fastpath_read_done_event"}, set()),
+    _RUNNER: _changed(_RUNNER, {"tp_group", "war_fastpath_read_done_event"}, set()),
     _PARAMS: _changed(_PARAMS, set(), {"beam_width"}),
     _FA3: ("flash_attn_with_kvcache", "forward_extend"),
-    _DRAFT_WORKER: _changed(_DRAFT_WORKER, {"tree_mask_mode"}, set()),
+    _DRAFT_WORKER: _changed(_DRAFT_WORKER, {"draft_tp_context", "tree_mask_mode"}, {"parallel_layout"}),
     _ARGS: SERVER_ARGS_READ,
 }
 NOT_IMPORTED = before.NOT_IMPORTED
@@ -204,6 +207,23 @@ def committed(req: Req) -> int:
 def built(backend: Any) -> Any:
     """What a builder in the map of DraftBackendFactory answers: with the name it is stamped with."""
     return "sts", backend
+
+
+@contextmanager
+def drafting(draft: EagleDraftWorker) -> Iterator[None]:
+    """What the draft's passes run in."""
+    from sglang.srt.layers.moe.utils import (
+        speculative_moe_a2a_backend_context,
+        speculative_moe_backend_context,
+    )
+    from sglang.srt.speculative.spec_utils import draft_tp_context
+
+    with (
+        draft_tp_context(draft.parallel_layout),
+        speculative_moe_backend_context(),
+        speculative_moe_a2a_backend_context(),
+    ):
+        yield
 
 
 def offers_tree_mask(cls: type) -> type:

@@ -19,7 +19,8 @@ MAX_REQUESTS = 4096  # SGLang's own bound where the user gives none (resolve_max
 
 class _Launch(NamedTuple):
     """draft: None without one. rows: query rows of a draft KV head in one step. requests: of a batch. above:
-    bytes of a token in the draft's pool that SGLang does not count."""
+    bytes of a token in the draft's pool that SGLang does not count. chunk: new tokens of the largest prefill,
+    which has those of a context besides unless prompts are chunked."""
 
     config: StsConfig
     target: TargetShape
@@ -28,6 +29,8 @@ class _Launch(NamedTuple):
     rows: int
     requests: int
     above: int
+    chunk: int
+    chunked: bool
 
     def need(self, context: int) -> Need:
         """Where no context has more tokens."""
@@ -39,11 +42,16 @@ class _Launch(NamedTuple):
             self._of_round(capacity),
             selectors.need(config, shape, capacity.longest(config, self.head_map)),
             verifiers.of(config.kernel).need(config, shape),
-            prefill.need(config),
+            self._of_prefill(capacity),
             block_attention.need(config, shape),
             Need(per_token=self.above),
         ]
         return Need(*map(sum, zip(*needs, strict=True)))
+
+    def _of_prefill(self, capacity: Capacity) -> Need:
+        tokens = self.chunk + (0 if self.chunked else capacity.context)
+        channels = len(self.head_map.channels)
+        return prefill.need(self.config, channels, tokens, self.requests, capacity.context)
 
     def _of_round(self, capacity: Capacity) -> Need:
         channels, draft = len(self.head_map.channels), self.draft
@@ -72,7 +80,7 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
     head_map = headmap.of_config(config, *whole, tp=ranks)
     of, draft = of.of_rank(ranks), draft and draft.of_rank(ranks)
     rows = (1 + (server_args.speculative_eagle_topk or 1)) * draft.group if draft else 0
-    shape = target_shape(server_args, of, requests)
+    shape, chunk = target_shape(server_args, of, requests), _chunk(server_args)
     kv_bytes, above = of.kv_bytes(shape.kv_dtype), 0
     if draft:
         # SGLang counts a token of the draft's pool as if it were kept like the target's.
@@ -80,7 +88,7 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
         own = draft.kv_bytes(views.kv_asked(server_args, of_draft=config).dtype(draft.dtype))
         kv_bytes, above = kv_bytes + counted, max(0, own - counted)
     launches = [
-        _Launch(config, shape, draft, head_map.of_rank(rank, ranks, *whole), rows, requests, above)
+        _Launch(config, shape, draft, head_map.of_rank(rank, ranks, *whole), rows, requests, above, *chunk)
         for rank in range(ranks)
     ]
     # The same on every rank, whose pools must be of one size.
@@ -93,6 +101,13 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
             "fewer, or a smaller --context-length",
         )
     return reserved
+
+
+def _chunk(server_args: Any) -> tuple[int, bool]:
+    """New tokens of the largest prefill, and whether longer prompts are cut there."""
+    if (size := server_args.chunked_prefill_size or 0) > 0:
+        return size, True
+    return server_args.max_prefill_tokens, False
 
 
 def target_shape(server_args: Any, target: views.Model, requests: int) -> TargetShape:

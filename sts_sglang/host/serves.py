@@ -410,7 +410,7 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     config = asked.for_launch(drafts, directions=True)
     check_device(server_args, config)
     check_history(server_args, config)
-    check_prefill(config)
+    check_prefill(server_args, config)
     check_inspect(config)
     target = release.model_config(server_args)
     check_target(target)
@@ -434,10 +434,18 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     return headmap.pinned(config, head_map)
 
 
-def check_prefill(config: StsConfig) -> None:
-    """Whether what a sparse prefill leaves in the prefix cache can be kept apart. Raises `Refusal`."""
+def check_prefill(server_args: ServerArgs, config: StsConfig) -> None:
+    """Whether the draft can read prompts first, if it is to, and what a sparse prefill leaves in the prefix
+    cache can be kept apart. Raises `Refusal`."""
     from sglang.srt.environ import envs
 
+    algorithm = server_args.speculative_algorithm
+    if config.prefill_by == "draft" and algorithm != "STANDALONE":
+        raise Refusal(
+            f"sts_config.prefill_by: 'draft' with --speculative-algorithm {algorithm}, whose head reads what "
+            "the target makes of a prompt and cannot read it first; use --speculative-algorithm STANDALONE, "
+            'or set prefill_by to "target"'
+        )
     for name in release.TREES_WITHOUT_KEYS:
         if config.prefill == "sparse" and getattr(envs, name).get():
             raise Refusal(
@@ -457,7 +465,7 @@ def check_tiles(
     from sts_kernels import draft_attention, page_scores, tokens, verify
 
     if config.prefill == "sparse":
-        _check_asking_rows(target, room)
+        _check_asking_rows(draft if config.prefill_selector == "draft" else target, room)
     if draft is None:  # one row of every query head
         return
     number, branches = server_args.speculative_num_draft_tokens, server_args.speculative_eagle_topk
@@ -482,15 +490,15 @@ def check_tiles(
             )
 
 
-def _check_asking_rows(target: ModelConfig, room: int) -> None:
+def _check_asking_rows(model: ModelConfig, room: int) -> None:
     """Whether a thread block can hold the rows of a block of queries that ask in a sparse prefill."""
     from sts_kernels import prefill
-    from sts_sglang.core.prefill import SAMPLED
+    from sts_sglang.core.block_selectors import SAMPLED
 
-    group = target.num_attention_heads // target.num_key_value_heads
-    if (needed := prefill.shared_bytes(target.head_dim, SAMPLED * group)) > room:
+    group = model.num_attention_heads // model.num_key_value_heads
+    if (needed := prefill.shared_bytes(model.head_dim, SAMPLED * group)) > room:
         raise Refusal(
-            f"sts_config.prefill: 'sparse' with heads of {target.head_dim}, {group} to a KV head, needs "
+            f"sts_config.prefill: 'sparse' with heads of {model.head_dim}, {group} to a KV head, needs "
             f"about {needed} bytes of shared memory in a thread block, and this GPU has {room}; "
             'set prefill to "dense"'
         )

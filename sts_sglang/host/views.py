@@ -7,6 +7,7 @@ what is meant.
 
 from __future__ import annotations
 
+import copy
 import enum
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.server_args import ServerArgs
-    from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleVerifyInput
+    from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleDraftInput, EagleVerifyInput
     from transformers import PretrainedConfig
 
     from sts_sglang.config import StsConfig
@@ -409,6 +410,52 @@ def requests(batch: ScheduleBatch) -> list[Request]:
 def prefills(batch: ScheduleBatch) -> bool:
     of_batch: ForwardMode = batch.forward_mode
     return of_batch.is_extend()
+
+
+def batch_of(batch: ScheduleBatch) -> Batch:
+    """`requests_of` a batch that the scheduler runs, a prefill's new tokens counted."""
+    return Batch(len(batch.reqs), batch.req_pool_indices, batch.seq_lens)
+
+
+def new_rows_of(batch: ScheduleBatch) -> HostRows:
+    """`new_rows_on_host` of a prefill that the scheduler runs."""
+    return HostRows(batch.prefix_lens, batch.extend_lens)
+
+
+def as_known(batch: ScheduleBatch) -> tuple[ScheduleBatch, torch.Tensor]:
+    """A prefill before anything is sampled, to be changed without the scheduler's notice; and int64 [bs], in
+    place of the tokens that follow, the last ones of each request: where a prompt goes on, SGLang goes by
+    that."""
+    return copy.copy(batch), batch.input_ids[_last_places(batch)]
+
+
+def next_is_known(batch: ScheduleBatch) -> bool:
+    """Whether nothing that is sampled counts: all of a prefill is a chunk of a prompt that goes on."""
+    goes_on = batch.chunked_req if batch.chunked_req_next_prompt_token is not None else None
+    return all(req is goes_on for req in batch.reqs)
+
+
+def last_rows_of(batch: ScheduleBatch) -> ScheduleBatch:
+    """A prefill of nothing but the last new token of each request, the others being there."""
+    last, rows = copy.copy(batch), new_rows_of(batch)
+    places = _last_places(batch)
+    last.input_ids, last.out_cache_loc = batch.input_ids[places], batch.out_cache_loc[places]
+    last.prefix_lens = [before + number - 1 for before, number in zip(*rows, strict=True)]
+    last.extend_lens, last.extend_num_tokens = [1] * len(last.prefix_lens), len(last.prefix_lens)
+    return last
+
+
+def _last_places(batch: ScheduleBatch) -> torch.Tensor:
+    """int64 [bs]: where the last new token of each request of a prefill is."""
+    tokens: torch.Tensor = batch.input_ids
+    ends = torch.tensor(batch.extend_lens).cumsum(0) - 1
+    return ends.to(tokens.device, non_blocking=True)
+
+
+def followed_by(read: EagleDraftInput, tokens: torch.Tensor) -> EagleDraftInput:
+    """What a draft made of a prefill, with the tokens [bs] that the target has sampled since."""
+    read.bonus_tokens = tokens
+    return read
 
 
 def request(req: Req) -> Request:
