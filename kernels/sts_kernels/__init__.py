@@ -16,6 +16,8 @@ from sts_kernels.layout import (
     Contexts,
     Directions,
     History,
+    Kept,
+    KeptSizes,
     KvPool,
     Lists,
     Members,
@@ -69,6 +71,22 @@ class Ops(Protocol):
         full: torch.Tensor | None = None,
         list_full: bool = False,
     ) -> Sizes: ...
+
+    def size_kept(
+        self,
+        contexts: Contexts,
+        sizes: Sizes,
+        kept: Kept,
+        room: Room,
+        totals: torch.Tensor,
+        *,
+        every: int,
+        percent: int | None = None,
+    ) -> KeptSizes: ...
+
+    def list_kept(
+        self, kept: Kept, contexts: Contexts, lists: Lists, draft_indices: torch.Tensor
+    ) -> None: ...
 
     def blend_history(
         self, scores: Scores, contexts: Contexts, history: History, weight: torch.Tensor, *, decay: float

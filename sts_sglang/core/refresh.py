@@ -1,0 +1,89 @@
+"""Selections that are kept for some rounds: who is scored in a round, and what the others go by.
+
+A round of a sparse draft scores the context in its first draft step, which reads all of it. With
+`draft_refresh` a request is scored in some rounds only, and goes by its latest selection and everything that
+came since in the others. Who is which is data on the device: both kinds of attention run in every round, each
+over no tokens of those whom the other one serves, so that one CUDA graph holds all cases.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from sts_kernels import Ops
+from sts_kernels.layout import Contexts, Lists, Sizes
+from sts_sglang.core.round import RoundState
+from sts_sglang.core.selectors.draft import DraftSelector
+
+
+class Parted(NamedTuple):
+    """The requests of a round.
+
+    scored, kept: contexts of those that are scored, and of those that go by what is kept; the others of the
+    batch have no tokens there. sizes: of the former. lists: of the latter.
+    """
+
+    scored: Contexts
+    kept: Contexts
+    sizes: Sizes
+    lists: Lists
+
+    def join(self, of_scored: torch.Tensor, of_kept: torch.Tensor) -> torch.Tensor:
+        """Rows [bs * W, ..] of whom either was made for."""
+        rows = of_scored.shape[0] // self.kept.lens.numel()
+        stays = (self.kept.lens > 0).repeat_interleave(rows)[:, None]
+        return torch.where(stays, of_kept.flatten(1), of_scored.flatten(1))
+
+
+class Refresh:
+    """Says who is scored in a round (`StsConfig.refresh`), and keeps what is selected.
+
+    Args:
+        state: of the round, whose `kept` outlives it. selector: by what is scored. ops: in use.
+    """
+
+    def __init__(self, state: RoundState, selector: DraftSelector, ops: Ops, width: int):
+        self.state, self.selector, self.ops = state, selector, ops
+        self.every, self.percent = state.config.refresh
+        # A table by which a list of slots is one of positions.
+        self.positions = torch.arange(width, dtype=torch.int32, device=state.indices.device)[None]
+
+    def part(self, contexts: Contexts) -> Parted:
+        """Once a round, before its first draft step."""
+        state = self.state
+        found = self.ops.size_kept(
+            contexts,
+            state.size(self.ops, contexts),
+            state.kept,
+            state.room,
+            state.totals,
+            every=self.every,
+            percent=self.percent,
+        )
+        lists = Lists(state.indices, found.sizes.starts, found.counts)
+        self.ops.list_kept(state.kept, contexts, lists, state.draft_indices)
+        scored, kept = (contexts._replace(lens=lens) for lens in (found.scored, found.kept))
+        return Parted(scored, kept, found.sizes, lists)
+
+    def select(self, parted: Parted, contexts: Contexts) -> Lists:
+        """Once those that are scored were: the lists of all."""
+        state, sizes, kept = self.state, parted.sizes, self.state.kept
+        reqs, entries = contexts.reqs.long(), state.room.entries
+        places = torch.arange(reqs.numel(), device=reqs.device)
+        starts = sizes.starts + ((reqs - places) * entries)[:, None]  # the same, by row in place of place
+        own = Lists(kept.positions, starts, sizes.counts)
+        listed = contexts._replace(table=self.positions, reqs=torch.zeros_like(reqs))
+        self.selector.list_best(sizes, contexts, listed, own)
+        stays = (parted.kept.lens > 0)[:, None]
+        kept.starts[reqs] = torch.where(stays, kept.starts[reqs], starts)
+        kept.counts[reqs] = torch.where(stays, kept.counts[reqs], own.counts)
+        self.ops.list_kept(
+            kept, contexts, Lists(state.indices, sizes.starts, own.counts), state.draft_indices
+        )
+        return Lists(state.indices, sizes.starts, torch.where(stays, parted.lists.counts, own.counts))
+
+    def nbytes(self) -> int:
+        """Besides `RoundState.kept`."""
+        return self.positions.nbytes
