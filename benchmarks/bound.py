@@ -47,7 +47,8 @@ def round_bytes(row: dict) -> dict[str, float] | None:
     of, or its requests share keys, which need not be read for each.
 
     The draft passes over its context in `steps` - 1 decode steps and in draft-extend; where it is sparse
-    (`sparse_draft`: "steps" or "all") the first step alone, and draft-extend with "steps", read all of it.
+    (`sparse_draft`: "steps" or "all") the first step alone, of `scored_share` of the rounds where selections
+    are kept, and draft-extend with "steps", read all of it.
     """
     target, draft = row.get("target"), row.get("draft")
     if target is None or row["shared"] or (row["drafts"] and draft is None):
@@ -59,6 +60,7 @@ def round_bytes(row: dict) -> dict[str, float] | None:
     if row["drafts"]:
         passes = row["steps"]
         dense = min(passes, {"steps": 2, "all": 1}.get(row.get("sparse_draft"), passes))
+        dense -= 1 - row.get("scored_share", 1)
         found["weights"] += passes * draft["weights"] + draft["once"]
         own = {"model": BF16, "fp8_e4m3": 1}.get(row.get("draft_kv"), value)
         found["draft"] = (dense + kept * (passes - dense)) * context * kv_bytes(draft, own)

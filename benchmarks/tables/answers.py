@@ -17,6 +17,8 @@ QUALITY = {
     "sts-warm": "sts, history `warm`",
     "sts-blend": "sts, history `blend`",
     "sts-draft": "sts, draft sparse too",
+    "sts-draft-refresh": "that, scored in every 4th round",
+    "sts-draft-adaptive": "that, scored when fewer tokens are accepted",
     "sts-draft-blend": "sts, draft sparse too, history `blend`",
     "sts-full4": "sts, every 4th verify full",
     "oracle": "oracle",

@@ -49,7 +49,7 @@ def size_kept(
     if bs == 0:
         return made
     wide = triton.next_power_of_2(room.channels)
-    _sizes_kernel[(1,)](
+    _size_kept_kernel[(1,)](
         lens,
         contexts.reqs,
         *sizes,
@@ -82,7 +82,7 @@ def list_kept(kept: Kept, contexts: Contexts, lists: Lists, draft_indices: torch
     bs, channels = lists.counts.shape
     if bs == 0:
         return
-    _list_kernel[(bs, channels, KNOBS.programs)](
+    _list_kept_kernel[(bs, channels, KNOBS.programs)](
         kept.positions,
         kept.starts,
         kept.counts,
@@ -102,7 +102,7 @@ def list_kept(kept: Kept, contexts: Contexts, lists: Lists, draft_indices: torch
 
 
 @triton.jit
-def _sizes_kernel(
+def _size_kept_kernel(
     lens_ptr,  # int [bs]
     reqs_ptr,  # int [bs]
     known_ptr,  # int64 [bs], from here on of Sizes
@@ -190,7 +190,7 @@ def _sizes_kernel(
 
 
 @triton.jit
-def _list_kernel(
+def _list_kept_kernel(
     positions_ptr,  # int32 [entries]
     first_ptr,  # int64 [rows, channels], where the positions of a list start
     number_ptr,  # int32 [rows, channels], and how many there are
