@@ -17,9 +17,11 @@ from benchmarks.harness import (
     Results,
     Shape,
     add_fp8,
+    add_heads,
     compile_ahead,
     compile_only,
     copies,
+    heads_of,
     microseconds,
     parser,
     settings,
@@ -151,7 +153,7 @@ def nbytes(shape: Shape) -> int:
 
 def prepare(shape: Shape):
     """What `tune` times."""
-    cases = [Case.draw(shape, seed).planned() for seed in range(copies(nbytes(shape)))]
+    cases = drawn(shape)
     expected = cases[0].run("torch")
     return [case.attend for case in cases], lambda: close(cases[0].run(), expected), nbytes(shape)
 
@@ -175,13 +177,24 @@ def fa3_dense(shape: Shape, case: Case):
     return lambda: flash_attn_with_kvcache(**options)
 
 
-def bench(results: Results, shape: Shape) -> None:
-    cases = [Case.draw(shape, seed).planned() for seed in range(copies(nbytes(shape)))]
+def drawn(shape: Shape) -> list[Case]:
+    """As many as make one read of all of them pass through the cache."""
+    return [Case.draw(shape, seed).planned() for seed in range(copies(nbytes(shape)))]
+
+
+def ours(results: Results, shape: Shape, cases: list[Case]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's time with and without importance, and what its twin answers."""
     expected = cases[0].run("torch")
     if results.gate("triton+importance", shape, lambda: close(cases[0].run(), expected)):
         plain = [case.silent() for case in cases]
         for name, timed in (("triton", plain), ("triton+importance", cases)):
             results.add(name, shape, microseconds([case.attend for case in timed]), nbytes(shape))
+    return expected
+
+
+def bench(results: Results, shape: Shape) -> None:
+    cases = drawn(shape)
+    expected = ours(results, shape, cases)
     try:
         calls = [fa3_dense(shape, case) for case in cases]
 
@@ -205,8 +218,11 @@ def compile_one(shape: Shape, knobs: dict) -> None:
 def main() -> None:
     p = parser(__doc__)
     add_fp8(p)
+    add_heads(p)
     args = p.parse_args()
     shapes = QUICK if args.quick or args.tune else FULL
+    if args.heads:  # the step that scores the carried row too
+        shapes = heads_of([shape for shape in QUICK if shape["step"] == 0])
     if args.fp8:
         shapes = [{**shape, "stored": "float8_e4m3fn"} for shape in shapes]
     grid = [*SPLIT_GRID, *POOL_GRID, {"early": False}] if args.tune else [{}]
@@ -215,8 +231,12 @@ def main() -> None:
     for shape in shapes:
         if args.tune:
             tune(results, draft_attention, grid, shape, prepare)
+        elif args.heads:
+            ours(results, shape, drawn(shape))
         else:
             bench(results, shape)
+    if args.heads:
+        results.beside_powers(nbytes)
     results.finish()
 
 

@@ -856,6 +856,20 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
     bench_prefill.same_pages(bench_prefill.Chunk.draw(shape))
 
 
+def test_groups_and_heads_stand_beside_the_powers_of_two_that_they_are_padded_to(capsys) -> None:
+    from benchmarks import bench_draft_attention, bench_verify, harness
+
+    shapes = harness.heads_of(bench_verify.QUICK)
+    assert len(shapes) == 24 and {(s["context"], s["batch"]) for s in shapes} == {(32768, 8)}
+    results = object.__new__(harness.Results)
+    results.rows = [(s, "triton", 12.5 if s["group"] == 5 else 5.0) for s in shapes]
+    results.beside_powers(bench_draft_attention.nbytes)
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 24 and sum("0.40 of the powers" in line for line in shown) == 2
+    (odd,) = (line for line in shown if line.startswith("triton: 5 x 96:"))
+    assert odd.endswith("0.30 of the powers of two")  # in 2.5 times the time, three quarters of the bytes
+
+
 COMPILE = """
 import torch
 from benchmarks import (
@@ -880,7 +894,7 @@ with compile_only() as compiled:
     bench_draft_attention.compile_one(shape | {"step": 0, "dim": 64}, {})
     bench_draft_attention.compile_one(shape | {"step": 1, "dim": 64}, {})
     bench_draft_attention.compile_one(shape | {"step": 0, "group": 8}, {})
-    for odd in ({"dim": 96}, {"group": 5}, {"group": 7}, {"stored": "float8_e4m3fn"}):
+    for odd in ({"dim": 96, "group": 5}, {"dim": 64, "group": 7}, {"stored": "float8_e4m3fn"}):
         bench_verify.compile_one(shape | odd, {})
         bench_draft_attention.compile_one(shape | {"step": 0} | odd, {})
     bench_select.compile_one(shape, {})
