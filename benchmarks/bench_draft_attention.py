@@ -120,7 +120,7 @@ class Case:
         lens, width = self.contexts.lens, self.contexts.table.shape[1]
         return replace(self, plan=ops("triton").plan_contexts(lens, kv_heads=KV_HEADS, max_context=width))
 
-    def attend(self, kernel: str = "triton") -> torch.Tensor:
+    def attend(self, kernel: str = "triton", elsewhere: torch.Tensor | None = None) -> torch.Tensor:
         return ops(kernel).draft_attention(
             self.q,
             self.pool,
@@ -132,6 +132,7 @@ class Case:
             num_steps=STEPS,
             scale=self.q.shape[-1] ** -0.5,
             pooling=Pooling("max", "max", STEPS),
+            elsewhere=elsewhere,
             plan=self.plan,
         )
 

@@ -44,7 +44,7 @@ DenseName = Literal["auto", "fa3", "flashinfer", "torch"]
 HistoryMode = Literal["off", "warm", "blend"]
 SelectorName = Literal["auto", "draft", "tokens", "pages", "joined", "quest", "recent", "random", "oracle"]
 VerifyMode = Literal["sparse", "dense"]
-DraftMode = Literal["dense", "steps", "all"]
+DraftMode = Literal["dense", "steps", "all", "every"]
 DraftKv = Literal["auto", "model", "fp8_e4m3"]
 RequestKeep = Literal["any", "at_most", "off"]
 PrefillMode = Literal["dense", "sparse"]
@@ -296,7 +296,8 @@ class StsConfig:
     draft: DraftMode = "dense"
     """What the draft itself attends to sparsely. `steps`: a round scores and selects the context in its first
     draft step; the steps after it attend to the selection, as verify does, and score nothing. `all`: so does
-    draft-extend."""
+    draft-extend. `every`: and the first step, to the selection of the round before it and what came since; it
+    then scores by the keys of the draft heads that speak, and reads no values."""
     draft_refresh: int | Literal["adaptive"] = 1
     """With a sparse draft: every how many rounds of a request its context is scored and selected from anew.
     The rounds in between go by the latest selection and all tokens that came since, in the first draft step
@@ -351,6 +352,7 @@ class StsConfig:
         unserved = [("policy", "top_p")]
         if self.selector != "joined":
             unserved += [("history", "warm"), ("history", "blend"), ("draft", "steps"), ("draft", "all")]
+            unserved += [("draft", "every")]
         for field, value in unserved:
             if getattr(self, field) == value:
                 raise not_allowed(
@@ -374,24 +376,25 @@ class StsConfig:
             ),
             (
                 self.selector == "joined",
-                "selector 'joined', which reads the scores of every round",
+                "selector 'joined', whose selections are not kept",
                 "or another one",
             ),
             (
-                self.kernel == "flashinfer",
+                self.draft_refresh != 1 and self.kernel == "flashinfer",
                 "kernel 'flashinfer', which plans for lists no longer than the budget",
                 "or another kernel",
             ),
             (
-                self.inspect_dir is not None and self.history == "off",
+                self.draft_refresh != 1 and self.inspect_dir is not None and self.history == "off",
                 "an inspect_dir and history 'off', where a dump has the scores of the last round",
                 "with history 'warm' or 'blend', or no inspect_dir",
             ),
         ]
         for wrong, what, instead in unserved:
             if wrong:
-                problem = f"got {self.draft_refresh!r} with {what}"
-                raise not_allowed("sts_config.draft_refresh", problem, f"1, {instead}")
+                field, other = ("draft", "'all'") if self.draft_refresh == 1 else ("draft_refresh", "1")
+                problem = f"got {getattr(self, field)!r} with {what}"
+                raise not_allowed(f"sts_config.{field}", problem, f"{other}, {instead}")
 
     def for_launch(self, drafts: bool, directions: bool = False) -> StsConfig:
         """With the selector and the keep that `auto` stands for, with or without a draft, and with or without
@@ -406,6 +409,7 @@ class StsConfig:
         """Raises `ConfigError` for what needs a draft."""
         needs = [("selector", "draft"), ("selector", "joined"), ("policy", "top_p")]
         needs += [("history", "warm"), ("history", "blend"), ("draft", "steps"), ("draft", "all")]
+        needs += [("draft", "every")]
         needs += [("draft_kv", "model"), ("draft_kv", "fp8_e4m3")]
         for field, value in needs:
             if getattr(self, field) == value:
@@ -469,8 +473,13 @@ class StsConfig:
 
     @property
     def keeps_selections(self) -> bool:
-        """Whether a round may go by the selection of an earlier one."""
-        return self.draft_refresh != 1
+        """Whether a round, or its first step, may go by the selection of an earlier one."""
+        return self.draft_refresh != 1 or self.draft == "every"
+
+    @property
+    def sparse_extend(self) -> bool:
+        """Whether draft-extend attends to the selection of its round."""
+        return self.draft in ("all", "every")
 
     @property
     def refresh(self) -> tuple[int, int | None]:

@@ -176,7 +176,7 @@ BAD_VALUES = {
     ),
     "page_share": ([0, 1, -0.5, True, "half", None], "a number between 0 and 1"),
     "verify": (["full", "", None, True], "sparse | dense"),
-    "draft": (["sparse", "", None, False], "dense | steps | all"),
+    "draft": (["sparse", "", None, False], "dense | steps | all | every"),
     "draft_refresh": ([0, -1, 257, 4.0, True, "4", "auto", None], "an integer from 1 to 256, or 'adaptive'"),
     "prefill": (["all", "", None, True], "dense | sparse"),
     "prefill_keep": ([0, -0.1, 1.01, True, "0.5", None, math.nan], "a number above 0 and at most 1"),

@@ -153,7 +153,9 @@ def members(q_heads: int) -> Members:
     )
 
 
-def run_draft(kernel: str, batch: Batch, branches: int, step: int, pools=("max", "max"), carried=True):
+def run_draft(
+    kernel: str, batch: Batch, branches: int, step: int, pools=("max", "max"), carried=True, elsewhere=None
+):
     """(queries, carried queries, carried lengths, base importance), then what the op returned and wrote."""
     q = batch.queries(len(batch.lengths) * branches) if branches else None
     carried_q = batch.queries(batch.table.shape[0]).contiguous() if carried else None
@@ -174,6 +176,7 @@ def run_draft(kernel: str, batch: Batch, branches: int, step: int, pools=("max",
         num_steps=3,
         scale=DIM**-0.5,
         pooling=Pooling(pools[1], pools[0], 7),
+        elsewhere=on_device(elsewhere),
     )
     return q, carried_q, carried_len, base, None if out is None else out.cpu(), written.cpu()
 
@@ -256,6 +259,40 @@ def test_heads_whose_dimensions_are_no_power_of_two(monkeypatch, kernel: str, di
 )
 def test_draft_attention_pools_rows_and_heads(kernel: str, branches: int, step: int, pools) -> None:
     check_draft(kernel, Batch(lengths=[70, 9]), branches, step, pools, carried=step == 0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("branches, step", [(0, 0), (1, 0), (2, 0), (2, 1)])
+def test_who_is_only_scored_needs_no_values_and_no_keys_of_silent_heads(
+    monkeypatch, kernel: str, branches: int, step: int
+) -> None:
+    """Requests that attend elsewhere beside one that does not, in parts, and all of them without branches."""
+    tune(monkeypatch, draft_attention, programs=24, least=64)
+    batch, pools = Batch(lengths=[70, 9, 300, 1], group=2), ("max", "max")
+    here = [False, True, False, True] if branches else [False] * 4
+    speaking = Members(
+        torch.tensor([1, 3], dtype=torch.int32),
+        torch.tensor([[2, 3], [3, -1]], dtype=torch.int32),  # those of the second KV head
+        torch.tensor([0.5, 1.0]),
+        torch.tensor([True, False]),
+    )
+    monkeypatch.setattr(f"{__name__}.members", lambda _: speaking)
+    whole = replace(batch)
+    whole.table, whole.reqs, whole.k, whole.v = batch.table, batch.reqs, batch.k.clone(), batch.v.clone()
+    for b, attends in enumerate(here):
+        if not attends:
+            slots = batch.slots(b, range(batch.lengths[b] + batch.tail))
+            batch.v[slots], batch.k[slots, 0] = math.nan, math.nan
+    elsewhere = None if not branches else ~torch.tensor(here)
+    q, carried_q, carried_len, base, out, written = run_draft(
+        kernel, batch, branches, step, pools, carried=step == 0, elsewhere=elsewhere
+    )
+    found = pooled_by_definition(whole, q, carried_q, carried_len, branches, step, pools)
+    check_importance(batch, base, written, found, pools, carried=step == 0)
+    for b, w in ((b, w) for b in range(4) for w in range(branches) if here[b]):
+        slots = branch_slots(batch, b, w, step)
+        expected = [whole.attend(q[b * branches + w], h, slots) for h in range(KV_HEADS * batch.group)]
+        assert_close(out[b * branches + w], torch.stack(expected))
 
 
 def check_draft(kernel, batch, branches, step, pools=("max", "max"), carried=True) -> None:
@@ -897,6 +934,8 @@ with compile_only() as compiled:
     for odd in ({"dim": 96, "group": 5}, {"dim": 64, "group": 7}, {"stored": "float8_e4m3fn"}):
         bench_verify.compile_one(shape | odd, {})
         bench_draft_attention.compile_one(shape | {"step": 0} | odd, {})
+    case = bench_draft_attention.Case.draw(shape | {"step": 0}, device="meta", dtype=torch.bfloat16)
+    case.attend(elsewhere=like(8, dtype=torch.bool))
     bench_select.compile_one(shape, {})
     ops("triton").sketch_pages(
         like(100, 8, 128, dtype=torch.float8_e4m3fn), like(100, 8, 16, dtype=f16),

@@ -44,12 +44,13 @@ def some_kept(rng: random.Random, lengths: dict[int, int]) -> Kept:
     return Kept(positions, starts, counts, *numbers, accepted)
 
 
-def sizes_by_loops(contexts: Contexts, sizes: Sizes, kept: Kept, every: int, percent: int | None):
+def sizes_by_loops(
+    contexts: Contexts, sizes: Sizes, kept: Kept, every: int, percent: int | None, first_too: bool
+):
     """What is written, by name, one request after the other."""
     kept = Kept(*(t.clone() for t in kept))
-    known, sparse, starts, counts = (
-        t.clone() for t in (sizes.known, sizes.sparse, sizes.starts, sizes.counts)
-    )
+    known, sparse, counts = (t.clone() for t in (sizes.known, sizes.sparse, sizes.counts))
+    starts = (torch.arange(len(known)) * ENTRIES)[:, None].repeat(1, CHANNELS)
     lists, totals = torch.full_like(counts, WHOLE), torch.zeros(len(Count), dtype=torch.int64)
     scored, old = contexts.lens.clone(), torch.zeros_like(contexts.lens)
     for b, (row, length) in enumerate(zip(contexts.reqs.tolist(), contexts.lens.tolist(), strict=True)):
@@ -72,22 +73,29 @@ def sizes_by_loops(contexts: Contexts, sizes: Sizes, kept: Kept, every: int, per
         kept.rounds[row], kept.last[row] = rounds + 1 if stays else 1, length
         if not stays:
             kept.lens[row] = length if int(sparse[b]) >= 0 else 0
+        if not stays and not (first_too and there and int(sparse[b]) >= 0):
             continue
-        scored[b], old[b], counts[b] = 0, length, WHOLE
-        place = b * ENTRIES
+        old[b], place = length, b * ENTRIES
         for c in range(CHANNELS):
             starts[b, c] = place
             if int(sparse[b]) >= 0 and int(kept.counts[row, c]) >= 0:
                 lists[b, c] = int(kept.counts[row, c]) + length - made
                 place += int(lists[b, c])
-        known[b] = sparse[b] = -1
+        if stays:
+            scored[b], counts[b] = 0, WHOLE
+            known[b] = sparse[b] = -1
     written = {**kept._asdict(), "known": known, "sparse": sparse, "starts_": starts, "counts_": counts}
     return {**written, "lists": lists, "scored": scored, "kept_lens": old, "totals": totals}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("every, percent", [(1, None), (4, None), (16, 80)])
-def test_who_is_scored_follows_the_definition(kernel: str, every: int, percent: int | None) -> None:
+@pytest.mark.parametrize(
+    "every, percent, first_too",
+    [(1, None, False), (4, None, False), (16, 80, False), (1, None, True), (3, 80, True)],
+)
+def test_who_is_scored_follows_the_definition(
+    kernel: str, every: int, percent: int | None, first_too: bool
+) -> None:
     rng, kept_rounds = random.Random(every), 0
     torch.manual_seed(every)
     for bs in (0, 1, 5, 33):
@@ -107,14 +115,16 @@ def test_who_is_scored_follows_the_definition(kernel: str, every: int, percent: 
         counts = torch.randint(-1, 50, (bs, CHANNELS), dtype=torch.int32)
         sizes = Sizes(known, sparse, budgets, torch.randint(0, 1 << 40, (bs, CHANNELS)), counts)
         kept = some_kept(rng, lens)
-        expected = sizes_by_loops(contexts, sizes, kept, every, percent)
+        expected = sizes_by_loops(contexts, sizes, kept, every, percent, first_too)
         totals, own = on(kernel, torch.zeros(len(Count), dtype=torch.int64)), on(kernel, kept)
         room = Room(CHANNELS, 4096, 4096, ENTRIES)
         found = ops(kernel).size_kept(
-            on(kernel, contexts), on(kernel, sizes), own, room, totals, every=every, percent=percent
-        )
+            on(kernel, contexts), on(kernel, sizes), own, room, totals,
+            every=every, percent=percent, first_too=first_too,
+        )  # fmt: skip
+        assert found.sizes.starts.tolist() == sizes.starts.tolist()
         written = {**own._asdict(), "known": found.sizes.known, "sparse": found.sizes.sparse}
-        written |= {"starts_": found.sizes.starts, "counts_": found.sizes.counts, "lists": found.counts}
+        written |= {"starts_": found.starts, "counts_": found.sizes.counts, "lists": found.counts}
         written |= {"scored": found.scored, "kept_lens": found.kept, "totals": totals}
         for name, right in expected.items():
             assert written[name].tolist() == right.tolist(), name

@@ -55,6 +55,7 @@ class Ops(Protocol):
         num_steps: int,
         scale: float,
         pooling: Pooling,
+        elsewhere: torch.Tensor | None = None,
         plan: Plan | None = None,
     ) -> torch.Tensor | None: ...
 
@@ -82,6 +83,7 @@ class Ops(Protocol):
         *,
         every: int,
         percent: int | None = None,
+        first_too: bool = False,
     ) -> KeptSizes: ...
 
     def list_kept(

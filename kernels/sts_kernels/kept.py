@@ -34,6 +34,7 @@ def size_kept(
     *,
     every: int,
     percent: int | None = None,
+    first_too: bool = False,
 ) -> KeptSizes:
     """Kernel of `sts_kernels.torch_ops.size_kept` (see there); graph-safe, no host sync."""
     check_kept(kept, sizes, room)
@@ -42,21 +43,24 @@ def size_kept(
         torch.empty_like(sizes.known),
         torch.empty_like(sizes.sparse),
         sizes.budgets,
-        torch.empty_like(sizes.starts),
+        sizes.starts,
         torch.empty_like(sizes.counts),
     )
-    made = KeptSizes(found, torch.empty_like(sizes.counts), torch.empty_like(lens), torch.empty_like(lens))
+    lists = torch.empty_like(sizes.starts), torch.empty_like(sizes.counts)
+    made = KeptSizes(found, *lists, torch.empty_like(lens), torch.empty_like(lens))
     if bs == 0:
         return made
     wide = triton.next_power_of_2(room.channels)
     _size_kept_kernel[(1,)](
         lens,
         contexts.reqs,
-        *sizes,
+        sizes.known,
+        sizes.sparse,
+        sizes.budgets,
+        sizes.counts,
         *kept[2:],
         found.known,
         found.sparse,
-        found.starts,
         found.counts,
         *made[1:],
         totals,
@@ -65,6 +69,7 @@ def size_kept(
         room.entries,
         every,
         0 if percent is None else percent,
+        FIRST_TOO=first_too,
         KEPT_TOKENS=KEPT_TOKENS,
         WHOLE=WHOLE,
         SCORED_ROUNDS=Count.SCORED_ROUNDS.value,
@@ -108,7 +113,6 @@ def _size_kept_kernel(
     known_ptr,  # int64 [bs], from here on of Sizes
     sparse_ptr,  # int64 [bs]
     budgets_ptr,  # int64 [bs]
-    start_ptr,  # int64 [bs, channels]
     count_ptr,  # int32 [bs, channels]
     selected_ptr,  # int32 [rows, channels], from here on of Kept
     made_ptr,  # int64 [rows]
@@ -117,9 +121,9 @@ def _size_kept_kernel(
     accepted_ptr,  # int64 [rows, 4]
     known_out_ptr,  # int64 [bs], from here on written
     sparse_out_ptr,  # int64 [bs]
-    start_out_ptr,  # int64 [bs, channels]
-    count_out_ptr,  # int32 [bs, channels], of who is scored
-    kept_out_ptr,  # int32 [bs, channels], of the others
+    count_out_ptr,  # int32 [bs, channels]
+    kept_start_ptr,  # int64 [bs, channels]
+    kept_count_ptr,  # int32 [bs, channels]
     scored_lens_ptr,  # int [bs]
     kept_lens_ptr,  # int [bs]
     totals_ptr,  # int64 [by Count]
@@ -128,6 +132,7 @@ def _size_kept_kernel(
     entries,
     every,
     percent,  # 0: any number of tokens will do
+    FIRST_TOO: tl.constexpr,
     KEPT_TOKENS: tl.constexpr,
     WHOLE: tl.constexpr,
     SCORED_ROUNDS: tl.constexpr,  # places in the totals
@@ -158,6 +163,9 @@ def _size_kept_kernel(
         old, old_rounds = (old + came) * by_kept, (old_rounds + 1) * by_kept
         enough = 100 * old * fresh_rounds >= percent * fresh * old_rounds
         stays = fits & (rounds < every) & enough
+        goes = stays
+        if FIRST_TOO:
+            goes = stays | (fits & (sparse >= 0))
         tl.store(rounds_ptr + req, tl.where(stays, rounds + 1, 1), mask=there)
         tl.store(last_ptr + req, length, mask=there)
         tl.store(made_ptr + req, tl.where(stays, made, tl.where(sparse >= 0, length, 0)), mask=there)
@@ -168,7 +176,7 @@ def _size_kept_kernel(
         tl.store(known_out_ptr + b, tl.where(stays, -1, known), mask=there)
         tl.store(sparse_out_ptr + b, tl.where(stays, -1, sparse), mask=there)
         tl.store(scored_lens_ptr + b, tl.where(stays, 0, length), mask=there)
-        tl.store(kept_lens_ptr + b, tl.where(stays, length, 0), mask=there)
+        tl.store(kept_lens_ptr + b, tl.where(goes, length, 0), mask=there)
         wanted = real & (known >= 0) & (budget < length)
         scored_rounds += tl.sum((wanted & (stays == 0)).to(tl.int64), 0)
         kept_rounds += tl.sum(stays.to(tl.int64), 0)
@@ -176,14 +184,13 @@ def _size_kept_kernel(
         inside = there[:, None] & (c < channels)  # [B, C]
         place = b[:, None].to(tl.int64) * channels + c
         selected = tl.load(selected_ptr + req[:, None] * channels + c, mask=inside, other=WHOLE)
-        listed = (stays & (sparse >= 0))[:, None] & (selected >= 0)
+        listed = (goes & (sparse >= 0))[:, None] & (selected >= 0)
         room = tl.where(listed, selected + since[:, None], 0)  # int64 [B, C]
         start = (b.to(tl.int64) * entries)[:, None] + tl.cumsum(room, 1) - room
-        own_start = tl.load(start_ptr + place, mask=inside, other=0)
         own_count = tl.load(count_ptr + place, mask=inside, other=0)
         kept_count = tl.where(listed, room, WHOLE).to(tl.int32)
-        tl.store(kept_out_ptr + place, kept_count, mask=inside)
-        tl.store(start_out_ptr + place, tl.where(stays[:, None], start, own_start), mask=inside)
+        tl.store(kept_start_ptr + place, start, mask=inside)
+        tl.store(kept_count_ptr + place, kept_count, mask=inside)
         tl.store(count_out_ptr + place, tl.where(stays[:, None], WHOLE, own_count), mask=inside)
     tl.store(totals_ptr + SCORED_ROUNDS, tl.load(totals_ptr + SCORED_ROUNDS) + scored_rounds)
     tl.store(totals_ptr + KEPT_ROUNDS, tl.load(totals_ptr + KEPT_ROUNDS) + kept_rounds)

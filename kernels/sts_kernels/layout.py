@@ -262,14 +262,15 @@ class Kept(NamedTuple):
 
 
 class KeptSizes(NamedTuple):
-    """Who is scored in a round, and the lists of the others, see `size_kept`.
+    """Who is scored in a round, and the lists that are kept, see `size_kept`.
 
-    sizes: of those that are scored; the others are neither known nor sparse there, have no lists, and their
-    starts are those of `counts`. counts: int32 [bs, channels], lengths of the lists that are kept, or WHOLE.
-    scored and kept: int [bs], the contexts' tokens of either, 0 for the other.
+    sizes: of those that are scored; the others are neither known nor sparse there, and have no lists. starts:
+    int64 and counts: int32 [bs, channels], of the lists that are kept, or WHOLE. scored, kept: int [bs],
+    tokens of the contexts of those that are scored, and of those that go by what is kept, 0 for the others.
     """
 
     sizes: Sizes
+    starts: torch.Tensor
     counts: torch.Tensor
     scored: torch.Tensor
     kept: torch.Tensor

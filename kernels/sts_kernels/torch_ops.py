@@ -96,6 +96,7 @@ def draft_attention(
     num_steps: int,
     scale: float,
     pooling: Pooling,
+    elsewhere: torch.Tensor | None = None,
     plan: Plan | None = None,
 ) -> torch.Tensor | None:
     """One draft decode step of one layer: its attention, and its rows' importance pooled in.
@@ -117,6 +118,9 @@ def draft_attention(
         carried: a row that is a leftover scores 0.
         step, num_steps: this decode step, from 0, and the steps of a round.
         scale: of the logits.
+        elsewhere: bool [bs] or None, requests whose rows attend by another op: here they are scored and no
+            more, as all are without q. No value of theirs is read, and no key of a head that feeds no
+            channel; their rows of the output are undefined.
         plan: of `plan_contexts`.
 
     Returns:
@@ -128,6 +132,7 @@ def draft_attention(
     """
     check_draft(q, pool, scores, members, carried, pooling)
     table, starts = contexts.table, scores.starts.tolist()
+    moved = [False] * len(starts) if elsewhere is None else elsewhere.tolist()
     branches = 0 if q is None else q.shape[0] // max(1, contexts.lens.numel())
     out = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for b, req, length in _requests(contexts):
@@ -140,8 +145,9 @@ def draft_attention(
             slots = torch.cat([table[req, :length], table[req, scratch : scratch + step + 1]])
             query = q[b * branches + w]
             row = _probabilities(query, pool, slots, scale)
-            seen = torch.einsum("hn,nhd->hd", row, _of_query_heads(pool.v, slots, query))
-            out[b * branches + w] = seen * pool.v_scale
+            if not moved[b]:
+                seen = torch.einsum("hn,nhd->hd", row, _of_query_heads(pool.v, slots, query))
+                out[b * branches + w] = seen * pool.v_scale
             probs.append(row[:, :length])
         if starts[b] >= 0 and members.channels.numel():
             place = scores.importance[:, starts[b] + SHIFT : starts[b] + length]
@@ -312,6 +318,7 @@ def size_kept(
     *,
     every: int,
     percent: int | None = None,
+    first_too: bool = False,
 ) -> KeptSizes:
     """Who is scored in this round, and how long the lists of the others are, which have what was selected and
     all that came since; no host sync. To be called once a round.
@@ -325,6 +332,8 @@ def size_kept(
         sizes: of `size_lists`.
         kept: `lens` becomes the context of who is scored and has a list, 0 of who is scored and has none;
             rounds, last and accepted are written of all.
+        first_too: who is scored in a round with a list has that of the rounds before it in its first step, if
+            there is one: it is `kept` then as well as `scored`.
         totals: int64 [len(Count)], added to: SCORED_ROUNDS (of requests that wanted less than everything) and
             KEPT_ROUNDS.
 
@@ -351,8 +360,10 @@ def size_kept(
     totals[Count.SCORED_ROUNDS] += (wanted & ~stays).sum()
     totals[Count.KEPT_ROUNDS] += stays.sum()
 
-    selected = kept.counts[reqs]
-    listed = (stays & (sizes.sparse >= 0))[:, None] & (selected != WHOLE)
+    selected, goes = kept.counts[reqs], stays
+    if first_too:
+        goes = stays | (there & (sizes.sparse >= 0))
+    listed = (goes & (sizes.sparse >= 0))[:, None] & (selected != WHOLE)
     counts = torch.where(listed, selected + since[:, None], WHOLE).to(torch.int32)
     entries = counts.clamp(min=0).long()
     places = torch.arange(lens.numel(), device=lens.device)[:, None] * room.entries
@@ -361,10 +372,11 @@ def size_kept(
         known=torch.where(stays, -1, sizes.known),
         sparse=torch.where(stays, -1, sizes.sparse),
         budgets=sizes.budgets,
-        starts=torch.where(stays[:, None], starts, sizes.starts),
+        starts=sizes.starts,
         counts=torch.where(stays[:, None], WHOLE, sizes.counts),
     )
-    return KeptSizes(of_scored, counts, torch.where(stays, 0, lens), torch.where(stays, lens, 0))
+    scored, of_kept = torch.where(stays, 0, lens), torch.where(goes, lens, 0)
+    return KeptSizes(of_scored, starts, counts, scored, of_kept)
 
 
 def list_kept(kept: Kept, contexts: Contexts, lists: Lists, draft_indices: torch.Tensor) -> None:

@@ -72,8 +72,15 @@ class DraftStepBackend(Bindable, AttentionBackend):
         if self.step >= self.runtime.scoring_steps:
             return self._attend_sparsely(q, of, contexts)
         rows, round_ = q.view(-1, of.q_heads, of.head_dim), self.round
-        step, scale = self.step, of.scale
-        out = self.runtime.score(of.number, rows, round_.contexts, round_.shares, step=step, scale=scale)
+        out = self.runtime.score(
+            of.number,
+            rows,
+            round_.contexts,
+            round_.shares,
+            step=self.step,
+            scale=of.scale,
+            elsewhere=None if round_.parted is None else round_.parted.elsewhere,
+        )
         if round_.parted is not None:
             out = round_.parted.join(out, self._attend_sparsely(q, of, round_.parted.kept))
         return out.flatten(1)

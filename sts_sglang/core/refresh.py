@@ -22,19 +22,21 @@ class Parted(NamedTuple):
     """The requests of a round.
 
     scored, kept: contexts of those that are scored, and of those that go by what is kept; the others of the
-    batch have no tokens there. sizes: of the former. lists: of the latter.
+    batch have no tokens there. sizes: of the former. lists: of the latter. elsewhere: bool [bs], the latter,
+    where some of them are scored too.
     """
 
     scored: Contexts
     kept: Contexts
     sizes: Sizes
     lists: Lists
+    elsewhere: torch.Tensor | None
 
     def join(self, of_scored: torch.Tensor, of_kept: torch.Tensor) -> torch.Tensor:
-        """Rows [bs * W, ..] of whom either was made for."""
+        """Rows [bs * W, ..]: of those that go by what is kept the latter, of the others the former."""
         rows = of_scored.shape[0] // self.kept.lens.numel()
-        stays = (self.kept.lens > 0).repeat_interleave(rows)[:, None]
-        return torch.where(stays, of_kept.flatten(1), of_scored.flatten(1))
+        goes = (self.kept.lens > 0).repeat_interleave(rows)[:, None]
+        return torch.where(goes, of_kept.flatten(1), of_scored.flatten(1))
 
 
 class Refresh:
@@ -47,6 +49,7 @@ class Refresh:
     def __init__(self, state: RoundState, selector: DraftSelector, ops: Ops, width: int):
         self.state, self.selector, self.ops = state, selector, ops
         self.every, self.percent = state.config.refresh
+        self.first_too = state.config.draft == "every"
         # A table by which a list of slots is one of positions.
         self.positions = torch.arange(width, dtype=torch.int32, device=state.indices.device)[None]
 
@@ -61,11 +64,12 @@ class Refresh:
             state.totals,
             every=self.every,
             percent=self.percent,
+            first_too=self.first_too,
         )
-        lists = Lists(state.indices, found.sizes.starts, found.counts)
+        lists = Lists(state.indices, found.starts, found.counts)
         self.ops.list_kept(state.kept, contexts, lists, state.draft_indices)
         scored, kept = (contexts._replace(lens=lens) for lens in (found.scored, found.kept))
-        return Parted(scored, kept, found.sizes, lists)
+        return Parted(scored, kept, found.sizes, lists, found.kept > 0 if self.first_too else None)
 
     def select(self, parted: Parted, contexts: Contexts) -> Lists:
         """Once those that are scored were: the lists of all."""
@@ -76,13 +80,18 @@ class Refresh:
         own = Lists(kept.positions, starts, sizes.counts)
         listed = contexts._replace(table=self.positions, reqs=torch.zeros_like(reqs))
         self.selector.list_best(sizes, contexts, listed, own)
-        stays = (parted.kept.lens > 0)[:, None]
+        stays = (parted.scored.lens == 0)[:, None]
         kept.starts[reqs] = torch.where(stays, kept.starts[reqs], starts)
         kept.counts[reqs] = torch.where(stays, kept.counts[reqs], own.counts)
         self.ops.list_kept(
             kept, contexts, Lists(state.indices, sizes.starts, own.counts), state.draft_indices
         )
-        return Lists(state.indices, sizes.starts, torch.where(stays, parted.lists.counts, own.counts))
+        _, starts, counts = parted.lists
+        return Lists(
+            state.indices,
+            torch.where(stays, starts, sizes.starts),
+            torch.where(stays, counts, own.counts),
+        )
 
     def nbytes(self) -> int:
         """Besides `RoundState.kept`."""

@@ -183,9 +183,11 @@ class Runtime:
         *,
         step: int,
         scale: float,
+        elsewhere: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Dense attention of a draft layer in decode step `step`, whose rows' importance is pooled in; the
-        first step scores the carried rows too. q: [bs * W, H_q, D], None for the carried rows alone."""
+        first step scores the carried rows too. q: [bs * W, H_q, D], None for the carried rows alone.
+        elsewhere: Parted.elsewhere."""
         table, reqs, lens = contexts
         rows = None if q is None else q.unflatten(0, (lens.numel(), -1))
         found = [
@@ -200,6 +202,7 @@ class Runtime:
                 num_steps=self.draft.num_steps,
                 scale=scale,
                 pooling=self.pooling,
+                elsewhere=None if elsewhere is None else elsewhere[few],
                 plan=plan,
             )
             for few, plan, columns in shares
