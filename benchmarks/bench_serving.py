@@ -9,6 +9,7 @@ Arms (each its own server, `--repeats` times in alternating order):
   sts                  sts with the given --sts-config
   sts-draft            the same with "draft": "all"
   sts-draft-refresh    that one with "draft_refresh": 4
+  sts-draft-every      sts with "draft": "every"
   sts-draft-kv         sts with "draft_kv": "fp8_e4m3", where `stock-fp8` runs
   sts-pages            sts with "selector": "pages"
   sts-tokens           sts with "selector": "tokens"; with --dummy, by directions drawn at random

@@ -36,6 +36,7 @@ ARMS = {
     "sts": Arm({}),
     "sts-draft": Arm({"draft": "all"}),
     "sts-draft-refresh": Arm({"draft": "all", "draft_refresh": 4}),
+    "sts-draft-every": Arm({"draft": "every"}),
     "sts-draft-kv": Arm({"draft_kv": "fp8_e4m3"}),
     "sts-pages": Arm({"selector": "pages"}),
     "sts-tokens": Arm({"selector": "tokens"}),

@@ -48,7 +48,7 @@ class Rule:
     history_decay: float = 0.9
     spread: float = 0.5  # part of a token's score that the next one has at least
     # "steps": draft steps after the first attend to the selection; "all": so does the draft-extend of what
-    # was accepted.
+    # was accepted; "every": and the first step, to the selection before.
     draft: str = "dense"
     refresh: int = 1  # rounds that go by one selection of a sparse draft, that which made it included
     # "tokens": by keys in short, on `directions`, a head map's field; "pages": by mean and deviation of the
@@ -240,7 +240,7 @@ class Oracle:
         seen = causal.repeat(config.num_hidden_layers, config.num_attention_heads, 1, 1)
         if self.draft is not None:
             draft_seen = causal.expand(self.draft.layers, self.draft.heads, -1, -1)
-            draft_seen = draft_seen.clone() if rule.draft == "all" else draft_seen
+            draft_seen = draft_seen.clone() if rule.draft in ("all", "every") else draft_seen
         tokens = list(prompt)
         if rule.prefill_keep is not None:
             self._choose = lambda layer: self._choose_blocks(layer, len(prompt), seen, rule, trace)
@@ -291,10 +291,14 @@ class Oracle:
         branch_nodes, branch_tokens = list(range(k)), chosen.tolist()
         parent_rows = [length - 1] * k
         kept, scored, allowed = length - 1 + (1 if rule.drop_carried else 0), None, True
-        if keeps := rule.draft != "dense" and trace.made > 0 and trace.used < rule.refresh:
+        keeps = rule.draft != "dense" and trace.made > 0 and trace.used < rule.refresh
+        whole = [length - 1]  # rows that score the whole context, whatever they attended to themselves
+        if keeps or (rule.draft == "every" and trace.made > 0):
             trace.used += 1
             allowed = self._allowed(None, length, rule, trace)
-        else:
+            assert k == 1 or keeps, "a dense row would see the branches before it"
+            whole.append(length)
+        if not keeps:
             trace.kept, trace.used, few = {}, 1, rule.budget(length) < length
             trace.made, trace.scored = length if few else 0, trace.scored + few
         for step in range(rule.num_steps - 1):
@@ -310,9 +314,9 @@ class Oracle:
                 states = torch.cat([states, out[parent_rows]])
             logits, out, attention = self.draft(ids, states, positions, mask)
             if rule.draft != "dense" and step == 0 and not keeps:
-                # The carried row scores the whole context, whatever it attended to itself.
-                for found, row in zip(attention, self.draft.dense_row(length - 1), strict=True):
-                    found[:, length - 1] = row
+                for place in whole:
+                    for found, row in zip(attention, self.draft.dense_row(place), strict=True):
+                        found[:, place] = row
                 scored = [a[:, kept:] for a in attention]
                 allowed = self._allowed(scored, length, rule, trace)
             probs, nexts = logits[first:].softmax(-1).topk(k)

@@ -322,6 +322,50 @@ def test_the_first_step_of_such_a_round_attends_to_what_is_kept() -> None:
                 torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("refresh", [1, 3])
+@pytest.mark.parametrize("topk", [1, 2])
+def test_every_pass_sparse_scores_as_ever_and_attends_to_what_is_kept(topk: int, refresh: int) -> None:
+    """Queries are given here, so that what is selected is what a draft that reads everything selects. A
+    request that has no selection yet reads everything; of the others no value outside of theirs is read."""
+    rig = Requests({"draft": "every", "draft_refresh": refresh}, topk)
+    plain = Requests({"draft_refresh": refresh}, topk)
+    lens, held = {1: 50, 2: 30, 3: 5}, {}
+    for r in (rig, plain):
+        r.prefill(list(lens), list(lens.values()))
+    values = rig.draft_pool.v.clone()
+    for seed in range(4):
+        rows, now = list(lens), list(lens.values())
+        if seed:  # the first step's, of which nobody may see what is not kept
+            seen = [rig.table[row, n : n + 3 * topk] for row, n in lens.items()] + [rig.table[3, :5]]
+            for row in (1, 2):
+                for chosen in held[row]:
+                    seen.append(rig.table[row, sorted(keys_of(chosen, lens[row]))])
+            unseen = torch.ones(values.shape[1], dtype=torch.bool)
+            unseen[torch.cat(seen).long()] = False
+            assert unseen.sum() > 20
+            rig.draft_pool.v[:, unseen] = torch.nan
+        (outs, found), (expected, fresh) = (r.round(rows, now, seed) for r in (rig, plain))
+        rig.draft_pool.v.copy_(values)
+        assert found == fresh and (refresh == 1 or rig.totals() == plain.totals())
+        first = [out.view(3, topk, -1) for out in outs[:LAYERS]]
+        dense = [out.view(3, topk, -1) for out in expected[:LAYERS]]
+        for layer in range(LAYERS):
+            assert torch.equal(first[layer][2], dense[layer][2])
+            for b in (0, 1):
+                assert first[layer][b].isfinite().all()
+                alike = torch.equal(first[layer][b], dense[layer][b])
+                assert alike == (seed == 0 or seed % refresh > 0), (seed, layer, b)
+        came = 1 + seed % TOKENS
+        for b, row in enumerate(rows[:2]):
+            held[row] = [chosen | {*range(lens[row], lens[row] + came)} for chosen in found[b]]
+            lens[row] += came
+
+
+def keys_of(chosen: set[int], length: int) -> set[int]:
+    """Draft indices of the keys about these positions of the target."""
+    return {(p or length) - 1 for p in chosen}
+
+
 def test_a_request_that_is_new_in_its_row_is_scored_at_once() -> None:
     rig = Requests({"draft_refresh": 8})
     rig.prefill([1], [40])
@@ -369,6 +413,12 @@ def test_adaptive_scores_when_fewer_tokens_are_accepted() -> None:
         told.append(rig.totals()[0] > scored)
         length += came
     assert told == [True, False, False, False, False, False, False, True]
+
+
+def test_what_a_sparse_first_step_cannot_go_with_is_refused() -> None:
+    with pytest.raises(ConfigError, match="^sts_config.draft: got 'every' with selector 'joined'"):
+        StsConfig(draft="every", selector="joined")
+    assert StsConfig(draft="every", kernel="flashinfer", inspect_dir=".").keeps_selections
 
 
 @pytest.mark.parametrize(

@@ -167,10 +167,12 @@ def features(server: Server, **extra) -> dict:
         ("STANDALONE", "draft", LONG_CHAIN, "all", 1),
         ("STANDALONE", "draft", TREE, "steps", 1),
         ("EAGLE3", "eagle3", LONG_CHAIN, "all", 3),
+        ("STANDALONE", "draft", CHAIN, "every", 2),
     ],
     ids=[
         *("standalone-chain", "standalone-tree", "eagle3-chain", "eagle3-tree"),
         *("standalone-chain-all", "standalone-tree-steps", "eagle3-chain-all-refresh"),
+        "standalone-chain-every",
     ],
 )
 def test_full_budget_then_small(pair, logs, reference, algorithm, model, shape, draft, refresh, request):
