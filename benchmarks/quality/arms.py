@@ -48,6 +48,7 @@ ARMS = {
     "sts-draft-adaptive": Arm(
         {"draft": "all", "draft_refresh": "adaptive"}, "and is scored when fewer tokens are accepted"
     ),
+    "sts-draft-every": Arm({"draft": "every"}, "every pass of the draft attends to a selection"),
     "sts-draft-blend": Arm({"draft": "all", "history": "blend"}, "the same with history in every verify"),
     "sts-full4": Arm({"full_verify_every": 4}, "every 4th verify attends to everything"),
     "joined": Arm({"selector": "joined"}, "pages have three quarters of a list, the draft the rest"),

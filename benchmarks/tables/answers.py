@@ -19,6 +19,7 @@ QUALITY = {
     "sts-draft": "sts, draft sparse too",
     "sts-draft-refresh": "that, scored in every 4th round",
     "sts-draft-adaptive": "that, scored when fewer tokens are accepted",
+    "sts-draft-every": "sts, every pass of the draft sparse",
     "sts-draft-blend": "sts, draft sparse too, history `blend`",
     "sts-full4": "sts, every 4th verify full",
     "oracle": "oracle",

@@ -18,9 +18,10 @@ ARMS = {
     "sts": "sts, `keep` 0.1",
     "sts-draft": "sts, draft sparse too",
 }
-MORE = {
-    "sts-draft-refresh": "sts, draft sparse and scored in every 4th round"
-}  # shown where any was measured
+MORE = {  # shown where any was measured
+    "sts-draft-refresh": "sts, draft sparse and scored in every 4th round",
+    "sts-draft-every": "sts, draft sparse in every pass",
+}
 # Contexts and requests of the README.
 FRONT = ((128_000, 1), (32_000, 24), (32_000, 8), (8_000, 8), (2_000, 8), (2_000, 1))
 
