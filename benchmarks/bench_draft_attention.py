@@ -1,12 +1,13 @@
 """Draft attention that leaves importance behind: against its twin (gate), then time with and without.
 
 8 KV heads, every query head mapped; `--quick` has the shapes of a 1B draft, 32 query heads of 64. Two steps
-of a round: the first scores the carried row too, a later one its own row only. Dense FA3 beside it where it
-is installed.
+of a round: the first scores the carried row too, a later one its own row only; `importance alone` is that of
+rows that attend elsewhere, which needs no values. Dense FA3 beside it where it is installed.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -190,7 +191,18 @@ def ours(results: Results, shape: Shape, cases: list[Case]) -> tuple[torch.Tenso
         plain = [case.silent() for case in cases]
         for name, timed in (("triton", plain), ("triton+importance", cases)):
             results.add(name, shape, microseconds([case.attend for case in timed]), nbytes(shape))
+    everybody = torch.ones(shape["batch"], dtype=torch.bool, device=DEVICE)
+    if results.gate("importance alone", shape, lambda: same_scores(cases[0], everybody, expected[1])):
+        calls = [functools.partial(case.attend, elsewhere=everybody) for case in cases]
+        results.add("importance alone", shape, microseconds(calls), nbytes(shape) // 2)
     return expected
+
+
+def same_scores(case: Case, everybody: torch.Tensor, expected: torch.Tensor) -> None:
+    """Of requests whose rows all attend elsewhere: keys are read, and no values."""
+    case.scores.importance.zero_()
+    case.attend(elsewhere=everybody)
+    torch.testing.assert_close(case.scores.importance.float(), expected, rtol=2e-3, atol=2e-3)
 
 
 def bench(results: Results, shape: Shape) -> None:
@@ -237,7 +249,8 @@ def main() -> None:
         else:
             bench(results, shape)
     if args.heads:
-        results.beside_powers(nbytes)
+        for provider in ("triton", "triton+importance"):
+            results.beside_powers(provider, nbytes)
     results.finish()
 
 

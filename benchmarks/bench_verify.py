@@ -369,7 +369,7 @@ def main() -> None:
                 bench(results, shape, pools, timed_dense)
         del pools
     if args.heads:
-        results.beside_powers(sparse_bytes)
+        results.beside_powers("triton", sparse_bytes)
     results.finish()
 
 

@@ -174,16 +174,18 @@ class Results:
             with self.out.open("a") as f:
                 f.write(json.dumps({**row, **self.origin}) + "\n")
 
-    def beside_powers(self, nbytes: Callable[[Shape], int]) -> None:
+    def beside_powers(self, provider: str, nbytes: Callable[[Shape], int]) -> None:
         """Print what every group and head reaches by bytes, and which part that is of what its next powers of
         two reach."""
         rates = {
-            (provider, shape["group"], shape["dim"]): nbytes(shape) / us / 1000
-            for shape, provider, us in self.rows
+            (shape["group"], shape["dim"]): nbytes(shape) / us / 1000
+            for shape, name, us in self.rows
+            if name == provider
         }
-        for (provider, group, dim), rate in rates.items():
-            power = rates[provider, 1 << (group - 1).bit_length(), 1 << (dim - 1).bit_length()]
-            print(f"{provider}: {group} x {dim}: {rate:.0f} GB/s, {rate / power:.2f} of the powers of two")
+        for (group, dim), rate in rates.items():
+            power = rates.get((1 << (group - 1).bit_length(), 1 << (dim - 1).bit_length()))
+            part = f", {rate / power:.2f} of the powers of two" if power else ""
+            print(f"{provider}: {group} x {dim}: {rate:.0f} GB/s{part}")
 
     def finish(self, across: str = "keep") -> None:
         """Print a line a shape, in microseconds, values of `across` beside each other; exit by the gates."""

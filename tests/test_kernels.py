@@ -900,7 +900,7 @@ def test_groups_and_heads_stand_beside_the_powers_of_two_that_they_are_padded_to
     assert len(shapes) == 24 and {(s["context"], s["batch"]) for s in shapes} == {(32768, 8)}
     results = object.__new__(harness.Results)
     results.rows = [(s, "triton", 12.5 if s["group"] == 5 else 5.0) for s in shapes]
-    results.beside_powers(bench_draft_attention.nbytes)
+    results.beside_powers("triton", bench_draft_attention.nbytes)
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 24 and sum("0.40 of the powers" in line for line in shown) == 2
     (odd,) = (line for line in shown if line.startswith("triton: 5 x 96:"))
