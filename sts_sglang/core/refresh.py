@@ -3,7 +3,9 @@
 A round of a sparse draft scores the context in its first draft step, which reads all of it. With
 `draft_refresh` a request is scored in some rounds only, and goes by its latest selection and everything that
 came since in the others. Who is which is data on the device: both kinds of attention run in every round, each
-over no tokens of those whom the other one serves, so that one CUDA graph holds all cases.
+over no tokens of those whom the other one serves, so that one CUDA graph holds all cases. With `draft`
+"every" the first step of a round that scores goes by the latest selection too, and what scores reads the keys
+of heads that speak alone.
 """
 
 from __future__ import annotations
@@ -34,9 +36,8 @@ class Parted(NamedTuple):
 
     def join(self, of_scored: torch.Tensor, of_kept: torch.Tensor) -> torch.Tensor:
         """Rows [bs * W, ..]: of those that go by what is kept the latter, of the others the former."""
-        rows = of_scored.shape[0] // self.kept.lens.numel()
-        goes = (self.kept.lens > 0).repeat_interleave(rows)[:, None]
-        return torch.where(goes, of_kept.flatten(1), of_scored.flatten(1))
+        goes, bs = (self.kept.lens > 0)[:, None], self.kept.lens.numel()
+        return torch.where(goes, of_kept.view(bs, -1), of_scored.view(bs, -1)).view(of_scored.shape)
 
 
 class Refresh:
@@ -46,12 +47,10 @@ class Refresh:
         state: of the round, whose `kept` outlives it. selector: by what is scored. ops: in use.
     """
 
-    def __init__(self, state: RoundState, selector: DraftSelector, ops: Ops, width: int):
+    def __init__(self, state: RoundState, selector: DraftSelector, ops: Ops):
         self.state, self.selector, self.ops = state, selector, ops
         self.every, self.percent = state.config.refresh
         self.first_too = state.config.draft == "every"
-        # A table by which a list of slots is one of positions.
-        self.positions = torch.arange(width, dtype=torch.int32, device=state.indices.device)[None]
 
     def part(self, contexts: Contexts) -> Parted:
         """Once a round, before its first draft step."""
@@ -78,7 +77,7 @@ class Refresh:
         places = torch.arange(reqs.numel(), device=reqs.device)
         starts = sizes.starts + ((reqs - places) * entries)[:, None]  # the same, by row in place of place
         own = Lists(kept.positions, starts, sizes.counts)
-        listed = contexts._replace(table=self.positions, reqs=torch.zeros_like(reqs))
+        listed = contexts._replace(table=state.positions, reqs=torch.zeros_like(reqs))
         self.selector.list_best(sizes, contexts, listed, own)
         stays = (parted.scored.lens == 0)[:, None]
         kept.starts[reqs] = torch.where(stays, kept.starts[reqs], starts)
@@ -92,7 +91,3 @@ class Refresh:
             torch.where(stays, starts, sizes.starts),
             torch.where(stays, counts, own.counts),
         )
-
-    def nbytes(self) -> int:
-        """Besides `RoundState.kept`."""
-        return self.positions.nbytes

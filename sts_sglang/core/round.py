@@ -135,7 +135,11 @@ class RoundState:
             if config.history != "off"
             else None
         )
-        self.kept = _nothing_kept(requests, self.room, device) if config.keeps_selections else None
+        self.kept, self.positions = None, torch.zeros(1, 0, dtype=torch.int32, device=device)
+        if config.keeps_selections:
+            self.kept = _nothing_kept(requests, self.room, device)
+            # A table by which a list of slots is one of positions.
+            self.positions = torch.arange(cache.table.shape[1], dtype=torch.int32, device=device)[None]
         split = head_map.split()
         self.split = None if split is None else torch.tensor(split, dtype=torch.float64, device=device)
         self.rounds = torch.zeros(requests, dtype=torch.int32, device=device)  # since the prefill
@@ -250,7 +254,11 @@ class RoundState:
         """Bytes by purpose."""
         carried = [self.carried, self.carried_lens, self.keeps, self.rounds]
         history = {} if self.history is None else {"history": self.history.nbytes()}
-        kept = {} if self.kept is None else {"kept_selections": sum(t.nbytes for t in self.kept)}
+        kept = (
+            {}
+            if self.kept is None
+            else {"kept_selections": sum(t.nbytes for t in (*self.kept, self.positions))}
+        )
         return {
             **history,
             **kept,

@@ -63,8 +63,8 @@ class Capacity(NamedTuple):
         room = self.room(config, head_map)
         lists = room.entries * (8 if config.sparse_draft else 4)  # a sparse draft reads a list of its own
         notes = 0 if config.history == "off" else 4 * self.context
-        kept = kept_bytes(room) if config.keeps_selections else 0
-        return self.requests * (2 * room.channels * self.context + lists + kept + notes)
+        kept, table = (kept_bytes(room), 4 * self.context) if config.keeps_selections else (0, 0)
+        return self.requests * (2 * room.channels * self.context + lists + kept + notes) + table
 
 
 class Need(NamedTuple):

@@ -328,7 +328,7 @@ def assemble(
         sketches=sketches,
         ranks=ranks,
         prefill=_prefill(config, own, target, device, state.totals),
-        refresh=Refresh(state, selector, own, cache.table.shape[1]) if config.keeps_selections else None,
+        refresh=Refresh(state, selector, own) if config.keeps_selections else None,
     )
 
 
