@@ -1,12 +1,13 @@
 """Draft attention that leaves importance behind: against its twin (gate), then time with and without.
 
 8 KV heads, every query head mapped; `--quick` has the shapes of a 1B draft, 32 query heads of 64. Two steps
-of a round: the first scores the carried row too, a later one its own row only. Dense FA3 beside it where it
-is installed.
+of a round: the first scores the carried row too, a later one its own row only; `importance alone` is that of
+rows that attend elsewhere, which needs no values. Dense FA3 beside it where it is installed.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,9 +18,11 @@ from benchmarks.harness import (
     Results,
     Shape,
     add_fp8,
+    add_heads,
     compile_ahead,
     compile_only,
     copies,
+    heads_of,
     microseconds,
     parser,
     settings,
@@ -118,7 +121,7 @@ class Case:
         lens, width = self.contexts.lens, self.contexts.table.shape[1]
         return replace(self, plan=ops("triton").plan_contexts(lens, kv_heads=KV_HEADS, max_context=width))
 
-    def attend(self, kernel: str = "triton") -> torch.Tensor:
+    def attend(self, kernel: str = "triton", elsewhere: torch.Tensor | None = None) -> torch.Tensor:
         return ops(kernel).draft_attention(
             self.q,
             self.pool,
@@ -130,6 +133,7 @@ class Case:
             num_steps=STEPS,
             scale=self.q.shape[-1] ** -0.5,
             pooling=Pooling("max", "max", STEPS),
+            elsewhere=elsewhere,
             plan=self.plan,
         )
 
@@ -151,7 +155,7 @@ def nbytes(shape: Shape) -> int:
 
 def prepare(shape: Shape):
     """What `tune` times."""
-    cases = [Case.draw(shape, seed).planned() for seed in range(copies(nbytes(shape)))]
+    cases = drawn(shape)
     expected = cases[0].run("torch")
     return [case.attend for case in cases], lambda: close(cases[0].run(), expected), nbytes(shape)
 
@@ -175,13 +179,35 @@ def fa3_dense(shape: Shape, case: Case):
     return lambda: flash_attn_with_kvcache(**options)
 
 
-def bench(results: Results, shape: Shape) -> None:
-    cases = [Case.draw(shape, seed).planned() for seed in range(copies(nbytes(shape)))]
+def drawn(shape: Shape) -> list[Case]:
+    """As many as make one read of all of them pass through the cache."""
+    return [Case.draw(shape, seed).planned() for seed in range(copies(nbytes(shape)))]
+
+
+def ours(results: Results, shape: Shape, cases: list[Case]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's time with and without importance, and what its twin answers."""
     expected = cases[0].run("torch")
     if results.gate("triton+importance", shape, lambda: close(cases[0].run(), expected)):
         plain = [case.silent() for case in cases]
         for name, timed in (("triton", plain), ("triton+importance", cases)):
             results.add(name, shape, microseconds([case.attend for case in timed]), nbytes(shape))
+    everybody = torch.ones(shape["batch"], dtype=torch.bool, device=DEVICE)
+    if results.gate("importance alone", shape, lambda: same_scores(cases[0], everybody, expected[1])):
+        calls = [functools.partial(case.attend, elsewhere=everybody) for case in cases]
+        results.add("importance alone", shape, microseconds(calls), nbytes(shape) // 2)
+    return expected
+
+
+def same_scores(case: Case, everybody: torch.Tensor, expected: torch.Tensor) -> None:
+    """Of requests whose rows all attend elsewhere: keys are read, and no values."""
+    case.scores.importance.zero_()
+    case.attend(elsewhere=everybody)
+    torch.testing.assert_close(case.scores.importance.float(), expected, rtol=2e-3, atol=2e-3)
+
+
+def bench(results: Results, shape: Shape) -> None:
+    cases = drawn(shape)
+    expected = ours(results, shape, cases)
     try:
         calls = [fa3_dense(shape, case) for case in cases]
 
@@ -205,8 +231,11 @@ def compile_one(shape: Shape, knobs: dict) -> None:
 def main() -> None:
     p = parser(__doc__)
     add_fp8(p)
+    add_heads(p)
     args = p.parse_args()
     shapes = QUICK if args.quick or args.tune else FULL
+    if args.heads:  # the step that scores the carried row too
+        shapes = heads_of([shape for shape in QUICK if shape["step"] == 0])
     if args.fp8:
         shapes = [{**shape, "stored": "float8_e4m3fn"} for shape in shapes]
     grid = [*SPLIT_GRID, *POOL_GRID, {"early": False}] if args.tune else [{}]
@@ -215,8 +244,13 @@ def main() -> None:
     for shape in shapes:
         if args.tune:
             tune(results, draft_attention, grid, shape, prepare)
+        elif args.heads:
+            ours(results, shape, drawn(shape))
         else:
             bench(results, shape)
+    if args.heads:
+        for provider in ("triton", "triton+importance"):
+            results.beside_powers(provider, nbytes)
     results.finish()
 
 

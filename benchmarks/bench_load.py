@@ -8,14 +8,21 @@ the same prompts at the same times. Loads (`--dataset`):
                            measured is decode with requests that come and go
   random-ids               `--requests` prompts of up to `--context` tokens that nobody has seen: prefill
                            and decode
-A row is one arm at one rate: what the client says, and of every request the time to its first token and the
-mean time of the others, so that goodput (requests a second whose tokens took at most `--tpot-ms`) can be
-worked out for another bound too. A client that fails a request, and an sts arm whose counters show no sparse
-verify or a dense one, end the benchmark.
+With `--turns N` the requests of the former are conversations of agents: the prompt and its question are the
+first turn, and each answer and another question of 128 tokens make the next one, which is asked as soon as
+the answer is there. Rates are of conversations, everything else is by turn; what earlier rates left in the
+cache is flushed. A row is one arm at one rate: what the client says, and of every request the time to its
+first token and the mean time of the others, so that goodput (requests a second whose tokens took at most
+`--tpot-ms`) can be worked out for another bound too. A client that fails a request, and an sts arm whose
+counters show no sparse verify or a dense one, end the benchmark.
 
 Example, on a GPU, with the shapes of Llama-3.1-8B and an EAGLE-3 head:
   python -m benchmarks.bench_load --dummy --algorithm EAGLE3 --accept-length 3 --rates 1,2,4,8 \\
       --server-args "--context-length 65536 --cuda-graph-max-bs 64 --max-running-requests 64" --out load.jsonl
+Agents over histories of 60,000 tokens:
+  python -m benchmarks.bench_load --dummy --algorithm EAGLE3 --accept-length 3 --context 60000 --turns 6 \\
+      --requests 32 --rates 0.25,0.5,1 --new-tokens 256 --server-args "--context-length 65536 \\
+      --cuda-graph-max-bs 32 --max-running-requests 32" --out load.jsonl
 """
 
 from __future__ import annotations
@@ -41,12 +48,16 @@ TIMES = tuple(f"{stat}_{what}_ms" for what in ("ttft", "tpot") for stat in ("med
 
 def client_args(options: argparse.Namespace, new_tokens: int) -> list[str]:
     """What the client is asked for, but where, when and how many."""
-    args = ["--backend", "sglang", "--dataset-name", options.dataset, "--seed", "1", "--disable-tqdm"]
+    # Only its chat clients know turns.
+    backend = ["--backend", "sglang"] if options.turns == 1 else ["--backend", "sglang-oai-chat"]
+    args = [*backend, "--dataset-name", options.dataset, "--seed", "1", "--disable-tqdm"]
     args += ["--model", str(options.target), "--tokenizer", str(options.target), "--output-details"]
     if options.dataset == SHARED:
         args += ["--gsp-num-groups", str(options.groups)]
         args += ["--gsp-prompts-per-group", str(options.requests // options.groups)]
         args += ["--gsp-system-prompt-len", str(options.context - QUESTION)]
+        if options.turns > 1:  # a warm-up would be a whole conversation, and leave it in the cache
+            args += ["--gsp-num-turns", str(options.turns), "--warmup-requests", "0"]
         return [*args, "--gsp-question-len", str(QUESTION), "--gsp-output-len", str(new_tokens)]
     args += ["--random-input-len", str(options.context), "--random-output-len", str(new_tokens)]
     return [*args, "--random-range-ratio", str(options.least_share), "--flush-cache"]
@@ -76,7 +87,9 @@ def client(server: LocalServer, options: argparse.Namespace, rate: float, new_to
 
 def summary(found: dict, bound_ms: float) -> dict:
     """What a row says of a run of the client."""
-    tpots = [1000 * sum(gaps) / len(gaps) for gaps in found["itls"] if gaps]
+    # Gaps are between the tokens of one client, and between the chunks of another one.
+    each = zip(found["itls"], found["output_lens"], strict=True)
+    tpots = [1000 * sum(gaps) / (tokens - 1) for gaps, tokens in each if gaps]
     good = sum(tpot <= bound_ms for tpot in tpots)
     return {
         **{name: _rounded(found[name]) for name in (*SAID, *TIMES)},
@@ -95,13 +108,14 @@ def run_arm(arm: str, options: argparse.Namespace) -> list[dict]:
     """All rates of one arm on one server."""
     known, rows = ARMS_OF[options.algorithm][arm], []
     with bench_serving.serve(arm, 0, options) as server:
-        if options.dataset == SHARED:
-            client(server, options, float("inf"), 1)  # prefilled
-        for rate in options.rates:
+        for number, rate in enumerate(options.rates):
+            if options.dataset == SHARED and (number == 0 or options.turns > 1):
+                server.post_text("/flush_cache", {})
+                client(server, options, float("inf"), 1)  # prefilled
             before = None if known.config is None else server.counters()
             row = {"arm": arm, "dataset": options.dataset, "context": options.context, "rate": rate}
             row |= {"requests": options.requests, **bench_serving.served(known, options)}
-            row |= {"groups": options.groups if options.dataset == SHARED else None}
+            row |= {"groups": options.groups if options.dataset == SHARED else None, "turns": options.turns}
             row |= summary(client(server, options, rate, options.new_tokens), options.tpot_ms)
             if before is not None:
                 delta = sparse_between(before, server.counters())
@@ -126,6 +140,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--context", type=int, default=32000, help="tokens of a prompt (%(default)s)")
     p.add_argument("--least-share", type=float, default=0.1, help="of it, with random-ids (%(default)s)")
     p.add_argument("--groups", type=int, default=8, help="prefixes that requests share (%(default)s)")
+    p.add_argument("--turns", type=int, default=1, help="of a conversation, see above (%(default)s)")
     p.add_argument("--requests", type=int, default=128, help="at each rate (%(default)s)")
     p.add_argument("--rates", default="1,2,4,8", help="requests a second, comma separated (%(default)s)")
     p.add_argument("--tpot-ms", type=float, default=20, help="bound of goodput (%(default)s)")
@@ -133,6 +148,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     own.rates = [float(rate) for rate in own.rates.split(",")]
     if own.requests % own.groups:
         p.error(f"--requests {own.requests}: no multiple of --groups {own.groups}")
+    if own.turns < 1 or (own.turns > 1 and own.dataset != SHARED):
+        p.error(f"--turns {own.turns}: 1, or more with --dataset {SHARED}")
     if own.context <= QUESTION:
         p.error(f"--context {own.context}: questions alone have {QUESTION} tokens")
     if "--arms" not in rest:

@@ -8,6 +8,8 @@ Arms (each its own server, `--repeats` times in alternating order):
   sts-dense            sts with every target layer dense: what capture and selection cost
   sts                  sts with the given --sts-config
   sts-draft            the same with "draft": "all"
+  sts-draft-refresh    that one with "draft_refresh": 4
+  sts-draft-every      sts with "draft": "every"
   sts-draft-kv         sts with "draft_kv": "fp8_e4m3", where `stock-fp8` runs
   sts-pages            sts with "selector": "pages"
   sts-tokens           sts with "selector": "tokens"; with --dummy, by directions drawn at random
@@ -125,6 +127,8 @@ def run_arm(arm: str, repeat: int, shapes: list[Shape], options: argparse.Namesp
                 check_kept(delta["keep_ratio"], known, shape.lengths(), options)
                 about["sparse_verifies"] = delta["sparse_verifies"]
                 about["keep_ratio"] = round(delta["keep_ratio"], 4)
+                if kept := delta.get("kept_rounds"):
+                    about["scored_share"] = round(delta["scored_rounds"] / (delta["scored_rounds"] + kept), 4)
             for row in passes:
                 rows.append({**about, **row, "server": server.shown_command()})
                 print(json.dumps({**about, **row}), flush=True)
@@ -144,7 +148,7 @@ def served(arm: Arm, options: argparse.Namespace) -> dict:
     if arm.config is not None:
         known = launched(arm, options)
         found |= {"keep": known.keep, "sparse_draft": known.draft, "selector": known.selector}
-        found |= {"draft_kv": known.draft_kv}
+        found |= {"draft_kv": known.draft_kv, "draft_refresh": known.draft_refresh}
     return found
 
 

@@ -23,9 +23,11 @@ from benchmarks.harness import (
     Results,
     Shape,
     add_fp8,
+    add_heads,
     compile_ahead,
     compile_only,
     copies,
+    heads_of,
     microseconds,
     parser,
     settings,
@@ -277,12 +279,18 @@ def rivals(results: Results, shape: Shape, cases: list[Case], which: dict, nbyte
             del which[name]
 
 
-def bench(results: Results, shape: Shape, pools: list[Pool], timed_dense: set[tuple]) -> None:
-    """One shape; dense rivals once for all keep ratios."""
-    cases = cases_of(shape, pools)
+def ours(results: Results, shape: Shape, cases: list[Case]) -> torch.Tensor:
+    """The kernel's time, and what its twin answers."""
     expected = cases[0].run("torch")
     if results.gate("triton", shape, lambda: close(cases[0].run(), expected)):
         results.add("triton", shape, microseconds([c.run for c in cases]), sparse_bytes(shape))
+    return expected
+
+
+def bench(results: Results, shape: Shape, pools: list[Pool], timed_dense: set[tuple]) -> None:
+    """One shape; dense rivals once for all keep ratios."""
+    cases = cases_of(shape, pools)
+    expected = ours(results, shape, cases)
     split = [case.split() for case in cases]
     if results.gate("triton-split", shape, lambda: close(split[0].run(), split[0].run("torch"))):
         results.add("triton-split", shape, microseconds([c.run for c in split]), sparse_bytes(shape))
@@ -337,8 +345,11 @@ def prepare(shape: Shape):
 def main() -> None:
     p = parser(__doc__)
     add_fp8(p)
+    add_heads(p)
     args = p.parse_args()
     shapes = QUICK if args.quick or args.tune else settings(FULL)
+    if args.heads:
+        shapes = heads_of(QUICK)
     if args.fp8:
         shapes = [{**shape, "stored": "float8_e4m3fn"} for shape in shapes]
     compile_ahead(compile_one, shapes, GRID if args.tune else [{}])
@@ -352,8 +363,13 @@ def main() -> None:
         same = list(same)
         pools = Pool.several(same[0])
         for shape in same:
-            bench(results, shape, pools, timed_dense)
+            if args.heads:
+                ours(results, shape, cases_of(shape, pools))
+            else:
+                bench(results, shape, pools, timed_dense)
         del pools
+    if args.heads:
+        results.beside_powers("triton", sparse_bytes)
     results.finish()
 
 

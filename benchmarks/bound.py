@@ -47,7 +47,9 @@ def round_bytes(row: dict) -> dict[str, float] | None:
     of, or its requests share keys, which need not be read for each.
 
     The draft passes over its context in `steps` - 1 decode steps and in draft-extend; where it is sparse
-    (`sparse_draft`: "steps" or "all") the first step alone, and draft-extend with "steps", read all of it.
+    (`sparse_draft`: "steps", "all" or "every") the first step alone, of `scored_share` of the rounds where
+    selections are kept, and draft-extend with "steps", read all of it; with "every" what scores reads keys
+    alone.
     """
     target, draft = row.get("target"), row.get("draft")
     if target is None or row["shared"] or (row["drafts"] and draft is None):
@@ -58,10 +60,14 @@ def round_bytes(row: dict) -> dict[str, float] | None:
     found = {"weights": target["weights"], "target": kept * context * kv_bytes(target, value)}
     if row["drafts"]:
         passes = row["steps"]
-        dense = min(passes, {"steps": 2, "all": 1}.get(row.get("sparse_draft"), passes))
+        dense = min(passes, {"steps": 2, "all": 1, "every": 0}.get(row.get("sparse_draft"), passes))
+        scored = row.get("scored_share", 1)
+        # Keys without values, beside the step that attends sparsely; else the scoring step is a dense one.
+        alone = scored / 2 if row.get("sparse_draft") == "every" else 0
+        dense -= 0 if alone else 1 - scored
         found["weights"] += passes * draft["weights"] + draft["once"]
         own = {"model": BF16, "fp8_e4m3": 1}.get(row.get("draft_kv"), value)
-        found["draft"] = (dense + kept * (passes - dense)) * context * kv_bytes(draft, own)
+        found["draft"] = (alone + dense + kept * (passes - dense)) * context * kv_bytes(draft, own)
     if row.get("selector") == "tokens":
         own = target["layers"] * target["kv_heads"] * sketch_bytes(target["head_dim"])
         found["sketches"] = context * own

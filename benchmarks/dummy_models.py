@@ -120,6 +120,8 @@ def write_tokenizer(model: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(model / "tokenizer.json"))
     known = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**6}
+    # A conversation is its messages one behind the other: an answer that is read again has the tokens it had.
+    known["chat_template"] = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     (model / "tokenizer_config.json").write_text(json.dumps(known))
 
 

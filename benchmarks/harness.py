@@ -51,6 +51,22 @@ def add_fp8(p: argparse.ArgumentParser) -> None:
     p.add_argument("--fp8", action="store_true", help="of FP8 keys and values; give --out a file of its own")
 
 
+def add_heads(p: argparse.ArgumentParser) -> None:
+    """For benchmarks of ops whose tiles are powers of two."""
+    p.add_argument(
+        "--heads",
+        action="store_true",
+        help="query groups 1 to 8 and heads of 64, 96 and 128 at 32,768 x 8, ours alone, each beside the "
+        "powers of two that its tiles are padded to",
+    )
+
+
+def heads_of(shapes: list[Shape]) -> list[Shape]:
+    """Of shapes that a benchmark has, that at 32,768 x 8, with every query group and head."""
+    (first,) = (shape for shape in shapes if (shape["context"], shape["batch"]) == (32768, 8))
+    return [{**first, "dim": dim, "group": group} for dim in (64, 96, 128) for group in range(1, 9)]
+
+
 def stored(shape: Shape, dtype: torch.dtype) -> torch.dtype:
     """What a shape keeps keys and values as: its "stored", by torch's name, or the dtype of queries."""
     return getattr(torch, shape["stored"]) if "stored" in shape else dtype
@@ -157,6 +173,19 @@ class Results:
         if self.out:
             with self.out.open("a") as f:
                 f.write(json.dumps({**row, **self.origin}) + "\n")
+
+    def beside_powers(self, provider: str, nbytes: Callable[[Shape], int]) -> None:
+        """Print what every group and head reaches by bytes, and which part that is of what its next powers of
+        two reach."""
+        rates = {
+            (shape["group"], shape["dim"]): nbytes(shape) / us / 1000
+            for shape, name, us in self.rows
+            if name == provider
+        }
+        for (group, dim), rate in rates.items():
+            power = rates.get((1 << (group - 1).bit_length(), 1 << (dim - 1).bit_length()))
+            part = f", {rate / power:.2f} of the powers of two" if power else ""
+            print(f"{provider}: {group} x {dim}: {rate:.0f} GB/s{part}")
 
     def finish(self, across: str = "keep") -> None:
         """Print a line a shape, in microseconds, values of `across` beside each other; exit by the gates."""

@@ -10,9 +10,9 @@
 Serves each arm of bench_serving, prefills, and records a few rounds in SGLang's own profiler while all
 requests decode. Counts are per round: a target verify, or without a draft a decode step, which is one launch
 of a graph. What scores and selects is shown by the files of its kernels (sts_kernels/page_scores.py, whose
-pooling is that of tokens too, pages.py, tokens.py, select.py), as a share of the round. A host that waits for
-the device (cudaStreamSynchronize and its kind, cudaMalloc, blocking copies) in sts and not in stock is a
-defect.
+pooling is that of tokens too, pages.py, tokens.py, select.py, kept.py), as a share of the round. A host that
+waits for the device (cudaStreamSynchronize and its kind, cudaMalloc, blocking copies) in sts and not in stock
+is a defect.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from types import ModuleType
 from benchmarks import bench_serving
 from benchmarks.harness import end_orderly_when_terminated
 from benchmarks.serving_arms import ARMS_OF
-from sts_kernels import page_scores, pages, select, tokens
+from sts_kernels import kept, page_scores, pages, select, tokens
 from sts_sglang.tools.local_server import LocalServer
 
 WAITS = (
@@ -45,7 +45,7 @@ WAITS = (
     "cudaGraphLaunch",
 )
 
-SELECTS = {"page_scores": page_scores, "pages": pages, "tokens": tokens, "select": select}
+SELECTS = {"page_scores": page_scores, "pages": pages, "tokens": tokens, "select": select, "kept": kept}
 REST = "rest"
 
 

@@ -31,6 +31,11 @@ MAX_LAYERS = 1024
 # which `sts-sglang evaluate` let them pass on a model that nobody trained to be sparse; the rows of a verify
 # share a list of tokens, so that a draft makes it longer.
 KEEP, KEEP_OF_TOKENS, KEEP_OF_PAGES = 0.1, 0.25, 0.5
+# Rounds that go by one selection at most under `draft_refresh` "adaptive", that which made it included, and
+# the share, in percent, of the tokens which rounds that score bring that the others must bring on average.
+ADAPTIVE_ROUNDS, ADAPTIVE_PERCENT = 16, 80
+# A selection is kept for no more tokens (layout.KEPT_TOKENS), and a round brings one at least.
+MOST_REFRESH = 256
 BRANCHES = 2  # places within a page where a request left the prefix that it shares; more are rare
 
 Policy = Literal["ratio", "fixed", "top_p"]
@@ -40,7 +45,7 @@ DenseName = Literal["auto", "fa3", "flashinfer", "torch"]
 HistoryMode = Literal["off", "warm", "blend"]
 SelectorName = Literal["auto", "draft", "tokens", "pages", "joined", "quest", "recent", "random", "oracle"]
 VerifyMode = Literal["sparse", "dense"]
-DraftMode = Literal["dense", "steps", "all"]
+DraftMode = Literal["dense", "steps", "all", "every"]
 DraftKv = Literal["auto", "model", "fp8_e4m3"]
 RequestKeep = Literal["any", "at_most", "off"]
 PrefillMode = Literal["dense", "sparse"]
@@ -144,6 +149,16 @@ def _keep_or_auto(field: str, value: object) -> float | str:
     return value if isinstance(value, str) and value == "auto" else _keep(field, value)
 
 
+def _rounds_or_adaptive(field: str, value: object) -> int | str:
+    if isinstance(value, str) and value == "adaptive":
+        return value
+    try:
+        return _integer(1, MOST_REFRESH)(field, value)
+    except ConfigError:
+        allowed = f"an integer from 1 to {MOST_REFRESH}, or 'adaptive'"
+        raise not_allowed(field, f"got {shown(value)}", allowed) from None
+
+
 def _sink(field: str, value: object) -> int:
     if type(value) in (int, float) and value == 0:
         raise not_allowed(
@@ -208,6 +223,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "page_share": _inner,
     "verify": _choice(get_args(VerifyMode)),
     "draft": _choice(get_args(DraftMode)),
+    "draft_refresh": _rounds_or_adaptive,
     "prefill": _choice(get_args(PrefillMode)),
     "prefill_keep": _share,
     "prefill_floor": _integer(0, MAX_TOKENS),
@@ -285,7 +301,13 @@ class StsConfig:
     draft: DraftMode = "dense"
     """What the draft itself attends to sparsely. `steps`: a round scores and selects the context in its first
     draft step; the steps after it attend to the selection, as verify does, and score nothing. `all`: so does
-    draft-extend."""
+    draft-extend. `every`: and the first step, to the selection of the round before it and what came since; it
+    then scores by the keys of the draft heads that speak, and reads no values."""
+    draft_refresh: int | Literal["adaptive"] = 1
+    """With a sparse draft: every how many rounds of a request its context is scored and selected from anew.
+    The rounds in between go by the latest selection and all tokens that came since, in the first draft step
+    too. adaptive: when they bring less than 80 % of the tokens that rounds which score bring, and in every
+    16th."""
     prefill: PrefillMode = "dense"
     """`sparse`: every block of 128 new tokens of a long prompt attends to the blocks of 128 keys that some of
     its own queries give the most attention, in every layer and KV head anew; or the draft's, see
@@ -335,6 +357,8 @@ class StsConfig:
             )
         if not self.by_draft:
             self._check_selector()
+        if self.keeps_selections:
+            self._check_refresh()
 
     def _check_selector(self) -> None:
         """What only the draft's scores can do: be a mass, be remembered, and be there before verify; and what
@@ -342,6 +366,7 @@ class StsConfig:
         unserved = [("policy", "top_p")]
         if self.selector != "joined":
             unserved += [("history", "warm"), ("history", "blend"), ("draft", "steps"), ("draft", "all")]
+            unserved += [("draft", "every")]
         for field, value in unserved:
             if getattr(self, field) == value:
                 raise not_allowed(
@@ -354,6 +379,36 @@ class StsConfig:
             raise not_allowed(
                 "sts_config.selector", problem, "auto | draft | tokens | pages | joined, or no inspect_dir"
             )
+
+    def _check_refresh(self) -> None:
+        """What needs the scores of every round, or lists as long as the budget says."""
+        unserved = [
+            (
+                self.draft == "dense",
+                "a dense draft, which scores in every round anyway",
+                "with draft 'steps' or 'all'",
+            ),
+            (
+                self.selector == "joined",
+                "selector 'joined', whose selections are not kept",
+                "or another one",
+            ),
+            (
+                self.draft_refresh != 1 and self.kernel == "flashinfer",
+                "kernel 'flashinfer', which plans for lists no longer than the budget",
+                "or another kernel",
+            ),
+            (
+                self.draft_refresh != 1 and self.inspect_dir is not None and self.history == "off",
+                "an inspect_dir and history 'off', where a dump has the scores of the last round",
+                "with history 'warm' or 'blend', or no inspect_dir",
+            ),
+        ]
+        for wrong, what, instead in unserved:
+            if wrong:
+                field, other = ("draft", "'all'") if self.draft_refresh == 1 else ("draft_refresh", "1")
+                problem = f"got {getattr(self, field)!r} with {what}"
+                raise not_allowed(f"sts_config.{field}", problem, f"{other}, {instead}")
 
     def for_launch(self, drafts: bool, directions: bool = False) -> StsConfig:
         """With the selector and the keep that `auto` stands for, with or without a draft, and with or without
@@ -369,7 +424,12 @@ class StsConfig:
         """Raises `ConfigError` for what needs a draft."""
         needs = [("selector", "draft"), ("selector", "joined"), ("policy", "top_p")]
         needs += [("history", "warm"), ("history", "blend"), ("draft", "steps"), ("draft", "all")]
-        needs += [("draft_kv", "model"), ("draft_kv", "fp8_e4m3"), ("prefill_by", "draft")]
+        needs += [
+            ("draft", "every"),
+            ("draft_kv", "model"),
+            ("draft_kv", "fp8_e4m3"),
+            ("prefill_by", "draft"),
+        ]
         for field, value in needs:
             if getattr(self, field) == value:
                 what = "keys" if field == "draft_kv" else "scores"
@@ -434,6 +494,23 @@ class StsConfig:
     def sparse_draft(self) -> bool:
         """Whether a pass of the draft attends to a selection."""
         return self.draft != "dense"
+
+    @property
+    def keeps_selections(self) -> bool:
+        """Whether a round, or its first step, may go by the selection of an earlier one."""
+        return self.draft_refresh != 1 or self.draft == "every"
+
+    @property
+    def sparse_extend(self) -> bool:
+        """Whether draft-extend attends to the selection of its round."""
+        return self.draft in ("all", "every")
+
+    @property
+    def refresh(self) -> tuple[int, int | None]:
+        """`every` and `percent` of `sts_kernels.torch_ops.size_kept`."""
+        if self.draft_refresh == "adaptive":
+            return ADAPTIVE_ROUNDS, ADAPTIVE_PERCENT
+        return self.draft_refresh, None
 
     @classmethod
     def parse(cls, source: str | os.PathLike[str] | Mapping[str, object] | StsConfig | None) -> StsConfig:

@@ -48,8 +48,9 @@ class Rule:
     history_decay: float = 0.9
     spread: float = 0.5  # part of a token's score that the next one has at least
     # "steps": draft steps after the first attend to the selection; "all": so does the draft-extend of what
-    # was accepted.
+    # was accepted; "every": and the first step, to the selection before.
     draft: str = "dense"
+    refresh: int = 1  # rounds that go by one selection of a sparse draft, that which made it included
     # "tokens": by keys in short, on `directions`, a head map's field; "pages": by mean and deviation of the
     # keys of 16 tokens; "joined": they have `page_share` of a list.
     selector: str = "draft"
@@ -90,6 +91,10 @@ class Trace:
     selected: int = 0
     available: int = 0
     memory: dict[tuple, float] = field(default_factory=dict)  # (layer, KV head, position) -> score
+    kept: dict[tuple, list[int]] = field(default_factory=dict)  # (draft layer, speaking head) -> selected
+    made: int = 0  # tokens of the context then; 0: nothing is kept
+    used: int = 0  # rounds that went by it
+    scored: int = 0  # rounds that selected anew
 
 
 @dataclass
@@ -240,7 +245,7 @@ class Oracle:
         seen = causal.repeat(config.num_hidden_layers, config.num_attention_heads, 1, 1)
         if self.draft is not None:
             draft_seen = causal.expand(self.draft.layers, self.draft.heads, -1, -1)
-            draft_seen = draft_seen.clone() if rule.draft == "all" else draft_seen
+            draft_seen = draft_seen.clone() if rule.draft in ("all", "every") else draft_seen
         tokens = list(prompt)
         if rule.prefill_keep is not None:
             if rule.prefill_by == "draft":
@@ -300,6 +305,16 @@ class Oracle:
         branch_nodes, branch_tokens = list(range(k)), chosen.tolist()
         parent_rows = [length - 1] * k
         kept, scored, allowed = length - 1 + (1 if rule.drop_carried else 0), None, True
+        keeps = rule.draft != "dense" and trace.made > 0 and trace.used < rule.refresh
+        whole = [length - 1]  # rows that score the whole context, whatever they attended to themselves
+        if keeps or (rule.draft == "every" and trace.made > 0):
+            trace.used += 1
+            allowed = self._allowed(None, length, rule, trace)
+            assert k == 1 or keeps, "a dense row would see the branches before it"
+            whole.append(length)
+        if not keeps:
+            trace.kept, trace.used, few = {}, 1, rule.budget(length) < length
+            trace.made, trace.scored = length if few else 0, trace.scored + few
         for step in range(rule.num_steps - 1):
             first = len(ids)
             ids, positions = ids + branch_tokens, positions + [length + step] * k
@@ -312,10 +327,10 @@ class Oracle:
             if states is not None:
                 states = torch.cat([states, out[parent_rows]])
             logits, out, attention = self.draft(ids, states, positions, mask)
-            if rule.draft != "dense" and step == 0:
-                # The carried row scores the whole context, whatever it attended to itself.
-                for found, row in zip(attention, self.draft.dense_row(length - 1), strict=True):
-                    found[:, length - 1] = row
+            if rule.draft != "dense" and step == 0 and not keeps:
+                for place in whole:
+                    for found, row in zip(attention, self.draft.dense_row(place), strict=True):
+                        found[:, place] = row
                 scored = [a[:, kept:] for a in attention]
                 allowed = self._allowed(scored, length, rule, trace)
             probs, nexts = logits[first:].softmax(-1).topk(k)
@@ -337,18 +352,21 @@ class Oracle:
             allowed=allowed,
         )
 
-    def _allowed(self, scored: list[torch.Tensor], length: int, rule: Rule, trace: Trace) -> torch.Tensor:
+    def _allowed(
+        self, scored: list[torch.Tensor] | None, length: int, rule: Rule, trace: Trace
+    ) -> torch.Tensor:
         """bool [layers, heads, length]: the draft keys that each draft head's later steps attend to, given
-        what the rows so far attended to. Tokens are chosen as for verify, by the heads of one KV head; the
-        bonus token's key, the last, stands in for the one that the first token lacks."""
+        what the rows so far attended to, or by what is kept. Tokens are chosen as for verify, by the heads of
+        one KV head; the bonus token's key, the last, stands in for the one that the first token lacks."""
         group = self.draft.heads // self.draft.kv_heads
         allowed = torch.zeros(self.draft.layers, self.draft.heads, length, dtype=torch.bool)
-        for layer, source in enumerate(scored):
+        for layer in range(self.draft.layers):
             for h in range(self.draft.kv_heads):
-                heads = slice(h * group, (h + 1) * group)
-                spoken = source[heads]
-                score = spoken.amax((0, 1)) if rule.pool == "max" else spoken.mean((0, 1))
-                chosen = self._top(score, length, rule, trace, (trace.rounds, layer, h))
+                heads, score = slice(h * group, (h + 1) * group), None
+                if scored is not None:
+                    spoken = scored[layer][heads]
+                    score = spoken.amax((0, 1)) if rule.pool == "max" else spoken.mean((0, 1))
+                chosen = self._chosen(score, length, rule, trace, (layer, h))
                 allowed[layer, heads, [p - 1 if p else length - 1 for p in chosen]] = True
         return allowed
 
@@ -379,11 +397,12 @@ class Oracle:
                 last = -(-(speaker + 1) * draft.heads // kv_heads)
                 spoken = source[first:last]
                 score = spoken.amax((0, 1)) if rule.pool == "max" else spoken.mean((0, 1))
-                score = self._blend(score, (layer, h), length, rule, trace)
+                if trace.used == 1:
+                    score = self._blend(score, (layer, h), length, rule, trace)
                 if rule.selector != "draft":
                     tree.scores[layer, h] = score
                     continue
-                chosen = self._top(score, length, rule, trace, (trace.rounds, draft_layer, speaker))
+                chosen = self._chosen(score, length, rule, trace, (draft_layer, speaker))
                 trace.selected += len(chosen)
                 trace.available += length
                 rows[layer, h * group : (h + 1) * group, :, chosen] = True
@@ -402,6 +421,17 @@ class Oracle:
                 mixed[position - rule.shift] = (1 - weight) * fresh + weight * remembered
             trace.memory[key] = max(fresh, (remembered or 0.0) * rule.history_decay)
         return mixed
+
+    def _chosen(
+        self, score: torch.Tensor | None, length: int, rule: Rule, trace: Trace, head: tuple
+    ) -> list[int]:
+        """The best, or in a round that selects nothing anew what an earlier one chose and all that came
+        since."""
+        if trace.used > 1:
+            return sorted({*trace.kept[head], *range(trace.made, length)})
+        found = self._top(score, length, rule, trace, (trace.rounds, *head))
+        trace.kept[head] = found
+        return found
 
     @staticmethod
     def _top(score: torch.Tensor, length: int, rule: Rule, trace: Trace, tie: tuple) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 
 import pytest
 
@@ -40,12 +41,15 @@ def test_the_client_is_asked_for_the_load():
     asked = client_args(unseen, 64)
     assert values(asked)["--random-input-len"] == "1000" and "--flush-cache" in asked
     assert unseen.arms == "sts"
+    agents = values(client_args(parse([*PAIR, "--turns", "6", "--context", "60000"]), 256))
+    assert (agents["--backend"], agents["--gsp-num-turns"]) == ("sglang-oai-chat", "6")
 
 
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
         (["--requests", "12", "--groups", "5"], "--requests 12: no multiple of --groups 5"),
+        (["--turns", "2", "--dataset", "random-ids"], "--turns 2: 1, or more with --dataset generated"),
         (["--context", "128"], "--context 128: questions alone"),
         (["--arms", "none"], "--arms: no none"),
     ],
@@ -61,7 +65,7 @@ TOLD = {
     **dict.fromkeys(bench_load.TIMES, 1.0),
     **{"duration": 4.0, "completed": 2, "output_throughput": 50.0, "request_throughput": 0.5},
     **{"concurrency": 1.5, "accept_length": None, "errors": ["", ""]},
-    **{"itls": [[0.01, 0.01], [0.02, 0.04]], "ttfts": [0.1, 0.2]},
+    **{"itls": [[0.01, 0.01], [0.06]], "ttfts": [0.1, 0.2], "output_lens": [3, 3]},
 }
 
 
@@ -100,10 +104,12 @@ def test_a_table_compares_stock_and_sts_at_every_rate_of_one_run(tmp_path, monke
     row |= {"requests": 8, "new_tokens": 64}
     runs = [("b", "sts", 1, 9.0), ("c", "stock-spec-captured", 1, 0.5), ("c", "sts", 1, 1.0)]
     runs += [("c", "sts", 2, 1.5), ("c", "stock-spec-captured", 4, 0), ("c", "sts", 4, 2)]
+    agents = {**row, "commit": "c", "turns": 6, "rate": 1, "dataset": "generated-shared-prefix"}
     lines = [
         {**row, "commit": commit, "arm": arm, "rate": rate, "goodput": good}
         for commit, arm, rate, good in runs
     ]
+    lines += [{**agents, "arm": arm, "goodput": 1.0} for arm in ("sts", "stock-spec-captured")]
     (tmp_path / "load.jsonl").write_text("\n".join(map(json.dumps, lines)))
     shown = load.load().splitlines()
     load_, rest = "1,000 tokens, prompts nobody has seen, EAGLE3", "100 | 100 | 5.00 | 5.00 | 80 | 80"
@@ -111,6 +117,9 @@ def test_a_table_compares_stock_and_sts_at_every_rate_of_one_run(tmp_path, monke
         f"| {load_} | 1 | {rest} | 0.50 | 1.00 | **2.00x** |",
         f"| {load_} | 4 | {rest} | 0.00 | 2.00 | – |",
     ]
+    assert shown[4].startswith(
+        "| 1,000 tokens, agents of 6 turns over prefixes that are shared, EAGLE3 | 1 |"
+    )
     assert "at most 20 ms each" in shown[-1] and "commit c;" in shown[-1]
 
 
@@ -127,6 +136,7 @@ def test_dummy_models_have_words_where_prompts_are_text(tmp_path):
 
 @pytest.mark.server
 def test_the_real_client_loads_a_real_server(tmp_path, monkeypatch):
+    """With one request a conversation, and with two."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     pair = shipped_pair()
@@ -135,11 +145,16 @@ def test_the_real_client_loads_a_real_server(tmp_path, monkeypatch):
     options = ["--target", str(pair.target), "--draft", str(pair.draft), "--algorithm", "STANDALONE"]
     options += ["--context", "400", "--requests", "4", "--groups", "2", "--rates", "inf", "--arms", "sts"]
     options += ["--new-tokens", "16", "--tpot-ms", "1000000", "--server-args", server, "--out", "rows.jsonl"]
-    options = parse([*options, "--sts-config", '{"keep": 0.25, "budget": 64}'])
-    bench_serving.prepare(options, words=True)
-    rows = run_arm("sts", options)
+    options = [*options, "--sts-config", '{"keep": 0.25, "budget": 64}']
+    once, twice = (parse([*options, "--turns", turns]) for turns in ("1", "2"))
+    for given in (once, twice):
+        bench_serving.prepare(given, words=True)
+    with bench_serving.serve("sts", 0, once) as served:
+        monkeypatch.setattr(bench_serving, "serve", lambda *_: nullcontext(served))
+        rows = [*run_arm("sts", once), *run_arm("sts", twice)]
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
-    for row, rate in zip(rows, (float("inf"),), strict=True):
-        assert (row["rate"], row["completed"], len(row["tpots_ms"])) == (rate, 4, 4)
+    for row, turns in zip(rows, (1, 2), strict=True):
+        answers = 4 * turns
+        assert (row["turns"], row["completed"], len(row["tpots_ms"])) == (turns, answers, answers)
         assert 0.2 < row["keep_ratio"] < 0.4 and row["sparse_verifies"] > 0
-        assert row["goodput"] == pytest.approx(4 / row["duration"], rel=1e-3)
+        assert row["goodput"] == pytest.approx(answers / row["duration"], rel=1e-3)

@@ -267,6 +267,12 @@ def test_the_bytes_of_a_round_are_weights_and_what_attention_is_over(tmp_path):
     for mode, passes in {"dense": 3, "steps": 2.25, "all": 1.5}.items():
         sparse = bound.round_bytes({**row, "keep_ratio": 0.25, "sparse_draft": mode})
         assert (sparse["target"], sparse["draft"]) == (550 * token, passes * 2200 * of_head)
+    # Every pass a quarter, and the keys of all tokens, in as many rounds as score.
+    for share, passes in {1: 1.25, 0.5: 1}.items():
+        told = {"keep_ratio": 0.25, "sparse_draft": "every", "scored_share": share}
+        assert bound.round_bytes({**row, **told})["draft"] == passes * 2200 * of_head
+    often = bound.round_bytes({**row, "keep_ratio": 0.25, "sparse_draft": "all", "scored_share": 0.5})
+    assert often["draft"] == (0.5 + 0.25 * 2.5) * 2200 * of_head
     for kept, share in {"fp8_e4m3": 0.5, "model": 1, "auto": 1}.items():
         alone = bound.round_bytes({**row, "draft_kv": kept})
         assert alone == {**dense, "draft": share * dense["draft"]}

@@ -50,6 +50,7 @@ EVERY_KEY = {
     "page_share": 0.25,
     "verify": "dense",
     "draft": "all",
+    "draft_refresh": 4,
     "prefill": "sparse",
     "prefill_keep": 0.5,
     "prefill_floor": 0,
@@ -68,7 +69,7 @@ def refused(source, *words: str) -> str:
     with pytest.raises(ConfigError) as caught:
         StsConfig.parse(source)
     message = str(caught.value)
-    assert len(message.splitlines()) == 1 and "; allowed: " in message and len(message) < 450, message
+    assert len(message.splitlines()) == 1 and "; allowed: " in message and len(message) < 500, message
     for word in words:
         assert word in message, message
     return message
@@ -177,7 +178,8 @@ BAD_VALUES = {
     ),
     "page_share": ([0, 1, -0.5, True, "half", None], "a number between 0 and 1"),
     "verify": (["full", "", None, True], "sparse | dense"),
-    "draft": (["sparse", "", None, False], "dense | steps | all"),
+    "draft": (["sparse", "", None, False], "dense | steps | all | every"),
+    "draft_refresh": ([0, -1, 257, 4.0, True, "4", "auto", None], "an integer from 1 to 256, or 'adaptive'"),
     "prefill": (["all", "", None, True], "dense | sparse"),
     "prefill_keep": ([0, -0.1, 1.01, True, "0.5", None, math.nan], "a number above 0 and at most 1"),
     "prefill_by": (["pages", "", None, True], "auto | target | draft"),

@@ -36,6 +36,7 @@ CHAIN += ("--speculative-num-draft-tokens", "4")
     [
         {"history": "blend"},
         {"policy": "ratio", "keep": 0.3, "budget": 0, "draft": "all"},
+        {"policy": "ratio", "keep": 0.3, "budget": 0, "draft": "every"},
         {"dense_layers": [0]},
         {"verify": "dense"},
         *({"selector": name} for name in ("tokens", "pages", "joined", "oracle", "quest")),

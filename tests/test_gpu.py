@@ -60,6 +60,9 @@ SERVERS = {
     "chain-bfloat16": sts("STANDALONE", CHAIN),
     "history-bfloat16": sts("STANDALONE", CHAIN, history="blend"),
     "sparse-draft-bfloat16": sts("STANDALONE", LONG, draft="all"),
+    "refresh-bfloat16": sts("STANDALONE", LONG, draft="all", draft_refresh=4),
+    "refresh-adaptive-bfloat16": sts("EAGLE3", LONG, draft="all", draft_refresh="adaptive"),
+    "every-pass-bfloat16": sts("STANDALONE", LONG, draft="every", draft_kv="fp8_e4m3"),
     "draft-kv-bfloat16": sts("EAGLE3", CHAIN, draft_kv="fp8_e4m3"),
     "draft-kv-sparse-bfloat16": sts("STANDALONE", LONG, draft="all", draft_kv="fp8_e4m3"),
     "draft-kv-flashinfer-bfloat16": sts("STANDALONE", CHAIN, dense="flashinfer", draft_kv="fp8_e4m3"),
@@ -348,6 +351,7 @@ def test_sampling_accepts_drafts_and_stays_sparse(servers, prompts, name):
     "name",
     [
         *("history-bfloat16", "sparse-draft-bfloat16", "tree-bfloat16", "eagle3-bfloat16"),
+        *("refresh-bfloat16", "refresh-adaptive-bfloat16", "every-pass-bfloat16"),
         *("flashinfer-verify-bfloat16", "oracle-bfloat16", "quest-bfloat16", "pages-bfloat16"),
         *("tokens-bfloat16", "alone-bfloat16", "alone-pages-bfloat16"),
     ],

@@ -154,7 +154,9 @@ def members(q_heads: int) -> Members:
     )
 
 
-def run_draft(kernel: str, batch: Batch, branches: int, step: int, pools=("max", "max"), carried=True):
+def run_draft(
+    kernel: str, batch: Batch, branches: int, step: int, pools=("max", "max"), carried=True, elsewhere=None
+):
     """(queries, carried queries, carried lengths, base importance), then what the op returned and wrote."""
     q = batch.queries(len(batch.lengths) * branches) if branches else None
     carried_q = batch.queries(batch.table.shape[0]).contiguous() if carried else None
@@ -175,6 +177,7 @@ def run_draft(kernel: str, batch: Batch, branches: int, step: int, pools=("max",
         num_steps=3,
         scale=DIM**-0.5,
         pooling=Pooling(pools[1], pools[0], 7),
+        elsewhere=on_device(elsewhere),
     )
     return q, carried_q, carried_len, base, None if out is None else out.cpu(), written.cpu()
 
@@ -257,6 +260,40 @@ def test_heads_whose_dimensions_are_no_power_of_two(monkeypatch, kernel: str, di
 )
 def test_draft_attention_pools_rows_and_heads(kernel: str, branches: int, step: int, pools) -> None:
     check_draft(kernel, Batch(lengths=[70, 9]), branches, step, pools, carried=step == 0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("branches, step", [(0, 0), (1, 0), (2, 0), (2, 1)])
+def test_who_is_only_scored_needs_no_values_and_no_keys_of_silent_heads(
+    monkeypatch, kernel: str, branches: int, step: int
+) -> None:
+    """Requests that attend elsewhere beside one that does not, in parts, and all of them without branches."""
+    tune(monkeypatch, draft_attention, programs=24, least=64)
+    batch, pools = Batch(lengths=[70, 9, 300, 1], group=2), ("max", "max")
+    here = [False, True, False, True] if branches else [False] * 4
+    speaking = Members(
+        torch.tensor([1, 3], dtype=torch.int32),
+        torch.tensor([[2, 3], [3, -1]], dtype=torch.int32),  # those of the second KV head
+        torch.tensor([0.5, 1.0]),
+        torch.tensor([True, False]),
+    )
+    monkeypatch.setattr(f"{__name__}.members", lambda _: speaking)
+    whole = replace(batch)
+    whole.table, whole.reqs, whole.k, whole.v = batch.table, batch.reqs, batch.k.clone(), batch.v.clone()
+    for b, attends in enumerate(here):
+        if not attends:
+            slots = batch.slots(b, range(batch.lengths[b] + batch.tail))
+            batch.v[slots], batch.k[slots, 0] = math.nan, math.nan
+    elsewhere = None if not branches else ~torch.tensor(here)
+    q, carried_q, carried_len, base, out, written = run_draft(
+        kernel, batch, branches, step, pools, carried=step == 0, elsewhere=elsewhere
+    )
+    found = pooled_by_definition(whole, q, carried_q, carried_len, branches, step, pools)
+    check_importance(batch, base, written, found, pools, carried=step == 0)
+    for b, w in ((b, w) for b in range(4) for w in range(branches) if here[b]):
+        slots = branch_slots(batch, b, w, step)
+        expected = [whole.attend(q[b * branches + w], h, slots) for h in range(KV_HEADS * batch.group)]
+        assert_close(out[b * branches + w], torch.stack(expected))
 
 
 def check_draft(kernel, batch, branches, step, pools=("max", "max"), carried=True) -> None:
@@ -860,6 +897,20 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
     bench_prefill.same_attention(chunk, listed, lambda: lists.attend(listed))
 
 
+def test_groups_and_heads_stand_beside_the_powers_of_two_that_they_are_padded_to(capsys) -> None:
+    from benchmarks import bench_draft_attention, bench_verify, harness
+
+    shapes = harness.heads_of(bench_verify.QUICK)
+    assert len(shapes) == 24 and {(s["context"], s["batch"]) for s in shapes} == {(32768, 8)}
+    results = object.__new__(harness.Results)
+    results.rows = [(s, "triton", 12.5 if s["group"] == 5 else 5.0) for s in shapes]
+    results.beside_powers("triton", bench_draft_attention.nbytes)
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 24 and sum("0.40 of the powers" in line for line in shown) == 2
+    (odd,) = (line for line in shown if line.startswith("triton: 5 x 96:"))
+    assert odd.endswith("0.30 of the powers of two")  # in 2.5 times the time, three quarters of the bytes
+
+
 COMPILE = """
 import torch
 from benchmarks import (
@@ -868,7 +919,7 @@ from benchmarks import (
 from benchmarks.harness import compile_only
 from sts_kernels import ops
 from sts_kernels.layout import (
-    Contexts, History, KvPool, Lists, Members, PagedLists, Pooling, QueryBlocks, Room, Rule, Scores
+    Contexts, History, Kept, KvPool, Lists, Members, PagedLists, Pooling, QueryBlocks, Room, Rule, Scores
 )
 
 def like(*size, dtype=torch.int32):
@@ -886,9 +937,11 @@ with compile_only() as compiled:
     bench_draft_attention.compile_one(shape | {"step": 0, "dim": 64}, {})
     bench_draft_attention.compile_one(shape | {"step": 1, "dim": 64}, {})
     bench_draft_attention.compile_one(shape | {"step": 0, "group": 8}, {})
-    for odd in ({"dim": 96}, {"group": 5}, {"group": 7}, {"stored": "float8_e4m3fn"}):
+    for odd in ({"dim": 96, "group": 5}, {"dim": 64, "group": 7}, {"stored": "float8_e4m3fn"}):
         bench_verify.compile_one(shape | odd, {})
         bench_draft_attention.compile_one(shape | {"step": 0} | odd, {})
+    case = bench_draft_attention.Case.draw(shape | {"step": 0}, device="meta", dtype=torch.bfloat16)
+    case.attend(elsewhere=like(8, dtype=torch.bool))
     bench_select.compile_one(shape, {})
     ops("triton").sketch_pages(
         like(100, 8, 128, dtype=torch.float8_e4m3fn), like(100, 8, 16, dtype=f16),
@@ -919,7 +972,10 @@ with compile_only() as compiled:
         rule, room = Rule(keep, 1024, 1024, 68, 1e-6), Room(128, 4096, 4096, 9000)
         keeps = like(9, dtype=torch.float64)
         ops("triton").score_columns(eight, keeps, rule, room)
-        ops("triton").size_lists(eight, i(9), keeps, rule, room, i(9), split=more[0], full=more[1])
+        sizes = ops("triton").size_lists(eight, i(9), keeps, rule, room, i(9), split=more[0], full=more[1])
+    kept = Kept(like(9 * 9000), i(9, 128), like(9, 128), i(9), i(9), i(9), i(9, 4))
+    ops("triton").size_kept(eight, sizes, kept, room, i(13), every=16, percent=80)
+    ops("triton").list_kept(kept, eight, Lists(like(9000), sizes.starts, sizes.counts), like(9000))
     for channels, columns, bs in ((128, 65536, 8), (8, 4096, 2)):
         ops("triton").spread_importance(Scores(like(channels, columns, dtype=f16), i(bs)), i(bs), factor=0.5)
     ops("triton").blend_history(
@@ -953,6 +1009,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
         *("_verify_kernel", "_verify_merge_kernel"),
         *("_claim_kernel", "_remember_kernel"),
         *("_lists_kernel", "_plan_kernel"),
+        *("_size_kept_kernel", "_list_kept_kernel"),
         *("_edges_kernel", "_spread_kernel", "_sizes_kernel", "_columns_kernel"),
         *("_claim_pages_kernel", "_tag_kernel", "_sketch_kernel"),
         *("_known_kernel", "_page_sizes_kernel", "_list_pages_kernel"),

@@ -69,6 +69,7 @@ def test_a_launch_whose_buffers_leave_nothing_for_kv_is_refused(monkeypatch, mod
         ({}, "auto"),
         ({"budget": 8192}, "auto"),
         ({"budget": 16384, "draft": "all"}, "auto"),
+        ({"draft": "steps", "draft_refresh": 4}, "auto"),
         ({"history": "blend"}, "auto"),
         ({"history": "blend"}, "fp8_e4m3"),  # as many slots again remember
         ({"policy": "fixed", "budget": 4096}, "auto"),

@@ -158,26 +158,28 @@ def features(server: Server, **extra) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "model", "shape", "draft"),
+    ("algorithm", "model", "shape", "draft", "refresh"),
     [
-        ("STANDALONE", "draft", CHAIN, "dense"),
-        ("STANDALONE", "draft", TREE, "dense"),
-        ("EAGLE3", "eagle3", CHAIN, "dense"),
-        ("EAGLE3", "eagle3", TREE, "dense"),
-        ("STANDALONE", "draft", LONG_CHAIN, "all"),
-        ("STANDALONE", "draft", TREE, "steps"),
-        ("EAGLE3", "eagle3", LONG_CHAIN, "all"),
+        ("STANDALONE", "draft", CHAIN, "dense", 1),
+        ("STANDALONE", "draft", TREE, "dense", 1),
+        ("EAGLE3", "eagle3", CHAIN, "dense", 1),
+        ("EAGLE3", "eagle3", TREE, "dense", 1),
+        ("STANDALONE", "draft", LONG_CHAIN, "all", 1),
+        ("STANDALONE", "draft", TREE, "steps", 1),
+        ("EAGLE3", "eagle3", LONG_CHAIN, "all", 3),
+        ("STANDALONE", "draft", CHAIN, "every", 2),
     ],
     ids=[
         *("standalone-chain", "standalone-tree", "eagle3-chain", "eagle3-tree"),
-        *("standalone-chain-all", "standalone-tree-steps", "eagle3-chain-all"),
+        *("standalone-chain-all", "standalone-tree-steps", "eagle3-chain-all-refresh"),
+        "standalone-chain-every",
     ],
 )
-def test_full_budget_then_small(pair, logs, reference, algorithm, model, shape, draft, request):
+def test_full_budget_then_small(pair, logs, reference, algorithm, model, shape, draft, refresh, request):
     """One server: by default a tenth of the context, per request all of it."""
-    config = {**SPARSE, "draft": draft}
+    config = {**SPARSE, "draft": draft, "draft_refresh": refresh}
     with sts_server(pair, logs, request.node.callspec.id, algorithm, model, config, *shape) as server:
-        rule = replace(RULE, draft=draft, **SHAPES[shape])
+        rule = replace(RULE, draft=draft, refresh=refresh, **SHAPES[shape])
         _check_small_budget(server, Oracle(pair["target"], pair[model]), rule)
         before = server.counters()
         whole = Whole(server)
@@ -261,6 +263,9 @@ def _check_small_budget(server: Server, oracle: Oracle, rule: Rule) -> None:
         assert draft_tokens == [0, 0]
     else:
         assert 0.05 < draft_tokens[0] / draft_tokens[1] < 0.3
+    scored = sum(t.scored for t in traces) if rule.refresh > 1 else 0
+    assert counters["scored_rounds"] == scored
+    assert counters["kept_rounds"] == (sum(t.rounds for t in traces) - scored if scored else 0)
     for wrong in (
         {"shift": 0},
         {"swap_heads": True},
@@ -268,6 +273,7 @@ def _check_small_budget(server: Server, oracle: Oracle, rule: Rule) -> None:
         {"drop_carried": True},
         {"keep": 1.0},
         *({"draft": other} for other in ("dense", "steps", "all") if other != rule.draft),
+        *({"refresh": other} for other in (1, rule.refresh + 1) if rule.refresh > 1),
     ):
         tokens = [oracle.generate(ids, 32, replace(rule, **wrong)).tokens for ids in prompts]
         assert tokens != [a["output_ids"] for a in answers], f"the test does not notice {wrong}"
@@ -516,18 +522,18 @@ def test_dense_verify_equals_stock(pair, logs, reference):
     assert counters["selected_tokens"] == counters["available_tokens"]
 
 
-@pytest.mark.parametrize("draft", ["dense", "all"])
-def test_the_triton_kernels_serve_in_the_interpreter(pair, logs, draft):
+@pytest.mark.parametrize("draft, refresh", [("dense", 1), ("all", 2)])
+def test_the_triton_kernels_serve_in_the_interpreter(pair, logs, draft, refresh):
     """The whole path with the kernels in place of their twins: slow, so few and short requests."""
     args = (*TREE, "--max-running-requests", "2")
-    config = {**SPARSE, "kernel": "triton", "draft": draft}
+    config = {**SPARSE, "kernel": "triton", "draft": draft, "draft_refresh": refresh}
     env, name = {"TRITON_INTERPRET": "1"}, f"triton-{draft}"
     with sts_server(pair, logs, name, "STANDALONE", "draft", config, *args, env=env) as server:
         prompts = [random_ids(n, 900 + n) for n in (70, 101)]
         answers = server.generate_all(prompts, 8)
         assert server.sts()["kernel"] == "triton"
         counters = server.counters()
-    rule = replace(RULE, draft=draft, **SHAPES[TREE])
+    rule = replace(RULE, draft=draft, refresh=refresh, **SHAPES[TREE])
     oracle = Oracle(pair["target"], pair["draft"])
     traces = [oracle.generate(ids, 8, rule) for ids in prompts]
     assert [a["output_ids"] for a in answers] == [t.tokens for t in traces]

@@ -44,6 +44,11 @@ ARMS = {
     "sts-no-spread": Arm({"spread": 0}, "no token passes importance on to the next"),
     "sts-steps": Arm({"draft": "steps"}, "draft steps after the first attend to the selection"),
     "sts-draft": Arm({"draft": "all"}, "so does draft-extend"),
+    "sts-draft-refresh": Arm({"draft": "all", "draft_refresh": 4}, "and is scored in every 4th round"),
+    "sts-draft-adaptive": Arm(
+        {"draft": "all", "draft_refresh": "adaptive"}, "and is scored when fewer tokens are accepted"
+    ),
+    "sts-draft-every": Arm({"draft": "every"}, "every pass of the draft attends to a selection"),
     "sts-draft-blend": Arm({"draft": "all", "history": "blend"}, "the same with history in every verify"),
     "sts-full4": Arm({"full_verify_every": 4}, "every 4th verify attends to everything"),
     "joined": Arm({"selector": "joined"}, "pages have three quarters of a list, the draft the rest"),

@@ -8,7 +8,7 @@ from benchmarks.bound import times_bound
 from benchmarks.quality.report import table
 from benchmarks.shapes import Shape
 from benchmarks.tables import MISSING, commits, gpus, rows, serving, spread
-from benchmarks.tables.serving import gain, newest, null_result, of_an_8b
+from benchmarks.tables.serving import columns, gain, newest, null_result, of_an_8b
 
 ARMS = {
     "stock": "stock FA3, no speculation",
@@ -55,11 +55,12 @@ def by_shape(found: list[dict], alone: list[dict]) -> str:
     """By shape: arms, what sts keeps, its gain over captured stock, and how near it is to its bytes.
 
     alone: rows of the target without a draft."""
-    lines, shapes = [], sorted({Shape.of(r) for r in found}, key=lambda s: (s.shortest or 0, -s.context))
+    arms, lines = columns(ARMS, found), []
+    shapes = sorted({Shape.of(r) for r in found}, key=lambda s: (s.shortest or 0, -s.context))
     for shape in shapes:
         of_shape = [r for r in (*found, *alone) if Shape.of(r) == shape]
         key = (shape.context, shape.requests)
-        own = dict(zip(ARMS, (newest(of_shape, key, arm)[0] for arm in ARMS), strict=True))
+        own = {arm: newest(of_shape, key, arm)[0] for arm in arms}
         cells = [spread([r["tokens_per_s"] for r in some]) if some else "–" for some in own.values()]
         kept = {r["keep_ratio"] for r in own["sts"]}
         cells.append(f"{100 * max(kept):.0f} %" if kept else "–")
@@ -69,7 +70,7 @@ def by_shape(found: list[dict], alone: list[dict]) -> str:
             times = times_bound(own[arm])
             cells.append(f"{times:.2f}x" if times else "–")
         lines.append([shape.shown(), *cells])
-    head = ["context x requests", *ARMS.values(), "kept", "gain", "stock, bytes", "sts, bytes"]
+    head = ["context x requests", *arms.values(), "kept", "gain", "stock, bytes", "sts, bytes"]
     return table(head, lines)
 
 

@@ -13,13 +13,13 @@ def load() -> str:
     """Of stock and sts at every rate of the newest run (commit) of a load that had both."""
     found = rows("load.jsonl")
     lines, shown = [], []
-    for key in dict.fromkeys((r["dataset"], r["context"], r["algorithm"], r["rate"]) for r in found):
-        of_rate = [r for r in found if (r["dataset"], r["context"], r["algorithm"], r["rate"]) == key]
-        own = newest(of_rate)
+    for key in dict.fromkeys(map(load_of, found)):
+        own = newest([r for r in found if load_of(r) == key])
         if own is None:
             continue
-        dataset, context, algorithm, rate = key
-        cells = [f"{context:,} tokens, {LOADS[dataset]}, {algorithm}", f"{rate:g}"]
+        dataset, context, algorithm, turns, rate = key
+        loads = LOADS[dataset] if turns == 1 else f"agents of {turns} turns over {LOADS[dataset]}"
+        cells = [f"{context:,} tokens, {loads}, {algorithm}", f"{rate:g}"]
         for what in ("output_throughput", "median_tpot_ms", "p99_ttft_ms", "goodput"):
             digits = {"output_throughput": 0, "p99_ttft_ms": 0}.get(what, 2)
             cells += [f"{row[what]:,.{digits}f}" for row in own]
@@ -40,6 +40,11 @@ def load() -> str:
         f"{commits(shown)}; dummy weights, stock with FA3 and its draft-extend captured."
     )
     return table([*head, "goodput"], lines) + "\n\n" + note
+
+
+def load_of(row: dict) -> tuple[str, int, str, int, float]:
+    """What a row is of: dataset, context, algorithm, turns of a conversation, and rate."""
+    return row["dataset"], row["context"], row["algorithm"], row.get("turns", 1), row["rate"]
 
 
 def newest(found: list[dict]) -> list[dict] | None:

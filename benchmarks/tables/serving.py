@@ -18,8 +18,18 @@ ARMS = {
     "sts": "sts, `keep` 0.1",
     "sts-draft": "sts, draft sparse too",
 }
+MORE = {  # shown where any was measured
+    "sts-draft-refresh": "sts, draft sparse and scored in every 4th round",
+    "sts-draft-every": "sts, draft sparse in every pass",
+}
 # Contexts and requests of the README.
 FRONT = ((128_000, 1), (32_000, 24), (32_000, 8), (8_000, 8), (2_000, 8), (2_000, 1))
+
+
+def columns(arms: dict[str, str], found: list[dict]) -> dict[str, str]:
+    """Arms by name, those of `MORE` at the end."""
+    there = {r["arm"] for r in found}
+    return arms | {arm: name for arm, name in MORE.items() if arm in there}
 
 
 def measured() -> list[dict]:
@@ -84,9 +94,9 @@ def serving() -> str:
     found = drafted()
     if not found:
         return MISSING
-    lines = []
+    lines, arms = [], columns(ARMS, found)
     for shape in shapes_of(found):
-        own = [speeds(found, shape, arm)[0] for arm in ARMS]
+        own = [speeds(found, shape, arm)[0] for arm in arms]
         cells = [spread(s) if s else "–" for s in own]
         kept = {r["keep_ratio"] for r in found if (r["arm"], r["context"], r["requests"]) == ("sts", *shape)}
         cells += [f"{100 * max(kept):.0f} %" if kept else "–"]
@@ -106,7 +116,7 @@ def serving() -> str:
             shown = ", ".join(f"{g:.3f}x at {n:,} x {r}" for (n, r), g in costs.items())
             note += f" History in every verify (`blend`) makes {name} {shown}."
     return (
-        table(["context x requests", *ARMS.values(), "kept", "gain", "gain, draft too"], lines)
+        table(["context x requests", *arms.values(), "kept", "gain", "gain, draft too"], lines)
         + "\n\n"
         + note
     )

@@ -16,6 +16,8 @@ from sts_kernels.layout import (
     Contexts,
     Directions,
     History,
+    Kept,
+    KeptSizes,
     KvPool,
     Lists,
     Members,
@@ -53,6 +55,7 @@ class Ops(Protocol):
         num_steps: int,
         scale: float,
         pooling: Pooling,
+        elsewhere: torch.Tensor | None = None,
         plan: Plan | None = None,
     ) -> torch.Tensor | None: ...
 
@@ -69,6 +72,23 @@ class Ops(Protocol):
         full: torch.Tensor | None = None,
         list_full: bool = False,
     ) -> Sizes: ...
+
+    def size_kept(
+        self,
+        contexts: Contexts,
+        sizes: Sizes,
+        kept: Kept,
+        room: Room,
+        totals: torch.Tensor,
+        *,
+        every: int,
+        percent: int | None = None,
+        first_too: bool = False,
+    ) -> KeptSizes: ...
+
+    def list_kept(
+        self, kept: Kept, contexts: Contexts, lists: Lists, draft_indices: torch.Tensor
+    ) -> None: ...
 
     def blend_history(
         self, scores: Scores, contexts: Contexts, history: History, weight: torch.Tensor, *, decay: float

@@ -16,6 +16,7 @@ from sts_kernels.layout import (
     Contexts,
     Directions,
     History,
+    Kept,
     KvPool,
     Lists,
     Members,
@@ -25,6 +26,7 @@ from sts_kernels.layout import (
     QueryBlocks,
     Room,
     Scores,
+    Sizes,
 )
 
 
@@ -87,6 +89,40 @@ def check_sizes(
         expect(op, ok, f"split must be float64 [steps + 1, {room.channels}], got {tuple(split.shape)}")
         ok = split.shape[0] > 1 and split.is_contiguous()
         expect(op, ok, "split must be contiguous, of 2 rows or more")
+
+
+def check_kept(kept: Kept, sizes: Sizes, room: Room) -> None:
+    """Arguments of size_kept."""
+    _check_kept("size_kept", kept, room.channels)
+    bs = sizes.budgets.numel()
+    ok = sizes.counts.shape == (bs, room.channels) == sizes.starts.shape
+    expect("size_kept", ok, f"sizes must be of {bs} requests and {room.channels} channels")
+    ok = kept.positions.numel() >= kept.lens.numel() * room.entries
+    expect("size_kept", ok, f"positions must have {room.entries} entries of each row")
+
+
+def check_kept_lists(kept: Kept, contexts: Contexts, lists: Lists) -> None:
+    """Arguments of list_kept."""
+    op, channels = "list_kept", kept.counts.shape[1]
+    _check_kept(op, kept, channels)
+    _check_lists(op, lists, (contexts.lens.numel(), channels))
+
+
+def _check_kept(op: str, kept: Kept, channels: int) -> None:
+    rows = kept.lens.numel()
+    for name, shape, dtype in (
+        ("positions", kept.positions.shape, torch.int32),
+        ("starts", (rows, channels), torch.int64),
+        ("counts", (rows, channels), torch.int32),
+        ("lens", (rows,), torch.int64),
+        ("rounds", (rows,), torch.int64),
+        ("last", (rows,), torch.int64),
+        ("accepted", (rows, 4), torch.int64),
+    ):
+        part = getattr(kept, name)
+        ok = part.shape == shape and part.dtype == dtype and part.is_contiguous()
+        got = f"{part.dtype} {tuple(part.shape)}"
+        expect(op, ok, f"kept.{name} must be contiguous {dtype} {tuple(shape)}, got {got}")
 
 
 def check_history(scores: Scores, history: History, weight: torch.Tensor) -> None:

@@ -154,6 +154,7 @@ def draft_attention(
     num_steps: int,
     scale: float,
     pooling: Pooling,
+    elsewhere: torch.Tensor | None = None,
     plan: Plan | None = None,
 ) -> torch.Tensor | None:
     """Kernel of `sts_kernels.torch_ops.draft_attention` (see there); graph-safe, no host sync.
@@ -195,7 +196,10 @@ def draft_attention(
         contexts.reqs,
         contexts.lens,
         scores.starts,
+        contexts.lens if elsewhere is None else elsewhere,
+        members.heads,
         scale * pool.k_scale * LOG2E,
+        members.heads.numel(),
         step,
         num_steps,
         some.stride(0),
@@ -207,6 +211,8 @@ def draft_attention(
         SCRATCH=max(16, triton.next_power_of_2(branches * (step + 1))),
         BLOCK=BLOCK,
         CAPTURE=capture,
+        ELSEWHERE=elsewhere is not None,
+        MEMBERS=triton.next_power_of_2(max(1, members.heads.numel())),
         SHIFT=SHIFT,
         POLICY=KNOBS.stored_policy,
         num_warps=KNOBS.num_warps,
@@ -290,7 +296,10 @@ def _draft_kernel(
     reqs_ptr,  # int [bs]
     lens_ptr,  # int [bs]
     column_ptr,  # int64 [bs], first columns, below 0: none
+    elsewhere_ptr,  # bool [bs], if ELSEWHERE
+    heads_ptr,  # int32 [speaking], heads that feed a channel, below 0: none
     scale,  # of logits, LOG2E and that of the keys included
+    speaking,
     step,
     num_steps,
     stride_q,
@@ -310,6 +319,8 @@ def _draft_kernel(
     SCRATCH: tl.constexpr,  # W * (step + 1), padded to a power of two of at least 16
     BLOCK: tl.constexpr,
     CAPTURE: tl.constexpr,  # whether exponentials are stored
+    ELSEWHERE: tl.constexpr,
+    MEMBERS: tl.constexpr,  # speaking, padded to a power of two
     POLICY: tl.constexpr,  # of the cache, for them
     SHIFT: tl.constexpr,
     EARLY: tl.constexpr,
@@ -325,6 +336,15 @@ def _draft_kernel(
     length = tl.load(lens_ptr + b).to(tl.int32)
     row_ptr = table_ptr + req * stride_table
     column = tl.load(column_ptr + b)
+    only_scored = W == 0
+    if ELSEWHERE:
+        only_scored = tl.load(elsewhere_ptr + b) != 0
+    if ELSEWHERE or W == 0:
+        member = tl.arange(0, MEMBERS)
+        head = tl.load(heads_ptr + member, mask=member < speaking, other=-1)
+        speaks = tl.sum(((head >= 0) & (head // GROUP == h)).to(tl.int32), 0) > 0
+        if only_scored & (speaks == 0):
+            return  # nobody reads what is left behind of this head
 
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, D_P2)
@@ -360,31 +380,23 @@ def _draft_kernel(
     first = tl.cdiv(begin, BLOCK) * BLOCK
     last = tl.where((kind & LAST_PART) != 0, end, tl.cdiv(begin + tokens, BLOCK) * BLOCK)
     place = h.to(tl.int64) * blocks + column // BLOCK  # this request's first block
-    for block in range(first, last, BLOCK):
-        offs = block + tl.arange(0, BLOCK)
-        ok = (offs >= SHIFT) & (offs < end)
-        slots = tl.load(row_ptr + offs - SHIFT, mask=ok, other=0)  # [BLOCK]
-        kv_offs = slots.to(tl.int64)[:, None] * stride_slot + h * stride_head + dims[None, :]
-        k = tl.load(k_ptr + kv_offs, mask=in_tile(ok, dims, D), other=0.0)  # [BLOCK, D]
-        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale  # [ROWS, BLOCK]
-        s = tl.where(ok[None, :], s, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(s, 1))
-        fade = tl.exp2(peak - new_peak)
-        p = tl.exp2(s - new_peak[:, None])  # [ROWS, BLOCK]
-        if CAPTURE:
-            # Position `length` has a key too, about the bonus token, but no column: the block that it begins
-            # may be another request's.
-            line = (place + block // BLOCK) * USED
-            mine = rows < tl.where((column >= 0) & (block < length), USED, 0)
-            stored = tl.where(live[:, None], p * STORED_SCALE, 0.0).to(tl.float16)
-            lanes = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [ROWS, BLOCK]
-            tl.store(exps_ptr + line * BLOCK + lanes, stored, mask=mine[:, None], eviction_policy=POLICY)
-            tl.store(peaks_ptr + line + rows, new_peak, mask=mine)
-        if W > 0:
-            v = tl.load(v_ptr + kv_offs, mask=in_tile(ok, dims, D), other=0.0)  # [BLOCK, D]
-            acc = acc * fade[:, None] + tl.dot(p.to(q.dtype), v.to(q.dtype), input_precision="ieee")
-        norm = norm * fade + tl.sum(p, 1)
-        peak = new_peak
+    # Of who is only scored no block has values.
+    middle = last
+    if ELSEWHERE:
+        middle = tl.where(only_scored, first, last)
+    for block in range(first, middle, BLOCK):
+        peak, norm, acc = _read_block(
+            q, k_ptr, v_ptr, exps_ptr, peaks_ptr, row_ptr, block, end, length, column, place, live, rows,
+            dims, h * stride_head, stride_slot, scale, peak, norm, acc, D, USED, BLOCK, CAPTURE, W > 0, SHIFT,
+            POLICY,
+        )  # fmt: skip
+    if ELSEWHERE:
+        for block in range(middle, last, BLOCK):
+            peak, norm, acc = _read_block(
+                q, k_ptr, v_ptr, exps_ptr, peaks_ptr, row_ptr, block, end, length, column, place, live, rows,
+                dims, h * stride_head, stride_slot, scale, peak, norm, acc,
+                D, USED, BLOCK, CAPTURE, False, SHIFT, POLICY,
+            )  # fmt: skip
     if (W > 0) & ((kind & LAST_PART) != 0):
         # Scratch: a branch attends to what ran in it, this step's token included. The carried row has none.
         cols = tl.arange(0, SCRATCH)
@@ -398,11 +410,68 @@ def _draft_kernel(
     if EARLY:
         gdc_launch_dependents()
     base = (h * tl.num_programs(0) + program).to(tl.int64) * ROWS
-    tl.store(
-        partial_ptr + (base + rows[:, None]) * D + dims[None, :], acc, mask=in_tile(rows < USED, dims, D)
-    )
+    attends = rows < USED
+    if ELSEWHERE:
+        attends = attends & (only_scored == 0)
+    tl.store(partial_ptr + (base + rows[:, None]) * D + dims[None, :], acc, mask=in_tile(attends, dims, D))
     tl.store(stats_ptr + (base + rows) * 2, peak)
     tl.store(stats_ptr + (base + rows) * 2 + 1, norm)
+
+
+@triton.jit
+def _read_block(
+    q,  # [ROWS, D]
+    k_ptr,  # [slots, H_kv, D]
+    v_ptr,  # [slots, H_kv, D], if VALUES
+    exps_ptr,  # float16 [H_kv, blocks of columns, USED, BLOCK], if CAPTURE
+    peaks_ptr,  # float32 [H_kv, blocks of columns, USED], if CAPTURE
+    row_ptr,  # int32 [width], the request's slots
+    block,  # first position
+    end,  # of positions with keys
+    length,
+    column,  # below 0: nothing is stored
+    place,  # of the request's first block of columns
+    live,  # bool [ROWS]
+    rows,
+    dims,  # 0 to D, padded to a power of two
+    head_offset,  # of the KV head in a slot
+    stride_slot,
+    scale,  # of logits, LOG2E and that of the keys included
+    peak,  # float32 [ROWS], from here on as in split_kv.attend
+    norm,
+    acc,
+    D: tl.constexpr,
+    USED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CAPTURE: tl.constexpr,
+    VALUES: tl.constexpr,
+    SHIFT: tl.constexpr,
+    POLICY: tl.constexpr,
+):
+    """`peak`, `norm` and `acc` after a block of positions, whose exponentials are stored."""
+    offs = block + tl.arange(0, BLOCK)
+    ok = (offs >= SHIFT) & (offs < end)
+    slots = tl.load(row_ptr + offs - SHIFT, mask=ok, other=0)  # [BLOCK]
+    kv_offs = slots.to(tl.int64)[:, None] * stride_slot + head_offset + dims[None, :]
+    k = tl.load(k_ptr + kv_offs, mask=in_tile(ok, dims, D), other=0.0)  # [BLOCK, D]
+    s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale  # [ROWS, BLOCK]
+    s = tl.where(ok[None, :], s, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(s, 1))
+    fade = tl.exp2(peak - new_peak)
+    p = tl.exp2(s - new_peak[:, None])  # [ROWS, BLOCK]
+    if CAPTURE:
+        # Position `length` has a key too, about the bonus token, but no column: the block that it begins
+        # may be another request's.
+        line = (place + block // BLOCK) * USED
+        mine = rows < tl.where((column >= 0) & (block < length), USED, 0)
+        stored = tl.where(live[:, None], p * STORED_SCALE, 0.0).to(tl.float16)
+        lanes = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [ROWS, BLOCK]
+        tl.store(exps_ptr + line * BLOCK + lanes, stored, mask=mine[:, None], eviction_policy=POLICY)
+        tl.store(peaks_ptr + line + rows, new_peak, mask=mine)
+    if VALUES:
+        v = tl.load(v_ptr + kv_offs, mask=in_tile(ok, dims, D), other=0.0)  # [BLOCK, D]
+        acc = acc * fade[:, None] + tl.dot(p.to(q.dtype), v.to(q.dtype), input_precision="ieee")
+    return new_peak, norm * fade + tl.sum(p, 1), acc
 
 
 @triton.jit
@@ -499,7 +568,7 @@ def _pool_kernel(
                 head = tl.load(heads_ptr + member * HEADS + i)
                 speaks = here & (head >= 0)
                 kv, row = tl.maximum(head, 0) // GROUP, query * GROUP + tl.maximum(head, 0) % GROUP
-                lse = tl.load(lse_ptr + (b * H_KV + kv) * ROWS + row)
+                lse = tl.load(lse_ptr + (b * H_KV + kv) * ROWS + row, mask=head >= 0, other=0.0)
                 line = (kv.to(tl.int64) * blocks + first_block + block) * USED + row
                 peak = tl.load(peaks_ptr + line, mask=speaks, other=float("-inf"))  # [BLOCKS]
                 values = tl.load(

@@ -49,6 +49,8 @@ LOW_ZERO = 8
 QUERY_STEPS = 127  # of a query that sketches are multiplied with, in int8, either way
 # New tokens of a prefill that have one selection, and keys that are selected together: neighbours.
 QUERY_BLOCK = KEY_BLOCK = 128
+# Tokens that may come before a selection that is kept is made anew, whatever else says when.
+KEPT_TOKENS = 256
 # In place of the slot that ends a slot's page: the slice that lies there belongs to none.
 NO_PAGE = -1
 
@@ -88,6 +90,8 @@ class Count(enum.IntEnum):
     ASIDE_VERIFIES = 8  # of the sparse ones: of contexts within their budget, where nothing is selected
     PREFILL_SELECTED_BLOCKS = 9  # of keys that blocks of new tokens select, or attend to unasked beside them
     PREFILL_AVAILABLE_BLOCKS = 10  # that they could
+    SCORED_ROUNDS = 11  # of requests whose context was scored, where selections may be kept
+    KEPT_ROUNDS = 12  # of requests that went by a selection of an earlier round
 
 
 class Part(enum.IntFlag):
@@ -233,6 +237,43 @@ class Sizes(NamedTuple):
     budgets: torch.Tensor
     starts: torch.Tensor
     counts: torch.Tensor
+
+
+class Kept(NamedTuple):
+    """Selections that outlive their round, by row of the table: whoever else is in the batch, a request finds
+    its own. Kept are positions, for a running request may be given other slots of the same tokens (SGLang
+    lets a prompt that somebody else had cached first share that one's, when its first round has begun
+    already).
+
+    positions: int32 [rows * Room.entries], what was selected. starts: int64 and counts: int32 [rows,
+    channels], of its lists, or WHOLE. lens: int64 [rows], tokens of the context then; 0: nothing is kept.
+    rounds: int64 [rows], since then, that one included. last: int64 [rows], tokens of the context in the
+    latest round. accepted: int64 [rows, 4]: tokens that came by rounds which scored, and such rounds; the
+    same of rounds since the latest of them.
+    """
+
+    positions: torch.Tensor
+    starts: torch.Tensor
+    counts: torch.Tensor
+    lens: torch.Tensor
+    rounds: torch.Tensor
+    last: torch.Tensor
+    accepted: torch.Tensor
+
+
+class KeptSizes(NamedTuple):
+    """Who is scored in a round, and the lists that are kept, see `size_kept`.
+
+    sizes: of those that are scored; the others are neither known nor sparse there, and have no lists. starts:
+    int64 and counts: int32 [bs, channels], of the lists that are kept, or WHOLE. scored, kept: int [bs],
+    tokens of the contexts of those that are scored, and of those that go by what is kept, 0 for the others.
+    """
+
+    sizes: Sizes
+    starts: torch.Tensor
+    counts: torch.Tensor
+    scored: torch.Tensor
+    kept: torch.Tensor
 
 
 class PageSizes(NamedTuple):

@@ -25,6 +25,8 @@ from sts_kernels.checks import (
     check_headwise,
     check_history,
     check_join,
+    check_kept,
+    check_kept_lists,
     check_page_lists,
     check_page_scores,
     check_page_sizes,
@@ -39,6 +41,7 @@ from sts_kernels.checks import (
 )
 from sts_kernels.layout import (
     IMPORTANCE_SCALE,
+    KEPT_TOKENS,
     KEY_BLOCK,
     LOW_ZERO,
     MOST_STEPS,
@@ -54,6 +57,8 @@ from sts_kernels.layout import (
     Count,
     Directions,
     History,
+    Kept,
+    KeptSizes,
     KvPool,
     Lists,
     Members,
@@ -93,6 +98,7 @@ def draft_attention(
     num_steps: int,
     scale: float,
     pooling: Pooling,
+    elsewhere: torch.Tensor | None = None,
     plan: Plan | None = None,
 ) -> torch.Tensor | None:
     """One draft decode step of one layer: its attention, and its rows' importance pooled in.
@@ -114,6 +120,9 @@ def draft_attention(
         carried: a row that is a leftover scores 0.
         step, num_steps: this decode step, from 0, and the steps of a round.
         scale: of the logits.
+        elsewhere: bool [bs] or None, requests whose rows attend by another op: here they are scored and no
+            more, as all are without q. No value of theirs is read, and no key of a head that feeds no
+            channel; their rows of the output are undefined.
         plan: of `plan_contexts`.
 
     Returns:
@@ -125,6 +134,7 @@ def draft_attention(
     """
     check_draft(q, pool, scores, members, carried, pooling)
     table, starts = contexts.table, scores.starts.tolist()
+    moved = [False] * len(starts) if elsewhere is None else elsewhere.tolist()
     branches = 0 if q is None else q.shape[0] // max(1, contexts.lens.numel())
     out = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for b, req, length in _requests(contexts):
@@ -137,8 +147,9 @@ def draft_attention(
             slots = torch.cat([table[req, :length], table[req, scratch : scratch + step + 1]])
             query = q[b * branches + w]
             row = _probabilities(query, pool, slots, scale)
-            seen = torch.einsum("hn,nhd->hd", row, _of_query_heads(pool.v, slots, query))
-            out[b * branches + w] = seen * pool.v_scale
+            if not moved[b]:
+                seen = torch.einsum("hn,nhd->hd", row, _of_query_heads(pool.v, slots, query))
+                out[b * branches + w] = seen * pool.v_scale
             probs.append(row[:, :length])
         if starts[b] >= 0 and members.channels.numel():
             place = scores.importance[:, starts[b] + SHIFT : starts[b] + length]
@@ -295,6 +306,107 @@ def _split_lengths(
     parts = torch.lerp(split[low], split[low + 1], (steps - low)[:, None])
     lengths = torch.ceil(parts * context[:, None] - rule.guard).long()
     return lengths.clamp(min=rule.forced).minimum(lens[:, None])
+
+
+# ---- selections that are kept
+
+
+def size_kept(
+    contexts: Contexts,
+    sizes: Sizes,
+    kept: Kept,
+    room: Room,
+    totals: torch.Tensor,
+    *,
+    every: int,
+    percent: int | None = None,
+    first_too: bool = False,
+) -> KeptSizes:
+    """Who is scored in this round, and how long the lists of the others are, which have what was selected and
+    all that came since; no host sync. To be called once a round.
+
+    A request keeps its selection for a round if there is one (`kept.lens`), its importance would be known, no
+    more than KEPT_TOKENS came since, fewer than `every` rounds went by it, that which made it included, and,
+    given `percent`, the tokens that a round since then brought are on average no less than so much of what
+    rounds that score have brought. Row 0 of the table, which pads batches, keeps none.
+
+    Args:
+        sizes: of `size_lists`.
+        kept: `lens` becomes the context of who is scored and has a list, 0 of who is scored and has none;
+            rounds, last and accepted are written of all.
+        first_too: who is scored in a round with a list has that of the rounds before it in its first step, if
+            there is one: it is `kept` then as well as `scored`.
+        totals: int64 [len(Count)], added to: SCORED_ROUNDS (of requests that wanted less than everything) and
+            KEPT_ROUNDS.
+
+    Raises:
+        ValueError: a dtype or shape is not the one in `Kept`.
+    """
+    check_kept(kept, sizes, room)
+    (_, reqs, lens), real = contexts, contexts.reqs > 0
+    made, rounds, last = kept.lens[reqs], kept.rounds[reqs], kept.last[reqs]
+    since, came = lens - made, lens - last
+    there = real & (made > 0) & (sizes.known >= 0) & (since >= 0) & (since <= KEPT_TOKENS)
+    fresh, fresh_rounds, old, old_rounds = kept.accepted[reqs].unbind(1)
+    by_scored, by_kept = there & (rounds == 1), there & (rounds > 1)
+    fresh, fresh_rounds = fresh + came * by_scored, fresh_rounds + by_scored
+    old, old_rounds = (old + came) * by_kept, (old_rounds + 1) * by_kept
+    stays = there & (rounds < every)
+    if percent is not None:
+        stays &= 100 * old * fresh_rounds >= percent * fresh * old_rounds
+    kept.rounds[reqs] = torch.where(stays, rounds + 1, 1)
+    kept.last[reqs] = lens.long()
+    kept.lens[reqs] = torch.where(stays, made, torch.where(sizes.sparse >= 0, lens, 0)).long()
+    kept.accepted[reqs] = torch.stack([fresh, fresh_rounds, old, old_rounds], 1)
+    wanted = real & (sizes.known >= 0) & (sizes.budgets < lens)
+    totals[Count.SCORED_ROUNDS] += (wanted & ~stays).sum()
+    totals[Count.KEPT_ROUNDS] += stays.sum()
+
+    selected, goes = kept.counts[reqs], stays
+    if first_too:
+        goes = stays | (there & (sizes.sparse >= 0))
+    listed = (goes & (sizes.sparse >= 0))[:, None] & (selected != WHOLE)
+    counts = torch.where(listed, selected + since[:, None], WHOLE).to(torch.int32)
+    entries = counts.clamp(min=0).long()
+    places = torch.arange(lens.numel(), device=lens.device)[:, None] * room.entries
+    starts = places + entries.cumsum(1) - entries
+    of_scored = Sizes(
+        known=torch.where(stays, -1, sizes.known),
+        sparse=torch.where(stays, -1, sizes.sparse),
+        budgets=sizes.budgets,
+        starts=sizes.starts,
+        counts=torch.where(stays[:, None], WHOLE, sizes.counts),
+    )
+    scored, of_kept = torch.where(stays, 0, lens), torch.where(goes, lens, 0)
+    return KeptSizes(of_scored, starts, counts, scored, of_kept)
+
+
+def list_kept(kept: Kept, contexts: Contexts, lists: Lists, draft_indices: torch.Tensor) -> None:
+    """List the slots of what is kept, and of all tokens that came since, for every (request, channel) but
+    WHOLE ones.
+
+    Args:
+        lists: indices are written; a count is that of the kept list and of what came since.
+        draft_indices: int32, written as lists.indices is: slots of the draft's keys about the same tokens, as
+            `select_tokens` has them.
+
+    Raises:
+        ValueError: a dtype or shape is not the one in `Kept` or `Lists`.
+    """
+    check_kept_lists(kept, contexts, lists)
+    for b, req, length in _requests(contexts):
+        for c in range(lists.counts.shape[1]):
+            count, start = int(lists.counts[b, c]), int(lists.starts[b, c])
+            if count == WHOLE:
+                continue
+            first, number = int(kept.starts[req, c]), int(kept.counts[req, c])
+            positions = kept.positions[first : first + number].long()
+            since = torch.arange(length - (count - number), length, device=positions.device)
+            chosen, slots = torch.cat([positions, since]), contexts.table[req]
+            entries = slice(start, start + count)
+            lists.indices[entries] = slots[chosen].to(lists.indices.dtype)
+            keys = torch.where(chosen > 0, chosen, length) - SHIFT
+            draft_indices[entries] = slots[keys].to(draft_indices.dtype)
 
 
 # ---- what is done to scores before they select

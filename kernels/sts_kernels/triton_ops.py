@@ -3,6 +3,7 @@
 from sts_kernels.draft_attention import draft_attention, plan_contexts
 from sts_kernels.headwise import headwise_lists
 from sts_kernels.history import blend_history
+from sts_kernels.kept import list_kept, size_kept
 from sts_kernels.page_scores import plan_pages, score_pages
 from sts_kernels.pages import join_pages, list_pages, size_pages, sketch_pages, tag_pages
 from sts_kernels.prefill import block_attention, block_slots, list_blocks, pool_blocks, score_blocks
@@ -21,6 +22,7 @@ __all__ = [
     "headwise_lists",
     "join_pages",
     "list_blocks",
+    "list_kept",
     "list_pages",
     "list_tokens",
     "plan_attention",
@@ -34,6 +36,7 @@ __all__ = [
     "score_pages",
     "score_tokens",
     "select_tokens",
+    "size_kept",
     "size_lists",
     "size_pages",
     "sketch_pages",

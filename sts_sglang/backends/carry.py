@@ -22,7 +22,7 @@ class CarryLastRow(Bindable):
     """Mixin of a dense backend for the draft's prefill and draft-extend (see dense.of_draft_extend).
 
     Keeps the query of each request's last accepted token: that row is the bonus token's, verify row 0
-    of the next round. With `draft` "all", draft-extend attends to the round's selection.
+    of the next round. With `draft` "all" or "every", draft-extend attends to the round's selection.
     """
 
     # Of the running forward: each request's row, the queries so far, and whether it is a prefill.
@@ -35,7 +35,7 @@ class CarryLastRow(Bindable):
     _seen: torch.Tensor | None = None
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
-        if self.runtime.config.draft == "all" and views.mode(forward_batch) == Mode.DRAFT_EXTEND:
+        if self.runtime.config.sparse_extend and views.mode(forward_batch) == Mode.DRAFT_EXTEND:
             if save_kv_cache and k is not None:
                 self.runtime.draft.pools.write(k, v, layer, forward_batch)
             out = self._extend_sparsely(q, layer, forward_batch)

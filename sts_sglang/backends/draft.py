@@ -10,6 +10,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from sts_kernels.layout import Contexts, Lists, Plan
 from sts_sglang.backends.bindable import Bindable
+from sts_sglang.core.refresh import Parted
 from sts_sglang.core.runtime import Runtime, Share
 from sts_sglang.core.selectors.base import LayerCall
 from sts_sglang.host import views
@@ -24,13 +25,24 @@ if TYPE_CHECKING:
 class DraftRound:
     """What the steps of a round share.
 
-    shares: of the steps that score. lists: what a step selected, for the sparse steps after it; plan: of
-    those.
+    contexts: of the requests that the steps which score do it for; shares: of these. parted: who else there
+    is, where selections are kept. lists: what a step selected, for the sparse steps after it, and before that
+    what is kept; plan: of those.
     """
 
+    contexts: Contexts
     shares: list[Share]
+    parted: Parted | None = None
     lists: Lists | None = None
     plan: Plan | None = None
+
+    @classmethod
+    def begin(cls, runtime: Runtime, contexts: Contexts) -> DraftRound:
+        if runtime.refresh is None:
+            return cls(contexts, runtime.shares(contexts))
+        parted = runtime.refresh.part(contexts)
+        plan = runtime.plan_draft(parted.lists, parted.kept.lens)
+        return cls(parted.scored, runtime.shares(parted.scored), parted, parted.lists, plan)
 
 
 class DraftStepBackend(Bindable, AttentionBackend):
@@ -60,14 +72,24 @@ class DraftStepBackend(Bindable, AttentionBackend):
         if self.step >= self.runtime.scoring_steps:
             return self._attend_sparsely(q, of, contexts)
         rows, round_ = q.view(-1, of.q_heads, of.head_dim), self.round
-        out = self.runtime.score(of.number, rows, contexts, round_.shares, step=self.step, scale=of.scale)
+        out = self.runtime.score(
+            of.number,
+            rows,
+            round_.contexts,
+            round_.shares,
+            step=self.step,
+            scale=of.scale,
+            elsewhere=None if round_.parted is None else round_.parted.elsewhere,
+        )
+        if round_.parted is not None:
+            out = round_.parted.join(out, self._attend_sparsely(q, of, round_.parted.kept))
         return out.flatten(1)
 
     def _attend_sparsely(self, q: torch.Tensor, of: views.Layer, contexts: Contexts) -> torch.Tensor:
-        """To what the step before selected, and to the round's scratch."""
+        """To what the step before selected, or an earlier round, and to the round's scratch."""
         runtime, round_, bs = self.runtime, self.round, contexts.lens.numel()
         if self.step == runtime.scoring_steps and of.number == 0:
-            round_.lists = runtime.select_early(contexts)
+            round_.lists = runtime.select_early(contexts, round_.parted)
             round_.plan = runtime.plan_draft(round_.lists, contexts.lens)
         rows = q.view(bs, -1, of.q_heads, of.head_dim)
         seen = self._scratch.expand(bs, -1, -1)
@@ -105,6 +127,6 @@ class DraftMultiStepBackend(Bindable):
         if views.mode(forward_batch) == Mode.IDLE:
             return
         contexts = views.requests_of(forward_batch).contexts(self.runtime.cache.table)
-        round_ = DraftRound(self.runtime.shares(contexts))
+        round_ = DraftRound.begin(self.runtime, contexts)
         for backend in self.attn_backends:
             backend.round = round_

@@ -15,6 +15,8 @@ OF_REQUESTS = (
     Count.DENSE_VERIFIES,
     Count.FULL_VERIFIES,
     Count.ASIDE_VERIFIES,
+    Count.SCORED_ROUNDS,
+    Count.KEPT_ROUNDS,
 )
 
 

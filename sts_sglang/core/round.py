@@ -26,8 +26,10 @@ from sts_kernels.layout import (
     Carried,
     Contexts,
     Count,
+    Kept,
     KvPool,
     Lists,
+    Room,
     Scores,
     Sizes,
 )
@@ -133,6 +135,11 @@ class RoundState:
             if config.history != "off"
             else None
         )
+        self.kept, self.positions = None, torch.zeros(1, 0, dtype=torch.int32, device=device)
+        if config.keeps_selections:
+            self.kept = _nothing_kept(requests, self.room, device)
+            # A table by which a list of slots is one of positions.
+            self.positions = torch.arange(cache.table.shape[1], dtype=torch.int32, device=device)[None]
         split = head_map.split()
         self.split = None if split is None else torch.tensor(split, dtype=torch.float64, device=device)
         self.rounds = torch.zeros(requests, dtype=torch.int32, device=device)  # since the prefill
@@ -158,6 +165,9 @@ class RoundState:
             self.rounds.index_fill_(0, reqs, 0)
             if self.history is not None:
                 self.history.fresh_request.index_fill_(0, reqs, True)
+            if self.kept is not None:  # the row has another owner, or its owner other slots
+                self.kept.lens.index_fill_(0, reqs, 0)
+                self.kept.accepted.index_fill_(0, reqs, 0)
             if self.scored is not None:
                 self.scored.index_fill_(1, reqs, -1)
 
@@ -244,9 +254,32 @@ class RoundState:
         """Bytes by purpose."""
         carried = [self.carried, self.carried_lens, self.keeps, self.rounds]
         history = {} if self.history is None else {"history": self.history.nbytes()}
+        kept = (
+            {}
+            if self.kept is None
+            else {"kept_selections": sum(t.nbytes for t in (*self.kept, self.positions))}
+        )
         return {
             **history,
+            **kept,
             "importance": self.importance.nbytes,
             "kv_indices": self.indices.nbytes * (1 if self.draft_indices is None else 2),
             "carried_rows": sum(t.nbytes for t in carried),
         }
+
+
+def _nothing_kept(requests: int, room: Room, device: str) -> Kept:
+    """Of so many rows of the table."""
+
+    def zeros(*size: int) -> torch.Tensor:
+        return torch.zeros(requests, *size, dtype=torch.int64, device=device)
+
+    return Kept(
+        positions=torch.zeros(requests * room.entries, dtype=torch.int32, device=device),
+        starts=zeros(room.channels),
+        counts=torch.full((requests, room.channels), WHOLE, dtype=torch.int32, device=device),
+        lens=zeros(),
+        rounds=zeros(),
+        last=zeros(),
+        accepted=zeros(4),
+    )

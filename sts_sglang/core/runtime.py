@@ -14,6 +14,7 @@ from sts_sglang.config import ConfigError, StsConfig, quoted, request_keep
 from sts_sglang.core.channels import NO_MEMBERS, Channels
 from sts_sglang.core.prefill import SparsePrefill
 from sts_sglang.core.ranks import ALONE, Ranks
+from sts_sglang.core.refresh import Parted, Refresh
 from sts_sglang.core.request import Request
 from sts_sglang.core.round import Cache, Draft, KvPools, RoundState
 from sts_sglang.core.selectors.base import LayerCall, Selector
@@ -53,7 +54,8 @@ class Runtime:
     config: as served, the head map's own choices included. draft: None without one, where a round is one
     decode step. kernel: `triton`, `torch`, or `flashinfer`. verifier: attends to what `selector` chose.
     whole: attends to whole contexts, in dense layers. sketches: of the target's pages, where they have a say.
-    ranks: who has the other heads. prefill: of long prompts, where it may be sparse.
+    ranks: who has the other heads. prefill: of long prompts, where it may be sparse. refresh: where
+    selections may be kept.
     """
 
     config: StsConfig
@@ -71,6 +73,7 @@ class Runtime:
     sketches: Sketches | None
     ranks: Ranks = ALONE
     prefill: SparsePrefill | None = None
+    refresh: Refresh | None = None
     _loaded: list[torch.Tensor] = field(default_factory=list)
 
     @property
@@ -180,9 +183,11 @@ class Runtime:
         *,
         step: int,
         scale: float,
+        elsewhere: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Dense attention of a draft layer in decode step `step`, whose rows' importance is pooled in; the
-        first step scores the carried rows too. q: [bs * W, H_q, D], None for the carried rows alone."""
+        first step scores the carried rows too. q: [bs * W, H_q, D], None for the carried rows alone.
+        elsewhere: Parted.elsewhere."""
         table, reqs, lens = contexts
         rows = None if q is None else q.unflatten(0, (lens.numel(), -1))
         found = [
@@ -197,6 +202,7 @@ class Runtime:
                 num_steps=self.draft.num_steps,
                 scale=scale,
                 pooling=self.pooling,
+                elsewhere=None if elsewhere is None else elsewhere[few],
                 plan=plan,
             )
             for few, plan, columns in shares
@@ -217,9 +223,10 @@ class Runtime:
             plan=None if plan is None else plan.of(call.layer),
         )
 
-    def select_early(self, contexts: Contexts) -> Lists:
+    def select_early(self, contexts: Contexts, parted: Parted | None) -> Lists:
         """Select after the first draft step, for the steps after it and for verify."""
-        self.state.keep_lists(self._select(contexts))
+        lists = self._select(contexts) if parted is None else self.refresh.select(parted, contexts)
+        self.state.keep_lists(lists)
         return self.state.kept_lists(contexts.lens.numel())
 
     # ---- verify

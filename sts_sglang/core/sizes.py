@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sts_kernels.layout import ALIGN, Room
+from sts_kernels.layout import ALIGN, KEPT_TOKENS, Room
 from sts_sglang.config import StsConfig
 from sts_sglang.headmap import HeadMap
 
@@ -54,14 +54,17 @@ class Capacity(NamedTuple):
         longest = math.ceil(head_map.list_growth() * budget)
         if head_map.shares is not None:  # parts are rounded up, and have sink and recent at least
             longest += 1 + config.sink + config.recent
+        longest += KEPT_TOKENS if config.keeps_selections else 0
         return Room(channels, self.context, budget, channels * longest)
 
     def nbytes(self, config: StsConfig, head_map: HeadMap) -> int:
-        """Of scores and lists, and of what remembering notes: with whom a column's slot is shared."""
+        """Of scores and lists, of selections that are kept, and of what remembering notes: with whom a
+        column's slot is shared."""
         room = self.room(config, head_map)
         lists = room.entries * (8 if config.sparse_draft else 4)  # a sparse draft reads a list of its own
         notes = 0 if config.history == "off" else 4 * self.context
-        return self.requests * (2 * room.channels * self.context + lists + notes)
+        kept, table = (kept_bytes(room), 4 * self.context) if config.keeps_selections else (0, 0)
+        return self.requests * (2 * room.channels * self.context + lists + kept + notes) + table
 
 
 class Need(NamedTuple):
@@ -69,6 +72,11 @@ class Need(NamedTuple):
 
     fixed: float = 0.0
     per_token: float = 0.0  # of the KV pool
+
+
+def kept_bytes(room: Room) -> int:
+    """Of a request in `layout.Kept`."""
+    return 4 * room.entries + room.channels * (8 + 4) + 7 * 8
 
 
 def scratch_bytes(context: int, kv_heads: int, rows: int) -> int:

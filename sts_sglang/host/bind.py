@@ -23,6 +23,7 @@ from sts_sglang.core.block_selectors import ByDraft, ByTarget
 from sts_sglang.core.channels import Channels
 from sts_sglang.core.prefill import SparsePrefill
 from sts_sglang.core.ranks import ALONE, Ranks
+from sts_sglang.core.refresh import Refresh
 from sts_sglang.core.round import Cache, Draft, RoundState
 from sts_sglang.core.runtime import Runtime
 from sts_sglang.core.selectors import registry as selectors
@@ -321,6 +322,7 @@ def assemble(
     state = RoundState(config, head_map, channels, cache, draft, device, dtype)
     sketches = _sketches(config, head_map, own, shape, cache, state.importance)
     longest = cache.capacity.longest(config, head_map)
+    selector = selectors.make(config, state, channels, own, cache, sketches, longest)
     made_of = VerifierParts(config, head_map, channels, state, own, cache.table.shape[1], shape)
     return Runtime(
         config=config,
@@ -332,12 +334,13 @@ def assemble(
         ops=own,
         kernel=kernel,
         device=device,
-        selector=selectors.make(config, state, channels, own, cache, sketches, longest),
+        selector=selector,
         verifier=verifiers.of(kernel).make(made_of),
         whole=by_ops.make(made_of),
         sketches=sketches,
         ranks=ranks,
         prefill=_prefill(made_of, own_ops, head_map, target, draft, fa3),
+        refresh=Refresh(state, selector, own) if config.keeps_selections else None,
     )
 
 

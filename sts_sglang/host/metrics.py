@@ -30,6 +30,8 @@ class Counters:
     aside_verifies: int = 0
     prefill_selected_blocks: int = 0
     prefill_available_blocks: int = 0
+    scored_rounds: int = 0
+    kept_rounds: int = 0
     plans: int = 0  # of FlashInfer, made on the host
 
     @property
@@ -54,6 +56,8 @@ _HELP = {
     "aside_verifies": "Sparse verifies (request, round) of a whole context, where nothing is selected.",
     "prefill_selected_blocks": "Blocks of keys attended to in sparse prefills, per (layer, KV head).",
     "prefill_available_blocks": "Blocks of keys there in sparse prefills, per (layer, KV head).",
+    "scored_rounds": "Rounds (request, round) that scored the context, where draft_refresh is not 1.",
+    "kept_rounds": "Rounds (request, round) that went by the selection of an earlier one.",
     "plans": "Plans of kernel flashinfer, made on the host.",
 }
 

@@ -473,7 +473,7 @@ def check_tiles(
     readers = [(*of_verify, target, verify.shared_bytes)]
     # A carried row beside the branches'.
     readers += [("--speculative-eagle-topk", branches, 1 + branches, draft, draft_attention.shared_bytes)]
-    if config.draft == "all":
+    if config.sparse_extend:
         readers += [(*of_verify, draft, verify.shared_bytes)]
     if config.by_pages:
         readers += [(*of_verify, target, page_scores.shared_bytes)]

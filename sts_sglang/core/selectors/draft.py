@@ -29,20 +29,31 @@ class DraftSelector:
         """What the draft attends to needs no prompt."""
 
     def select(self, sizes: Sizes, contexts: Contexts) -> Lists:
+        lists = Lists(self.state.indices, sizes.starts, sizes.counts)
+        self.list_best(sizes, contexts, contexts, lists, self.state.draft_indices)
+        return lists
+
+    def list_best(
+        self,
+        sizes: Sizes,
+        contexts: Contexts,
+        listed: Contexts,
+        lists: Lists,
+        draft_indices: torch.Tensor | None = None,
+    ) -> None:
+        """Finish the scores of `contexts` and select; lists then have what `listed` has in the place of
+        slots."""
         self.finish_scores(sizes, contexts)
-        config, state = self.config, self.state
-        lists = Lists(state.indices, sizes.starts, sizes.counts)
         self.ops.select_tokens(
-            state.scores(sizes.known),
-            contexts,
+            self.state.scores(sizes.known),
+            listed,
             sizes.budgets,
             lists,
-            sink=config.sink,
-            recent=config.recent,
+            sink=self.config.sink,
+            recent=self.config.recent,
             top_p=self._top_p(contexts.reqs),
-            draft_indices=state.draft_indices,
+            draft_indices=draft_indices,
         )
-        return lists
 
     def finish_scores(self, sizes: Sizes, contexts: Contexts) -> None:
         """What happens to the importance of a round before it is sorted."""
