@@ -263,7 +263,7 @@ def test_fa3_attends_where_it_can_and_nobody_asks_for_another() -> None:
     target = target_of(made)
 
     def name(kernel: str = "triton", fa3=paged_fa3, shape=target, **config) -> str:
-        config = StsConfig(prefill="sparse", **config)
+        config = StsConfig(**{"prefill": "sparse", "prefill_attend": "auto", **config})
         return block_attention.make(config, ops("torch"), kernel, shape, fa3, "cpu").name
 
     assert name() == name(prefill_attend="fa3") == "fa3"
@@ -285,10 +285,10 @@ def test_what_fa3_takes_is_reserved_where_it_may_attend() -> None:
     taken = [
         block_attention.need(StsConfig(**config), target._replace(kv_dtype=kept)).fixed
         for config, kept in (
+            ({"prefill": "sparse", "prefill_attend": "auto"}, torch.float16),
             ({"prefill": "sparse"}, torch.float16),
-            ({"prefill": "sparse", "prefill_attend": "ops"}, torch.float16),
-            ({"prefill": "sparse", "kernel": "torch"}, torch.float16),
-            ({"prefill": "sparse"}, FP8[0]),
+            ({"prefill": "sparse", "prefill_attend": "auto", "kernel": "torch"}, torch.float16),
+            ({"prefill": "sparse", "prefill_attend": "fa3"}, FP8[0]),
             ({}, torch.float16),
         )
     ]
