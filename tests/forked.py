@@ -31,7 +31,7 @@ class Forked(Server):
         self.command = [*self._words, "--port", str(self.port), *self._args]
         self.log.write_text("")  # a server that ends early may have written none
         _, _, module, *argv = self.command
-        self._process = _forking().fork(argv, module, self._env, self.log)
+        self._process = _forking(self._env["TRITON_INTERPRET"]).fork(argv, module, self._env, self.log)
 
     def stop(self) -> None:
         """When its scheduler has had nothing to do, which is when SGLang looks for leaks: the second of two
@@ -43,14 +43,16 @@ class Forked(Server):
 
 
 class Forking:
-    """The process that forks servers, until this one ends."""
+    """The process that forks servers, until this one ends; `interpret` is what triton reads as it is
+    imported."""
 
-    def __init__(self):
+    def __init__(self, interpret: str):
         self._folder = tempfile.TemporaryDirectory(prefix="sts-forking-")
         self._log, modules = (Path(self._folder.name, name) for name in ("log", "modules"))
         # Classes that checkpoints bring along are copied to `modules`. Dynamo the platform turns off as well
         # (cpu.install_branches), for processes that import torch afterwards.
         own = {"HF_MODULES_CACHE": str(modules), "TORCHDYNAMO_DISABLE": "1"}
+        own["TRITON_INTERPRET"] = interpret
         words = [sys.executable, "-m", "tests.forked"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with self._log.open("w") as log:

@@ -1,5 +1,5 @@
 """The real server, float32, greedy: at full budget it equals the target without speculation; below it,
-the oracle. Each configuration is started once, for STANDALONE and for EAGLE-3 one of them without forking."""
+the oracle. Each configuration is started once."""
 
 from __future__ import annotations
 
@@ -161,8 +161,7 @@ def test_full_budget_then_small(pair, logs, reference, algorithm, model, shape, 
     """One server: by default a tenth of the context, per request all of it."""
     config = {**SPARSE, "draft": draft}
     name = request.node.callspec.id
-    start = Server if name == "eagle3-tree" else Forked
-    with sts_server(pair, logs, name, algorithm, model, config, *shape, start=start) as server:
+    with sts_server(pair, logs, name, algorithm, model, config, *shape) as server:
         rule = replace(RULE, draft=draft, **SHAPES[shape])
         _check_small_budget(server, Oracle(pair["target"], pair[model]), rule)
         before = server.counters()
