@@ -7,8 +7,9 @@ STAMP := $(VENV)/.installed
 # What a release can break, in two lists that take about as long: the contract with it, what is checked and
 # refused, backends, and some launches; and servers.
 CHECKS := $(addprefix tests/test_,$(addsuffix .py,architecture architectures mutations plugin patches cli validate checkpoints \
-	requests backends flashinfer_verify verify_modes page_selectors token_selector cpu_ops headmap history memory \
+	requests backends flashinfer_verify verify_modes page_selectors token_selector history memory \
 	extending hicache)) \
+	tests/test_cpu_ops.py::test_stand_ins_do_what_sglangs_triton_kernels_do \
 	tests/test_evaluate.py::test_a_pair_is_evaluated \
 	tests/test_launch.py::test_engine_takes_a_dict_and_refuses_a_second_config \
 	tests/test_launch.py::test_a_scheduler_that_nobody_checked_ends_in_one_line
@@ -24,7 +25,8 @@ SERVED := $(patsubst %,'tests/test_serving.py::test_full_budget_then_small[%]',s
 	'tests/test_tensor_parallel.py::test_two_ranks_draft_and_verify_as_one[STANDALONE-draft-shape0]'
 
 # Of all tests, about half of the time: servers, which take one core each.
-HALF := $(addprefix tests/test_,$(addsuffix .py,serving tensor_parallel launch inspect gpu_history))
+HALF := $(addprefix tests/test_,$(addsuffix .py,serving tensor_parallel launch inspect gpu_history \
+	alone prefill_serving hicache fp8 bench_load))
 
 .PHONY: env demo test test-servers test-others architectures contract contract-checks contract-servers lint format clean
 

@@ -154,16 +154,23 @@ def _changes(name: str, shown: Shown, found: Results, change: Callable, digits: 
 
 def _pretrained_alone(found: Results) -> dict[str, str]:
     """Of SmolLM2 without a draft, at every length: percent of the loss of text, and points of answers."""
+
+    def each(arm: str, keep: float, change: Callable, lengths: list[int], digits: int) -> str:
+        return listed(
+            [signed(change((arm, keep), (arm, DENSE), n), digits=digits).strip("*") for n in lengths]
+        )
+
+    texts = found.lengths(loss=True)
     shown = {"tokens": (0.05, 0.1), "tokens-split": (0.1,), "pages": (0.1, 0.25, 0.5), "oracle": (0.1,)}
-    facts = {"smol_texts": listed([f"{n:,}" for n in found.lengths(loss=True)])}
-    for arm, keep in ((arm, keep) for arm, keeps in shown.items() for keep in keeps):
-        for kind, change, digits in (("text", found.loss_change, 2), ("answers", found.difference, 1)):
-            each = [
-                signed(change((arm, keep), (arm, DENSE), n), digits=digits).strip("*")
-                for n in found.lengths(loss=kind == "text")
-            ]
-            facts[f"smol_{kind}_{arm}_{100 * keep:.0f}"] = listed(each)
-    return facts
+    return {
+        "smol_texts": listed([f"{n:,}" for n in texts]),
+        "smol_answers_tokens_10": each("tokens", 0.1, found.difference, found.lengths(), 1),
+        **{
+            f"smol_text_{arm}_{100 * keep:.0f}": each(arm, keep, found.loss_change, texts, 2)
+            for arm, keeps in shown.items()
+            for keep in keeps
+        },
+    }
 
 
 def _accepted(name: str, found: Results) -> dict[str, str]:

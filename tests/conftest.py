@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory) -> dict[str, Path]:
+    from sts_sglang.tools.tiny_pair import make_pair
+
+    return make_pair(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="session")
+def reference(pair, logs) -> dict:
+    """What the target alone says: stock attention, no speculation."""
+    from tests.forked import Forked
+    from tests.test_alone import sampled
+    from tests.test_serving import features, scenario
+
+    with Forked(pair["target"], logs / "reference.log", "--tool-call-parser", "llama3") as server:
+        return {"outputs": scenario(server), "features": features(server), "sampled": sampled(server)}
 
 
 @pytest.fixture(autouse=True)

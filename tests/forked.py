@@ -1,16 +1,20 @@
 """Many servers in a short time: one process imports SGLang and forks them.
 
 A server imports SGLang in each of its three processes, for most of a minute of a core. Here they are forked,
-and all else is SGLang's own launch.
+and all else is the launch itself. That a server's processes find the plugin by themselves is for those
+that are spawned to show (tests/server.py).
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,42 +24,46 @@ from tests.server import ENVIRONMENT, Server
 
 
 class Forked(Server):
-    """A server that the process `of` forks."""
-
-    def __init__(self, of: Forking, model: Path, log: Path, *args: str):
-        self._of = of
-        super().__init__(model, log, *args)
+    """A Server whose processes are forked: by the first of them a process is started that forks them all."""
 
     def _start(self) -> None:
         self._held, self.port = _hold_port()
         self.command = [*self._words, "--port", str(self.port), *self._args]
         self.log.write_text("")  # a server that ends early may have written none
-        self._process = self._of.fork(self.command[3:], self.log)
+        _, _, module, *argv = self.command
+        self._process = _forking(self._env["TRITON_INTERPRET"]).fork(argv, module, self._env, self.log)
+
+    def stop(self) -> None:
+        """When its scheduler has had nothing to do, which is when SGLang looks for leaks: the second of two
+        questions is answered after that."""
+        with suppress(OSError):
+            self.state()
+            self.state()
+        super().stop()
 
 
 class Forking:
-    """`with Forking(log, **environment) as forking: Forked(forking, ...)`"""
+    """The process that forks servers, until this one ends; `interpret` is what triton reads as it is
+    imported."""
 
-    def __init__(self, log: Path, **environment: str):
-        # The platform says so too (cpu.install_branches), to processes that import torch afterwards.
-        eager = {"TORCHDYNAMO_DISABLE": "1"}
-        self._environment = {**os.environ, **ENVIRONMENT, **eager, **environment}
-        self._log = log
-
-    def __enter__(self) -> Forking:
+    def __init__(self, interpret: str):
+        self._folder = tempfile.TemporaryDirectory(prefix="sts-forking-")
+        self._log, modules = (Path(self._folder.name, name) for name in ("log", "modules"))
+        # Classes that checkpoints bring along are copied to `modules`. Dynamo the platform turns off as well
+        # (cpu.install_branches), for processes that import torch afterwards.
+        own = {"HF_MODULES_CACHE": str(modules), "TORCHDYNAMO_DISABLE": "1"}
+        own["TRITON_INTERPRET"] = interpret
         words = [sys.executable, "-m", "tests.forked"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with self._log.open("w") as log:
-            self._process = subprocess.Popen(words, env=self._environment, stderr=log, **pipes)
+            env = {**os.environ, **ENVIRONMENT, **own}
+            self._process = subprocess.Popen(words, env=env, stderr=log, **pipes)
         self._answer("ready")
-        return self
 
-    def __exit__(self, *exc) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def fork(self, argv: list[str], log: Path) -> Child:
-        print(json.dumps({"argv": argv, "log": str(log)}), file=self._process.stdin, flush=True)
+    def fork(self, argv: list[str], module: str, env: dict[str, str], log: Path) -> Child:
+        """`python -m module argv` in this environment, but for what was read when SGLang was imported."""
+        asked = {"argv": argv, "module": module, "env": env, "log": str(log)}
+        print(json.dumps(asked), file=self._process.stdin, flush=True)
         return Child(int(self._answer("pid")))
 
     def _answer(self, to: str) -> str:
@@ -64,7 +72,10 @@ class Forking:
             name, _, value = line.strip().partition(" ")
             if name == to:
                 return value
-        raise RuntimeError(f"the process that forks servers ended; see {self._log}")
+        raise RuntimeError(f"the process that forks servers ended:\n{self._log.read_text()[-3000:]}")
+
+
+_forking = functools.cache(Forking)
 
 
 class Child:
@@ -91,32 +102,33 @@ class Child:
             time.sleep(0.05)
 
 
-def _serve(argv: list[str], log: str) -> None:
-    """What `python -m sglang.launch_server` does, in a process of its own session."""
+def _serve(argv: list[str], module: str, env: dict[str, str], log: str) -> None:
+    """`python -m module argv`, in a process of its own session."""
     import multiprocessing
 
-    from sglang.launch_server import run_server
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.environ import envs
+    from sglang.srt.managers import scheduler
 
     os.setsid()
     out, nothing = os.open(log, os.O_WRONLY), os.open(os.devnull, os.O_RDONLY)
     for number, file in enumerate((nothing, out, out)):
         os.dup2(file, number)
+    os.environ.update(env)
+    # SGLang read these when it was imported.
+    scheduler.TEST_RETRACT = envs.SGLANG_TEST_RETRACT.get()
+    scheduler.TEST_RETRACT_INTERVAL = envs.SGLANG_TEST_RETRACT_INTERVAL.get()
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda *args, **kwargs: None  # SGLang would spawn
-    load_plugins()
-    run_server(prepare_server_args(argv))
+    sys.argv[1:] = argv
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def main() -> None:
-    # What a server's processes import, and the weights that they draw.
+    # What a server's processes import.
     import sglang.srt.entrypoints.http_server
     import sglang.srt.managers.scheduler
     import sglang.srt.models.registry
     import sglang.srt.speculative.eagle_worker_v2  # noqa: F401
-
-    import tests.random_weights  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     print("ready", flush=True)

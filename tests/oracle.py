@@ -224,7 +224,7 @@ class Oracle:
         while open_ and len(tried) < 64:
             swapped = open_.pop()
             tried.add(swapped)
-            trace = self.generate(prompt, len(tokens), replace(rule, swapped_ties=swapped), memory)
+            trace = self.generate(prompt, len(tokens), replace(rule, swapped_ties=swapped), memory, tokens)
             if trace.tokens == tokens:
                 return trace
             more = (swapped | {tie} for tie in sorted(trace.near_ties - swapped, key=str))
@@ -233,9 +233,25 @@ class Oracle:
             f"the oracle says {trace.tokens}, not {tokens}; {len(tried)} decisions of near ties tried"
         )
 
+    def disagrees(self, answers: list[list[int]], prompts: list[list[int]], rule: Rule) -> bool:
+        """Whether it says something else than these tokens to any of the prompts, of which short ones are
+        asked first."""
+        return any(
+            self.generate(ids, len(tokens), rule, until=tokens).tokens != tokens
+            for ids, tokens in sorted(zip(prompts, answers, strict=True), key=lambda pair: len(pair[0]))
+        )
+
     @torch.no_grad()
-    def generate(self, prompt: list[int], new_tokens: int, rule: Rule, memory: dict | None = None) -> Trace:
-        """Greedy continuation of `prompt` by exactly `new_tokens` (EOS ignored).
+    def generate(
+        self,
+        prompt: list[int],
+        new_tokens: int,
+        rule: Rule,
+        memory: dict | None = None,
+        until: list[int] | None = None,
+    ) -> Trace:
+        """Greedy continuation of `prompt` by exactly `new_tokens` (EOS ignored), or by fewer where they are
+        no longer those of `until`.
 
         `memory` is what an earlier request over a common prefix left for the positions of the prefix.
         """
@@ -255,7 +271,9 @@ class Oracle:
         logits, hidden = self._run_target(tokens, list(range(len(tokens))), seen)
         self._choose = None
         tokens.append(self._emit(trace, logits[-1]))
-        while len(tokens) - len(prompt) < new_tokens:
+        while (done := len(tokens) - len(prompt)) < new_tokens:
+            if until is not None and tokens[len(prompt) :] != until[:done]:
+                break
             length = len(tokens) - 1  # committed; the last token is the bonus, verify row 0
             if self.draft is None:
                 tree = Tree([tokens[-1]], [0], attention=[], allowed=True)
@@ -438,7 +456,8 @@ class Oracle:
         score = torch.maximum(score, torch.cat([score[:1], score[:-1] * rule.spread]))
         forced = set(range(min(rule.sink, length))) | set(range(max(length - rule.recent, 0), length))
         free = [p for p in range(length) if p not in forced]
-        value = {p: float(score[p - rule.shift]) for p in free}
+        scores = score.tolist()
+        value = {p: scores[p - rule.shift] for p in free}
         ranked = sorted(free, key=lambda p: (-value[p], -p))
         count = rule.budget(length) - len(forced)
         if 0 < count < len(ranked):

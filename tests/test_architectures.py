@@ -39,13 +39,14 @@ from sts_sglang.host.serves import Refusal
 from sts_sglang.tools import tiny_pair
 from tests import tiny_architectures
 from tests.arguments import launched
-from tests.forked import Forked, Forking
+from tests.forked import Forked
 from tests.server import Server, logged, random_ids
 from tests.test_serving import CHAIN, LEAK
 
 ALL = sorted(TARGETS)
 OWN = "own layer"  # of the target, under EAGLE
 SPARSE = json.dumps({"keep": 0.3, "budget": 0, "sink": 2, "recent": 8})
+MODULE = "tests.random_weights"
 DUMMY = ("--load-format", "dummy", "--trust-remote-code")
 PROMPTS = [random_ids(n, n) for n in (1, 40, 333)]
 
@@ -358,32 +359,23 @@ REPRESENTATIVES = {"GraniteForCausalLM": ("STANDALONE",), "Qwen3MoeForCausalLM":
 @pytest.mark.parametrize("name", REPRESENTATIVES)
 def test_served(tmp_path, name):
     model = tiny_architectures.make(tmp_path, name)
-    module = "tests.random_weights"
-    with Server(model, tmp_path / "stock.log", *DUMMY, module=module) as server:
+    with Forked(model, tmp_path / "stock.log", *DUMMY, module=MODULE) as server:
         stock = answers(server)
     for road in REPRESENTATIVES[name]:
         args = (*DUMMY, *flags(tmp_path, road, model))
-        with Server(model, tmp_path / f"{road}.log", *args, module=module) as server:
+        with Forked(model, tmp_path / f"{road}.log", *args, module=MODULE) as server:
             check(server, stock)
 
 
 @pytest.fixture(scope="session")
-def forking(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("forking")
-    # Classes that checkpoints bring along are copied there.
-    with Forking(folder / "log", HF_MODULES_CACHE=str(folder / "modules")) as made:
-        yield made
-
-
-@pytest.fixture(scope="session")
-def stocks(forking, tmp_path_factory):
+def stocks(tmp_path_factory):
     """What SGLang's own attention says of a tiny model, asked once."""
 
     @functools.cache
     def stock(name: str) -> tuple[list[list[int]], list[float]]:
         folder = tmp_path_factory.mktemp("stock")
         model = tiny_architectures.make(folder, name)
-        with Forked(forking, model, folder / "log", *DUMMY) as server:
+        with Forked(model, folder / "log", *DUMMY, module=MODULE) as server:
             return answers(server)
 
     return stock
@@ -396,8 +388,8 @@ ROADS[OWN] = frozenset(OWN_LAYERS)
 @pytest.mark.architectures
 @pytest.mark.server
 @pytest.mark.parametrize(("road", "name"), [(road, name) for road in ROADS for name in sorted(ROADS[road])])
-def test_each_is_served_on_every_road(forking, stocks, tmp_path, name, road):
+def test_each_is_served_on_every_road(stocks, tmp_path, name, road):
     model = tiny_architectures.make(tmp_path, name)
     args = (*DUMMY, *flags(tmp_path, road, model))
-    with Forked(forking, model, tmp_path / f"{road}.log", *args) as server:
+    with Forked(model, tmp_path / f"{road}.log", *args, module=MODULE) as server:
         check(server, stocks(name))

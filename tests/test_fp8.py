@@ -15,9 +15,9 @@ from sglang.srt.layers.radix_attention import RadixAttention
 
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.host import bind, refused, release_0_5_16, release_0_5_23, views
-from sts_sglang.tools.tiny_pair import make_pair
 from tests import directions
-from tests.server import Server, random_ids
+from tests.forked import Forked
+from tests.server import random_ids
 from tests.test_backends import COUNTS, DIM, KV_HEADS, LAYERS, Q_HEADS, TOKENS, Pool, Rig
 from tests.test_hicache import HICACHE
 from tests.test_page_selectors import PROMPT, Request
@@ -213,7 +213,7 @@ def answers(
     of a context whose slots others have had since; and counters."""
     prompts = [random_ids(n, n) for n in (7, 200, 700, 600, 601)]
     prompts.append(prompts[2][:350] + random_ids(30, 1))
-    with Server(model, log, *kv, *args, module=module) as server:
+    with Forked(model, log, *kv, *args, module=module) as server:
         found = [server.generate(ids, 24) for ids in prompts]
         if "--enable-hierarchical-cache" in args:
             assert found[-1]["meta_info"]["cached_tokens_details"]["host"] >= 300
@@ -222,9 +222,8 @@ def answers(
 
 
 @pytest.mark.server
-def test_full_budget_is_stock_over_fp8(tmp_path) -> None:
+def test_full_budget_is_stock_over_fp8(pair, tmp_path) -> None:
     """Stock's backend of a CPU knows no scales. With HiCache, which moves KV as it is kept."""
-    pair = make_pair(tmp_path / "tiny")
     stock, _ = answers(pair["target"], tmp_path / "stock.log")
     args = [*sts(pair["draft"], keep=1.0, history="blend"), *HICACHE]
     own, counters = answers(pair["target"], tmp_path / "sts.log", *args, module="tests.hicache_on_cpu")
@@ -233,9 +232,8 @@ def test_full_budget_is_stock_over_fp8(tmp_path) -> None:
 
 
 @pytest.mark.server
-def test_a_draft_over_fp8_leaves_the_target_exact(tmp_path) -> None:
+def test_a_draft_over_fp8_leaves_the_target_exact(pair, tmp_path) -> None:
     """Its KV alone is FP8: answers at full budget are stock's over KV in the model's dtype."""
-    pair = make_pair(tmp_path / "tiny")
     stock, _ = answers(pair["target"], tmp_path / "stock.log", kv=())
     for draft in ("dense", "all"):
         args = sts(pair["draft"], keep=1.0, draft=draft, draft_kv="fp8_e4m3")
@@ -245,18 +243,17 @@ def test_a_draft_over_fp8_leaves_the_target_exact(tmp_path) -> None:
 
 
 @pytest.mark.server
-def test_a_draft_may_be_kept_as_it_is_beside_a_target_over_fp8(tmp_path) -> None:
-    pair = make_pair(tmp_path / "tiny")
+def test_a_draft_may_be_kept_as_it_is_beside_a_target_over_fp8(pair, tmp_path) -> None:
     args = sts(pair["draft"], keep=0.3, budget=0, draft_kv="model")
     _, told = answers(pair["target"], tmp_path / "log", *args)
     assert told["draft_kv"] == "float32" and told["sparse_verifies"] > 0 and told["keep_ratio"] < 1
 
 
 @pytest.mark.server
-def test_scales_of_a_checkpoint_are_written_and_read_alike(tmp_path) -> None:
+def test_scales_of_a_checkpoint_are_written_and_read_alike(pair, tmp_path) -> None:
     """Powers of two, by which only the smallest numbers are kept otherwise. What is drafted and answered is
     the same where dividing and multiplying meet, in the draft's KV and in the target's."""
-    pair, found = make_pair(tmp_path / "tiny"), []
+    found = []
     for name, target, draft in (
         ("one", (2**-4, 2**-5), (2**-4, 2**-5)),
         ("two", (2**-3, 2**-6), (2**-5, 2**-4)),

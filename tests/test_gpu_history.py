@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 from sts_sglang.core import dumps
 from sts_sglang.tools.demo import FACTS, MODELS, document
 from sts_sglang.tools.local_server import LocalServer
-from sts_sglang.tools.tiny_pair import make_pair
-from tests.server import Server, random_ids
+from tests.forked import Forked
+from tests.server import random_ids
 
 pytestmark = pytest.mark.server
 
@@ -179,14 +179,13 @@ def test_no_freed_slot_is_remembered_on_a_gpu(tmp_path):
         check(start_all(stack, servers), prefixes)
 
 
-def test_no_freed_slot_is_remembered_on_the_cpu(tmp_path):
-    pair = make_pair(tmp_path / "tiny")
+def test_no_freed_slot_is_remembered_on_the_cpu(pair, tmp_path):
     prefixes = [random_ids(n, n) for n in (90, 150, 240)]
     args = ["--max-total-tokens", "1500", "--chunked-prefill-size", "128"]
 
     def server(name: str, env: dict, **config) -> LocalServer:
         flags = [*args, *sts(pair["draft"], inspect_dir=str(tmp_path), **config)]
-        return Server(pair["target"], tmp_path / f"{name}.log", *flags, env=env, module=MODULE)
+        return Forked(pair["target"], tmp_path / f"{name}.log", *flags, env=env, module=MODULE)
 
     with ExitStack() as stack:
         servers = {

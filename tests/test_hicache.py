@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sts_sglang.tools.tiny_pair import make_pair
+from tests.forked import Forked
 from tests.oracle import Oracle, Rule
-from tests.server import Server, logged, random_ids
+from tests.server import logged, random_ids
 
 torch.set_num_threads(1)  # the server has the other core
 pytestmark = pytest.mark.server
@@ -23,15 +23,14 @@ HICACHE += ("--hicache-mem-layout", "layer_first", "--hicache-write-policy", "wr
 HICACHE += ("--hicache-ratio", "4", "--max-total-tokens", "1200")
 
 
-def test_loaded_slots_are_unknown_and_learned_again(tmp_path):
+def test_loaded_slots_are_unknown_and_learned_again(pair, tmp_path):
     """With weight 1 a score that is remembered decides alone, so one stale slot changes the selection."""
-    pair = make_pair(tmp_path / "tiny")
     config = {"keep": 0.1, "budget": 0, "sink": 2, "recent": 8, "history": "blend", "history_weight": 1.0}
     rule = Rule(keep=0.1, sink=2, recent=8, history="blend", history_weight=1.0)
     args = ["--attention-backend", "sts", "--sts-config", json.dumps(config), *CHAIN, *HICACHE]
     args += ["--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", str(pair["draft"])]
     prompt, oracle = random_ids(400, 31), Oracle(pair["target"], pair["draft"])
-    server = Server(pair["target"], tmp_path / "hicache.log", *args, module="tests.hicache_on_cpu")
+    server = Forked(pair["target"], tmp_path / "hicache.log", *args, module="tests.hicache_on_cpu")
     with server:
         first = server.generate(prompt, 24)
         learned = oracle.agree(first["output_ids"], prompt, rule).memory

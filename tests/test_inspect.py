@@ -27,9 +27,9 @@ from sts_sglang.core.round import RoundState
 from sts_sglang.core.runtime import Runtime
 from sts_sglang.host.serves import Refusal, check_inspect
 from sts_sglang.tools import inspection
-from sts_sglang.tools.tiny_pair import make_pair
+from tests.forked import Forked
 from tests.oracle import Oracle, Rule
-from tests.server import Server, logged, random_ids
+from tests.server import logged, random_ids
 
 CHAIN = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1")
 CHAIN += ("--speculative-num-draft-tokens", "4")
@@ -396,8 +396,8 @@ def test_without_history_only_the_latest_round_is_shown():
 
 @pytest.mark.server
 @pytest.mark.parametrize("history", ["off", "blend"])
-def test_a_served_request_leaves_what_the_oracle_knows(history, tmp_path):
-    pair, folder = make_pair(tmp_path / "tiny"), tmp_path / "dumps"
+def test_a_served_request_leaves_what_the_oracle_knows(history, pair, tmp_path):
+    folder = tmp_path / "dumps"
     folder.mkdir()
     rule = Rule(keep=0.1, sink=2, recent=8, history=history)
     config = {"keep": 0.1, "budget": 0, "sink": 2, "recent": 8, "history": history}
@@ -405,7 +405,7 @@ def test_a_served_request_leaves_what_the_oracle_knows(history, tmp_path):
     args += ["--speculative-draft-model-path", str(pair["draft"])]
     args += ["--sts-config", json.dumps({**config, "inspect_dir": str(folder)})]
     prompt = random_ids(200, 7)
-    with Server(pair["target"], tmp_path / "inspect.log", *args) as server:
+    with Forked(pair["target"], tmp_path / "inspect.log", *args) as server:
         server.generate(random_ids(50, 8), 8)
         assert not list(folder.iterdir())  # nobody asked
         answer = server.generate(prompt, 24, sampling_params=WANTED)
@@ -423,12 +423,12 @@ def test_a_served_request_leaves_what_the_oracle_knows(history, tmp_path):
 
 
 @pytest.mark.server
-def test_a_target_alone_leaves_what_its_pages_were_worth(tmp_path):
-    pair, folder = make_pair(tmp_path / "tiny"), tmp_path / "dumps"
+def test_a_target_alone_leaves_what_its_pages_were_worth(pair, tmp_path):
+    folder = tmp_path / "dumps"
     folder.mkdir()
     config = {"keep": 0.3, "budget": 0, "sink": 2, "recent": 8, "inspect_dir": str(folder)}
     args = ["--attention-backend", "sts", "--sts-config", json.dumps(config)]
-    with Server(pair["target"], tmp_path / "alone.log", *args) as server:
+    with Forked(pair["target"], tmp_path / "alone.log", *args) as server:
         server.generate(random_ids(200, 7), 24, sampling_params=WANTED)
     assert "Traceback" not in logged(tmp_path / "alone.log")
     dump = dumps.read(next(folder.iterdir()))
@@ -452,12 +452,11 @@ def _compare(dump: Dump, history: str, trace) -> None:
 
 
 @pytest.mark.server
-def test_a_server_without_a_folder_answers_400(tmp_path):
-    pair = make_pair(tmp_path / "tiny")
+def test_a_server_without_a_folder_answers_400(pair, tmp_path):
     args = ["--attention-backend", "sts", "--speculative-algorithm", "STANDALONE", *CHAIN]
     args += ["--speculative-draft-model-path", str(pair["draft"])]
     with (
-        Server(pair["target"], tmp_path / "none.log", *args) as server,
+        Forked(pair["target"], tmp_path / "none.log", *args) as server,
         pytest.raises(urllib.error.HTTPError) as error,
     ):
         server.generate([1, 2, 3], 4, sampling_params=WANTED)

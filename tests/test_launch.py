@@ -9,14 +9,7 @@ import sys
 
 import pytest
 
-from sts_sglang.tools.tiny_pair import make_pair
-
 pytestmark = pytest.mark.server
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return make_pair(tmp_path_factory.mktemp("tiny"))
 
 
 def run(command: list[str], folder=None, **env: str) -> subprocess.CompletedProcess:

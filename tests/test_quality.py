@@ -21,7 +21,8 @@ from sts_sglang.evaluate.pair import Alone, Pair
 from sts_sglang.host.forced import ForcedText
 from sts_sglang.tools.demo import MODELS
 from sts_sglang.tools.tiny_pair import make_pair
-from tests.server import Server, random_ids
+from tests.forked import Forked
+from tests.server import random_ids
 
 
 @pytest.fixture(scope="module")
@@ -355,16 +356,15 @@ def test_the_report_of_a_target_alone_says_nothing_of_drafts(small_results):
 
 @pytest.mark.server
 @pytest.mark.parametrize("drafts", [True, False], ids=["drafted", "alone"])
-def test_oracle_serves_a_tenth_and_scores_forced_text(tmp_path, drafts):
+def test_oracle_serves_a_tenth_and_scores_forced_text(pair, tmp_path, drafts):
     """At full budget the forced losses are Hugging Face's; at a tenth verify is sparse and they differ."""
-    pair = make_pair(tmp_path)
     config = {"keep": 0.1, "budget": 0, "sink": 2, "recent": 8, "selector": "oracle"}
     args = ("--attention-backend", "sts", "--sts-config", json.dumps(config), "--grammar-backend", "forced")
     models = Pair(str(pair["target"]), str(pair["draft"]), "STANDALONE")
     args += tuple(models.flags()) if drafts else ()
     ids = random_ids(240, 5)
     texts = [items.Text(ids[:200], ids[200:]), items.Text(random_ids(90, 6), random_ids(30, 7))]
-    with Server(pair["target"], tmp_path / "log", *args, module="sts_sglang.host.forced") as server:
+    with Forked(pair["target"], tmp_path / "log", *args, module="sts_sglang.host.forced") as server:
         client = asking.Client(server)
         dense = [text.ask(client, 1.0)[0] for text in texts]
         before = client.counters()

@@ -17,9 +17,10 @@ from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core import dumps
 from sts_sglang.core.ranks import ALONE, Ranks
 from sts_sglang.headmap import HeadCounts, load, of_config, proportional
+from tests.forked import Forked
 from tests.oracle import Oracle, Rule
 from tests.server import Server, logged, random_ids
-from tests.test_serving import LEAK, SHAPES, TREE, Whole, logs, pair, reference, scenario  # noqa: F401
+from tests.test_serving import LEAK, SHAPES, TREE, Whole, scenario
 
 torch.set_num_threads(1)
 
@@ -138,11 +139,11 @@ def test_ranks_add_up_tokens_and_agree_on_verifies(tmp_path) -> None:
 
 
 @contextmanager
-def on_two(pair, logs, name: str, config: dict, *args: str):  # noqa: F811
+def on_two(pair, logs, name: str, config: dict, *args: str):
     log = logs / f"tp-{name}.log"
     given = ("--tp-size", "2", "--attention-backend", "sts", "--sts-config", json.dumps(config), *args)
     env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|0"}  # else SGLang wants a NUMA node a rank
-    with Server(pair["target"], log, *given, env=env, module="tests.tp_on_cpu") as server:
+    with Forked(pair["target"], log, *given, env=env, module="tests.tp_on_cpu") as server:
         yield server
     assert not LEAK.search(logged(log)), server.log_tail()
 
@@ -161,7 +162,7 @@ def check_whole(server: Server, traces: list) -> None:
 
 @pytest.mark.server
 @pytest.mark.parametrize(("algorithm", "model", "shape"), [("STANDALONE", "draft", TREE)])
-def test_two_ranks_draft_and_verify_as_one(pair, logs, reference, algorithm, model, shape):  # noqa: F811
+def test_two_ranks_draft_and_verify_as_one(pair, logs, reference, algorithm, model, shape):
     config = {"keep": 0.1, "budget": 0, "sink": 2, "recent": 8}
     rule, oracle = Rule(keep=0.1, sink=2, recent=8, **SHAPES[shape]), Oracle(pair["target"], pair[model])
     draft = ("--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(pair[model]))
@@ -178,7 +179,7 @@ def test_two_ranks_draft_and_verify_as_one(pair, logs, reference, algorithm, mod
 
 
 @pytest.mark.server
-def test_two_ranks_decode_without_a_draft_and_dump_the_heads_of_both(pair, logs, tmp_path):  # noqa: F811
+def test_two_ranks_decode_without_a_draft_and_dump_the_heads_of_both(pair, logs, tmp_path):
     config = {"keep": 0.3, "budget": 0, "sink": 2, "recent": 8, "inspect_dir": str(tmp_path)}
     rule, oracle = Rule(keep=0.3, sink=2, recent=8, selector="pages"), Oracle(pair["target"])
     with on_two(pair, logs, "alone", config, "--disable-overlap-schedule") as server:
