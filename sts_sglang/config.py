@@ -491,6 +491,11 @@ class StsConfig:
         return "target" if self.prefill_by == "auto" else self.prefill_by
 
     @property
+    def prefills_by_draft(self) -> bool:
+        """Whether the draft's attention selects for new tokens."""
+        return self.prefill == "sparse" and self.prefill_selector == "draft"
+
+    @property
     def sparse_draft(self) -> bool:
         """Whether a pass of the draft attends to a selection."""
         return self.draft != "dense"

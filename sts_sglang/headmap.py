@@ -296,7 +296,8 @@ def of_config(
     Raises:
         ConfigError: the map does not fit the pair, or joins draft layers while the pools differ.
     """
-    if config.head_map and draft is not None and not config.hears_draft and is_alone(config.head_map):
+    deaf = draft is not None and not config.hears_draft and not config.prefills_by_draft
+    if config.head_map and deaf and is_alone(config.head_map):
         of_target = models and models._replace(draft=None, draft_revision=None)
         head_map = load(config.head_map, target, None, of_target, tp)
         head_map = replace(head_map, sources=proportional(target, draft).sources)
@@ -446,7 +447,8 @@ def load(
     _keys(data, "", FIELDS)
     if draft and data.get("draft", ...) is None:
         problem = "a map of the target alone, where the draft's attention selects"
-        raise _error("draft", problem, 'a map of the pair, or sts_config.selector "tokens" or "pages"')
+        allowed = 'a map of the pair, or sts_config.selector "tokens" or "pages" with prefill_by "target"'
+        raise _error("draft", problem, allowed)
     expected = {"version": MAP_VERSION, "tp": tp, **({"shift": MAP_SHIFT} if draft else {})}
     for field, value in expected.items():
         if type(data.get(field)) is not int or data[field] != value:

@@ -17,12 +17,14 @@ def paged_fa3(
     softmax_scale: float,
     causal: bool,
     out: torch.Tensor,
+    num_splits: int = 0,
 ) -> torch.Tensor:
     """Requests of any lengths; the last row of each attends to all its keys, every one before it to one less,
     and a row is zero where it sees none.
 
     q: [rows, H_q, D]. k_cache, v_cache: [pages, page, H_kv, D]. page_table: int32 [requests, pages].
     cache_seqlens: int32 [requests]. cu_seqlens_q: int32 [requests + 1]. out: as q, written.
+    num_splits: of keys, whatever it is.
     """
     heads, kv_heads = q.shape[1], k_cache.shape[2]
     for tensor in (page_table, cache_seqlens, cu_seqlens_q):

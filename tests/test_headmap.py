@@ -336,6 +336,16 @@ def test_maps_with_and_without_a_draft_are_not_for_each_other(tmp_path):
             load(write(tmp_path, found), TARGET, DRAFT)
 
 
+def test_a_draft_that_selects_for_prefill_is_heard(tmp_path):
+    path = str(write(tmp_path, lone()))
+    config = StsConfig(selector="pages", head_map=path, prefill="sparse")
+    assert of_config(config, TARGET, DRAFT).origin == path
+    with pytest.raises(
+        ConfigError, match=r'^head_map\.draft: a map of the target alone.*prefill_by "target"'
+    ):
+        of_config(replace(config, prefill_by="draft"), TARGET, DRAFT)
+
+
 def test_a_packaged_map_of_a_target_alone_is_its_default_without_a_draft(tmp_path, monkeypatch):
     monkeypatch.setattr("sts_sglang.headmap.MAPS", tmp_path)
     monkeypatch.setattr(ModelPaths, "fingerprints", lambda self: {"target": PRINT})

@@ -24,7 +24,6 @@ KEEP = 0.25
 # Chunks end within blocks. A prompt that has a server to itself is cut there.
 CHUNKED = ("--chunked-prefill-size", "600", "--max-prefill-tokens", "600")
 CUTS = (600, 1200)
-PAGED = ("--chunked-prefill-size", "608", "--max-prefill-tokens", "608", "--page-size", "16")
 # Room for five of the longest prompts, and the others on the host.
 HOST = (*HICACHE, "--max-total-tokens", "9000")
 PREFILL = {"prefill": "sparse", "prefill_keep": KEEP, "prefill_floor": 300}

@@ -1046,7 +1046,7 @@ def test_a_sparse_prefill_needs_a_cache_that_keeps_kinds_apart(name, monkeypatch
 
 @pytest.mark.parametrize("algorithm", ["EAGLE", "EAGLE3", "STANDALONE"])
 def test_a_head_cannot_read_a_prompt_first(flags, algorithm):
-    args = SimpleNamespace(speculative_algorithm=algorithm)
+    args = SimpleNamespace(speculative_algorithm=algorithm, enable_hierarchical_cache=False)
     validate.check_prefill(args, StsConfig(prefill="sparse", prefill_by="target"))
     if algorithm == "STANDALONE":
         validate.check_prefill(args, StsConfig(prefill="sparse", prefill_by="draft"))
@@ -1059,6 +1059,15 @@ def test_a_head_cannot_read_a_prompt_first(flags, algorithm):
         f"sts_config.prefill_by: 'draft' with --speculative-algorithm {algorithm}",
         'prefill_by to "target"',
     )
+
+
+def test_a_draft_does_not_read_ahead_of_the_host_cache(flags):
+    args = SimpleNamespace(speculative_algorithm="STANDALONE", enable_hierarchical_cache=True)
+    for config in ({"prefill": "sparse"}, {"prefill_by": "draft"}):
+        validate.check_prefill(args, StsConfig(**config))
+    with pytest.raises(Refusal) as caught:
+        validate.check_prefill(args, StsConfig(prefill="sparse", prefill_by="draft"))
+    check_message(caught, flags, "--enable-hierarchical-cache", 'prefill_by to "target"')
 
 
 @pytest.mark.parametrize(("dim", "fits"), [(64, True), (128, True), (256, True), (512, False)])

@@ -221,7 +221,10 @@ class ByFa3:
     def _call_listed(self, blocks: list[Block]) -> _Call:
         """Of blocks in the order of their rows, for every KV head."""
         rows = [slice(run[0].row, run[-1].row + run[-1].number) for run in _runs(blocks)]
-        return self._call(rows, blocks * self.kv_heads, [], max(block.attended for block in blocks))
+        call = self._call(rows, blocks * self.kv_heads, [], max(block.attended for block in blocks))
+        # FA3 would split keys as if there were one request, and allocate results of every split.
+        call.options["num_splits"] = 1
+        return call
 
     def _call(self, rows: list[slice], blocks: list[Block], requests: list[int], width: int) -> _Call:
         lens, starts = [block.attended for block in blocks], [0]

@@ -103,8 +103,10 @@ class SparsePrefill:
     def listening(self) -> Iterator[None]:
         """While the draft reads."""
         self._listening = True
-        yield
-        self._listening = False
+        try:
+            yield
+        finally:
+            self._listening = False
         self.selector.heard()
 
     @property

@@ -41,6 +41,7 @@ class DraftFirst:
 
     def before_target(self, worker: EAGLEWorkerV2, batch: ScheduleBatch) -> None:
         """Let the draft read a batch that is to be prefilled."""
+        self._read = None
         if not self.asks:
             return
         prefill, contexts = self.runtime.prefill, views.batch_of(batch).contexts(self.runtime.cache.table)

@@ -446,6 +446,12 @@ def check_prefill(server_args: ServerArgs, config: StsConfig) -> None:
             "the target makes of a prompt and cannot read it first; use --speculative-algorithm STANDALONE, "
             'or set prefill_by to "target"'
         )
+    if config.prefills_by_draft and server_args.enable_hierarchical_cache:
+        # The target's layers wait for keys that come back from the host; the draft would be ahead.
+        raise Refusal(
+            "sts_config.prefill_by: 'draft' is not served with --enable-hierarchical-cache, whose keys may "
+            'still be on their way when the draft reads; drop that flag, or set prefill_by to "target"'
+        )
     for name in release.TREES_WITHOUT_KEYS:
         if config.prefill == "sparse" and getattr(envs, name).get():
             raise Refusal(
