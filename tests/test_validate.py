@@ -1067,7 +1067,7 @@ def test_a_draft_does_not_read_ahead_of_the_host_cache(flags):
         validate.check_prefill(args, StsConfig(**config))
     with pytest.raises(Refusal) as caught:
         validate.check_prefill(args, StsConfig(prefill="sparse", prefill_by="draft"))
-    check_message(caught, flags, "--enable-hierarchical-cache", 'prefill_by to "target"')
+    check_message(caught, flags, "sts_config.prefill_by: 'draft'", "drop that flag")
 
 
 @pytest.mark.parametrize(("dim", "fits"), [(64, True), (128, True), (256, True), (512, False)])
