@@ -338,8 +338,8 @@ def test_maps_with_and_without_a_draft_are_not_for_each_other(tmp_path):
 
 def test_a_draft_that_selects_for_prefill_is_heard(tmp_path):
     path = write(tmp_path, lone())
-    config = StsConfig(selector="pages", head_map=str(path), prefill="sparse")
-    assert of_config(config, TARGET, DRAFT).origin == path.name
+    config = StsConfig(selector="pages", head_map=path, prefill="sparse")
+    assert of_config(config, TARGET, DRAFT).origin == os.path.basename(path)
     with pytest.raises(ConfigError, match=r'^head_map\.draft: .* alone.*prefill_by "target"'):
         of_config(replace(config, prefill_by="draft"), TARGET, DRAFT)
 
