@@ -177,7 +177,7 @@ def test_with_a_draft(pair, logs, stock):
     reads of the target comes from a sparse prefill."""
     algorithm, draft = "EAGLE3", "eagle3"
     config = {**PREFILL, "keep": 0.1, "budget": 0, "sink": 2, "recent": 8}
-    rule = replace(RULE, keep=0.1, sink=2, recent=8, cuts=(608, 1216))
+    rule = replace(RULE, keep=0.1, sink=2, recent=8, cuts=PAGED_CUTS)
     oracle = Oracle(pair["target"], pair[draft])
     name = f"prefill-{algorithm}"
     args = (*CHAIN, *PAGED)

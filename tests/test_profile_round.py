@@ -50,7 +50,7 @@ def test_a_step_without_a_draft_is_a_launch_of_a_graph_and_has_a_part_that_selec
     events += [{**step[-1], "ts": 90 + 20 * layers * i} for i in range(4)]
     found = summary(events, top=4, rounds_of=steps)
     assert (found["rounds"], found["round_us"], found["idle_us"]) == (4, 39, 7)  # none after the last
-    assert found["parts"] == {"page_scores": 12, "pages": 4, "tokens": 0, "select": 4, "rest": 12}
+    assert found["parts"] == {"page_scores": 12, "pages": 4, "tokens": 0, "kept": 0, "select": 4, "rest": 12}
     assert found["select_share"] == round(20 / 39, 4)
     with pytest.raises(SystemExit, match="no steps"):
         summary(events[:-4], top=4, rounds_of=steps)
@@ -58,6 +58,6 @@ def test_a_step_without_a_draft_is_a_launch_of_a_graph_and_has_a_part_that_selec
 
 def test_kernels_of_the_same_name_elsewhere_are_not_of_a_selection():
     found = parts({"_plan_kernel": 1, "at::native::reduce_kernel": 2, "flash::prepare_select_kernel": 4})
-    assert found == {"page_scores": 0, "pages": 0, "tokens": 0, "select": 0, "rest": 7}
+    assert found == {"page_scores": 0, "pages": 0, "tokens": 0, "kept": 0, "select": 0, "rest": 7}
     found = parts({"_score_tokens_kernel": 1, "_list_kernel": 2, "pool_logits_kernel": 4})
-    assert found == {"page_scores": 4, "pages": 0, "tokens": 3, "select": 0, "rest": 0}
+    assert found == {"page_scores": 4, "pages": 0, "tokens": 3, "kept": 0, "select": 0, "rest": 0}

@@ -15,7 +15,7 @@ from torch import multiprocessing
 from sts_kernels.layout import Count
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core import dumps
-from sts_sglang.core.ranks import ALONE, Ranks
+from sts_sglang.core.ranks import ALONE, OF_REQUESTS, Ranks
 from sts_sglang.headmap import HeadCounts, load, of_config, proportional
 from tests.forked import Forked
 from tests.oracle import Oracle, Rule
@@ -130,7 +130,7 @@ def test_ranks_add_up_tokens_and_agree_on_verifies(tmp_path) -> None:
     assert torch.equal(first["whole"], second["whole"])
     expected = [10 + 2 * count for count in Count]
     expected[Count.SPARSE_VERIFIES] = int(Count.SPARSE_VERIFIES)  # on every rank
-    for count in (Count.DENSE_VERIFIES, Count.FULL_VERIFIES, Count.ASIDE_VERIFIES):
+    for count in set(OF_REQUESTS) - {Count.SPARSE_VERIFIES}:
         expected[count] = 10 + int(count)  # on any
     assert first["whole"].tolist() == expected
     assert [rows.tolist() for rows in first["gathered"]] == [[[0.0] * 3], [[1.0] * 3] * 2]
