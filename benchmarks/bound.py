@@ -64,7 +64,7 @@ def round_bytes(row: dict) -> dict[str, float] | None:
         scored = row.get("scored_share", 1)
         # Keys without values, beside the step that attends sparsely; else the scoring step is a dense one.
         alone = scored / 2 if row.get("sparse_draft") == "every" else 0
-        dense -= 0 if alone else 1 - scored
+        dense -= 0 if row.get("sparse_draft") == "every" else 1 - scored
         found["weights"] += passes * draft["weights"] + draft["once"]
         own = {"model": BF16, "fp8_e4m3": 1}.get(row.get("draft_kv"), value)
         found["draft"] = (alone + dense + kept * (passes - dense)) * context * kv_bytes(draft, own)

@@ -33,7 +33,7 @@ LONG += ["--speculative-num-draft-tokens", "6"]
 TREE = ["--speculative-num-steps", "3", "--speculative-eagle-topk", "4"]
 TREE += ["--speculative-num-draft-tokens", "8"]
 SPARSE = {"keep": 0.1, "budget": 0}
-PREFILL = {"prefill": "sparse", "prefill_keep": 0.25, "prefill_floor": 1024}
+PREFILL = {"prefill": "sparse", "prefill_keep": 0.25, "prefill_floor": 1024, "prefill_attend": "auto"}
 WHOLE = {"custom_params": {"sts": {"keep": 1.0}}}
 NEW_TOKENS = 48
 
@@ -83,7 +83,7 @@ SERVERS = {
     "sparse-prefill-bfloat16": sts("STANDALONE", CHAIN, **PREFILL),
     "sparse-prefill-eagle3-bfloat16": sts("EAGLE3", CHAIN, **PREFILL),
     "sparse-prefill-alone-bfloat16": alone(**PREFILL),
-    "sparse-prefill-ops-bfloat16": sts("STANDALONE", CHAIN, **PREFILL, prefill_attend="ops"),
+    "sparse-prefill-ops-bfloat16": sts("STANDALONE", CHAIN, **{**PREFILL, "prefill_attend": "ops"}),
     "prefill-graphs-bfloat16": sts("STANDALONE", CHAIN),  # breakable, SGLang's default
     "eager-bfloat16": [*sts("STANDALONE", CHAIN), *EAGER],
     "torch-bfloat16": [*sts("STANDALONE", CHAIN, kernel="torch", dense="fa3"), *EAGER],

@@ -67,7 +67,7 @@ def sizes_by_loops(
         if stays and percent and since_rounds:
             stays = since / since_rounds >= percent / 100 * fresh / fresh_rounds - 1e-9
         wants_less = row > 0 and int(known[b]) >= 0 and int(sizes.budgets[b]) < length
-        totals[Count.KEPT_ROUNDS] += stays
+        totals[Count.KEPT_ROUNDS] += stays and int(sparse[b]) >= 0
         totals[Count.SCORED_ROUNDS] += wants_less and not stays
         kept.accepted[row] = torch.tensor([fresh, fresh_rounds, since, since_rounds])
         kept.rounds[row], kept.last[row] = rounds + 1 if stays else 1, length

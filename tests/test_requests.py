@@ -23,7 +23,7 @@ def verify(monkeypatch):
         made.verify(1000)
         hooks.sampling_verify(None, made, 1000)
 
-    monkeypatch.setattr(hooks._Launch, "config", StsConfig())
+    monkeypatch.setattr(hooks._Launch, "served", StsConfig())
     monkeypatch.setattr(hooks._Launch, "speculates", True)
     return call
 
@@ -83,7 +83,7 @@ def test_temperature_is_refused_on_the_cpu_platform_alone(verify, params):
 
 
 def test_servers_without_sts_refuse_nothing(verify, monkeypatch):
-    monkeypatch.setattr(hooks._Launch, "config", None)
+    monkeypatch.setattr(hooks._Launch, "served", None)
     verify(True, temperature=0.7, min_p=0.1, min_new_tokens=5)
 
 
@@ -97,6 +97,20 @@ def test_without_a_draft_sampling_is_as_ever(verify, monkeypatch):
         verify(True, **params)
     with pytest.raises(ConfigError, match="custom_params.sts.keep"):
         verify(True, custom_params={"sts": {"keep": 2}})
+
+
+@pytest.mark.parametrize(("selector", "most"), [("tokens", 0.1), ("pages", 0.5)])
+def test_a_bound_is_what_auto_stands_for(verify, monkeypatch, selector, most):
+    monkeypatch.setattr(hooks, "check_all", lambda args, config: config.for_launch(False, directions=True))
+    monkeypatch.setattr(hooks.handover, "leave", lambda *args: None)
+    monkeypatch.setattr(hooks.views, "resolved", lambda args: args)
+    for name in ("config", "served"):
+        monkeypatch.setattr(hooks._Launch, name, None)
+    args = SimpleNamespace(model_path="m", speculative_algorithm=None)
+    hooks._check(args, StsConfig(selector=selector, request_keep="at_most"))
+    verify(False, custom_params={"sts": {"keep": most}})
+    with pytest.raises(ConfigError, match=f"at most this server's {most}"):
+        verify(False, custom_params={"sts": {"keep": most + 0.05}})
 
 
 @pytest.mark.skipif("beam_width" not in SamplingParams.__dict__, reason="a field of later releases")
@@ -114,7 +128,7 @@ def test_checks_of_speculation_stay_once_a_launch_speculates(monkeypatch):
     monkeypatch.setattr(hooks, "check_all", lambda args, config: config)
     monkeypatch.setattr(hooks.handover, "leave", lambda *args: None)
     monkeypatch.setattr(hooks.views, "resolved", lambda args: args)
-    for name, value in (("config", None), ("speculates", False)):
+    for name, value in (("config", None), ("served", None), ("speculates", False)):
         monkeypatch.setattr(hooks._Launch, name, value)
     for algorithm, expected in ((None, False), ("EAGLE3", True), (None, True)):
         args = SimpleNamespace(model_path="m", speculative_algorithm=algorithm)

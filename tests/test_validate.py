@@ -248,7 +248,7 @@ def test_a_launch_hands_the_hash_of_its_head_map_along(launch, fresh_process, mo
 def fresh_process(monkeypatch):
     """Hooks in place, and nothing launched yet."""
     monkeypatch.setattr(compat, "unhooked", list)
-    for name, value in (("config", None), ("user_env", hooks.UNSET), ("given", None)):
+    for name, value in (("config", None), ("served", None), ("user_env", hooks.UNSET), ("given", None)):
         monkeypatch.setattr(hooks._Launch, name, value)
     for name in ("STS_CONFIG", handover.MARK):
         os.environ.pop(name, None)

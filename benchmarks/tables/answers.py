@@ -95,7 +95,8 @@ def asked(folders: list[str], whose: str, named: dict[str, str] = QUALITY) -> st
     keeps = sorted({keep for found in each for keep in found.keeps if keep <= 0.25})
     for found in each:
         for length in found.lengths():
-            dense = points(found.mean(found.arms[0], DENSE, length))
+            every = (found.mean(arm, DENSE, length) for arm in found.arms if not found.part(arm, length))
+            dense = points(next((score for score in every if score is not None), None))
             head = [f"{length:,} tokens (dense: {dense})", *map(percent, keeps)]
             lines = changes(found, found.difference, length, keeps, digits=1)
             parts.append(

@@ -179,7 +179,7 @@ def _size_kept_kernel(
         tl.store(kept_lens_ptr + b, tl.where(goes, length, 0), mask=there)
         wanted = real & (known >= 0) & (budget < length)
         scored_rounds += tl.sum((wanted & (stays == 0)).to(tl.int64), 0)
-        kept_rounds += tl.sum(stays.to(tl.int64), 0)
+        kept_rounds += tl.sum((stays & (sparse >= 0)).to(tl.int64), 0)
 
         inside = there[:, None] & (c < channels)  # [B, C]
         place = b[:, None].to(tl.int64) * channels + c

@@ -336,8 +336,8 @@ def size_kept(
             rounds, last and accepted are written of all.
         first_too: who is scored in a round with a list has that of the rounds before it in its first step, if
             there is one: it is `kept` then as well as `scored`.
-        totals: int64 [len(Count)], added to: SCORED_ROUNDS (of requests that wanted less than everything) and
-            KEPT_ROUNDS.
+        totals: int64 [len(Count)], added to: SCORED_ROUNDS and KEPT_ROUNDS, of requests that want less than
+            everything.
 
     Raises:
         ValueError: a dtype or shape is not the one in `Kept`.
@@ -360,7 +360,7 @@ def size_kept(
     kept.accepted[reqs] = torch.stack([fresh, fresh_rounds, old, old_rounds], 1)
     wanted = real & (sizes.known >= 0) & (sizes.budgets < lens)
     totals[Count.SCORED_ROUNDS] += (wanted & ~stays).sum()
-    totals[Count.KEPT_ROUNDS] += stays.sum()
+    totals[Count.KEPT_ROUNDS] += (stays & (sizes.sparse >= 0)).sum()
 
     selected, goes = kept.counts[reqs], stays
     if first_too:

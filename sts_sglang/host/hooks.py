@@ -42,7 +42,8 @@ UNSET = object()
 class _Launch:
     """State of the launching process, where ServerArgs are built and requests are validated."""
 
-    config: StsConfig | None = None  # of the first `sts` launch
+    config: StsConfig | None = None  # of the first `sts` launch, as it was asked for
+    served: StsConfig | None = None  # the same with what `auto` stands for in the latest
     speculates = False  # whether a draft does in any launch of this process
     user_env: Any = UNSET  # STS_CONFIG as the user left it, before we hand canonical JSON to children
     given: Any = None  # --sts-config or Engine(sts_config=...), on its way to the arguments it came with
@@ -140,7 +141,7 @@ def _check(server_args: ServerArgs, config: StsConfig) -> None:
     checked = config
     if server_args.model_path.lower() not in ("none", "dummy"):  # SGLang's own placeholder: resolves nothing
         checked = check_all(views.resolved(server_args), config)
-    _Launch.config = config
+    _Launch.config, _Launch.served = config, checked
     _Launch.speculates |= speculates(views.resolved(server_args))
     handover.leave(views.resolved(server_args), checked)
 
@@ -159,8 +160,8 @@ def _launch_config(given: Any) -> StsConfig:
 
 def sampling_verify(result: None, self: SamplingParams, vocab_size: int) -> None:
     """AFTER SamplingParams.verify: what a request asks of us; ValueError becomes HTTP 400."""
-    if _Launch.config is not None:
-        check_request(self.custom_params, _Launch.config)
+    if _Launch.served is not None:
+        check_request(self.custom_params, _Launch.served)
         release.refuse_beams(self)
         if _Launch.speculates:
             check_sampling(self, cpu=cpu.selected())

@@ -56,7 +56,7 @@ _HELP = {
     "aside_verifies": "Sparse verifies (request, round) of a whole context, where nothing is selected.",
     "prefill_selected_blocks": "Blocks of keys attended to in sparse prefills, per (layer, KV head).",
     "prefill_available_blocks": "Blocks of keys there in sparse prefills, per (layer, KV head).",
-    "scored_rounds": "Rounds (request, round) that scored the context, where draft_refresh is not 1.",
+    "scored_rounds": "Rounds (request, round) that scored the context, where selections may be kept.",
     "kept_rounds": "Rounds (request, round) that went by the selection of an earlier one.",
     "plans": "Plans of kernel flashinfer, made on the host.",
 }
