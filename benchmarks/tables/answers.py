@@ -95,8 +95,10 @@ def asked(folders: list[str], whose: str, named: dict[str, str] = QUALITY) -> st
     keeps = sorted({keep for found in each for keep in found.keeps if keep <= 0.25})
     for found in each:
         for length in found.lengths():
-            every = (found.mean(arm, DENSE, length) for arm in found.arms if not found.part(arm, length))
-            dense = points(next((score for score in every if score is not None), None))
+            # Of an arm that was asked all tasks, where one was.
+            order = sorted(found.arms, key=lambda arm: bool(found.part(arm, length)))
+            scores = (found.mean(arm, DENSE, length) for arm in order)
+            dense = points(next((score for score in scores if score is not None), None))
             head = [f"{length:,} tokens (dense: {dense})", *map(percent, keeps)]
             lines = changes(found, found.difference, length, keeps, digits=1)
             parts.append(
