@@ -52,6 +52,10 @@ PrefillMode = Literal["dense", "sparse"]
 PrefillAttend = Literal["auto", "ops", "fa3"]
 PrefillBy = Literal["auto", "target", "draft"]
 
+# What goes by the scores that a draft leaves.
+BY_SCORES = [("history", name) for name in ("warm", "blend")]
+BY_SCORES += [("draft", name) for name in ("steps", "all", "every")]
+
 # A share of a token below this is float error (0.1 * 30 = 3.0000000000000004), not a token.
 # It exceeds the error of keep * context for every context up to 2**33 tokens.
 CEIL_GUARD = 1e-6
@@ -365,8 +369,7 @@ class StsConfig:
         those that compare are spared."""
         unserved = [("policy", "top_p")]
         if self.selector != "joined":
-            unserved += [("history", "warm"), ("history", "blend"), ("draft", "steps"), ("draft", "all")]
-            unserved += [("draft", "every")]
+            unserved += BY_SCORES
         for field, value in unserved:
             if getattr(self, field) == value:
                 raise not_allowed(
@@ -417,19 +420,12 @@ class StsConfig:
             self._check_alone()
         own = "draft" if drafts else "tokens" if directions else "pages"
         chosen = replace(self, selector=own) if self.selector == "auto" else self
-        tenth = chosen.keep == "auto" and chosen.selector == "tokens" and not drafts
-        return replace(chosen, keep=KEEP if tenth else chosen.share)
+        return replace(chosen, keep=chosen._share(drafts))
 
     def _check_alone(self) -> None:
         """Raises `ConfigError` for what needs a draft."""
-        needs = [("selector", "draft"), ("selector", "joined"), ("policy", "top_p")]
-        needs += [("history", "warm"), ("history", "blend"), ("draft", "steps"), ("draft", "all")]
-        needs += [
-            ("draft", "every"),
-            ("draft_kv", "model"),
-            ("draft_kv", "fp8_e4m3"),
-            ("prefill_by", "draft"),
-        ]
+        needs = [("selector", "draft"), ("selector", "joined"), ("policy", "top_p"), *BY_SCORES]
+        needs += [("draft_kv", "model"), ("draft_kv", "fp8_e4m3"), ("prefill_by", "draft")]
         for field, value in needs:
             if getattr(self, field) == value:
                 what = "keys" if field == "draft_kv" else "scores"
@@ -471,9 +467,14 @@ class StsConfig:
     @property
     def share(self) -> float:
         """`keep`, or what `auto` stands for with this selector beside a draft."""
+        return self._share(drafts=True)
+
+    def _share(self, drafts: bool) -> float:
         if self.keep != "auto":
             return self.keep
-        return {"tokens": KEEP_OF_TOKENS, "pages": KEEP_OF_PAGES}.get(self.selector, KEEP)
+        if self.selector == "pages":
+            return KEEP_OF_PAGES
+        return KEEP_OF_TOKENS if self.selector == "tokens" and drafts else KEEP
 
     @property
     def forced(self) -> int:

@@ -28,6 +28,16 @@ def verify(monkeypatch):
     return call
 
 
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Nothing launched yet, and launches that are not checked."""
+    monkeypatch.setattr(hooks, "check_all", lambda args, config: config)
+    monkeypatch.setattr(hooks.handover, "leave", lambda *args: None)
+    monkeypatch.setattr(hooks.views, "resolved", lambda args: args)
+    for name, value in (("config", None), ("served", None), ("speculates", False)):
+        monkeypatch.setattr(hooks._Launch, name, value)
+
+
 @pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize(
     "params",
@@ -100,12 +110,8 @@ def test_without_a_draft_sampling_is_as_ever(verify, monkeypatch):
 
 
 @pytest.mark.parametrize(("selector", "most"), [("tokens", 0.1), ("pages", 0.5)])
-def test_a_bound_is_what_auto_stands_for(verify, monkeypatch, selector, most):
+def test_a_bound_is_what_auto_stands_for(verify, unchecked, monkeypatch, selector, most):
     monkeypatch.setattr(hooks, "check_all", lambda args, config: config.for_launch(False, directions=True))
-    monkeypatch.setattr(hooks.handover, "leave", lambda *args: None)
-    monkeypatch.setattr(hooks.views, "resolved", lambda args: args)
-    for name in ("config", "served"):
-        monkeypatch.setattr(hooks._Launch, name, None)
     args = SimpleNamespace(model_path="m", speculative_algorithm=None)
     hooks._check(args, StsConfig(selector=selector, request_keep="at_most"))
     verify(False, custom_params={"sts": {"keep": most}})
@@ -123,13 +129,8 @@ def test_beams_are_refused_with_a_draft_and_without(verify, monkeypatch):
             verify(False, temperature=0.7, beam_width=4)
 
 
-def test_checks_of_speculation_stay_once_a_launch_speculates(monkeypatch):
+def test_checks_of_speculation_stay_once_a_launch_speculates(unchecked):
     """An engine without a draft in the same process does not switch them off for one that has one."""
-    monkeypatch.setattr(hooks, "check_all", lambda args, config: config)
-    monkeypatch.setattr(hooks.handover, "leave", lambda *args: None)
-    monkeypatch.setattr(hooks.views, "resolved", lambda args: args)
-    for name, value in (("config", None), ("served", None), ("speculates", False)):
-        monkeypatch.setattr(hooks._Launch, name, value)
     for algorithm, expected in ((None, False), ("EAGLE3", True), (None, True)):
         args = SimpleNamespace(model_path="m", speculative_algorithm=algorithm)
         hooks._check(args, StsConfig())
