@@ -13,7 +13,12 @@ token (`text`). Any other is asked look-ups, copies and text in plain words (sts
 each with dense attention first: what scores below 0.6 there is left out and stated. Results go to
 OUT/ARM.jsonl, a line a cell as it is done; cells that are there are not measured again, so a run that was cut
 off goes on where it stopped. At the end benchmarks.quality.report makes OUT/report.md and OUT/pareto.png from
-these files. A verify that was not what the arm says ends the run.
+these files. A verify or a prefill that was not what the arm says ends the run.
+
+A keep is a share of the context in verify, after a dense prefill. In arms whose prefill is sparse (`prefill`,
+`prefill-draft`, `prefill-verify`, and those of --arm with {"prefill": "sparse"}, whose verifies attend to
+their own `keep` or to everything) it is a share of the blocks of keys that prompts attend to. Dense, which
+they are compared with, is a dense prefill and whole verifies in every arm.
 
 arms:
 """
@@ -33,7 +38,7 @@ from tqdm import tqdm
 
 from benchmarks.harness import end_orderly_when_terminated
 from benchmarks.quality import items, report
-from benchmarks.quality.arms import ALONE, ARMS, ROOT, Arm, Plan, Suite
+from benchmarks.quality.arms import ALONE, ARMS, ROOT, Arm, Plan, Suite, own_arm, served_by
 from benchmarks.quality.measure import run_arm, try_dense
 from sts_sglang.calibrate.command import read_texts
 from sts_sglang.config import ConfigError, StsConfig
@@ -66,6 +71,7 @@ FULL = {  # by suite
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     about = __doc__ + "\n".join(f"  {name:17} {arm.about}" for name, arm in ARMS.items())
     about += f"\n\nwith --algorithm NONE: {', '.join(ALONE)}; `sts` are tokens, by a map, or pages"
+    about += "\nwith a head of an EAGLE algorithm: all but prefill-draft"
     p = argparse.ArgumentParser(
         prog="python -m benchmarks.quality",
         description=about,
@@ -126,16 +132,16 @@ def suite_of(options: argparse.Namespace, known: pairs.Known) -> tuple[str, Suit
     return name, Plain(Source(known.tokenizer, texts))
 
 
-def arms_of(options: argparse.Namespace, drafts: bool) -> dict[str, Arm]:
+def arms_of(options: argparse.Namespace, pair: pairs.Models) -> dict[str, Arm]:
     """Those of a pair or of a target alone, and those of --arm."""
-    arms = dict(ARMS if drafts else ALONE)
+    arms = dict(served_by(pair.algorithm))
     for given in options.arm:
         name, _, config = given.partition("=")
         try:
-            StsConfig.parse(config).for_launch(drafts, directions=True)
+            served = StsConfig.parse(config).for_launch(pair.drafts, directions=True)
         except ConfigError as error:
             raise SystemExit(f"--arm {name}: {error}") from None
-        arms[name] = Arm(json.loads(config), config, own=True)
+        arms[name] = own_arm(json.loads(config), config, served.keep)
     if unknown := set(options.arms or ()) - set(arms):
         raise SystemExit(f"--arms: no {', '.join(sorted(unknown))}; there are {', '.join(arms)}")
     return arms
@@ -153,6 +159,9 @@ def plan_of(options: argparse.Namespace, known: pairs.Known, name: str, suite: S
     longest = max(*size["lengths"], *size["text_lengths"])
     if known.positions and longest > known.positions:
         raise SystemExit(f"--lengths: {longest}, the models have positions for {known.positions}")
+    config = {"budget": 0, **json.loads(options.sts_config)}
+    if config.get("prefill", "dense") != "dense":
+        raise SystemExit("--sts-config: prefill is said by an arm (--arms prefill, or one of --arm)")
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -166,8 +175,8 @@ def plan_of(options: argparse.Namespace, known: pairs.Known, name: str, suite: S
         device=device,
         pair=known.pair,
         server_args=tuple(options.server),
-        config={"budget": 0, **json.loads(options.sts_config)},
-        arms=arms_of(options, known.pair.drafts),
+        config=config,
+        arms=arms_of(options, known.pair),
         positions=known.positions,
     )
 

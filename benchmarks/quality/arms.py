@@ -14,7 +14,7 @@ import torch
 from benchmarks.harness import commit
 from sts_sglang import headmap
 from sts_sglang.evaluate import pair as pairs
-from sts_sglang.evaluate.asking import Asked
+from sts_sglang.evaluate.asking import DENSE, VERIFY, Asked, PrefillSweep, Sweep
 from sts_sglang.evaluate.pair import Models
 from sts_sglang.tools.local_server import LocalServer
 
@@ -30,7 +30,18 @@ class Arm:
     about: str
     keeps: bool = True  # one cell a keep; else dense alone
     own: bool = False  # named on the command line
+    sweep: Sweep = VERIFY  # what the keeps are shares of
 
+
+def own_arm(config: dict, about: str, keep: float) -> Arm:
+    """Of the command line. Where its prefill is sparse the keeps are the prompts', and verifies attend to its
+    server's `keep`, if it names one, else to everything."""
+    sparse = config.get("prefill") == "sparse"
+    sweep = PrefillSweep(keep if "keep" in config else DENSE) if sparse else VERIFY
+    return Arm(config, about, own=True, sweep=sweep)
+
+
+SPARSE_PREFILL = {"prefill": "sparse", "prefill_floor": 0}  # a floor would hide keeps
 
 ARMS = {
     "stock": Arm(None, "SGLang without sts", keeps=False),
@@ -58,7 +69,23 @@ ARMS = {
     "pages": Arm({"selector": "pages"}, "mean and deviation of pages of 16"),
     "recent": Arm({"selector": "recent"}, "sink and the last tokens (StreamingLLM)"),
     "random": Arm({"selector": "random"}, "chance"),
+    "prefill": Arm(
+        SPARSE_PREFILL,
+        "whole verifies; of a prompt, what the target's own queries select",
+        sweep=PrefillSweep(),
+    ),
+    "prefill-draft": Arm(
+        {**SPARSE_PREFILL, "prefill_by": "draft"},
+        "whole verifies; of a prompt, what the draft selects, which reads it first",
+        sweep=PrefillSweep(),
+    ),
+    "prefill-verify": Arm(
+        SPARSE_PREFILL,
+        "as `prefill`, and verifies attend to a tenth, as one would serve both",
+        sweep=PrefillSweep(verify=0.1),
+    ),
 }
+HEADED = {name: arm for name, arm in ARMS.items() if name != "prefill-draft"}  # a head cannot read first
 ALONE = {  # of a target that nothing drafts for
     "stock": ARMS["stock"],
     "dense": Arm({"verify": "dense"}, "decode attends to everything", keeps=False),
@@ -66,7 +93,13 @@ ALONE = {  # of a target that nothing drafts for
     "sts-uniform": ARMS["sts-uniform"],
     **{name: ARMS[name] for name in ("sts-again", "sts-full4", "tokens", "pages")},
     **{name: ARMS[name] for name in ("oracle", "quest", "recent", "random")},
+    **{name: ARMS[name] for name in ("prefill", "prefill-verify")},
 }
+
+
+def served_by(algorithm: str) -> dict[str, Arm]:
+    """Those that a pair, or a target alone, can serve."""
+    return {pairs.NONE: ALONE, "STANDALONE": ARMS}.get(algorithm, HEADED)
 
 
 class Suite(Protocol):
@@ -184,6 +217,7 @@ def header(name: str, plan: Plan, checksum: str, server: LocalServer) -> dict:
         "arm": name,
         "about": arm.about,
         **({"own": True} if arm.own else {}),
+        **arm.sweep.named(),
         "pair": plan.pair.named(),
         "tried": [dense._asdict() for dense in plan.tried],
         "sts": {key: state[key] for key in kept if key in state},

@@ -47,14 +47,15 @@ def measure(
 
 
 def check_sparse(cell: Cell, arm: Arm) -> None:
-    """Refuse results of verifies that were not what the arm says."""
+    """Refuse results of verifies and prefills that were not what the arm says."""
     if arm.config is None:
         return
     dense, some_full = arm.config.get("verify") == "dense", bool(arm.config.get("full_verify_every"))
-    if not asking.verified_as_said(cell, dense=dense, some_full=some_full):
-        raise SystemExit(
-            f"{cell.arm} {cell.task} {cell.length} keep {cell.keep}: verified as {cell.counters}"
-        )
+    name = f"{cell.arm} {cell.task} {cell.length} keep {cell.keep}"
+    if not asking.verified_as_said(cell, arm.sweep, dense=dense, some_full=some_full):
+        raise SystemExit(f"{name}: verified as {cell.counters}")
+    if not asking.prefilled_as_said(cell, arm.sweep):
+        raise SystemExit(f"{name}: prefilled as {cell.counters}")
 
 
 def try_dense(plan: Plan, suite: Suite, items: int, out: Path, logs: Path) -> tuple[Dense, ...]:
@@ -119,7 +120,7 @@ def run_arm(
     ):
         if file.tell() == 0:
             file.write(json.dumps(header(name, plan, suite.checksum, server)) + "\n")
-        client = Client(server, sts=arm.config is not None)
+        client = Client(server, None if arm.config is None else arm.sweep)
         for cell in todo:
             for found in measure(client, suite, name, plan, cell, bar):
                 file.write(json.dumps(asdict(found), separators=(",", ":")) + "\n")

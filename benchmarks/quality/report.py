@@ -35,6 +35,9 @@ COLORS = {
     "joined": "C8",
     "tokens": "C6",
     "tokens-split": "C9",
+    "prefill": "navy",
+    "prefill-draft": "darkorange",
+    "prefill-verify": "teal",
 }
 
 
@@ -67,9 +70,14 @@ class Results:
                 raise SystemExit(f"{folder}: arms were measured with different {what}; measure them again")
 
     @cached_property
+    def prefills(self) -> dict[str, float]:
+        """Arms whose keeps are of prompts, and the share of the context that their verifies attend to."""
+        return {arm: self.headers[arm]["verify"] for arm in self.arms if "sweeps" in self.headers[arm]}
+
+    @cached_property
     def rivals(self) -> list[str]:
         """What sts is compared with, an arm of one's own before all."""
-        own = [arm for arm, header in self.headers.items() if header.get("own")]
+        own = [arm for arm, of in self.headers.items() if of.get("own") and arm not in self.prefills]
         return [*own, *(arm for arm in RIVALS if arm in self.arms)]
 
     def _values(self, index: int) -> list:
@@ -120,6 +128,11 @@ class Results:
         """Over the tasks that it was asked."""
         found = [np.mean(c["score"]) for t in self.tasks if (c := self.cells.get((arm, t, length, keep)))]
         return float(np.mean(found)) if found else None
+
+    @cached_property
+    def whole(self) -> str:
+        """The arm whose dense answers stand in tables of all: sts, where it was asked."""
+        return next((arm for arm in self.arms if arm not in ("stock", "dense")), self.arms[0])
 
     def part(self, arm: str, length: int) -> str:
         """Says how many tasks an arm was asked where these are not all."""
@@ -207,14 +220,14 @@ def text_rivals(r: Results) -> str:
             found = [r.loss_change(("sts", keep), (arm, keep), length) for keep in r.keeps]
             if any(found):
                 rows.append([length, arm, *(signed(f, digits=2) for f in found)])
-    return table(["context", "loss, sts minus", *map(percent, r.keeps)], rows)
+    return table(["context", "loss, sts minus", *map(percent, r.keeps)], rows) if rows else ""
 
 
 def by_task(r: Results, length: int, keep: float) -> str:
     arms = [a for a in r.arms if (a, r.tasks[0], length, keep) in r.cells]
     rows = []
     for task in r.tasks:
-        dense = r.cells.get(("sts", task, length, DENSE))
+        dense = r.cells.get((r.whole, task, length, DENSE))
         found = [r.pairs((arm, keep), (arm, DENSE), task, length) for arm in arms]
         change = [signed(interval(*f)) if f else "-" for f in found]
         items = len(dense["score"]) if dense else "-"
@@ -226,7 +239,7 @@ def by_depth(r: Results, length: int, keep: float) -> str:
     """Accuracy on all tasks whose facts have a depth, by fifth of the prompt; arms that were asked all."""
     arms = [a for a in r.arms if (a, "single", length, keep) in r.cells and not r.part(a, length)]
     tasks = [t for t in r.tasks if t != "shared"]
-    columns = [("dense", "sts", DENSE), *((arm, arm, keep) for arm in arms)]
+    columns = [("dense", r.whole, DENSE), *((arm, arm, keep) for arm in arms)]
     cells = {
         head: [r.cells[arm, task, length, k] for task in tasks if (arm, task, length, k) in r.cells]
         for head, arm, k in columns
@@ -309,7 +322,20 @@ def reach(r: Results, length: int) -> str:
                 aim, met = ("ahead of", less.high < 0) if keep <= 0.1 else ("not behind", less.low <= 0)
                 aim = f"keep {percent(keep)}: loss of text {aim} {rival}"
                 rows.append([aim, signed(less, digits=2), verdict(less, met)])
+    rows += [row for arm in r.prefills for keep in r.keeps for row in prefill_reach(r, arm, keep, length)]
     return table(["aim", "found", "met"], rows)
+
+
+def prefill_reach(r: Results, arm: str, keep: float, length: int) -> list[list[str]]:
+    """What a sparse prefill may lose."""
+    rows, name = [], f"{arm}, keep {percent(keep)}"
+    if (mean := r.difference((arm, keep), (arm, DENSE), length)) is not None:
+        met = verdict(mean, mean.mean >= -0.01)
+        rows.append([f"{name}: mean within 1 point of dense{r.part(arm, length)}", signed(mean), met])
+    if (rise := r.loss_change((arm, keep), (arm, DENSE), length)) is not None:
+        found, met = signed(rise, digits=2), verdict(rise, rise.mean <= 0.01)
+        rows.append([f"{name}: loss of text within 1 %", found, met])
+    return rows
 
 
 def verdict(found: Interval, met: bool) -> str:
@@ -342,6 +368,8 @@ def dense_speculation(r: Results) -> str:
 
 def parity(r: Results) -> str:
     """Outputs equal token for token."""
+    if not {"sts", "dense"} & set(r.arms):
+        return ""
     compared = [
         ("sts", "sts-again", r.keeps, "sparse"),
         ("sts", "sts-again", [DENSE], "keep 100 %"),
@@ -385,33 +413,44 @@ def few(r: Results) -> str:
     )
 
 
+def what_is_sparse(r: Results) -> str:
+    """What the keeps are shares of."""
+    if not r.prefills:
+        return "Prefill is dense everywhere; only verify is sparse."
+    arms = ", ".join(f"`{arm}` ({percent(verify)})" for arm, verify in r.prefills.items())
+    return (
+        f"In {arms} a keep is the share of blocks of keys that prompts attend to, and in brackets is the "
+        "share of the context that verifies attend to then; dense is dense in both. In all others prefill is "
+        "dense and only verify is sparse."
+    )
+
+
 def markdown(r: Results) -> str:
     shown = 0.1 if 0.1 in r.keeps else min(r.keeps, default=DENSE)
     about = (
         f"Made by `python -m benchmarks.quality.report` from the result files beside it ({r.digest}). "
         "Accuracy in points (0 to 100); a difference is paired with the same server's dense answer to the "
         "same item unless it says otherwise, with a 95 % bootstrap interval over documents; bold: it "
-        f"excludes 0 and every task has {ENOUGH} documents. Prefill is dense everywhere; only "
-        "verify is sparse."
+        f"excludes 0 and every task has {ENOUGH} documents. {what_is_sparse(r)}"
     )
-    parts = ["# Quality of sparse verify, by selector and budget", about, few(r), origin(r)]
+    kinds = " and ".join(
+        kind for kind, there in (("verify", set(r.arms) - set(r.prefills)), ("prefill", r.prefills)) if there
+    )
+    parts = [f"# Quality of sparse {kinds}, by selector and budget", about, few(r), origin(r)]
     for length in r.lengths() if r.keeps else ():
         parts += [f"## {length} tokens", overview(r, length)]
-        if "sts" in r.arms:
+        if "sts" in r.arms or r.prefills:
             parts += ["### What was aimed at", reach(r, length)]
+        if "sts" in r.arms:
             parts += ["### STS against the others", rivals(r, length)]
         parts += [f"### By task, keep {percent(shown)}, against dense", by_task(r, length, shown)]
         if "single" in r.tasks:
             parts += [f"### By depth, keep {percent(shown)}, accuracy", by_depth(r, length, shown)]
     if r.keeps and r.lengths(loss=True):
         parts += ["## Held-out text, forced through the server", losses(r), text_rivals(r)]
-    parts += [
-        "## Noise and parity",
-        noise(r),
-        parity(r),
-        dense_speculation(r),
-        "![quality against keep](pareto.png)" if r.keeps else "",
-    ]
+    if any(same := [noise(r), parity(r), dense_speculation(r)]):
+        parts += ["## Noise and parity", *same]
+    parts.append("![quality against keep](pareto.png)" if r.keeps else "")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -1,7 +1,9 @@
 """Asking a server: one item at one keep, and all items of a task at every keep as cells of results.
 
-Every keep is asked over the same cached prompt, dense (keep 1) included, so that a difference is between two
-answers of one server to one item.
+What a keep is a share of, a `Sweep` says: of the context in verify, or of the prompt's blocks in a sparse
+prefill. Every keep of verify is asked over the same cached prompt, dense (keep 1) included, so that a
+difference is between two answers of one server to one item; a prompt is prefilled anew for every keep of
+prefill, since the server shares prefixes only among those who ask for the same.
 """
 
 from __future__ import annotations
@@ -17,6 +19,46 @@ from typing import Protocol
 from sts_sglang.tools.local_server import LocalServer
 
 DENSE = 1.0  # the keep of a request that attends to everything
+
+
+class Sweep(Protocol):
+    """What the keeps of cells stand for. Keep 1 is dense, whatever else is a share of something."""
+
+    def asks(self, keep: float) -> dict:
+        """`custom_params.sts` of a request in a cell of this keep."""
+
+    def named(self) -> dict:
+        """What a result file says of it."""
+
+
+@dataclass(frozen=True)
+class VerifySweep:
+    """Shares of the context that verifies attend to; prompts are prefilled as the server does."""
+
+    def asks(self, keep: float) -> dict:
+        return {"keep": keep}
+
+    def named(self) -> dict:
+        return {}
+
+
+@dataclass(frozen=True)
+class PrefillSweep:
+    """Shares of the blocks of keys that prompts attend to; verifies attend to a share that is the same for
+    all but the dense cell."""
+
+    verify: float = DENSE
+
+    def asks(self, keep: float) -> dict:
+        if keep == DENSE:
+            return {"keep": DENSE, "prefill": "dense"}
+        return {"keep": self.verify, "prefill": "sparse", "prefill_keep": keep}
+
+    def named(self) -> dict:
+        return {"sweeps": "prefill_keep", "verify": self.verify}
+
+
+VERIFY = VerifySweep()
 
 
 class NotAsked(RuntimeError):
@@ -68,10 +110,10 @@ class Cell:
 
 
 class Client:
-    """Asks one server greedily; `sts`: whether it knows of keeps (else it is stock SGLang)."""
+    """Asks one server greedily; `sweep`: what a keep asks it for, None: it is stock SGLang."""
 
-    def __init__(self, server: LocalServer, sts: bool = True):
-        self.server, self.sts = server, sts
+    def __init__(self, server: LocalServer, sweep: Sweep | None = VERIFY):
+        self.server, self.sweep = server, sweep
 
     def generate(
         self, ids: list[int], keep: float, new_tokens: int, extra: dict | None = None, **params
@@ -82,7 +124,8 @@ class Client:
     def forced(self, ids: list[int], tokens: list[int], keep: float) -> tuple[Reply, list[float]]:
         """A reply without score, and the log-probability of each of `tokens` after those before it.
 
-        The first comes from the prefill, which is dense at every keep, and is left out.
+        The first comes from the prefill and is left out, at every keep and however the prompt was prefilled:
+        the others are decoded.
 
         Raises:
             NotAsked: the server emitted something else; it is not sts_sglang.host.forced.
@@ -101,14 +144,14 @@ class Client:
 
     def _generate(self, ids: list[int], keep: float, new_tokens: int, extra: dict, **params) -> dict:
         params = {"max_new_tokens": new_tokens, "temperature": 0, **params}
-        if self.sts:
-            params["custom_params"] = {"sts": {"keep": keep}}
+        if self.sweep is not None:
+            params["custom_params"] = {"sts": self.sweep.asks(keep)}
         body = {"input_ids": ids, "sampling_params": params, **extra}
         return self.server.post("/generate", body, timeout=3600)
 
     def counters(self) -> dict[str, int]:
         """Of a server at rest: on a GPU the round after the last answer is on its way already."""
-        if not self.sts:
+        if self.sweep is None:
             return {}
         before, now = None, self.server.counters()
         while before != now:
@@ -140,8 +183,9 @@ def measure(
 ) -> None:
     """Fill the cells of one task, a keep each, with documents 0 to `count`.
 
-    As many documents as run at once are asked at one keep after the other, so that their prompts are in the
-    prefix cache and the counters belong to one keep. `progress` hears of every batch at every keep.
+    As many documents as run at once are asked at one keep after the other, so that prompts which are
+    prefilled alike are in the prefix cache and the counters belong to one keep. `progress` hears of every
+    batch at every keep.
     """
     before = client.counters()
     with ThreadPoolExecutor(concurrency) as pool:
@@ -171,16 +215,26 @@ def dense_score(
     return sum(cell.score) / len(cell.score)
 
 
-def verified_as_said(cell: Cell, dense: bool = False, some_full: bool = False) -> bool:
-    """Whether the verifies of a cell were what its keep says.
+def verified_as_said(
+    cell: Cell, sweep: Sweep = VERIFY, *, dense: bool = False, some_full: bool = False
+) -> bool:
+    """Whether the verifies of a cell were what its requests asked for.
 
     Args:
-        dense: the server verifies densely whatever a request asks. some_full: every N-th verify is full.
+        sweep: what its keep asks for. dense: the server verifies densely whatever a request asks. some_full:
+            every N-th verify is full.
     """
     counters = cell.counters
     sparse, full = counters["selected_tokens"] < counters["available_tokens"], bool(counters["full_verifies"])
     if dense:
         return full and not sparse and not counters["sparse_verifies"]
     # At keep 1 a verify counts as sparse too: it attended to a selection, of everything.
-    right = sparse == (cell.keep != DENSE) and full == some_full
+    right = sparse == (sweep.asks(cell.keep)["keep"] != DENSE) and full == some_full
     return right and counters["sparse_verifies"] > 0 and not counters["dense_verifies"]
+
+
+def prefilled_as_said(cell: Cell, sweep: Sweep) -> bool:
+    """Whether the prompts of a cell were prefilled as its requests asked: with blocks left out where they
+    name a share of them, else densely, of which nothing is counted."""
+    selected, there = (cell.counters[f"prefill_{which}_blocks"] for which in ("selected", "available"))
+    return selected < there if "prefill_keep" in sweep.asks(cell.keep) else there == 0

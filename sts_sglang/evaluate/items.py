@@ -5,7 +5,7 @@ conversation where the model has a chat template, and copies are continued where
 What a model cannot do with dense attention says nothing about sparse attention: whoever asks leaves those
 tasks out first (GOOD_ENOUGH).
 
-The first token of an answer comes from the prefill, which is dense. So answers repeat the question's words
+The first token of an answer comes from the prefill, not from a verify. So answers repeat the question's words
 before the value, and a copy or a forced text counts from the second token on.
 
 Every item has its own seed: item 7 is the same whatever else is asked.
@@ -94,7 +94,7 @@ class Text:
     """Text that is read on: the score is minus the loss, nats a token."""
 
     prefix: list[int]
-    forced: list[int]  # the first comes from the dense prefill and does not count
+    forced: list[int]  # the first comes from the prefill and does not count
 
     def ask(self, client: Client, keep: float) -> list[Reply]:
         reply, logprobs = client.forced(self.prefix, self.forced, keep)
