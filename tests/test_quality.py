@@ -15,7 +15,7 @@ from benchmarks.quality import __main__ as command
 from benchmarks.quality import items, measure, report
 from benchmarks.quality.arms import ALONE, ARMS, Dense, Plan, sts_config
 from sts_sglang import headmap
-from sts_sglang.config import StsConfig
+from sts_sglang.config import StsConfig, check_request, request_prefill
 from sts_sglang.evaluate import asking, stats
 from sts_sglang.evaluate.pair import Alone, Pair
 from sts_sglang.host.forced import ForcedText
@@ -23,6 +23,8 @@ from sts_sglang.tools.demo import MODELS
 from sts_sglang.tools.tiny_pair import make_pair
 from tests.forked import Forked
 from tests.server import random_ids
+
+DENSELY, SPARSELY = {"prefill": "dense"}, {"prefill": "sparse", "prefill_keep": 0.25}
 
 
 @pytest.fixture(scope="module")
@@ -234,13 +236,122 @@ def test_report_refuses_different_items(small_results):
     ],
 )
 def test_results_of_other_verifies_are_refused(arm, keep, counters, ok):
+    checked(arm, keep, (*counters, 0, 0), None if ok else "verified")
+
+
+@pytest.mark.parametrize(
+    ("arm", "keep", "verifies", "blocks", "problem"),
+    [
+        ("prefill", 0.25, (100, 100), (30, 100), None),
+        ("prefill", 0.25, (100, 100), (100, 100), "prefilled"),
+        ("prefill", 0.25, (100, 100), (0, 0), "prefilled"),
+        ("prefill", 0.25, (25, 100), (30, 100), "verified"),
+        ("prefill", 1.0, (100, 100), (0, 0), None),
+        ("prefill", 1.0, (100, 100), (100, 100), "prefilled"),
+        ("prefill", 1.0, (25, 100), (0, 0), "verified"),
+        ("prefill-verify", 0.25, (10, 100), (30, 100), None),
+        ("prefill-verify", 0.25, (100, 100), (30, 100), "verified"),
+        ("prefill-verify", 1.0, (100, 100), (0, 0), None),
+        ("sts", 0.25, (25, 100), (30, 100), "prefilled"),
+        ("dense", 1.0, (100, 100), (30, 100), "prefilled"),
+    ],
+)
+def test_results_of_other_prefills_are_refused(arm, keep, verifies, blocks, problem):
+    sparse, full = (0, 1) if arm == "dense" else (5, 0)
+    checked(arm, keep, (sparse, 0, *verifies, full, *blocks), problem)
+
+
+def checked(arm: str, keep: float, counters: tuple[int, ...], problem: str | None) -> None:
     names = ("sparse_verifies", "dense_verifies", "selected_tokens", "available_tokens", "full_verifies")
+    names += ("prefill_selected_blocks", "prefill_available_blocks")
     found = asking.Cell(arm, "single", 4096, keep, counters=dict(zip(names, counters, strict=True)))
-    if ok:
+    if problem is None:
         measure.check_sparse(found, ARMS[arm])
     else:
-        with pytest.raises(SystemExit, match="verified as"):
+        with pytest.raises(SystemExit, match=f"{arm} single 4096 keep {keep}: {problem} as"):
             measure.check_sparse(found, ARMS[arm])
+
+
+class Recorded:
+    """A server that notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict] = []
+
+    def post(self, path: str, body: dict, timeout: float) -> dict:
+        self.bodies.append(body)
+        return {"meta_info": {"completion_tokens": 1}, "output_ids": [1], "text": "", "path": path}
+
+
+@pytest.mark.parametrize(
+    ("arm", "sparse", "dense"),
+    [
+        ("sts", {"keep": 0.25}, {"keep": 1.0}),
+        ("prefill", {"keep": 1.0, **SPARSELY}, {"keep": 1.0, **DENSELY}),
+        ("prefill-verify", {"keep": 0.1, **SPARSELY}, {"keep": 1.0, **DENSELY}),
+    ],
+)
+def test_an_arm_says_what_its_keeps_ask_for(arm, sparse, dense):
+    """And its server allows it; dense is a dense prefill and whole verifies in all arms."""
+    server = Recorded()
+    client = asking.Client(server, ARMS[arm].sweep)
+    for keep in (0.25, 1.0):
+        client.generate([1, 2], keep, 1)
+    asked = [body["sampling_params"]["custom_params"] for body in server.bodies]
+    assert asked == [{"sts": sparse}, {"sts": dense}]
+    config = StsConfig.parse({"keep": 0.5, **ARMS[arm].config})
+    for params in asked:
+        check_request(params, config)
+    assert request_prefill(asked[0], config) == sparse.get("prefill_keep")
+    assert request_prefill(asked[1], config) is None
+
+
+def test_stock_is_asked_for_nothing():
+    server = Recorded()
+    asking.Client(server, None).generate([1], 0.5, 1)
+    assert "custom_params" not in server.bodies[0]["sampling_params"]
+
+
+def test_arms_of_ones_own_sweep_their_prefill_where_it_is_sparse(writer):
+    given = {
+        "whole": {"prefill": "sparse", "prefill_floor": 0},
+        "served": {"prefill": "sparse", "keep": 0.2},
+        "auto": {"prefill": "sparse", "keep": "auto"},
+        "verify": {"keep": 0.2},
+    }
+    more = [word for name, config in given.items() for word in ("--arm", f"{name}={json.dumps(config)}")]
+    arms = planned("--device", "cpu", *more).arms
+    found = {name: arms[name].sweep.named().get("verify") for name in given}
+    assert found == {"whole": 1.0, "served": 0.2, "auto": 0.1, "verify": None}
+    with pytest.raises(SystemExit, match="--sts-config: prefill is said by an arm"):
+        planned("--sts-config", '{"prefill": "sparse"}')
+
+
+def test_a_draft_that_reads_first_is_an_arm_of_standalone_alone(writer):
+    for algorithm, there in (("STANDALONE", True), ("EAGLE3", False), ("NONE", False)):
+        arms = planned("--algorithm", algorithm, "--device", "cpu").arms
+        assert ("prefill-draft" in arms) == there and {"prefill", "prefill-verify"} <= set(arms)
+
+
+def test_the_report_tells_keeps_of_prompts_from_those_of_verifies(small_results):
+    """Beside sts, which is not compared with them, and alone."""
+    path = small_results / "quest.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0] |= {"own": True, **ARMS["prefill-verify"].sweep.named()}
+    path.write_text("\n".join(json.dumps({**row, "arm": "mine"}) for row in rows))
+    report.write(small_results)
+    text = (small_results / "report.md").read_text()
+    assert text.startswith("# Quality of sparse verify and prefill, by")
+    assert "In `mine` (10 %) a keep is the share of blocks of keys that prompts attend to" in text
+    assert "| mine | 10 % | 50.0 | **-50.0 [" in text and "| mine | **+37.5" not in text
+    assert "| mine, keep 10 %: mean within 1 point of dense | **-50.0 [" in text
+    assert "| mine, keep 10 %: loss of text within 1 % | **+2.00 [+2.00, +2.00]** | no |" in text
+    (small_results / "sts.jsonl").unlink()
+    report.write(small_results)
+    text = (small_results / "report.md").read_text()
+    assert text.startswith("# Quality of sparse prefill, by") and "sts" not in text
+    assert "| single | 40 | 100.0 | **-50.0 [" in text, "dense is its own"
+    assert "| 0 to 20 % | 16 | 100.0 | 50.0 |" in text
 
 
 def test_help_names_every_arm_and_quick_is_small(capsys):
