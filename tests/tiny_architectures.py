@@ -368,7 +368,7 @@ def own_layer(folder: Path, name: str, change: dict[str, Any] | None = None, wid
     sizes = {"norm.weight": dim, "q_proj.bias": 4 * dim, "k_proj.bias": 2 * dim, "v_proj.bias": 2 * dim}
     for vector in vectors:
         shapes[f"{block}.{vector}"] = (next((n for end, n in sizes.items() if vector.endswith(end)), 4),)
-    generator, scale = torch.Generator().manual_seed(0), 1.6 / hidden**0.5
+    generator, scale = torch.Generator().manual_seed(0), 12.8 / hidden
     tensors = {
         key: scale * torch.randn(shape, generator=generator) + (len(shape) == 1 and "weight" in key)
         for key, shape in shapes.items()
