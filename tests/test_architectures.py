@@ -23,6 +23,7 @@ import torch
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
+from sts_sglang import checkpoints
 from sts_sglang.config import ConfigError
 from sts_sglang.headmap import HeadCounts
 from sts_sglang.host import architectures, bind, views
@@ -103,6 +104,19 @@ def test_what_sglang_makes_of_a_draft_is_known(tmp_path):
 def test_every_served_architecture_has_a_tiny_model():
     assert set(tiny_architectures.TINY) & declared() == TARGETS
     assert set(tiny_architectures.UNSEEN) <= set(architectures.REFUSED)
+
+
+def test_a_wide_tiny_model_has_heads_of_64_dimensions(tmp_path):
+    """As SGLang's rotary kernel on a GPU asks, and no router whose near ties half precision would decide."""
+    for name in (*tiny_architectures.TINY, *tiny_architectures.UNSEEN):
+        config = ModelConfig(str(tiny_architectures.make(tmp_path, name, wide=True)), trust_remote_code=True)
+        assert (config.head_dim, config.hidden_size) == (64, 256), name
+        assert all(f'"{field}": 2' not in str(config.hf_config) for field in tiny_architectures.CHOSEN), name
+    for name in OWN_LAYERS:
+        narrow, wide = (tiny_architectures.own_layer(tmp_path / str(w), name, wide=w) for w in (False, True))
+        few, many = (checkpoints.header("", path / "model.safetensors") for path in (narrow, wide))
+        assert few.keys() == many.keys()
+        assert many[checkpoints.OWN_LAYERS[name].joined.format(n=4) + ".weight"].shape == (256, 512)
 
 
 def launch(monkeypatch, folder: Path, name: str, *, change=None, draft=None, **arguments) -> str:

@@ -1,11 +1,15 @@
-"""Tiny random models on a GPU, bf16, CUDA graphs: mixtures of experts, and architectures that the table
-refuses because a CPU cannot run them. Nobody has run this file yet; what passes here leaves the list of those
+"""Tiny random models on a GPU, bf16, CUDA graphs: mixtures of experts, models' own layers under EAGLE, and
+architectures that the table refuses because a CPU cannot run them. What passes here leaves the list of those
 that were not seen.
+
+Six servers at a time, which are compared and not timed.
 """
 
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -13,58 +17,79 @@ from sts_sglang.host import architectures
 from sts_sglang.tools.local_server import LocalServer
 from tests import tiny_architectures
 from tests.server import random_ids
+from tests.test_gpu import CHAIN, WHOLE, ask_all, forced_through, was_sparse
 
 pytestmark = [pytest.mark.gpu, pytest.mark.server]
 
 SERVED = ("GraniteForCausalLM", "Qwen3MoeForCausalLM", "Glm4MoeForCausalLM", "MixtralForCausalLM")
+# SGLang 0.5.16 ends in a TypeError in Solar's forward, wherever it runs.
+UNSEEN = sorted(set(tiny_architectures.UNSEEN) - {"SolarForCausalLM"})
+OWN_LAYERS = {"Glm4MoeForCausalLM": "EAGLE", "MiMoForCausalLM": "EAGLE", "Qwen3MoeForCausalLM": "NEXTN"}
+CASES = [*((name, "alone") for name in (*SERVED, *UNSEEN)), *OWN_LAYERS.items()]
 PROMPTS = [random_ids(n, n) for n in (40, 333, 2000)]
-SIZES = ("--context-length", "8192", "--max-total-tokens", "20000", "--max-running-requests", "8")
-COMMON = (
-    "--load-format",
-    "dummy",
-    "--trust-remote-code",
-    "--dtype",
-    "bfloat16",
-    "--skip-server-warmup",
-    *SIZES,
-)
+NEW_TOKENS = 24
+# How near stock's two best are where another order of summation decides. In plain torch in bf16 two
+# implementations of attention differ in the argmax of four of these models in 3 to 6 % of 500 places, where
+# the two best are up to 0.031 apart.
+NEAR = 0.1
 SPARSE = json.dumps({"keep": 0.3, "budget": 0})
+COMMON = ("--load-format", "dummy", "--trust-remote-code", "--dtype", "bfloat16", "--skip-server-warmup")
+COMMON += ("--context-length", "8192", "--max-total-tokens", "20000", "--max-running-requests", "8")
+COMMON += ("--cuda-graph-max-bs", "8", "--cuda-graph-backend-prefill", "disabled", "--sleep-on-idle")
+COMMON += ("--mem-fraction-static", "0.6", "--random-seed", "0")
 
 
-def ask(server: LocalServer, **own) -> list[dict]:
-    """Answers with the two best logprobs of every token."""
-    params = {"max_new_tokens": 24, "temperature": 0, "ignore_eos": True}
-    if own:
-        params["custom_params"] = {"sts": own}
-    body = {"sampling_params": params, "return_logprob": True, "top_logprobs_num": 2}
-    return [server.post("/generate", {"input_ids": ids, **body}) for ids in PROMPTS]
+def serve(folder: Path, name: str, *args: str) -> LocalServer:
+    """Of a wide tiny model, in a folder of its own, also for the class that its checkpoint brings along."""
+    model = tiny_architectures.make(folder, name, wide=True)
+    given = {"start_seconds": 300, "env": {"HF_MODULES_CACHE": str(folder / "modules")}}
+    return LocalServer(model, folder / "log", *COMMON, *args, module="tests.unseen_architectures", **given)
 
 
-def margins(answer: dict) -> list[float]:
-    return [best[0] - second[0] for best, second in answer["meta_info"]["output_top_logprobs"]]
+def stock_says(folder: Path, name: str) -> list[dict]:
+    with serve(folder, name, "--attention-backend", "fa3") as server:
+        return ask_all(server, PROMPTS, max_new_tokens=NEW_TOKENS)
 
 
-@pytest.mark.parametrize("name", [*SERVED, *tiny_architectures.UNSEEN])
-def test_full_budget_is_stock_but_for_near_ties(tmp_path, name):
-    """Up to the first token whose two best logits are as near as another order of summation decides."""
-    model = tiny_architectures.make(tmp_path, name)
-    module = "tests.unseen_architectures"
-    assert name in architectures.TARGETS or name in tiny_architectures.UNSEEN
-    with LocalServer(model, tmp_path / "stock.log", *COMMON, module=module) as server:
-        stock = ask(server)
-    args = ("--attention-backend", "sts", "--sts-config", SPARSE)
-    with LocalServer(model, tmp_path / "sts.log", *COMMON, *args, module=module) as server:
-        whole = ask(server, keep=1.0)
+def flags(folder: Path, name: str, road: str) -> list[str]:
+    """Of a server that drafts by the model's own layer under this algorithm, or not at all."""
+    args = ["--attention-backend", "sts", "--sts-config", SPARSE]
+    if road != "alone":
+        draft = tiny_architectures.own_layer(folder / "own", name, wide=True)
+        args += ["--speculative-algorithm", road, "--speculative-draft-model-path", str(draft), *CHAIN]
+        args += ["--speculative-draft-load-format", "auto"]
+    return args
+
+
+def compared(folder: Path, name: str, road: str, stock: Future) -> tuple[int, float, float]:
+    """Near ties of stock that were decided otherwise at full budget, and the keep ratios there and below."""
+    with serve(folder, name, *flags(folder, name, road)) as server:
         before = server.counters()
-        few = ask(server)
-        after = server.counters()
-    compared = 0
-    for theirs, ours in zip(stock, whole, strict=True):
-        for token, own, margin in zip(theirs["output_ids"], ours["output_ids"], margins(theirs), strict=True):
-            if token != own:
-                assert margin < 0.1
-                break
-            compared += 1
-    assert compared > 3 * 8
-    assert after["dense_verifies"] == 0 and after["sparse_verifies"] > before["sparse_verifies"]
-    assert [margins(answer) for answer in few] != [margins(answer) for answer in whole]
+        pairs = zip(PROMPTS, stock.result(), strict=True)
+        differences = sum(forced_through(server, ids, answer, NEAR, **WHOLE) for ids, answer in pairs)
+        whole, before = was_sparse(server, before), server.counters()
+        ask_all(server, PROMPTS, max_new_tokens=NEW_TOKENS)
+        return differences, whole, was_sparse(server, before)
+
+
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    """Of the chosen tests, by name and road; all that stock says first, for which the others wait."""
+    chosen = " ".join(item.nodeid for item in request.session.items)
+    cases = [case for case in CASES if f"[{'-'.join(case)}]" in chosen]
+    with ThreadPoolExecutor(6) as pool:
+        stock = {
+            name: pool.submit(stock_says, tmp_path_factory.mktemp("stock"), name) for name in dict(cases)
+        }
+        yield {
+            (name, road): pool.submit(compared, tmp_path_factory.mktemp(road), name, road, stock[name])
+            for name, road in cases
+        }
+
+
+@pytest.mark.parametrize(("name", "road"), CASES)
+def test_full_budget_is_stock_but_for_near_ties(runs, name, road):
+    assert name in architectures.TARGETS or name in tiny_architectures.UNSEEN
+    differences, whole, few = runs[name, road].result()
+    assert differences <= 0.15 * NEW_TOKENS * len(PROMPTS)
+    assert whole == 1.0 and few < 0.6

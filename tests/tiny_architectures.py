@@ -299,15 +299,37 @@ class TinyConfig(PretrainedConfig):
 """
 
 
-def make(folder: Path, name: str, change: dict[str, Any] | None = None) -> Path:
-    """Its configuration and tokenizer in a folder below this one. change: fields that are otherwise."""
+WIDE = 4  # times as many dimensions: heads of 64
+# Fields that count dimensions.
+WIDTHS = {
+    *("hidden_size", "intermediate_size", "head_dim", "moe_intermediate_size", "rotary_dim", "kv_channels"),
+    *("n_embd", "n_inner", "ffn_hidden_size", "ffn_dim", "word_embed_proj_dim", "d_model", "dim_model_base"),
+    *("shared_intermediate_size", "shared_expert_intermediate_size"),
+}
+CHOSEN = {"num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k"}  # fields that count a token's experts
+
+
+def make(folder: Path, name: str, change: dict[str, Any] | None = None, wide: bool = False) -> Path:
+    """Its configuration and tokenizer in a folder below this one. change: fields that are otherwise.
+
+    wide: for a GPU, where SGLang has no rotary kernel for heads of 16 dimensions. A token goes to all
+    experts: to choose among them is to decide near ties, which half precision does by chance.
+    """
     model_type, own = (TINY | UNSEEN)[name]
     config = {"architectures": [name], "model_type": model_type, **COMMON, **own, **(change or {})}
+    if wide:
+        config = _widened(config)
     if model_type in REMOTE:
         config["auto_map"] = {"AutoConfig": "configuration_tiny.TinyConfig"}
     path = write(folder / name, config)
     (path / "configuration_tiny.py").write_text(_CLASS.format(model_type))
     return path
+
+
+def _widened(config: dict[str, Any]) -> dict[str, Any]:
+    changed = {key: _widened(value) for key, value in config.items() if isinstance(value, dict)}
+    changed |= {key: WIDE * config[key] for key in WIDTHS & config.keys()}
+    return {**config, **changed, **dict.fromkeys(CHOSEN & config.keys(), 4)}
 
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -328,25 +350,27 @@ _OF_BLOCK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def own_layer(folder: Path, name: str, change: dict[str, Any] | None = None) -> Path:
-    """A checkpoint of its own layer for the next token but one alone, in a folder below this one. change:
-    fields that are otherwise."""
-    path = make(folder, name, change)
+def own_layer(folder: Path, name: str, change: dict[str, Any] | None = None, wide: bool = False) -> Path:
+    """A checkpoint of its own layer for the next token but one alone, in a folder below this one. change,
+    wide: as in make."""
+    path = make(folder, name, change, wide)
     config = json.loads((path / "config.json").read_text())
     layer = checkpoints.OWN_LAYERS[name]
     shapes = dict(checkpoints._of_own_layer(config, layer))
     block, (matrices, vectors) = layer.block.format(n=LAYERS), _OF_BLOCK[name]
+    hidden, dim = config["hidden_size"], config["head_dim"]
     for matrix in matrices:
-        inner = 32 if "experts." in matrix or "shared_mlp." in matrix else 128
+        routed = "experts." in matrix or "shared_mlp." in matrix
+        inner = config["moe_intermediate_size" if routed else "intermediate_size"]
         rows = 4 if matrix.endswith("gate") else inner
-        shape = (64, inner) if matrix.endswith("down_proj") else (rows, 64)
+        shape = (hidden, inner) if matrix.endswith("down_proj") else (rows, hidden)
         shapes[f"{block}.mlp.{matrix}.weight"] = shape
+    sizes = {"norm.weight": dim, "q_proj.bias": 4 * dim, "k_proj.bias": 2 * dim, "v_proj.bias": 2 * dim}
     for vector in vectors:
-        sizes = {"norm.weight": 16, "q_proj.bias": 64, "k_proj.bias": 32, "v_proj.bias": 32}
         shapes[f"{block}.{vector}"] = (next((n for end, n in sizes.items() if vector.endswith(end)), 4),)
-    generator = torch.Generator().manual_seed(0)
+    generator, scale = torch.Generator().manual_seed(0), 12.8 / hidden
     tensors = {
-        key: 0.2 * torch.randn(shape, generator=generator) + (len(shape) == 1 and "weight" in key)
+        key: scale * torch.randn(shape, generator=generator) + (len(shape) == 1 and "weight" in key)
         for key, shape in shapes.items()
     }
     save_file(tensors, path / "model.safetensors")
