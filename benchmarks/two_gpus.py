@@ -34,7 +34,7 @@ def arguments(target: str, options: argparse.Namespace) -> list[str]:
     logs = options.work / target / "logs"
     logs.mkdir(exist_ok=True)
     argv = [str(word) for pair in models.items() for word in pair]
-    argv += ["--algorithm", "EAGLE3", "--tp", "2", "--arms", ARMS, "--shapes", options.shapes]
+    argv += ["--algorithm", "EAGLE3", "--tp", "2", "--arms", options.arms, "--shapes", options.shapes]
     argv += ["--accept-length", "3", "--vocab", "128000", "--repeats", str(options.repeats)]
     return [*argv, "--server-args", SERVER, "--logs", str(logs), "--out", str(options.out)]
 
@@ -45,6 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, required=True, help="append raw results to this JSONL file")
     p.add_argument("--models", nargs="+", choices=PAIRS, default=list(PAIRS), help="(all)")
     p.add_argument("--shapes", default="128000x1,32000x8,8000x8", help="longest first (%(default)s)")
+    p.add_argument("--arms", default=ARMS, help="of bench_serving (%(default)s)")
     p.add_argument("--repeats", type=int, default=1, help="servers per arm (%(default)s)")
     p.add_argument("--no-tests", action="store_true", help="times alone")
     options = p.parse_args(argv)
