@@ -60,7 +60,7 @@ def measure(server: LocalServer, length: int, kind: str, options: argparse.Names
         for turn, prompt in enumerate(prompts):
             seconds, cached = first_token(server, prompt, asks)
             new = options.turn if turn else length
-            if cached > length - new + 1 or (turn and cached < length - new):
+            if cached > length - new + 1 or (turn and cached < length - new - 1):
                 raise SystemExit(
                     f"{kind}, {length} tokens, {new} new: {cached} were cached; nothing is reported"
                 )
