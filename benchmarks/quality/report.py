@@ -420,7 +420,7 @@ def what_is_sparse(r: Results) -> str:
     arms = ", ".join(f"`{arm}` ({percent(verify)})" for arm, verify in r.prefills.items())
     return (
         f"In {arms} a keep is the share of blocks of keys that prompts attend to, and in brackets is the "
-        "share of the context that verifies attend to then; dense is dense in both. In all others prefill is "
+        "share of the context that verifies attend to then; dense is dense in both. Elsewhere prefill is "
         "dense and only verify is sparse."
     )
 
