@@ -28,7 +28,15 @@ def facts() -> dict[str, str]:
         "quality_smollm2_plain": _plain,
         "quality_smollm2_eagle3": partial(_accepted, "smol_eagle3"),
         "quality_smollm2_alone": _pretrained_alone,
-        "quality_smollm2_eagle3_tokens": partial(_read, "smol_e3", {"map": [0.1], "tokens": [0.1, 0.25]}),
+        "quality_smollm2_eagle3_tokens": partial(
+            _each, "smol_e3", {"map": [0.1], "tokens": [0.1]}, {"map": [0.1], "tokens": [0.1]}
+        ),
+        "quality_smollm2_plain_tokens": partial(_each, "smol_plain", {"map": [0.25], "tokens": [0.1]}, {}),
+        "quality_smollm2_looking_tokens": partial(
+            _each, "smol_looking", {"map": [0.1, 0.25], "tokens": [0.1]}, {}
+        ),
+        "quality_prefill": _prefilled,
+        "quality_smollm2_prefill": partial(_each, "smol_prefill", {"prefill": [0.1, 0.25]}, {}),
     }
     for folder, make in makers.items():
         results = answers.answers(tables.RESULTS / folder)
@@ -152,25 +160,37 @@ def _changes(name: str, shown: Shown, found: Results, change: Callable, digits: 
     }
 
 
-def _pretrained_alone(found: Results) -> dict[str, str]:
-    """Of SmolLM2 without a draft, at every length: percent of the loss of text, and points of answers."""
+def _each(name: str, texts: Shown, answers: Shown, found: Results) -> dict[str, str]:
+    """By NAME_text_ARM_KEEP and NAME_answers_ARM_KEEP, at every length: percent of the loss of text, and
+    points of answers."""
 
-    def each(arm: str, keep: float, change: Callable, lengths: list[int], digits: int) -> str:
-        return listed(
-            [signed(change((arm, keep), (arm, DENSE), n), digits=digits).strip("*") for n in lengths]
-        )
-
-    texts = found.lengths(loss=True)
-    shown = {"tokens": (0.05, 0.1), "tokens-split": (0.1,), "pages": (0.1, 0.25, 0.5), "oracle": (0.1,)}
-    return {
-        "smol_texts": listed([f"{n:,}" for n in texts]),
-        "smol_answers_tokens_10": each("tokens", 0.1, found.difference, found.lengths(), 1),
-        **{
-            f"smol_text_{arm}_{100 * keep:.0f}": each(arm, keep, found.loss_change, texts, 2)
+    def all_of(what: str, shown: Shown, change: Callable, lengths: list[int], digits: int) -> dict[str, str]:
+        return {
+            f"{name}_{what}_{arm}_{100 * keep:.0f}": listed(
+                [signed(change((arm, keep), (arm, DENSE), n), digits=digits).strip("*") for n in lengths]
+            )
             for arm, keeps in shown.items()
             for keep in keeps
-        },
+        }
+
+    return {
+        **all_of("text", texts, found.loss_change, found.lengths(loss=True), 2),
+        **all_of("answers", answers, found.difference, found.lengths(), 1),
     }
+
+
+def _pretrained_alone(found: Results) -> dict[str, str]:
+    """Of SmolLM2 without a draft."""
+    shown = {"tokens": [0.05, 0.1], "tokens-split": [0.1], "pages": [0.1, 0.25, 0.5], "oracle": [0.1]}
+    texts = listed([f"{n:,}" for n in found.lengths(loss=True)])
+    return {"smol_texts": texts, **_each("smol", shown, {"tokens": [0.1]}, found)}
+
+
+def _prefilled(found: Results) -> dict[str, str]:
+    """Of the shipped pair after a sparse prefill."""
+    shown = {"prefill": [0.25], "prefill-draft": [0.25]}
+    texts = listed([f"{n:,}" for n in found.lengths(loss=True)])
+    return {"prefill_texts": texts, **_each("prefill", shown, shown, found)}
 
 
 def _accepted(name: str, found: Results) -> dict[str, str]:

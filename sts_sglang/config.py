@@ -28,9 +28,9 @@ MAX_SOURCE = 64 * 1024  # bytes of a file, characters of a string
 MAX_TOKENS = 2**24
 MAX_LAYERS = 1024
 # What `keep` "auto" stands for. Where the target's own queries select it is the least of 0.1, 0.25 and 0.5 at
-# which `sts-sglang evaluate` let them pass on a model that nobody trained to be sparse; the rows of a verify
-# share a list of tokens, so that a draft makes it longer.
-KEEP, KEEP_OF_TOKENS, KEEP_OF_PAGES = 0.1, 0.25, 0.5
+# which they pass the gate of `sts-sglang evaluate`, with the default `budget`, on a model that nobody trained
+# to be sparse.
+KEEP, KEEP_OF_PAGES = 0.1, 0.5
 # Rounds that go by one selection at most under `draft_refresh` "adaptive", that which made it included, and
 # the share, in percent, of the tokens which rounds that score bring that the others must bring on average.
 ADAPTIVE_ROUNDS, ADAPTIVE_PERCENT = 16, 80
@@ -254,7 +254,7 @@ class StsConfig:
     `top_p` of the importance, at most `budget`."""
     keep: float | Literal["auto"] = "auto"
     """Share of the context to keep under `ratio`, 0 < keep <= 1; a request may set its own. auto: 0.1; by
-    `tokens` beside a draft 0.25, by `pages` 0.5."""
+    `pages` 0.5."""
     budget: int = 1024
     """Tokens: the floor under `ratio` (0 allowed), the budget of `fixed`, the cap of `top_p`."""
     top_p: float = 0.95
@@ -420,7 +420,7 @@ class StsConfig:
             self._check_alone()
         own = "draft" if drafts else "tokens" if directions else "pages"
         chosen = replace(self, selector=own) if self.selector == "auto" else self
-        return replace(chosen, keep=chosen._share(drafts))
+        return replace(chosen, keep=chosen.share)
 
     def _check_alone(self) -> None:
         """Raises `ConfigError` for what needs a draft."""
@@ -466,15 +466,10 @@ class StsConfig:
 
     @property
     def share(self) -> float:
-        """`keep`, or what `auto` stands for with this selector beside a draft."""
-        return self._share(drafts=True)
-
-    def _share(self, drafts: bool) -> float:
+        """`keep`, or what `auto` stands for with this selector."""
         if self.keep != "auto":
             return self.keep
-        if self.selector == "pages":
-            return KEEP_OF_PAGES
-        return KEEP_OF_TOKENS if self.selector == "tokens" and drafts else KEEP
+        return KEEP_OF_PAGES if self.selector == "pages" else KEEP
 
     @property
     def forced(self) -> int:

@@ -93,11 +93,10 @@ def test_what_a_launch_keeps_depends_on_who_selects():
         for selector in ("auto", "tokens", "pages", "quest")
         for drafts in (True, False)
     }
-    more = {("tokens", True): 0.25, ("pages", True): 0.5, ("pages", False): 0.5}
-    assert found == {case: more.get(case, 0.1) for case in found}
+    assert found == {case: 0.5 if case[0] == "pages" else 0.1 for case in found}
     assert StsConfig(selector="joined").for_launch(True).keep == 0.1
     assert StsConfig(keep=0.3).for_launch(False).keep == 0.3
-    assert StsConfig(selector="tokens").budget_for(100_000) == 25_000
+    assert StsConfig(selector="pages").budget_for(100_000) == 50_000
     with pytest.raises(ConfigError, match="or 'auto'"):
         StsConfig(keep="most")
 

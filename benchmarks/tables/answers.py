@@ -35,6 +35,9 @@ QUALITY = {
     "map": "sts, calibrated map",
     "joined-map": "joined, calibrated map",
     "joined-map-u": "joined, calibrated map, the same budget for every head",
+    "prefill": "sparse prefill, by the target's queries",
+    "prefill-draft": "sparse prefill, by the draft's",
+    "prefill-verify": "sparse prefill by the target's queries, verify at 10 %",
 }
 
 
@@ -70,9 +73,18 @@ def pretrained_tokens() -> str:
     parts = [asked(["quality_smollm2_alone"], "SmolLM2-135M-Instruct alone")]
     parts += [
         asked([f"quality_smollm2_{draft}_tokens"], f"SmolLM2-135M-Instruct with {name}")
-        for draft, name in DRAFTS
+        for draft, name in (DRAFTS[0], ("looking", "its STANDALONE draft (b)"), DRAFTS[1])
     ]
     return "\n\n".join(parts)
+
+
+def prefill() -> str:
+    """What a sparse prefill changes: the shipped pair, and SmolLM2 alone."""
+    parts = [
+        ("quality_prefill", "the shipped pair"),
+        ("quality_smollm2_prefill", "SmolLM2-135M-Instruct alone"),
+    ]
+    return "\n\n".join(asked([folder], whose, over="prefill") for folder, whose in parts)
 
 
 def pretrained() -> str:
@@ -86,8 +98,9 @@ def pretrained() -> str:
 DRAFTS = (("plain", "its STANDALONE draft (a)"), ("eagle3", "its EAGLE-3 head (c)"))
 
 
-def asked(folders: list[str], whose: str, named: dict[str, str] = QUALITY) -> str:
-    """Changes against dense in these folders of results, whose arms may differ. named: arms, in words."""
+def asked(folders: list[str], whose: str, named: dict[str, str] = QUALITY, over: str = "verify") -> str:
+    """Changes against dense in these folders of results, whose arms may differ. named: arms, in words.
+    over: what is dense in what they are compared with."""
     each = [found for name in folders if (found := answers(tables.RESULTS / name)) is not None]
     if not each:
         return MISSING
@@ -115,7 +128,7 @@ def asked(folders: list[str], whose: str, named: dict[str, str] = QUALITY) -> st
     items = " and ".join(dict.fromkeys(str(h["items"]) for h in heads))
     parts.append(
         f"Points of accuracy, mean over tasks, and percent of the loss, against the same server's dense "
-        f"verify, 95 % intervals; bold excludes 0. {heads[0]['device']}, {items} items a task, commit "
+        f"{over}, 95 % intervals; bold excludes 0. {heads[0]['device']}, {items} items a task, commit "
         f"{commits}, {whose}."
     )
     return "\n\n".join(parts)

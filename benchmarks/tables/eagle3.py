@@ -19,11 +19,12 @@ ARMS = {
     "sts-draft-kv": "sts, the head's KV in FP8",
     "sts-tokens": "sts, token scores",
 }
+GAINS = {"sts": "gain", "sts-draft": "gain, draft too", "sts-tokens": "gain, token scores"}
 
 
-def measured() -> list[dict]:
+def measured(tp: int = 1) -> list[dict]:
     """What was measured of targets with an EAGLE-3 head, mixed lengths and stock's KV in FP8 too."""
-    found = [r for r in rows("serving.jsonl") if r.get("algorithm") == "EAGLE3" and r.get("tp", 1) == 1]
+    found = [r for r in rows("serving.jsonl") if r.get("algorithm") == "EAGLE3" and r.get("tp", 1) == tp]
     return [r for r in found if r["kv"] == "auto" or r["arm"] == "stock-fp8"]
 
 
@@ -41,6 +42,12 @@ def eagle3() -> str:
     return "\n\n".join([*parts, note(found)]) if parts else MISSING
 
 
+def two_gpus() -> str:
+    """The same at --tp 2."""
+    found = measured(tp=2)
+    return f"{by_shape(found, [])}\n\n{note(found)}" if found else MISSING
+
+
 def title(row: dict) -> str:
     drafts = f"a tree of {row['topk']} branches a step" if row["topk"] > 1 else "a chain"
     target = row["target"]
@@ -52,11 +59,13 @@ def title(row: dict) -> str:
 
 
 def by_shape(found: list[dict], alone: list[dict]) -> str:
-    """By shape: arms, what sts keeps, its gain over captured stock, and how near it is to its bytes.
+    """By shape: arms, what sts keeps, gains over captured stock, and how near sts is to its bytes.
 
     alone: rows of the target without a draft."""
-    arms, lines = columns(ARMS, found), []
-    shapes = sorted({Shape.of(r) for r in found}, key=lambda s: (s.shortest or 0, -s.context))
+    there = {r["arm"] for r in (*found, *alone)}
+    arms = {arm: name for arm, name in columns(ARMS, found).items() if arm in there}
+    gains, lines = {arm: name for arm, name in GAINS.items() if arm in there}, []
+    shapes = sorted({Shape.of(r) for r in found}, key=lambda s: (s.shortest or 0, -s.context, -s.requests))
     for shape in shapes:
         of_shape = [r for r in (*found, *alone) if Shape.of(r) == shape]
         key = (shape.context, shape.requests)
@@ -64,13 +73,14 @@ def by_shape(found: list[dict], alone: list[dict]) -> str:
         cells = [spread([r["tokens_per_s"] for r in some]) if some else "–" for some in own.values()]
         kept = {r["keep_ratio"] for r in own["sts"]}
         cells.append(f"{100 * max(kept):.0f} %" if kept else "–")
-        gained = gain(of_shape, "sts", key, "stock-spec-captured")
-        cells.append(f"**{gained:.2f}x**" if gained else "–")
+        for arm in gains:
+            gained = gain(of_shape, arm, key, "stock-spec-captured")
+            cells.append(f"**{gained:.2f}x**" if gained else "–")
         for arm in ("stock-spec-captured", "sts"):
             times = times_bound(own[arm])
             cells.append(f"{times:.2f}x" if times else "–")
         lines.append([shape.shown(), *cells])
-    head = ["context x requests", *arms.values(), "kept", "gain", "stock, bytes", "sts, bytes"]
+    head = ["context x requests", *arms.values(), "kept", *gains.values(), "stock, bytes", "sts, bytes"]
     return table(head, lines)
 
 
@@ -95,30 +105,30 @@ def chains() -> list[dict]:
 
 
 def front() -> str:
-    """The README's few rows: captured stock and sts, with an EAGLE-3 head, where one was measured, beside a
-    STANDALONE draft."""
+    """The README's few rows: captured stock and sts with an EAGLE-3 head, where one was measured, and what
+    the sparse draft, token scores and a STANDALONE draft bring."""
     heads, drafts = chains(), serving.drafted()
     if not heads:
         return serving.front()
     lines, shown = [], []
     for shape in serving.FRONT:
-        cells = []
-        for found, arm in ((heads, "sts"), (drafts, "sts"), (drafts, "sts-draft")):
-            stock, sts = newest(found, shape, "stock-spec-captured", arm)
-            speeds = [statistics.median(r["tokens_per_s"] for r in own) for own in (stock, sts) if own]
-            gained = f"**{speeds[1] / speeds[0]:.2f}x**" if speeds else ""
-            cells += [*(f"{speed:,.0f}" for speed in speeds), gained] if speeds else ["–"] * 3
-            shown += [*stock, *sts]
+        own = newest(heads, shape, "stock-spec-captured", "sts")
+        shown += [r for of_arm in own for r in of_arm]
+        speeds = [f"{statistics.median(r['tokens_per_s'] for r in some):,.0f}" for some in own if some]
+        gained = [gain(heads, arm, shape, "stock-spec-captured") for arm in GAINS]
+        gained += [gain(drafts, arm, shape, "stock-spec-captured") for arm in ("sts", "sts-draft")]
+        cells = [*(speeds or ["–", "–"]), *(f"**{one:.2f}x**" if one else "–" for one in gained)]
         if set(cells) != {"–"}:
-            # Of the sparse draft the gain alone: its stock is that of the dense one, or of another run.
-            lines.append([f"{shape[0]:,} x {shape[1]}", *cells[:6], cells[8]])
-    low, high = null_result(heads)
-    null = f" **At 2,000 tokens sts brings nothing: {low:.2f}x to {high:.2f}x over all runs.**"
+            lines.append([f"{shape[0]:,} x {shape[1]}", *cells])
     note = (
-        f"Tokens per second: shapes of Llama-3.1-8B, with an EAGLE-3 head of one layer "
-        f"({gpus(heads)}) and with a 1B STANDALONE draft ({gpus(drafts)}), dummy weights, simulated accept "
-        f"length {shown[0]['simulated']:g}, prefix cached. Stock is SGLang {shown[0]['sglang']} with FA3 and "
-        f"its draft-extend in a CUDA graph (as shipped it has none); a gain is of a run that had both."
+        f"Tokens per second, and gains over stock: shapes of Llama-3.1-8B, with an EAGLE-3 head of one layer "
+        f"({gpus(heads)}) or a 1B STANDALONE draft ({gpus(drafts)}), dummy weights, simulated accept length "
+        f"{shown[0]['simulated']:g}, prefix cached. Stock is SGLang {shown[0]['sglang']} with FA3 and its "
+        f"draft-extend in a CUDA graph (as shipped it has none); a gain is of a run that had both."
     )
-    head = ["context x requests", "EAGLE-3: stock", "sts", "gain", "STANDALONE: stock", "sts", "gain"]
-    return table([*head, '`"draft": "all"`'], lines) + "\n\n" + note + (null if low == low else "")
+    low, high = null_result(heads)
+    if low == low:
+        note += f" **At 2,000 tokens sts brings next to nothing: {low:.2f}x to {high:.2f}x over all runs.**"
+    sparse, tokens = '`"draft": "all"`', '`"selector": "tokens"`'
+    head = ["context x requests", "EAGLE-3: stock", "sts", "gain", sparse, tokens]
+    return table([*head, "STANDALONE: gain", sparse], lines) + "\n\n" + note

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import statistics
 
 from benchmarks.quality.report import table
@@ -211,9 +213,10 @@ def prefill() -> str:
     found = rows("prefill.jsonl")
     if not found:
         return MISSING
+    newest = {(row["cached"], row["new"], row["provider"]): row for row in found}
     by_shape: dict[tuple[int, int], dict[str, float]] = {}
-    for row in found:
-        by_shape.setdefault((row["cached"], row["new"]), {})[row["provider"]] = row["us"] / 1000
+    for (*shape, provider), row in newest.items():
+        by_shape.setdefault(tuple(shape), {})[provider] = row["us"] / 1000
     providers = ("fa3-dense", "score", "list", "attend", "layer", "fa3-lists", "fa3-layer")
     lines = []
     for (cached, new), own in by_shape.items():
@@ -222,11 +225,44 @@ def prefill() -> str:
     first = found[0]
     note = (
         f"Milliseconds; 8 KV heads of 128 dimensions, groups of 4, {100 * first['keep']:g} % of the blocks; "
-        f"{first['gpu']}, commit {first['commit']}. `layer` is `score`, `list` and `attend`; `fa3-layer` has "
-        "FA3 over the lists in place of `attend`."
+        f"{first['gpu']}, commit {commits(newest.values())}. `layer` is `score`, `list` and `attend`; "
+        "`fa3-layer` has FA3 over the lists in place of `attend`."
     )
     head = ["new tokens", *providers, "layer, gain", "with FA3, gain"]
     return table(head, lines) + "\n\n" + note
+
+
+def first_token() -> str:
+    """Seconds of a server to the first token of a prompt, dense and sparse, by what drafts."""
+    seconds: dict[tuple, dict[str, float]] = {}
+    found = rows("first_token.jsonl")
+    for row in found:
+        key = (row["algorithm"], _prefills_by(row), row["context"], row["new"])
+        seconds.setdefault(key, {})[row["kind"]] = statistics.median(row["seconds"])
+    if not found:
+        return MISSING
+    lines = []
+    for (algorithm, by, context, new), own in seconds.items():
+        prompt = f"{context:,}" if new == context else f"{new:,} behind {context - new:,} cached"
+        for kind in (kind for kind in own if kind != "dense"):
+            share = f"{100 * float(kind.removeprefix('sparse ')):g} %"
+            gained = f"**{own['dense'] / own[kind]:.2f}x**"
+            lines.append([algorithm, by, prompt, share, f"{own['dense']:.2f}", f"{own[kind]:.2f}", gained])
+    note = (
+        f"Seconds to the first token, one request at a time, medians of {len(found[0]['seconds'])}. "
+        f"{gpus(found)}, SGLang {found[0]['sglang']}, commit {commits(found)}; shapes of Llama-3.1-8B and of "
+        f"a 1B draft or an EAGLE-3 head of one layer, dummy weights. Dense is FA3 in the same server, as in "
+        f"stock."
+    )
+    head = ["draft", "selects", "new tokens", "blocks", "dense, s", "sparse, s", "gain"]
+    return table(head, lines) + "\n\n" + note
+
+
+def _prefills_by(row: dict) -> str:
+    """Whose queries select, as the server of a row was told."""
+    words = shlex.split(row["server"])
+    config = json.loads(words[words.index("--sts-config") + 1])
+    return "the draft" if config.get("prefill_by") == "draft" else "the target"
 
 
 def pages() -> str:
