@@ -8,17 +8,21 @@ part each: one kernel counts scores by rank, one knows from all counts where its
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sts_kernels import select
 from sts_kernels.checks import check_select, check_token_scores, check_token_sketches, expect_half
 from sts_kernels.layout import (
+    AGAIN,
     ALIGN,
+    IMPORTANCE_SCALE,
     LOW_ZERO,
     MOST_STEPS,
     QUERY_STEPS,
@@ -37,13 +41,16 @@ from sts_kernels.select import is_long, select_rows
 from sts_kernels.split_kv import LOG2E, padded, plan_whole, starts_early
 
 LARGEST = 65504.0  # of float16, which logits are kept in
-LEAST_ROWS, LEAST_BYTES = 8, 32  # of a product of int8
+LEAST_COLUMNS, LEAST_BYTES = 8, 32  # of a product of int8
+LOWEST = tl.constexpr(-(2.0**26))  # below every product, and finite
+MOST_PRODUCTS = 8192  # that a program has at a time
 
 
 @dataclass(frozen=True)
 class TokensKnobs(PoolKnobs):
     """sketch_block: keys that a program sketches at a time. sketch_programs: that all (request, KV head)
-    pairs are parted among. block: tokens that a program scores at a time. pooled: logits that a pooling
+    pairs are parted among. block: tokens that a program scores at a time. again:
+    query rows of a KV head from which on sketches are read again for want of logits. pooled: logits that a pooling
     program takes at a time. segment: scores of a row that one program counts and lists, `listed` at a time.
     list_warps: of one. The rest: see PoolKnobs.
     """
@@ -54,6 +61,7 @@ class TokensKnobs(PoolKnobs):
     sketch_block: int = 64
     sketch_programs: int = 1056
     block: int = 256
+    again: int = AGAIN
     pooled: int = 2048
     pool_programs: int = 1056
     segment: int = SEGMENT
@@ -75,7 +83,13 @@ def shared_bytes(rows: int, head_dim: int) -> int:
 
 
 def _rows(used: int) -> int:
-    return max(LEAST_ROWS, triton.next_power_of_2(used))
+    """Query rows, padded: at least half of the columns of a product, as a thread has two of its columns."""
+    return max(LEAST_COLUMNS // 2, triton.next_power_of_2(used))
+
+
+def _block(rows: int) -> int:
+    """Tokens at a time: fewer of many rows, whose products a thread holds in registers."""
+    return max(16 * KNOBS.num_warps, min(KNOBS.block, MOST_PRODUCTS // rows))
 
 
 def sketch_tokens(
@@ -150,21 +164,30 @@ def score_tokens(
     (kv_heads, columns), number = scores.importance.shape, sketches.shape[2]
     plan = plan_scores(contexts, kv_heads=kv_heads) if plan is None else plan
     work, group = plan.work.shape[0], q_heads // kv_heads
-    used, rows = tokens * group, _rows(tokens * group)
-    logits = torch.empty(kv_heads, columns, used, dtype=torch.float16, device=q.device)
-    stats = torch.empty(kv_heads, work, rows, 2, dtype=torch.float32, device=q.device)
+    used = tokens * group
+    rows = _rows(used)
+    again = used >= KNOBS.again and pooling.rows == pooling.heads == "max"
+    of_product = {"R": number, "R_P2": max(LEAST_BYTES, triton.next_power_of_2(number)), "H_KV": kv_heads}
+    of_product |= {"ROWS": rows, "SPREAD": max(1, LEAST_COLUMNS // rows), "BLOCK": _block(rows)}
+    made = functools.partial(torch.empty, device=q.device)
+    stats, logits, asked, lines = made(kv_heads, work, rows, 2, dtype=torch.float32), None, None, None
+    if again:
+        asked = made(kv_heads, bs, 2, rows * of_product["SPREAD"], of_product["R_P2"], dtype=torch.int8)
+        lines = made(kv_heads, bs, 2, rows, dtype=torch.float32)
+    else:
+        logits = made(kv_heads, columns, used, dtype=torch.float16)
     early = starts_early(q.device) if KNOBS.early else {}
+    launch = {"EARLY": bool(early), "num_warps": KNOBS.num_warps, "num_stages": KNOBS.num_stages}
+    parts = plan.work, plan.ends, contexts.table, contexts.reqs, scores.starts
     _score_tokens_kernel[(kv_heads, work)](
         q,
         sketches,
         directions.back,
         logits,
+        asked,
+        lines,
         stats,
-        plan.work,
-        plan.ends,
-        contexts.table,
-        contexts.reqs,
-        scores.starts,
+        *parts,
         scale * LOG2E,
         q.stride(1 if tokens > 1 else 0),  # that of a dimension of one says nothing
         contexts.table.stride(0),
@@ -172,20 +195,34 @@ def score_tokens(
         bs,
         T=tokens,
         H_Q=q_heads,
-        H_KV=kv_heads,
         D=dim,
         D_P2=padded(dim),
-        R=number,
-        R_P2=max(LEAST_BYTES, triton.next_power_of_2(number)),
-        ROWS=rows,
         MOST=QUERY_STEPS,
         ZERO=LOW_ZERO,
         LARGEST=LARGEST / (2 * number * MOST_STEPS * QUERY_STEPS),
-        BLOCK=KNOBS.block,
-        EARLY=bool(early),
-        num_warps=KNOBS.num_warps,
-        num_stages=KNOBS.num_stages,
+        TILE=16 * KNOBS.num_warps,
+        **of_product,
+        **launch,
     )
+    if again:
+        _weigh_tokens_kernel[(kv_heads, work)](
+            sketches,
+            asked,
+            lines,
+            stats,
+            scores.importance,
+            *parts,
+            scores.importance.stride(0),
+            contexts.table.stride(0),
+            bs,
+            FACTOR=math.log2(IMPORTANCE_SCALE),
+            USED=used,
+            SPLITS_P2=triton.next_power_of_2(plan.most),
+            **of_product,
+            **launch,
+            **early,
+        )
+        return
     pool_logits(
         logits,
         stats,
@@ -300,11 +337,84 @@ def _sketch_tokens_kernel(
 
 
 @triton.jit
+def _asked(
+    q_ptr,  # of a request and KV head, tokens `stride_q` apart
+    back_ptr,  # [D, 2 * R]
+    stride_q,
+    T: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_P2: tl.constexpr,
+    R: tl.constexpr,
+    R_P2: tl.constexpr,
+    COLS: tl.constexpr,
+    SPREAD: tl.constexpr,
+    MOST: tl.constexpr,
+):
+    """Queries on the directions of the low halves of sketches and of the high ones, int8 [COLS, R_P2] each,
+    in steps [COLS]. Query r is row r * SPREAD, and rows between are 0."""
+    PRODUCT: tl.constexpr = max(16, COLS)
+    cols, dims, place = tl.arange(0, PRODUCT), tl.arange(0, D_P2), tl.arange(0, R_P2)
+    row = cols // SPREAD
+    asks = (row < T * GROUP) & (cols % SPREAD == 0) & (cols < COLS)
+    q_offs = row // GROUP * stride_q + row % GROUP * D
+    there = asks[:, None] & (dims < D)[None, :]
+    q = tl.load(q_ptr + q_offs[:, None] + dims[None, :], mask=there, other=0.0)  # [PRODUCT, D]
+    here = (dims < D)[:, None] & (place < R)[None, :]
+    back_ptr += dims[:, None] * (2 * R) + place[None, :]
+    low_back = tl.load(back_ptr, mask=here, other=0.0)  # [D, R], and so the other
+    high_back = tl.load(back_ptr + R, mask=here, other=0.0)
+    q = q.to(low_back.dtype)
+    low_q = _first(tl.dot(q, low_back, input_precision="ieee"), COLS)  # [COLS, R], and so the other
+    high_q = _first(tl.dot(q, high_back, input_precision="ieee"), COLS)
+    largest = tl.maximum(tl.max(tl.abs(low_q), 1), tl.max(tl.abs(high_q), 1))
+    step = tl.maximum(largest, 1e-30) / MOST
+    # Both sides are int8: to turn a sketch into float16 takes longer than to read it.
+    low_q = tl.floor(low_q / step[:, None] + 0.5).to(tl.int8)
+    high_q = tl.floor(high_q / step[:, None] + 0.5).to(tl.int8)
+    return low_q, high_q, step
+
+
+@triton.jit
+def _first(x, ROWS: tl.constexpr):
+    """The first ROWS of a product [ROWS or 2 * ROWS, n]."""
+    if x.shape[0] != ROWS:  # a thread has row r and row 8 + r, so that nothing is moved
+        x, _ = tl.split(tl.permute(tl.reshape(x, [2, ROWS, x.shape[1]]), (1, 2, 0)))
+    return x
+
+
+@triton.jit
+def _of_rows(x, SPREAD: tl.constexpr):
+    """Of [.., COLS] what is of queries, [.., ROWS]."""
+    if SPREAD == 2:  # a thread has two neighbours, so that it goes on with what is of a query alone
+        x, _ = tl.split(tl.reshape(x, x.shape[:-1] + (x.shape[-1] // 2, 2)))
+    return x
+
+
+@triton.jit
+def _products(sketch_ptr, slots, low_q, high_q, STRIDE: tl.constexpr, R: tl.constexpr, SPREAD: tl.constexpr):
+    """float32 [BLOCK, ROWS], whole: 16 times the products of queries and the sketches of a KV head, from
+    `sketch_ptr` on, at `slots` [BLOCK]. Their low halves are too large by ZERO."""
+    place = tl.arange(0, low_q.shape[1])
+    from_ptr = (sketch_ptr + place)[None, :] + (slots.to(tl.int64) * STRIDE)[:, None]
+    if R == low_q.shape[1]:
+        sketch = tl.load(from_ptr)  # [BLOCK, R]
+    else:
+        sketch = tl.load(from_ptr, mask=(place < R)[None, :], other=0)
+    # A mask is all that either half takes: the high one is 16 times what it says.
+    high = _of_rows(tl.dot(sketch & -16, tl.trans(high_q)), SPREAD)
+    low = _of_rows(tl.dot(sketch & 15, tl.trans(low_q)), SPREAD)
+    return (16 * low + high).to(tl.float32)
+
+
+@triton.jit
 def _score_tokens_kernel(
     q_ptr,  # [bs, T, H_q, D], tokens `stride_q` apart
     sketch_ptr,  # int8 [slots, H_kv, R]
     back_ptr,  # [H_kv, D, 2 * R]
-    logits_ptr,  # float16 [H_kv, columns, T * group], LOG2E included
+    logits_ptr,  # float16 [H_kv, columns, T * group], LOG2E included; None: they are not kept
+    asked_ptr,  # int8 [H_kv, bs, 2, COLS, R_P2], what `_asked` finds; None where logits are kept
+    lines_ptr,  # float32 [H_kv, bs, 2, ROWS]: a logit is the first of a product and the second; None likewise
     stats_ptr,  # float32 [H_kv, work, ROWS, 2]: maximum of logits, sum of exp2(logit - maximum)
     work_ptr,  # int64 [work, 4], see Plan
     ends_ptr,  # int32 [bs + 1]
@@ -323,64 +433,137 @@ def _score_tokens_kernel(
     D_P2: tl.constexpr,  # padded to a power of two of at least 16
     R: tl.constexpr,  # bytes of a sketch: half of the directions
     R_P2: tl.constexpr,  # padded to a power of two of at least 32
-    ROWS: tl.constexpr,  # T * group, padded to a power of two
+    ROWS: tl.constexpr,  # T * group, padded to a power of two of at least 4
+    SPREAD: tl.constexpr,  # of COLS columns of a product to a query row
     MOST: tl.constexpr,
     ZERO: tl.constexpr,
-    LARGEST: tl.constexpr,  # of a step, at which no logit is out of range
+    LARGEST: tl.constexpr,  # of a step, at which no logit that is kept is out of range
     BLOCK: tl.constexpr,  # tokens at a time
+    TILE: tl.constexpr,  # tokens of which a thread has two neighbours by 8
     EARLY: tl.constexpr,
 ):
     h, program = tl.program_id(0), tl.program_id(1)
     GROUP: tl.constexpr = H_Q // H_KV
+    COLS: tl.constexpr = ROWS * SPREAD
     entry = work_ptr + program * 4
     b = tl.load(entry).to(tl.int32)
     begin, number = tl.load(entry + 1).to(tl.int32), tl.load(entry + 2).to(tl.int32)
     if program >= tl.load(ends_ptr + bs):
         return
+    end = begin + number
     slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
-    column = tl.load(column_ptr + b)
+    low_q, high_q, step = _asked(
+        q_ptr + (b * T).to(tl.int64) * stride_q + h * GROUP * D,
+        back_ptr + h * D * (2 * R),
+        *(stride_q, T, GROUP, D, D_P2, R, R_P2, COLS, SPREAD, MOST),
+    )
+    zero = 16 * ZERO * _of_rows(tl.sum(low_q.to(tl.int32), 1), SPREAD).to(tl.float32)
+    step = _of_rows(step, SPREAD) * (scale / 16)  # [ROWS], of a product
+    if logits_ptr is not None:
+        step = tl.minimum(step, LARGEST / 16)
+    zero = -zero * step
+    rows = tl.arange(0, ROWS)
+    if asked_ptr is not None and begin == 0:
+        pair = (h * bs + b).to(tl.int64)
+        asked_ptr += pair * (2 * COLS * R_P2)
+        own = tl.arange(0, COLS)[:, None] * R_P2 + tl.arange(0, R_P2)[None, :]
+        tl.store(asked_ptr + own, low_q)
+        tl.store(asked_ptr + COLS * R_P2 + own, high_q)
+        tl.store(lines_ptr + pair * (2 * ROWS) + rows, step)
+        tl.store(lines_ptr + pair * (2 * ROWS) + ROWS + rows, zero)
+    line = (h.to(tl.int64) * columns + tl.load(column_ptr + b)) * (T * GROUP)
 
-    rows, dims, place = tl.arange(0, ROWS), tl.arange(0, D_P2), tl.arange(0, R_P2)
-    q_offs = (b * T + rows // GROUP) * stride_q + (h * GROUP + rows % GROUP) * D
-    there = (rows < T * GROUP)[:, None] & (dims < D)[None, :]
-    q = tl.load(q_ptr + q_offs[:, None] + dims[None, :], mask=there, other=0.0)  # [ROWS, D]
-    here = (dims < D)[:, None] & (place < R)[None, :]
-    back_ptr += (h * D + dims)[:, None] * (2 * R) + place[None, :]
-    low_back = tl.load(back_ptr, mask=here, other=0.0)  # [D, R], and so the other
-    high_back = tl.load(back_ptr + R, mask=here, other=0.0)
-    q = tl.trans(q.to(low_back.dtype))
-    low_q = tl.dot(tl.trans(low_back), q, input_precision="ieee")  # [R, ROWS], and so the other
-    high_q = tl.dot(tl.trans(high_back), q, input_precision="ieee")
-    # Both sides are int8: to turn a sketch into float16 takes longer than to read it.
-    largest = tl.maximum(tl.max(tl.abs(low_q), 0), tl.max(tl.abs(high_q), 0))
-    step = tl.maximum(largest, 1e-30) / MOST  # [ROWS]
-    low_q = tl.floor(low_q / step[None, :] + 0.5).to(tl.int8)
-    high_q = tl.floor(high_q / step[None, :] + 0.5).to(tl.int8)
-    zero = ZERO * tl.sum(low_q.to(tl.int32), 0)  # what the low halves are too large by
-    step = tl.minimum(step * scale, LARGEST)
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    norm = tl.zeros([ROWS], tl.float32)
-    for block in range(begin, begin + number, BLOCK):
+    # Of what a thread has itself, until the end: a maximum and a sum over all threads take barriers.
+    peak = tl.full([TILE // 16, 8, ROWS], LOWEST, tl.float32)  # of products
+    norm = tl.zeros([TILE // 16, 8, ROWS], tl.float32)
+    for block in range(begin, end, BLOCK):
         offs = block + tl.arange(0, BLOCK)
-        ok = offs < begin + number
-        slots = tl.load(slot_ptr + offs, mask=ok, other=0).to(tl.int64)  # [BLOCK]
-        from_ptr = sketch_ptr + (slots[:, None] * H_KV + h) * R + place[None, :]
-        sketch = tl.load(from_ptr, mask=ok[:, None] & (place < R)[None, :], other=0)  # [BLOCK, R]
-        # A mask is all that either half takes: the high one is 16 times what it says.
-        s = (tl.dot(sketch & -16, high_q) >> 4) + tl.dot(sketch & 15, low_q) - zero[None, :]
-        s = s.to(tl.float32) * step[None, :]  # [BLOCK, ROWS]
-        line = (h.to(tl.int64) * columns + column + offs) * (T * GROUP)
-        mask = ok[:, None] & (rows < T * GROUP)[None, :]
-        tl.store(logits_ptr + line[:, None] + rows[None, :], s.to(tl.float16), mask=mask)
-        s = tl.where(ok[:, None], s, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(s, 0))
-        norm = norm * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(s - new_peak[None, :]), 0)
+        slots = tl.load(slot_ptr + tl.minimum(offs, end - 1))  # [BLOCK]
+        s = _products(sketch_ptr + h * R, slots, low_q, high_q, H_KV * R, R, SPREAD)
+        if logits_ptr is not None:
+            mask = (offs < end)[:, None] & (rows < T * GROUP)[None, :]
+            to_ptr = logits_ptr + line + (offs.to(tl.int64) * (T * GROUP))[:, None] + rows[None, :]
+            tl.store(to_ptr, (s * step[None, :] + zero[None, :]).to(tl.float16), mask=mask)
+        if block + BLOCK > end:
+            s = tl.where((offs < end)[:, None], s, float("-inf"))
+        s = tl.reshape(s, [BLOCK // TILE, TILE // 16, 2, 8, ROWS])
+        new_peak = tl.maximum(peak, tl.max(tl.max(s, 0), 1))
+        low = -new_peak * step[None, None, :]
+        p = tl.exp2(tl.fma(s, step[None, None, None, None, :], low[None, :, None, :, :]))
+        norm = norm * tl.exp2(tl.fma(peak, step[None, None, :], low)) + tl.sum(tl.sum(p, 0), 1)
         peak = new_peak
     if EARLY:
         gdc_launch_dependents()
+    peak, norm = tl.reshape(peak, [TILE // 2, ROWS]), tl.reshape(norm, [TILE // 2, ROWS])
+    top = tl.max(peak, 0)
+    norm = tl.sum(norm * tl.exp2((peak - top[None, :]) * step[None, :]), 0)
     base = (h * tl.num_programs(1) + program).to(tl.int64) * ROWS
-    tl.store(stats_ptr + (base + rows) * 2, peak)
+    tl.store(stats_ptr + (base + rows) * 2, top * step + zero)
     tl.store(stats_ptr + (base + rows) * 2 + 1, norm)
+
+
+@triton.jit
+def _weigh_tokens_kernel(
+    sketch_ptr,  # int8 [slots, H_kv, R]
+    asked_ptr,  # int8 [H_kv, bs, 2, COLS, R_P2], as _score_tokens_kernel left it, and so the next two
+    lines_ptr,  # float32 [H_kv, bs, 2, ROWS]
+    stats_ptr,  # float32 [H_kv, work, ROWS, 2]
+    importance_ptr,  # float16 [H_kv, columns], written
+    work_ptr,  # int64 [work, 4], see Plan
+    ends_ptr,  # int32 [bs + 1]
+    table_ptr,  # int32 [requests, ..]
+    reqs_ptr,  # int [bs]
+    column_ptr,  # int64 [bs], first columns
+    stride_channel,
+    stride_table,
+    bs,
+    FACTOR: tl.constexpr,  # from a probability to importance, of base 2
+    USED: tl.constexpr,  # query rows
+    H_KV: tl.constexpr,
+    R: tl.constexpr,
+    R_P2: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SPLITS_P2: tl.constexpr,  # parts of a request, padded to a power of two
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    h, program = tl.program_id(0), tl.program_id(1)
+    COLS: tl.constexpr = ROWS * SPREAD
+    entry = work_ptr + program * 4
+    b = tl.load(entry).to(tl.int32)
+    begin, number = tl.load(entry + 1).to(tl.int32), tl.load(entry + 2).to(tl.int32)
+    if program >= tl.load(ends_ptr + bs):
+        return
+    end = begin + number
+    slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
+    to_ptr = importance_ptr + h.to(tl.int64) * stride_channel + tl.load(column_ptr + b)
+    first = tl.load(ends_ptr + b)
+    splits = tl.load(ends_ptr + b + 1) - first
+    if EARLY:
+        gdc_wait()
+    rows, split = tl.arange(0, ROWS), tl.arange(0, SPLITS_P2)[:, None]
+    base = (h.to(tl.int64) * tl.num_programs(1) + first + split) * ROWS + rows[None, :]  # [SPLITS, ROWS]
+    peak = tl.load(stats_ptr + base * 2, mask=split < splits, other=float("-inf"))
+    norm = tl.load(stats_ptr + base * 2 + 1, mask=split < splits, other=0.0)
+    top = tl.max(peak, 0)
+    lse = top + tl.log2(tl.sum(norm * tl.exp2(peak - top[None, :]), 0))  # [ROWS]
+    pair = (h * bs + b).to(tl.int64)
+    step = tl.load(lines_ptr + pair * (2 * ROWS) + rows)
+    zero = tl.load(lines_ptr + pair * (2 * ROWS) + ROWS + rows)
+    zero = tl.where(rows < USED, zero - lse + FACTOR, float("-inf"))
+    asked_ptr += pair * (2 * COLS * R_P2)
+    own = tl.arange(0, COLS)[:, None] * R_P2 + tl.arange(0, R_P2)[None, :]
+    low_q, high_q = tl.load(asked_ptr + own), tl.load(asked_ptr + COLS * R_P2 + own)
+    # Backwards: what was read last is the most likely to be in the cache still.
+    last = begin + (number - 1) // BLOCK * BLOCK
+    for back in range(0, number, BLOCK):
+        offs = last - back + tl.arange(0, BLOCK)
+        slots = tl.load(slot_ptr + tl.minimum(offs, end - 1))  # [BLOCK]
+        s = _products(sketch_ptr + h * R, slots, low_q, high_q, H_KV * R, R, SPREAD)
+        # The most probable row's: exp2 is taken once a token.
+        p = tl.exp2(tl.max(s * step[None, :] + zero[None, :], 1))
+        tl.store(to_ptr + offs, p.to(tl.float16), mask=offs < end)
 
 
 @triton.jit
