@@ -1014,7 +1014,8 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
         *("_claim_pages_kernel", "_tag_kernel", "_sketch_kernel"),
         *("_known_kernel", "_page_sizes_kernel", "_list_pages_kernel"),
         *("_score_kernel", "pool_logits_kernel"),
-        *("_sketch_tokens_kernel", "_score_tokens_kernel", "_count_kernel", "_list_kernel"),
+        *("_sketch_tokens_kernel", "_score_tokens_kernel", "_weigh_tokens_kernel"),
+        *("_count_kernel", "_list_kernel"),
         *("_copy_scores_kernel", "_mark_pages_kernel"),
         *("_score_blocks_kernel", "_pool_blocks_kernel", "_list_blocks_kernel", "_block_attention_kernel"),
         "_block_slots_kernel",
@@ -1022,6 +1023,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
     for name, shared, asynchronous, single in kernels:
         assert int(shared) <= 232448
         reads = "_draft_kernel", "_score_kernel", "_verify_kernel", "_score_tokens_kernel"
+        reads += ("_weigh_tokens_kernel",)
         reads += "_sketch_tokens_kernel", "_score_blocks_kernel", "_block_attention_kernel"
         assert (asynchronous == "True") == (name in reads)
         assert name not in ("_draft_kernel", "_pool_kernel") or single == "False"

@@ -37,22 +37,24 @@ from sts_kernels.layout import (
     Scores,
 )
 from sts_kernels.page_scores import PoolKnobs, pool_logits
-from sts_kernels.select import is_long, select_rows
+from sts_kernels.select import select_rows
 from sts_kernels.split_kv import LOG2E, padded, plan_whole, starts_early
 
 LARGEST = 65504.0  # of float16, which logits are kept in
 LEAST_COLUMNS, LEAST_BYTES = 8, 32  # of a product of int8
 LOWEST = tl.constexpr(-(2.0**26))  # below every product, and finite
+MOST_PARTS = 8  # of a row, whose counts a program has at a time
 MOST_PRODUCTS = 8192  # that a program has at a time
 
 
 @dataclass(frozen=True)
 class TokensKnobs(PoolKnobs):
     """sketch_block: keys that a program sketches at a time. sketch_programs: that all (request, KV head)
-    pairs are parted among. block: tokens that a program scores at a time. again:
-    query rows of a KV head from which on sketches are read again for want of logits. pooled: logits that a pooling
-    program takes at a time. segment: scores of a row that one program counts and lists, `listed` at a time.
-    list_warps: of one. The rest: see PoolKnobs.
+    pairs are parted among. block: tokens that a program scores at a time, of few query rows. again: query
+    rows of a KV head from which on sketches are read again for want of logits. pooled: logits that a pooling
+    program takes at a time. alone: scores of a row that one program of alone_warps lists by itself, of one
+    tile at most; 0: all rows are counted and listed in parts. segment: scores of a row that one program
+    counts and lists, `listed` at a time. list_warps: of one. The rest: see PoolKnobs.
     """
 
     programs: int = 1056
@@ -64,6 +66,8 @@ class TokensKnobs(PoolKnobs):
     again: int = AGAIN
     pooled: int = 2048
     pool_programs: int = 1056
+    alone: int = 32768
+    alone_warps: int = 8
     segment: int = SEGMENT
     listed: int = 2048
     list_warps: int = 8
@@ -248,13 +252,15 @@ def list_tokens(scores: Scores, contexts: Contexts, lists: Lists, *, sink: int, 
     importance, bs, width = scores.importance, contexts.lens.numel(), contexts.table.shape[1]
     if bs == 0:
         return
-    words, forced = select.KNOBS.words, {"sink": sink, "recent": recent}
-    select_rows(scores, contexts, lists, **forced, unranked=UNRANKED_BITS, tiles_only=True)
-    if width <= 32 * words:  # none is longer
+    forced, alone = {"sink": sink, "recent": recent}, min(KNOBS.alone, 32 * select.KNOBS.words)
+    if alone > 0:
+        rows = {"unranked": UNRANKED_BITS, "longest": alone, "num_warps": KNOBS.alone_warps}
+        select_rows(scores, contexts, lists, **forced, **rows)
+    if width <= alone:  # none is longer
         return
     channels, parts = importance.shape[0], -(-width // KNOBS.segment)
     counted = torch.empty(bs, channels, parts, RANKS, dtype=torch.int32, device=importance.device)
-    rows = [
+    of_rows = [
         importance.view(torch.int16),
         counted,
         scores.starts,
@@ -263,18 +269,18 @@ def list_tokens(scores: Scores, contexts: Contexts, lists: Lists, *, sink: int, 
         importance.stride(0),
     ]
     shape = {"SINK": sink, "RECENT": recent, "RANKS": RANKS, "UNRANKED": UNRANKED_BITS}
-    shape |= {"ALIGN": ALIGN, "SEGMENT": KNOBS.segment, "WORDS": words}
+    shape |= {"ALIGN": ALIGN, "SEGMENT": KNOBS.segment, "ALONE": alone}
     grid = (channels, bs, parts)
-    _count_kernel[grid](*rows, **shape, num_warps=KNOBS.list_warps)
+    _count_kernel[grid](*of_rows, **shape, num_warps=KNOBS.list_warps)
     _list_kernel[grid](
-        *rows,
+        *of_rows,
         contexts.table,
         contexts.reqs,
         lists.indices,
         lists.starts,
         contexts.table.stride(0),
         **shape,
-        PARTS_P2=triton.next_power_of_2(parts),
+        AT_ONCE=min(MOST_PARTS, triton.next_power_of_2(parts)),
         FORCED=min(1024, triton.next_power_of_2(sink + recent)),
         BLOCK=KNOBS.listed,
         num_warps=KNOBS.list_warps,
@@ -397,7 +403,7 @@ def _products(sketch_ptr, slots, low_q, high_q, STRIDE: tl.constexpr, R: tl.cons
     `sketch_ptr` on, at `slots` [BLOCK]. Their low halves are too large by ZERO."""
     place = tl.arange(0, low_q.shape[1])
     from_ptr = (sketch_ptr + place)[None, :] + (slots.to(tl.int64) * STRIDE)[:, None]
-    if R == low_q.shape[1]:
+    if low_q.shape[1] == R:
         sketch = tl.load(from_ptr)  # [BLOCK, R]
     else:
         sketch = tl.load(from_ptr, mask=(place < R)[None, :], other=0)
@@ -589,12 +595,12 @@ def _count_kernel(
     UNRANKED: tl.constexpr,
     ALIGN: tl.constexpr,
     SEGMENT: tl.constexpr,
-    WORDS: tl.constexpr,  # of a tile of the select kernel, which lists what is no longer
+    ALONE: tl.constexpr,  # scores of a row that the select kernel lists
 ):
     c, b, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     channels, parts = tl.num_programs(0), tl.num_programs(2)
     last = tl.load(lens_ptr + b).to(tl.int32) - RECENT
-    if (not is_long(last, WORDS)) | (part * SEGMENT >= last):
+    if (last <= ALONE) | (part * SEGMENT >= last):
         return
     if tl.load(count_ptr + b * channels + c) < 0:
         return
@@ -624,8 +630,8 @@ def _list_kernel(
     UNRANKED: tl.constexpr,
     ALIGN: tl.constexpr,
     SEGMENT: tl.constexpr,
-    WORDS: tl.constexpr,
-    PARTS_P2: tl.constexpr,
+    ALONE: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # parts whose counts are read
     FORCED: tl.constexpr,  # of sink and recent, at a time
     BLOCK: tl.constexpr,
 ):
@@ -633,7 +639,7 @@ def _list_kernel(
     channels, parts = tl.num_programs(0), tl.num_programs(2)
     count = tl.load(count_ptr + b * channels + c)
     last = tl.load(lens_ptr + b).to(tl.int32) - RECENT
-    if (not is_long(last, WORDS)) | (count < 0) | (part * SEGMENT >= last):
+    if (last <= ALONE) | (count < 0) | (part * SEGMENT >= last):
         return
     row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(column_ptr + b) // ALIGN * ALIGN
     slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
@@ -650,18 +656,20 @@ def _list_kernel(
 
     # The lowest rank that is listed, how many scores are above it, and how many of those that have it, the
     # first ones, are not listed.
-    parts_ = tl.arange(0, PARTS_P2)[:, None]
-    ranks = tl.arange(0, RANKS)[None, :]
     counted_ptr += (b * channels + c).to(tl.int64) * parts * RANKS
-    own = tl.load(counted_ptr + parts_ * RANKS + ranks, mask=parts_ * SEGMENT < last, other=0)
-    total = tl.sum(own, 0)  # [RANKS]
+    ranks = tl.arange(0, RANKS)
+    total, before = tl.zeros([RANKS], tl.int32), tl.zeros([RANKS], tl.int32)  # of the row, of earlier parts
+    for some in range(0, tl.cdiv(last, SEGMENT), AT_ONCE):
+        of = some + tl.arange(0, AT_ONCE)[:, None]
+        own = tl.load(counted_ptr + of * RANKS + ranks[None, :], mask=of * SEGMENT < last, other=0)
+        total += tl.sum(own, 0)
+        before += tl.sum(tl.where(of < part, own, 0), 0)
     reach = tl.cumsum(total, 0, reverse=True)
     lowest = tl.sum((reach >= wanted).to(tl.int32), 0) - 1
-    above = tl.sum(tl.where(ranks > lowest, own, 0), 1)  # [PARTS_P2]
-    ties = tl.sum(tl.where(ranks == lowest, own, 0), 1)
-    skip = tl.sum(ties, 0) - (wanted - tl.sum(above, 0))
-    before = tl.arange(0, PARTS_P2) < part
-    above_before, ties_before = tl.sum(tl.where(before, above, 0), 0), tl.sum(tl.where(before, ties, 0), 0)
+    # How many reach the lowest rank is how many are above it and have it.
+    skip = tl.max(tl.where(ranks == lowest, reach, 0), 0) - wanted
+    above_before = tl.sum(tl.where(ranks > lowest, before, 0), 0)
+    ties_before = tl.sum(tl.where(ranks == lowest, before, 0), 0)
 
     out_ptr += SINK + RECENT
     for block in range(part * SEGMENT, tl.minimum(part * SEGMENT + SEGMENT, last), BLOCK):
