@@ -73,8 +73,8 @@ def select_rows(
     longest: int = 2**31 - 1,
     num_warps: int | None = None,
 ) -> None:
-    """unranked: lowest bits of a score that are no matter. longest: scores of a row that is listed. num_warps:
-    of a program, None: as KNOBS has it."""
+    """unranked: lowest bits of a score that are no matter. longest: scores of a row that is listed.
+    num_warps: of a program; None: as KNOBS has it."""
     ok = draft_indices is None or sink >= SHIFT
     expect("select_tokens", ok, f"sink is {sink}, and no draft key is about the first {SHIFT} positions")
     importance, bs = scores.importance, contexts.lens.numel()

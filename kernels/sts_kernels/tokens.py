@@ -35,6 +35,7 @@ from sts_kernels.layout import (
     Plan,
     Pooling,
     Scores,
+    sketch_bytes,
 )
 from sts_kernels.page_scores import PoolKnobs, pool_logits
 from sts_kernels.select import select_rows
@@ -76,14 +77,19 @@ class TokensKnobs(PoolKnobs):
 KNOBS = TokensKnobs()
 
 
-# Of shared memory of the score kernel, bytes for each dimension of a head besides one a query row. No kernel
-# that Triton 3.6 compiled for Hopper had more.
-HELD = 384
-
-
 def shared_bytes(rows: int, head_dim: int) -> int:
-    """About the bytes of shared memory that a thread block takes for so many query rows."""
-    return padded(head_dim) * (HELD + _rows(rows))
+    """About the bytes of shared memory that a thread block takes for so many query rows.
+
+    Queries and directions, or then sketches, slots and logits: no kernel that Triton 3.6 compiled for Hopper
+    had more.
+    """
+    dim, sketch = padded(head_dim), _sketch(sketch_bytes(head_dim))
+    return max(dim * (2 * _rows(rows) + 4 * sketch), 4 * KNOBS.block * sketch)
+
+
+def _sketch(number: int) -> int:
+    """Bytes of a sketch, padded for a product of int8."""
+    return max(LEAST_BYTES, triton.next_power_of_2(number))
 
 
 def _rows(used: int) -> int:
@@ -171,7 +177,7 @@ def score_tokens(
     used = tokens * group
     rows = _rows(used)
     again = used >= KNOBS.again and pooling.rows == pooling.heads == "max"
-    of_product = {"R": number, "R_P2": max(LEAST_BYTES, triton.next_power_of_2(number)), "H_KV": kv_heads}
+    of_product = {"R": number, "R_P2": _sketch(number), "H_KV": kv_heads}
     of_product |= {"ROWS": rows, "SPREAD": max(1, LEAST_COLUMNS // rows), "BLOCK": _block(rows)}
     made = functools.partial(torch.empty, device=q.device)
     stats, logits, asked, lines = made(kv_heads, work, rows, 2, dtype=torch.float32), None, None, None
