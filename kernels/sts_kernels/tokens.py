@@ -44,6 +44,8 @@ from sts_kernels.split_kv import LOG2E, padded, plan_whole, starts_early
 LARGEST = 65504.0  # of float16, which logits are kept in
 LEAST_COLUMNS, LEAST_BYTES = 8, 32  # of a product of int8
 LOWEST = tl.constexpr(-(2.0**26))  # below every product, and finite
+# A float that is followed, and preceded, by 2 ** 22 whole numbers: 16 times a product is less. And its bits.
+EXACT, EXACT_BITS = tl.constexpr(1.5 * 2**23), tl.constexpr(0x4B400000)
 MOST_PARTS = 8  # of a row, whose counts a program has at a time
 MOST_PRODUCTS = 8192  # that a program has at a time
 
@@ -405,8 +407,8 @@ def _of_rows(x, SPREAD: tl.constexpr):
 
 @triton.jit
 def _products(sketch_ptr, slots, low_q, high_q, STRIDE: tl.constexpr, R: tl.constexpr, SPREAD: tl.constexpr):
-    """float32 [BLOCK, ROWS], whole: 16 times the products of queries and the sketches of a KV head, from
-    `sketch_ptr` on, at `slots` [BLOCK]. Their low halves are too large by ZERO."""
+    """float32 [BLOCK, ROWS], whole numbers: EXACT, and 16 times the products of queries and the sketches of a
+    KV head, from `sketch_ptr` on, at `slots` [BLOCK]. Their low halves are too large by ZERO."""
     place = tl.arange(0, low_q.shape[1])
     from_ptr = (sketch_ptr + place)[None, :] + (slots.to(tl.int64) * STRIDE)[:, None]
     if low_q.shape[1] == R:
@@ -414,9 +416,15 @@ def _products(sketch_ptr, slots, low_q, high_q, STRIDE: tl.constexpr, R: tl.cons
     else:
         sketch = tl.load(from_ptr, mask=(place < R)[None, :], other=0)
     # A mask is all that either half takes: the high one is 16 times what it says.
-    high = _of_rows(tl.dot(sketch & -16, tl.trans(high_q)), SPREAD)
-    low = _of_rows(tl.dot(sketch & 15, tl.trans(low_q)), SPREAD)
-    return (16 * low + high).to(tl.float32)
+    low = tl.dot(sketch & 15, tl.trans(low_q))
+    # Added up from the bits of EXACT on, sums are the bits of a float: nothing is converted.
+    if SPREAD == 1:
+        high = tl.dot(sketch & -16, tl.trans(high_q), 16 * low + EXACT_BITS, out_dtype=tl.int32)
+    else:
+        bits = tl.full(low.shape, EXACT_BITS, tl.int32)
+        high = tl.dot(sketch & -16, tl.trans(high_q), bits, out_dtype=tl.int32)
+        high = _of_rows(high, SPREAD) + 16 * _of_rows(low, SPREAD)
+    return high.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -473,7 +481,7 @@ def _score_tokens_kernel(
     step = _of_rows(step, SPREAD) * (scale / 16)  # [ROWS], of a product
     if logits_ptr is not None:
         step = tl.minimum(step, LARGEST / 16)
-    zero = -zero * step
+    zero = -(zero + EXACT) * step
     rows = tl.arange(0, ROWS)
     if asked_ptr is not None and begin == 0:
         pair = (h * bs + b).to(tl.int64)
