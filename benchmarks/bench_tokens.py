@@ -71,8 +71,9 @@ QUICK = [
 WAYS = [{"again": 1000}, {"again": 1}]
 GRID = [
     knobs | way
-    for knobs in settings({"programs": [528, 924, 1056], "block": [128, 256], "num_warps": [4, 8]})
-    + [{"block": 512, "num_warps": 8}, {"num_stages": 3}, {"num_stages": 7}, {"early": False}]
+    for knobs in settings({"programs": [528, 792, 924, 1056], "block": [128, 256], "num_warps": [4, 8]})
+    + [{"block": 512, "num_warps": 8}, {"maxnreg": 64}, {"maxnreg": 96}]
+    + [{"num_stages": 3}, {"num_stages": 7}, {"early": False}]
     for way in WAYS
 ]
 GRID += [{"again": 1000, "pooled": n} for n in (1024, 4096)]

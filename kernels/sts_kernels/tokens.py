@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sts_kernels import select
-from sts_kernels.checks import check_select, check_token_scores, check_token_sketches, expect_half
+from sts_kernels.checks import check_select, check_token_scores, check_token_sketches, expect, expect_half
 from sts_kernels.layout import (
     AGAIN,
     ALIGN,
@@ -43,21 +43,21 @@ from sts_kernels.split_kv import LOG2E, padded, plan_whole, starts_early
 
 LARGEST = 65504.0  # of float16, which logits are kept in
 LEAST_COLUMNS, LEAST_BYTES = 8, 32  # of a product of int8
-LOWEST = tl.constexpr(-(2.0**26))  # below every product, and finite
-# A float that is followed, and preceded, by 2 ** 22 whole numbers: 16 times a product is less. And its bits.
+# A float beside which the 2 ** 22 next whole numbers are floats, either way, and its bits.
+MOST_DIM = 256  # of a head, whose products are less: dim / 4 * QUERY_STEPS * (16 * 15 + 16 * MOST_STEPS)
 EXACT, EXACT_BITS = tl.constexpr(1.5 * 2**23), tl.constexpr(0x4B400000)
 MOST_PARTS = 8  # of a row, whose counts a program has at a time
-MOST_PRODUCTS = 8192  # that a program has at a time
 
 
 @dataclass(frozen=True)
 class TokensKnobs(PoolKnobs):
     """sketch_block: keys that a program sketches at a time. sketch_programs: that all (request, KV head)
-    pairs are parted among. block: tokens that a program scores at a time, of few query rows. again: query
-    rows of a KV head from which on sketches are read again for want of logits. pooled: logits that a pooling
-    program takes at a time. alone: scores of a row that one program of alone_warps lists by itself, of one
-    tile at most; 0: all rows are counted and listed in parts. segment: scores of a row that one program
-    counts and lists, `listed` at a time. list_warps: of one. The rest: see PoolKnobs.
+    pairs are parted among. block: tokens that a program scores at a time. products: of these and query rows,
+    at a time. again: query rows of a KV head from which on sketches are read again for want of logits.
+    maxnreg: registers that a thread has at most that scores, None: any. pooled: logits that a pooling program
+    takes at a time. alone: scores of a row that one program of alone_warps lists by itself, of one tile at
+    most; 0: all rows are counted and listed in parts. segment: scores of a row that one program counts and
+    lists, `listed` at a time. list_warps: of one. The rest: see PoolKnobs.
     """
 
     programs: int = 1056
@@ -66,7 +66,9 @@ class TokensKnobs(PoolKnobs):
     sketch_block: int = 64
     sketch_programs: int = 1056
     block: int = 256
+    products: int = 4096
     again: int = AGAIN
+    maxnreg: int | None = None
     pooled: int = 2048
     pool_programs: int = 1056
     alone: int = 32768
@@ -101,7 +103,7 @@ def _rows(used: int) -> int:
 
 def _block(rows: int) -> int:
     """Tokens at a time: fewer of many rows, whose products a thread holds in registers."""
-    return max(16 * KNOBS.num_warps, min(KNOBS.block, MOST_PRODUCTS // rows))
+    return max(16 * KNOBS.num_warps, min(KNOBS.block, KNOBS.products // rows))
 
 
 def sketch_tokens(
@@ -171,6 +173,9 @@ def score_tokens(
     check_token_scores(q, sketches, directions, scores, pooling)
     expect_half("score_tokens", scores)
     bs, tokens, q_heads, dim = q.shape
+    expect(
+        "score_tokens", dim <= MOST_DIM, f"heads of q have {dim} dimensions, at most {MOST_DIM} are served"
+    )
     if bs == 0:
         return
     (kv_heads, columns), number = scores.importance.shape, sketches.shape[2]
@@ -190,6 +195,7 @@ def score_tokens(
         logits = made(kv_heads, columns, used, dtype=torch.float16)
     early = starts_early(q.device) if KNOBS.early else {}
     launch = {"EARLY": bool(early), "num_warps": KNOBS.num_warps, "num_stages": KNOBS.num_stages}
+    launch |= {"maxnreg": KNOBS.maxnreg}
     parts = plan.work, plan.ends, contexts.table, contexts.reqs, scores.starts
     _score_tokens_kernel[(kv_heads, work)](
         q,
@@ -278,8 +284,10 @@ def list_tokens(scores: Scores, contexts: Contexts, lists: Lists, *, sink: int, 
     ]
     shape = {"SINK": sink, "RECENT": recent, "RANKS": RANKS, "UNRANKED": UNRANKED_BITS}
     shape |= {"ALIGN": ALIGN, "SEGMENT": KNOBS.segment, "ALONE": alone}
+    early = starts_early(importance.device) if KNOBS.early else {}
+    launch = {"EARLY": bool(early), "num_warps": KNOBS.list_warps, **early}
     grid = (channels, bs, parts)
-    _count_kernel[grid](*of_rows, **shape, num_warps=KNOBS.list_warps)
+    _count_kernel[grid](*of_rows, **shape, **launch)
     _list_kernel[grid](
         *of_rows,
         contexts.table,
@@ -291,7 +299,7 @@ def list_tokens(scores: Scores, contexts: Contexts, lists: Lists, *, sink: int, 
         AT_ONCE=min(MOST_PARTS, triton.next_power_of_2(parts)),
         FORCED=min(1024, triton.next_power_of_2(sink + recent)),
         BLOCK=KNOBS.listed,
-        num_warps=KNOBS.list_warps,
+        **launch,
     )
 
 
@@ -494,7 +502,7 @@ def _score_tokens_kernel(
     line = (h.to(tl.int64) * columns + tl.load(column_ptr + b)) * (T * GROUP)
 
     # Of what a thread has itself, until the end: a maximum and a sum over all threads take barriers.
-    peak = tl.full([TILE // 16, 8, ROWS], LOWEST, tl.float32)  # of products
+    peak = tl.zeros([TILE // 16, 8, ROWS], tl.float32)  # of `_products`, which are all above
     norm = tl.zeros([TILE // 16, 8, ROWS], tl.float32)
     for block in range(begin, end, BLOCK):
         offs = block + tl.arange(0, BLOCK)
@@ -510,7 +518,7 @@ def _score_tokens_kernel(
         new_peak = tl.maximum(peak, tl.max(tl.max(s, 0), 1))
         low = -new_peak * step[None, None, :]
         p = tl.exp2(tl.fma(s, step[None, None, None, None, :], low[None, :, None, :, :]))
-        norm = norm * tl.exp2(tl.fma(peak, step[None, None, :], low)) + tl.sum(tl.sum(p, 0), 1)
+        norm = norm * tl.exp2((peak - new_peak) * step[None, None, :]) + tl.sum(tl.sum(p, 0), 1)
         peak = new_peak
     if EARLY:
         gdc_launch_dependents()
@@ -610,7 +618,11 @@ def _count_kernel(
     ALIGN: tl.constexpr,
     SEGMENT: tl.constexpr,
     ALONE: tl.constexpr,  # scores of a row that the select kernel lists
+    EARLY: tl.constexpr,
 ):
+    if EARLY:  # all wait: what comes after this kernel takes it that the ones before have ended
+        gdc_launch_dependents()
+        gdc_wait()
     c, b, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     channels, parts = tl.num_programs(0), tl.num_programs(2)
     last = tl.load(lens_ptr + b).to(tl.int32) - RECENT
@@ -648,7 +660,10 @@ def _list_kernel(
     AT_ONCE: tl.constexpr,  # parts whose counts are read
     FORCED: tl.constexpr,  # of sink and recent, at a time
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
     c, b, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     channels, parts = tl.num_programs(0), tl.num_programs(2)
     count = tl.load(count_ptr + b * channels + c)
