@@ -1,8 +1,9 @@
 """Sketches of single tokens in Triton: a key on few directions, half a byte each, and the scores by them.
 
-A token's sketch lies beside its slot, so that it is shared and dies with the key. Scores take two kernels:
-one reads the sketches and leaves logits, one makes them importance, for which the sum over the whole context
-has to be known. A layer has few lists. So of a row too long for one program's registers many programs have a
+A token's sketch lies beside its slot, so that it is shared and dies with the key. Scores take two kernels, as
+the sum over the whole context has to be known: one reads the sketches and leaves logits, and one makes them
+importance. Of many query rows logits are more bytes than sketches: then there are none, and both kernels read
+the sketches. A layer has few lists. So of a row too long for one program's registers many programs have a
 part each: one kernel counts scores by rank, one knows from all counts where its part goes in the list.
 """
 
@@ -43,8 +44,9 @@ from sts_kernels.split_kv import LOG2E, padded, plan_whole, starts_early
 
 LARGEST = 65504.0  # of float16, which logits are kept in
 LEAST_COLUMNS, LEAST_BYTES = 8, 32  # of a product of int8
-# A float beside which the 2 ** 22 next whole numbers are floats, either way, and its bits.
-MOST_DIM = 256  # of a head, whose products are less: dim / 4 * QUERY_STEPS * (16 * 15 + 16 * MOST_STEPS)
+# Of a head: 16 times a product is less than 2 ** 22 then.
+MOST_DIM = 256
+# A float beside which the next 2 ** 22 whole numbers are floats, either way, one bit apart; and its bits.
 EXACT, EXACT_BITS = tl.constexpr(1.5 * 2**23), tl.constexpr(0x4B400000)
 MOST_PARTS = 8  # of a row, whose counts a program has at a time
 
@@ -166,16 +168,14 @@ def score_tokens(
 ) -> None:
     """Kernel of `sts_kernels.torch_ops.score_tokens` (see there); graph-safe, no host sync.
 
-    Queries are rounded to the dtype of the directions, and logits to float16, all of a row made smaller where
-    one could be out of its range. Without a plan, which one launch of `plan_scores` makes for all layers of a
-    step, the call makes its own.
+    Queries are rounded to the dtype of the directions. Logits that are kept are rounded to float16, all of a
+    row made smaller where one could be out of its range. Without a plan, which one launch of `plan_scores`
+    makes for all layers of a step, the call makes its own.
     """
     check_token_scores(q, sketches, directions, scores, pooling)
     expect_half("score_tokens", scores)
     bs, tokens, q_heads, dim = q.shape
-    expect(
-        "score_tokens", dim <= MOST_DIM, f"heads of q have {dim} dimensions, at most {MOST_DIM} are served"
-    )
+    expect("score_tokens", dim <= MOST_DIM, f"heads may have {MOST_DIM} dimensions, got {dim}")
     if bs == 0:
         return
     (kv_heads, columns), number = scores.importance.shape, sketches.shape[2]
@@ -184,19 +184,15 @@ def score_tokens(
     used = tokens * group
     rows = _rows(used)
     again = used >= KNOBS.again and pooling.rows == pooling.heads == "max"
-    of_product = {"R": number, "R_P2": _sketch(number), "H_KV": kv_heads}
-    of_product |= {"ROWS": rows, "SPREAD": max(1, LEAST_COLUMNS // rows), "BLOCK": _block(rows)}
+    spread, sketch = max(1, LEAST_COLUMNS // rows), _sketch(number)
+    shape = {"H_KV": kv_heads, "R": number, "R_P2": sketch, "ROWS": rows, "SPREAD": spread}
+    shape |= {"BLOCK": _block(rows), "EARLY": KNOBS.early and bool(starts_early(q.device))}
+    shape |= {"num_warps": KNOBS.num_warps, "num_stages": KNOBS.num_stages, "maxnreg": KNOBS.maxnreg}
     made = functools.partial(torch.empty, device=q.device)
-    stats, logits, asked, lines = made(kv_heads, work, rows, 2, dtype=torch.float32), None, None, None
-    if again:
-        asked = made(kv_heads, bs, 2, rows * of_product["SPREAD"], of_product["R_P2"], dtype=torch.int8)
-        lines = made(kv_heads, bs, 2, rows, dtype=torch.float32)
-    else:
-        logits = made(kv_heads, columns, used, dtype=torch.float16)
-    early = starts_early(q.device) if KNOBS.early else {}
-    launch = {"EARLY": bool(early), "num_warps": KNOBS.num_warps, "num_stages": KNOBS.num_stages}
-    launch |= {"maxnreg": KNOBS.maxnreg}
-    parts = plan.work, plan.ends, contexts.table, contexts.reqs, scores.starts
+    stats = made(kv_heads, work, rows, 2, dtype=torch.float32)
+    logits = None if again else made(kv_heads, columns, used, dtype=torch.float16)
+    asked = made(kv_heads, bs, 2, rows * spread, sketch, dtype=torch.int8) if again else None
+    lines = made(kv_heads, bs, 2, rows, dtype=torch.float32) if again else None
     _score_tokens_kernel[(kv_heads, work)](
         q,
         sketches,
@@ -205,7 +201,11 @@ def score_tokens(
         asked,
         lines,
         stats,
-        *parts,
+        plan.work,
+        plan.ends,
+        contexts.table,
+        contexts.reqs,
+        scores.starts,
         scale * LOG2E,
         q.stride(1 if tokens > 1 else 0),  # that of a dimension of one says nothing
         contexts.table.stride(0),
@@ -219,27 +219,10 @@ def score_tokens(
         ZERO=LOW_ZERO,
         LARGEST=LARGEST / (2 * number * MOST_STEPS * QUERY_STEPS),
         TILE=16 * KNOBS.num_warps,
-        **of_product,
-        **launch,
+        **shape,
     )
     if again:
-        _weigh_tokens_kernel[(kv_heads, work)](
-            sketches,
-            asked,
-            lines,
-            stats,
-            scores.importance,
-            *parts,
-            scores.importance.stride(0),
-            contexts.table.stride(0),
-            bs,
-            FACTOR=math.log2(IMPORTANCE_SCALE),
-            USED=used,
-            SPLITS_P2=triton.next_power_of_2(plan.most),
-            **of_product,
-            **launch,
-            **early,
-        )
+        _weigh(sketches, (asked, lines, stats), contexts, scores, plan, {"USED": used, **shape})
         return
     pool_logits(
         logits,
@@ -253,6 +236,35 @@ def score_tokens(
         longest=contexts.table.shape[1],
         block=max(16, KNOBS.pooled // triton.next_power_of_2(used)),
         knobs=KNOBS,
+    )
+
+
+def _weigh(
+    sketches: torch.Tensor,
+    found: tuple[torch.Tensor, ...],
+    contexts: Contexts,
+    scores: Scores,
+    plan: Plan,
+    shape: dict,
+) -> None:
+    """Importance by a second reading of sketches. found: what `_score_tokens_kernel` left: queries, lines and
+    stats. shape: of the launch."""
+    _weigh_tokens_kernel[(scores.importance.shape[0], plan.work.shape[0])](
+        sketches,
+        *found,
+        scores.importance,
+        plan.work,
+        plan.ends,
+        contexts.table,
+        contexts.reqs,
+        scores.starts,
+        scores.importance.stride(0),
+        contexts.table.stride(0),
+        contexts.lens.numel(),
+        FACTOR=math.log2(IMPORTANCE_SCALE),
+        SPLITS_P2=triton.next_power_of_2(plan.most),
+        **shape,
+        **(starts_early(sketches.device) if shape["EARLY"] else {}),
     )
 
 
