@@ -285,8 +285,9 @@ def main() -> None:
             bench(results, shape)
         torch.cuda.empty_cache()
     for shape in [*QUICK, *WIDE] if args.tune else []:
-        tune(results, tokens, LIST_GRID, shape, prepare_lists)
-        torch.cuda.empty_cache()
+        if shape["rows"] == 1:
+            tune(results, tokens, LIST_GRID, shape, prepare_lists)
+            torch.cuda.empty_cache()
     results.finish()
 
 
