@@ -917,7 +917,7 @@ from benchmarks import (
     bench_draft_attention, bench_pages, bench_prefill, bench_select, bench_tokens, bench_verify
 )
 from benchmarks.harness import compile_only
-from sts_kernels import ops
+from sts_kernels import ops, tokens
 from sts_kernels.layout import (
     Contexts, History, Kept, KvPool, Lists, Members, PagedLists, Pooling, QueryBlocks, Room, Rule, Scores
 )
@@ -949,7 +949,12 @@ with compile_only() as compiled:
     )
     for odd in ({}, {"rows": 1}, {"dim": 64, "group": 8}, {"dim": 96, "group": 5}, {"dim": 256, "group": 7}):
         bench_pages.compile_one(shape | odd, {})
-        bench_tokens.compile_one(shape | odd | {"context": 65536}, {})
+        of_tokens = shape | odd | {"context": 65536}
+        before = len(compiled)
+        bench_tokens.compile_one(of_tokens, {})
+        reads = ("_score_tokens_kernel", "_weigh_tokens_kernel")
+        most = max(kernel.metadata.shared for name, kernel in compiled[before:] if name in reads)
+        assert most <= tokens.shared_bytes(of_tokens["rows"] * of_tokens["group"], of_tokens["dim"]), odd
         chunk = {"cached": 32768, "new": 8192, "keep": 0.25, "group": 4, "dim": 128}
         bench_prefill.compile_one(chunk | odd, {})
     bench_prefill.compile_one(chunk | {"dim": 256, "group": 4}, {})
@@ -1014,7 +1019,8 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
         *("_claim_pages_kernel", "_tag_kernel", "_sketch_kernel"),
         *("_known_kernel", "_page_sizes_kernel", "_list_pages_kernel"),
         *("_score_kernel", "pool_logits_kernel"),
-        *("_sketch_tokens_kernel", "_score_tokens_kernel", "_count_kernel", "_list_kernel"),
+        *("_sketch_tokens_kernel", "_score_tokens_kernel", "_weigh_tokens_kernel"),
+        *("_count_kernel", "_list_kernel"),
         *("_copy_scores_kernel", "_mark_pages_kernel"),
         *("_score_blocks_kernel", "_pool_blocks_kernel", "_list_blocks_kernel", "_block_attention_kernel"),
         "_block_slots_kernel",
@@ -1022,6 +1028,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
     for name, shared, asynchronous, single in kernels:
         assert int(shared) <= 232448
         reads = "_draft_kernel", "_score_kernel", "_verify_kernel", "_score_tokens_kernel"
+        reads += ("_weigh_tokens_kernel",)
         reads += "_sketch_tokens_kernel", "_score_blocks_kernel", "_block_attention_kernel"
         assert (asynchronous == "True") == (name in reads)
         assert name not in ("_draft_kernel", "_pool_kernel") or single == "False"

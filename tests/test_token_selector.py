@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 
+from sts_kernels import tokens as kernels
 from sts_kernels.layout import (
+    AGAIN,
     IMPORTANCE_SCALE,
     MOST_STEPS,
     QUERY_STEPS,
@@ -21,6 +23,7 @@ from sts_kernels.torch_ops import sketch_values
 from sts_sglang import headmap
 from sts_sglang.config import ConfigError
 from sts_sglang.core.selectors import tokens
+from sts_sglang.core.sizes import SCRATCH
 from tests import directions
 from tests.test_backends import COUNTS, DIM, KV_HEADS, LAYERS, Q_HEADS, SCALE, TOKENS
 from tests.test_page_selectors import GROUP, PROMPT, RECENT, SINK, WIDTH, Request, counted
@@ -209,6 +212,14 @@ def test_a_batch_is_scored_alike_some_requests_at_a_time(monkeypatch, head_map, 
         ends = zip(own.starts.flatten().tolist(), own.counts.flatten().tolist(), strict=True)
         found.append([sorted(own.indices[start : start + max(0, count)].tolist()) for start, count in ends])
     assert found[0] == found[1] and sum(map(len, found[0])) == 4 * KV_HEADS * 100
+
+
+def test_memory_for_logits_is_what_the_kernel_keeps() -> None:
+    few, again = AGAIN - 1, AGAIN
+    assert kernels.KNOBS.again == AGAIN
+    assert tokens.logit_bytes(4096, 8, few) == 2 * 8 * 4096 * few and tokens.logit_bytes(4096, 8, again) == 0
+    assert tokens.at_once(131072, 8, few) == SCRATCH // (2 * 8 * 131072 * few)
+    assert tokens.at_once(131072, 8, again) >= 1024  # more than a batch has
 
 
 def test_a_dump_says_what_tokens_were_worth(tmp_path, head_map) -> None:

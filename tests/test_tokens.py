@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sts_kernels import ops, select, tokens
+from sts_kernels import ops, tokens
 from sts_kernels.layout import (
     IMPORTANCE_SCALE,
     MOST_STEPS,
@@ -221,6 +221,16 @@ def test_scores_of_half_precision(kernel: str, dtype: torch.dtype) -> None:
     check_scores(pool, kernel, 1, 4)
 
 
+@pytest.mark.parametrize("again", [1, 1000])  # query rows: sketches are read again, logits are kept
+@pytest.mark.parametrize("rows, group", [(1, 1), (1, 4), (3, 2), (4, 4), (5, 7)])
+def test_scores_by_logits_and_by_a_second_reading(monkeypatch, again: int, rows: int, group: int) -> None:
+    """In parts of less than a block, of one and of more."""
+    tune(monkeypatch, tokens, again=again, programs=12, least=16, block=64, pooled=64, pool_programs=12)
+    pool = Pool([700, 1, 0, 64, 130])
+    pool.sketch("triton")
+    check_scores(pool, "triton", rows, group)
+
+
 def check_lists(pool: Pool, kernel: str, importance: torch.Tensor, counts, sink=4, recent=20) -> None:
     """Against a sort in Python."""
     (heads, _), bs, columns = importance.shape, len(counts), -(-pool.table.shape[1] // 64) * 64
@@ -260,13 +270,12 @@ def drawn_scores(pool: Pool, kinds: int | None = None) -> torch.Tensor:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("kinds", [None, 1, 5])
-@pytest.mark.parametrize("segment", [64, 256])
-@pytest.mark.parametrize("words", [4, 8, 1024])  # all rows long, some, none
+@pytest.mark.parametrize("segment", [32, 256])  # whose counts are read in several goes, in one
+@pytest.mark.parametrize("alone", [0, 250, 32768])  # scores: all rows in parts, some, none
 def test_lists_have_the_highest_ranks_and_of_equals_the_later(
-    monkeypatch, kernel, kinds, segment, words
+    monkeypatch, kernel, kinds, segment, alone
 ) -> None:
-    tune(monkeypatch, tokens, segment=segment, listed=min(segment, 128))
-    tune(monkeypatch, select, words=words)
+    tune(monkeypatch, tokens, segment=segment, listed=min(segment, 128), alone=alone)
     pool = Pool([400, 90, 300, 40])
     counts = [[100, 24], [60, WHOLE], [25, 299], [WHOLE, WHOLE]]
     check_lists(pool, kernel, drawn_scores(pool, kinds), counts)
@@ -274,8 +283,7 @@ def test_lists_have_the_highest_ranks_and_of_equals_the_later(
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_lists_of_little_sink_and_much_recent(monkeypatch, kernel) -> None:
-    tune(monkeypatch, tokens, segment=64, listed=64)
-    tune(monkeypatch, select, words=4)
+    tune(monkeypatch, tokens, segment=64, listed=64, alone=0)
     pool = Pool([400, 330])
     check_lists(pool, kernel, drawn_scores(pool), [[200, 181], [190, 182]], sink=1, recent=180)
 

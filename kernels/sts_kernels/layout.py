@@ -43,6 +43,8 @@ UNRANKED_BITS = 6
 RANKS = 1 << (15 - UNRANKED_BITS)  # of scores that are not negative
 # Scores of a row that one program counts by rank and lists, where the row is longer than one can hold.
 SEGMENT = 8192
+# Query rows of a KV head from which on sketches of tokens are read twice, and no logits are kept in between.
+AGAIN = 12
 MOST_STEPS = 7  # of a value of a sketch, either way
 # Two values share a byte, v and w as 16 * w + v + LOW_ZERO: so either half is had by a mask alone.
 LOW_ZERO = 8

@@ -325,16 +325,20 @@ def pool_logits_kernel(
     top = tl.max(peak, 0)
     top = tl.where(top == float("-inf"), 0.0, top)  # padding, or nothing known
     lse = top + tl.log2(tl.sum(norm * tl.exp2(peak - top[None, :, :]), 0))  # [T, GROUP]
+    lse = tl.where(there, lse, float("inf"))  # no probability
     for block in range(program * BLOCK, pages_end, PROGRAMS * BLOCK):
         pages = block + tl.arange(0, BLOCK)
         in_request = pages < pages_end
         line = (h.to(tl.int64) * columns + column + pages) * (T * GROUP)
         mask = in_request[:, None, None] & there[None, :, :]
         s = tl.load(logits_ptr + line[:, None, None] + row[None, :, :], mask=mask, other=float("-inf"))
-        s = s.to(tl.float32)
-        p = tl.where(mask, tl.exp2(s - lse[None, :, :]), 0.0)  # [BLOCK, T, GROUP]
-        p = tl.sum(p, 2) / GROUP if MEAN_HEADS else tl.max(p, 2)
-        p = tl.sum(p, 1) if MEAN_ROWS else tl.max(p, 1)
+        s = s.to(tl.float32) - lse[None, :, :]  # [BLOCK, T, GROUP]
+        if MEAN_ROWS or MEAN_HEADS:
+            p = tl.exp2(s)
+            p = tl.sum(p, 2) / GROUP if MEAN_HEADS else tl.max(p, 2)
+            p = tl.sum(p, 1) if MEAN_ROWS else tl.max(p, 1)
+        else:  # one exponential a page, of the most probable
+            p = tl.exp2(tl.max(tl.max(s, 2), 1))
         p = p * factor
         if known_ptr is not None:
             known = tl.load(known_ptr + b.to(tl.int64) * width + pages, mask=in_request, other=0) != 0

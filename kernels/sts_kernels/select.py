@@ -70,10 +70,11 @@ def select_rows(
     top_p: torch.Tensor | None = None,
     draft_indices: torch.Tensor | None = None,
     unranked: int = 0,
-    tiles_only: bool = False,
+    longest: int = 2**31 - 1,
+    num_warps: int | None = None,
 ) -> None:
-    """unranked: lowest bits of a score that are no matter. tiles_only: rows of more than one tile are not
-    listed (`is_long`)."""
+    """unranked: lowest bits of a score that are no matter. longest: scores of a row that is listed.
+    num_warps: of a program; None: as KNOBS has it."""
     ok = draft_indices is None or sink >= SHIFT
     expect("select_tokens", ok, f"sink is {sink}, and no draft key is about the first {SHIFT} positions")
     importance, bs = scores.importance, contexts.lens.numel()
@@ -100,18 +101,12 @@ def select_rows(
         RECENT=recent,
         FORCED=min(1024, triton.next_power_of_2(sink + recent)),
         UNRANKED=unranked,
-        TILES_ONLY=tiles_only,
+        LONGEST=longest,
         ALIGN=ALIGN if columns % ALIGN == 0 else 1,
         WORDS=KNOBS.words,
-        num_warps=KNOBS.num_warps,
+        num_warps=num_warps or KNOBS.num_warps,
         maxnreg=KNOBS.maxnreg,
     )
-
-
-@triton.jit
-def is_long(last, WORDS: tl.constexpr):
-    """Whether a row whose scores end at `last` is more than one tile."""
-    return last > 32 * WORDS
 
 
 # ---- words and planes
@@ -443,7 +438,7 @@ def _select_kernel(
     RECENT: tl.constexpr,
     FORCED: tl.constexpr,  # of sink and recent, at a time
     UNRANKED: tl.constexpr,
-    TILES_ONLY: tl.constexpr,
+    LONGEST: tl.constexpr,  # scores of a row that is listed
     ALIGN: tl.constexpr,
     WORDS: tl.constexpr,
 ):
@@ -457,7 +452,7 @@ def _select_kernel(
     start = tl.load(start_ptr + b * channels + c)
     out_ptr, draft_ptr = indices_ptr + start, draft_ptr + start
     first, last = SINK, length - RECENT
-    if TILES_ONLY and is_long(last, WORDS):
+    if last > LONGEST:
         return
     wanted = count - SINK - RECENT
     if TOP_P:
@@ -486,7 +481,7 @@ def _select_kernel(
         _list_tile(
             row_ptr, first, last, wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT, UNRANKED, ALIGN, few
         )
-    elif not is_long(last, WORDS):
+    elif last <= 32 * WORDS:
         _list_tile(
             row_ptr, first, last, wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT, UNRANKED, ALIGN, WORDS
         )

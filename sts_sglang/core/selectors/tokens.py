@@ -14,6 +14,7 @@ import torch
 
 from sts_kernels import Ops
 from sts_kernels.layout import (
+    AGAIN,
     RANKS,
     SEGMENT,
     UNKNOWN,
@@ -165,8 +166,9 @@ def need(config: StsConfig, target: TargetShape, longest: int) -> Need:
 
 
 def logit_bytes(columns: int, kv_heads: int, rows: int) -> int:
-    """Of one request, while a layer's tokens are scored: a float16 for each of a KV head's query rows."""
-    return 2 * kv_heads * columns * rows
+    """Of one request, while a layer's tokens are scored: a float16 for each of a KV head's query rows, unless
+    they are so many that the kernel keeps none."""
+    return 2 * kv_heads * columns * rows if rows < AGAIN else 0
 
 
 def counted_bytes(columns: int) -> int:
@@ -176,4 +178,4 @@ def counted_bytes(columns: int) -> int:
 
 def at_once(columns: int, kv_heads: int, rows: int) -> int:
     """Requests whose tokens are scored within sizes.SCRATCH bytes, and at least one."""
-    return max(1, SCRATCH // logit_bytes(columns, kv_heads, rows))
+    return max(1, SCRATCH // max(1, logit_bytes(columns, kv_heads, rows)))
