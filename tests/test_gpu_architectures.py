@@ -42,6 +42,10 @@ COMMON += ("--mem-fraction-static", "0.6", "--random-seed", "0")
 def serve(folder: Path, name: str, *args: str) -> LocalServer:
     """Of a wide tiny model, in a folder of its own, also for the class that its checkpoint brings along."""
     model = tiny_architectures.make(folder, name, wide=True)
+    if name == "Glm4MoeForCausalLM":
+        # A token goes to all experts of a wide model: with the shared one in their midst SGLang would choose
+        # more of them than there are.
+        args = (*args, "--disable-shared-experts-fusion")
     given = {"start_seconds": 300, "env": {"HF_MODULES_CACHE": str(folder / "modules")}}
     return LocalServer(model, folder / "log", *COMMON, *args, module="tests.unseen_architectures", **given)
 
