@@ -200,6 +200,15 @@ class RoundState:
         self.rounds[reqs] += 1
         return self.rounds[reqs] % every == 0
 
+    def count_aside(self, contexts: Contexts, heads: int) -> None:
+        """A round that stands aside: everybody attends to everything, by choice. heads: (layer, KV head)
+        pairs whose tokens are counted here, since no op of ours attends."""
+        real = contexts.reqs > 0
+        self.attended.add_((contexts.lens * real).sum() * heads)
+        verifies = real.sum()
+        self.totals[Count.SPARSE_VERIFIES] += verifies
+        self.totals[Count.ASIDE_VERIFIES] += verifies
+
     def note_scores(self, known: torch.Tensor, contexts: Contexts) -> None:
         """For dumps: where the scores of this round stand."""
         if self.scored is not None:
