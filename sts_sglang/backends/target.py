@@ -57,8 +57,8 @@ class StsTargetBackend(Bindable, AttentionBackend):
 
     @property
     def reads_table(self) -> bool:
-        """Whether a decode graph reads the table of slots in its layers. Where it stands aside the metadata of
-        SGLang's own backends, made before it, has been all that did."""
+        """Whether a decode graph reads the table of slots in its layers. Where it stands aside the metadata
+        of SGLang's own backends, made before it, has been all that did."""
         return not self.runtime.aside.now or self.dense_name == "torch"
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
@@ -198,7 +198,8 @@ class StsTargetBackend(Bindable, AttentionBackend):
             self._whole = runtime.plan_whole(self._lists, self._contexts) if whole else None
         if runtime.sketches is not None:
             runtime.sketches.forget(views.written(fb))
-        self._tail_mask = self._tail_masks(fb).contiguous()
+        ours = not runtime.aside.now or not by_dense
+        self._tail_mask = self._tail_masks(fb).contiguous() if ours else None
 
     def _tail_masks(self, fb: ForwardBatch) -> torch.Tensor:
         tokens, topk, _ = views.tree(fb)

@@ -145,6 +145,7 @@ class RoundState:
         self.rounds = torch.zeros(requests, dtype=torch.int32, device=device)  # since the prefill
         self.totals = torch.zeros(len(Count), dtype=torch.int64, device=device)
         self.attended = self.totals[Count.SELECTED_TOKENS : Count.AVAILABLE_TOKENS + 1]
+        self.asides = self.totals[:: Count.ASIDE_VERIFIES][:2]  # with the sparse ones, of which they are
         self.clipped = self.totals[Count.CLIPPED_TOKENS : Count.CLIPPED_TOKENS + 1]
         self.draft_attended = self.totals[Count.DRAFT_SELECTED_TOKENS : Count.DRAFT_AVAILABLE_TOKENS + 1]
         # For dumps without history: first column, context and round of a request's latest scores.
@@ -204,10 +205,9 @@ class RoundState:
         """A round that stands aside: everybody attends to everything, by choice. heads: (layer, KV head)
         pairs whose tokens are counted here, since no op of ours attends."""
         real = contexts.reqs > 0
-        self.attended.add_((contexts.lens * real).sum() * heads)
-        verifies = real.sum()
-        self.totals[Count.SPARSE_VERIFIES] += verifies
-        self.totals[Count.ASIDE_VERIFIES] += verifies
+        self.asides.add_(real.sum())
+        if heads:
+            self.attended.add_((contexts.lens * real).sum(), alpha=heads)
 
     def note_scores(self, known: torch.Tensor, contexts: Contexts) -> None:
         """For dumps: where the scores of this round stand."""
