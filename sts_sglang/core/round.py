@@ -145,7 +145,8 @@ class RoundState:
         self.rounds = torch.zeros(requests, dtype=torch.int32, device=device)  # since the prefill
         self.totals = torch.zeros(len(Count), dtype=torch.int64, device=device)
         self.attended = self.totals[Count.SELECTED_TOKENS : Count.AVAILABLE_TOKENS + 1]
-        self.asides = self.totals[:: Count.ASIDE_VERIFIES][:2]  # with the sparse ones, of which they are
+        between = Count.ASIDE_VERIFIES - Count.SPARSE_VERIFIES  # which are counted together
+        self.asides = self.totals[Count.SPARSE_VERIFIES :: between][:2]
         self.clipped = self.totals[Count.CLIPPED_TOKENS : Count.CLIPPED_TOKENS + 1]
         self.draft_attended = self.totals[Count.DRAFT_SELECTED_TOKENS : Count.DRAFT_AVAILABLE_TOKENS + 1]
         # For dumps without history: first column, context and round of a request's latest scores.
