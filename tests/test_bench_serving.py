@@ -310,6 +310,8 @@ def test_the_bytes_of_a_round_are_weights_and_what_attention_is_over(tmp_path):
         assert alone == {**dense, "draft": share * dense["draft"]}
     scored = bound.round_bytes({**row, "selector": "tokens", "keep_ratio": 0.25})
     assert scored["sketches"] == 2200 * 32 * 8 * 128 / 4
+    aside = bound.round_bytes({**row, "selector": "tokens", "keep_ratio": 1, "aside_share": 1})
+    assert aside == {**dense, "sketches": 0}
     assert bound.round_bytes({**row, "drafts": False}) == {
         "weights": target["weights"],
         "target": 2200 * token,
