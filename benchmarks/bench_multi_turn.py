@@ -213,7 +213,7 @@ def launch(arm: str, options: argparse.Namespace) -> LocalServer:
         args += ["--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", str(pair.draft)]
         args += CHAIN_FLAGS.split()
     if arm in HISTORY:
-        config = {**json.loads(options.sts_config), "history": HISTORY[arm]}
+        config = {"stand_aside": 0, **json.loads(options.sts_config), "history": HISTORY[arm]}
         args += ["--attention-backend", "sts", "--sts-config", json.dumps(config)]
     args += shlex.split(options.server_args)
     return LocalServer(pair.target, options.logs / f"{arm}.log", *args, start_seconds=600)

@@ -25,7 +25,7 @@ the prefix cache; then all requests decode `--new-tokens` at the same time, `--p
 a shorter context begin like those of a longer one: give the longest first. A shape that a server has no room
 for at once is left out. With `--shared N` all begin with the same N tokens, as agents over one history do.
 An sts arm whose counters show no sparse verify, a dense one, or another share of the context than was asked
-for (within one page of 16 tokens) ends the benchmark.
+for (within one page of 16 tokens; all of it while a batch stands aside) ends the benchmark.
 
 With `--server-args "--kv-cache-dtype fp8_e4m3"` KV is FP8 in every arm; rows say so, and the tables of other
 servers leave them out. Rows also say which models they are of and how fast the device reads, by which the
@@ -124,7 +124,9 @@ def run_arm(arm: str, repeat: int, shapes: list[Shape], options: argparse.Namesp
             passes = run_shape(server, shape, options)
             if before is not None:
                 delta = sparse_between(before, server.counters())
-                check_kept(delta["keep_ratio"], known, shape.lengths(), options)
+                aside = server.sts()["config"]["stand_aside"]
+                check_kept(delta["keep_ratio"], known, shape.lengths(), options, aside)
+                about["aside_share"] = round(delta["aside_verifies"] / delta["sparse_verifies"], 4)
                 about["sparse_verifies"] = delta["sparse_verifies"]
                 about["keep_ratio"] = round(delta["keep_ratio"], 4)
                 if kept := delta.get("kept_rounds"):

@@ -2,8 +2,8 @@
 
 Weights of the target once and of the draft in each of its passes, and the keys and values that attention is
 over: of the target what verify attends to, of the draft what its passes attend to (by which sts scores), and
-the sketches where the target's own queries choose. What is written, activations and the rows of embeddings
-are left out, so the bound is below what any kernel can do.
+the sketches where the target's own queries choose, in verifies that do not stand aside. What is written,
+activations and the rows of embeddings are left out, so the bound is below what any kernel can do.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def round_bytes(row: dict) -> dict[str, float] | None:
         found["draft"] = (alone + dense + kept * (passes - dense)) * context * kv_bytes(draft, own)
     if row.get("selector") == "tokens":
         own = target["layers"] * target["kv_heads"] * sketch_bytes(target["head_dim"])
-        found["sketches"] = context * own
+        found["sketches"] = (1 - row.get("aside_share", 0)) * context * own
     return found
 
 

@@ -82,9 +82,16 @@ def layers_of(target: Path) -> int:
     return json.loads((target / "config.json").read_text())["num_hidden_layers"]
 
 
-def check_kept(ratio: float, arm: Arm, lengths: list[int], options: argparse.Namespace) -> None:
+# Of the context tokens of a shape: what may be attended to whole while its requests come one after the other,
+# and are a batch that stands aside as long as they are few.
+RAMP = 0.05
+
+
+def check_kept(
+    ratio: float, arm: Arm, lengths: list[int], options: argparse.Namespace, aside: int = 0
+) -> None:
     """End the benchmark where verifies attended to another share of contexts of these lengths than was asked
-    for.
+    for. aside: `stand_aside` of the server, in tokens.
 
     Pages are whole, and the parts of a map's heads rounded up, so a list may miss its budget by less than one
     page, and one that is kept has what came since. How much a top-p set or verifies of everything come to is
@@ -96,8 +103,10 @@ def check_kept(ratio: float, arm: Arm, lengths: list[int], options: argparse.Nam
     dense = len(known.dense_layers) / layers_of(options.target)
     longer = ([n + more for n in lengths] for more in (0, options.new_tokens))
     shares = [sum(map(known.budget_for, some)) / sum(some) for some in longer]
+    whole = min(1, max(0, (aside - sum(lengths)) / (options.new_tokens * len(lengths))))  # share of steps
+    dense = whole + (1 - whole) * dense
     low, high = (dense + (1 - dense) * share for share in (min(shares), max(shares)))
-    within = PAGE * len(lengths) / sum(lengths)
+    within = PAGE * len(lengths) / sum(lengths) + (RAMP if aside else 0)
     rounds, _ = known.refresh
     since = min(KEPT_TOKENS, (rounds - 1) * (options.draft_tokens or 0)) * len(lengths) / sum(lengths)
     if not low - within <= ratio <= high + within + since:

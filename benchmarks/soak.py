@@ -290,7 +290,8 @@ def _body(ask: Ask) -> dict[str, Any]:
 
 
 def serve(options: argparse.Namespace, folder: Path) -> LocalServer:
-    args = ["--attention-backend", "sts", "--sts-config", options.sts_config, "--random-seed", "0"]
+    config = json.dumps({"stand_aside": 0, **json.loads(options.sts_config)})
+    args = ["--attention-backend", "sts", "--sts-config", config, "--random-seed", "0"]
     args += ["--speculative-algorithm", "STANDALONE", *CHAIN]
     args += ["--speculative-draft-model-path", str(options.pair.draft)]
     args += ["--context-length", str(options.longest + 512), "--max-total-tokens", str(options.pool)]

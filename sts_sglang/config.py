@@ -163,6 +163,16 @@ def _rounds_or_adaptive(field: str, value: object) -> int | str:
         raise not_allowed(field, f"got {shown(value)}", allowed) from None
 
 
+def _tokens_or_auto(field: str, value: object) -> int | str:
+    if isinstance(value, str) and value == "auto":
+        return value
+    try:
+        return _integer(0, MAX_TOKENS)(field, value)
+    except ConfigError:
+        allowed = f"an integer from 0 to {MAX_TOKENS}, or 'auto'"
+        raise not_allowed(field, f"got {shown(value)}", allowed) from None
+
+
 def _sink(field: str, value: object) -> int:
     if type(value) in (int, float) and value == 0:
         raise not_allowed(
@@ -235,6 +245,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "prefill_by": _choice(get_args(PrefillBy)),
     "draft_kv": _choice(get_args(DraftKv)),
     "full_verify_every": _integer(0, MAX_TOKENS),
+    "stand_aside": _tokens_or_auto,
     "request_keep": _choice(get_args(RequestKeep)),
     "request_inspect": _flag,
     "inspect_dir": _path("the path of a folder for dumps, at most 512 characters, or null for none", 512),
@@ -334,6 +345,10 @@ class StsConfig:
     `fp8_e4m3`, which halves what its passes over the context read; `auto` as SGLang's flags say."""
     full_verify_every: int = 0
     """Every N-th verify of a request attends to everything; 0: none does."""
+    stand_aside: int | Literal["auto"] = "auto"
+    """Tokens: while the contexts of a batch are no more together, they are attended to whole, by `dense`, and
+    nothing is scored, selected or listed. 0: never. auto: on a GPU, where tokens or pages have a say, as many
+    as have 256 MiB of keys and values in one layer; else 0."""
     request_keep: RequestKeep = "any"
     """What a request may ask for by `custom_params.sts.keep`: any; `at_most`: none above `keep`, whatever
     the policy, so that no client makes the others wait; `off`: nothing. What it may not is a 400. The same
@@ -363,6 +378,21 @@ class StsConfig:
             self._check_selector()
         if self.keeps_selections:
             self._check_refresh()
+        if self.stand_aside not in ("auto", 0) and (barred := self.bars_standing_aside()) is not None:
+            field, why, instead = barred
+            problem = f"got {self.stand_aside} with {field} {getattr(self, field)!r}, {why}"
+            raise not_allowed("sts_config.stand_aside", problem, f"'auto', 0, or {instead}")
+
+    def bars_standing_aside(self) -> tuple[str, str, str] | None:
+        """The field that wants scores where a batch that stands aside has none, why, and what to set instead;
+        None where there is none."""
+        wants = (
+            ("verify", self.verify == "dense", "which attends to everything anyway", "verify 'sparse'"),
+            ("history", self.history != "off", "which remembers the scores of every round", "history 'off'"),
+            ("draft", self.sparse_draft, "whose passes go by the round's selection", "draft 'dense'"),
+            ("inspect_dir", self.inspect_dir is not None, "whose dumps are of scores", "no inspect_dir"),
+        )
+        return next(((field, why, instead) for field, wanted, why, instead in wants if wanted), None)
 
     def _check_selector(self) -> None:
         """What only the draft's scores can do: be a mass, be remembered, and be there before verify; and what

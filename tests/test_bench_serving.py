@@ -184,6 +184,28 @@ def test_of_mixed_lengths_the_share_is_of_all_tokens():
         check_kept(0.1, ARMS_OF["NONE"]["sts"], lengths, options)
 
 
+@pytest.mark.parametrize(
+    ("requests", "ratio", "passes"),
+    [
+        (2, 1.0, True),  # 8,000 tokens that become 9,024 stand aside from the first to the last
+        (2, 0.9, False),
+        (4, 0.1, True),
+        (4, 0.14, True),  # while requests come one by one
+        (4, 0.2, False),
+        (3, 0.1 + 0.9 * 500 / 512, True),  # 500 steps of 512
+        (3, 0.5, False),
+    ],
+)
+def test_a_batch_that_stands_aside_attends_to_everything(requests, ratio, passes):
+    config = '{"keep": 0.1, "budget": 0}'
+    options = parse(["--target", "T", "--algorithm", "NONE", "--sts-config", config])
+    given = ratio, ARMS_OF["NONE"]["sts"], [4000] * requests, options, 13_500
+    if passes:
+        return check_kept(*given)
+    with pytest.raises(SystemExit, match=f"attended to {ratio:.4f}"):
+        check_kept(*given)
+
+
 def test_whatever_was_measured_so_far_attended_to_what_was_asked_for():
     options = parse(["--dummy", "."])
     prepare(options)
@@ -208,8 +230,12 @@ class Fake:
         memory = {"token_capacity": self.capacity}
         return {"memory_usage": memory, "effective_max_running_requests_per_dp": 4}
 
+    def sts(self) -> dict:
+        return {"config": {"stand_aside": 0}}
+
     def counters(self) -> dict:
         of_a_pass = {"sparse_verifies": 40, "dense_verifies": 0, "selected_tokens": 1, "available_tokens": 10}
+        of_a_pass["aside_verifies"] = 10
         self.read += 1
         return {name: self.read * count for name, count in {**of_a_pass, **self.counted}.items()}
 
@@ -237,7 +263,13 @@ def test_a_row_says_what_was_served_and_how_sparsely(monkeypatch, tmp_path):
     assert len(rows) == len(written) == 2
     told = {"arm": "sts", "repeat": 0, "context": 3000, "requests": 2, "algorithm": "NONE", "tp": 2}
     told |= {"kv": "auto"}
-    told |= {"sparse_verifies": 40, "keep_ratio": 0.1, "cached_tokens": 2999, "accept_length": 1}
+    told |= {
+        "sparse_verifies": 40,
+        "aside_share": 0.25,
+        "keep_ratio": 0.1,
+        "cached_tokens": 2999,
+        "accept_length": 1,
+    }
     told |= {"commit": "c", "simulated": None, "gpu": "G", "server": "python -m sglang.launch_server"}
     assert written[0].items() >= told.items()
     assert written[0]["tokens_per_s"] > 0
@@ -278,6 +310,8 @@ def test_the_bytes_of_a_round_are_weights_and_what_attention_is_over(tmp_path):
         assert alone == {**dense, "draft": share * dense["draft"]}
     scored = bound.round_bytes({**row, "selector": "tokens", "keep_ratio": 0.25})
     assert scored["sketches"] == 2200 * 32 * 8 * 128 / 4
+    aside = bound.round_bytes({**row, "selector": "tokens", "keep_ratio": 1, "aside_share": 1})
+    assert aside == {**dense, "sketches": 0}
     assert bound.round_bytes({**row, "drafts": False}) == {
         "weights": target["weights"],
         "target": 2200 * token,

@@ -417,7 +417,7 @@ def test_the_target_backend_attends_and_counts_as_with_the_sparse_kernel(config,
 def test_the_hook_tells_the_host_who_is_in_a_round(monkeypatch):
     rig = Rig({"policy": "fixed", "budget": 7, "sink": 2, "recent": 4})
     give_headwise(rig, Wrapper)
-    bound = bind.Bound(rig.runtime, "TorchBackend", 1, {})
+    bound = bind.Bound(rig.runtime, rig.target, 1, {})
     monkeypatch.setattr(bind, "_bound", bound)
     params = SimpleNamespace(custom_params={"sts": {"keep": 0.5}})
     monkeypatch.setattr(views.release, "pool_row", lambda req: req.row)

@@ -32,10 +32,11 @@ LONG = ["--speculative-num-steps", "5", "--speculative-eagle-topk", "1"]
 LONG += ["--speculative-num-draft-tokens", "6"]
 TREE = ["--speculative-num-steps", "3", "--speculative-eagle-topk", "4"]
 TREE += ["--speculative-num-draft-tokens", "8"]
-SPARSE = {"keep": 0.1, "budget": 0}
+SPARSE = {"keep": 0.1, "budget": 0, "stand_aside": 0}
 PREFILL = {"prefill": "sparse", "prefill_keep": 0.25, "prefill_floor": 1024, "prefill_attend": "auto"}
 WHOLE = {"custom_params": {"sts": {"keep": 1.0}}}
 NEW_TOKENS = 48
+FEW = 4096  # context tokens up to which a batch stands aside, where one may
 
 
 def draft(algorithm: str) -> list[str]:
@@ -80,6 +81,11 @@ SERVERS = {
     "alone-pages-bfloat16": alone(selector="pages"),
     "alone-flashinfer-bfloat16": alone(dense="flashinfer", dense_layers=[1]),
     "alone-oracle-bfloat16": alone(selector="oracle"),
+    "aside-bfloat16": alone(stand_aside=FEW),
+    "aside-pages-bfloat16": alone(selector="pages", stand_aside=FEW, dense_layers=[1]),
+    "aside-flashinfer-bfloat16": alone(dense="flashinfer", stand_aside=FEW, dense_layers=[1]),
+    "aside-draft-bfloat16": sts("EAGLE3", CHAIN, selector="tokens", stand_aside=FEW),
+    "aside-tree-bfloat16": sts("EAGLE3", TREE, selector="joined", stand_aside=FEW, dense_layers=[1]),
     "sparse-prefill-bfloat16": sts("STANDALONE", CHAIN, **PREFILL),
     "sparse-prefill-eagle3-bfloat16": sts("EAGLE3", CHAIN, **PREFILL),
     "sparse-prefill-alone-bfloat16": alone(**PREFILL),
@@ -215,8 +221,9 @@ def was_sparse(server: LocalServer, before: dict) -> float:
 ALONE = [name for name in SERVERS if name.startswith("alone")]
 NOT_DRAFTED = [name for name, flags in SERVERS.items() if "--speculative-algorithm" not in flags]
 PREFILLED = [name for name in SERVERS if name.startswith("sparse-prefill")]
+STANDING = [name for name in SERVERS if name.startswith("aside")]
 BY_FA3, BY_OPS = "sparse-prefill-bfloat16", "sparse-prefill-ops-bfloat16"
-UNDER_TEST = [name for name in SERVERS if not name.startswith("stock") and name not in PREFILLED]
+UNDER_TEST = [n for n in SERVERS if not n.startswith("stock") and n not in (*PREFILLED, *STANDING)]
 TORCH = [name for name in SERVERS if name.startswith("torch")]
 
 
@@ -268,6 +275,51 @@ def test_questions_are_answered_from_a_tenth_of_the_context(servers, prompts, na
     assert was_sparse(server, before) < (0.25 if "dense_layers" in str(SERVERS[name]) else 0.15)
     if name not in ALONE:
         assert min(a["meta_info"]["spec_accept_length"] for a in answers) > 1.5
+
+
+def added(server: LocalServer, before: dict) -> dict:
+    return {name: count - before[name] for name, count in server.counters().items()}
+
+
+@pytest.mark.parametrize("name", STANDING)
+def test_a_small_batch_stands_aside_and_a_large_one_after_it_does_not(servers, prompts, name):
+    """Each has graphs of its own, of the same batch sizes; the small ones before, between and after."""
+    server, tie = servers[name], NEAR_TIES[torch.bfloat16]
+    small, large = prompts[:2], prompts[2:]
+    assert sum(map(len, small)) + 2 * NEW_TOKENS < FEW < len(prompts[3])
+    stock = ask_all(servers["stock-bfloat16"], small)
+    for _ in range(2):
+        before = server.counters()
+        ask_all(server, small)
+        differences = [forced_through(server, ids, a, tie) for ids, a in zip(small, stock, strict=True)]
+        assert sum(differences) <= 0.1 * NEW_TOKENS * len(small)
+        counted = added(server, before)
+        assert counted["aside_verifies"] == counted["sparse_verifies"] > 0 == counted["dense_verifies"]
+        assert counted["selected_tokens"] == counted["available_tokens"] > 0
+        before = server.counters()
+        answers = ask_all(server, large)
+        expected = [*FACTS.values()][2:] + [*FACTS.values()][:2]
+        assert [code in a["text"] for a, code in zip(answers, expected, strict=True)] == [True] * 3
+        assert was_sparse(server, before) < (0.3 if "dense_layers" in str(SERVERS[name]) else 0.2)
+
+
+@pytest.mark.parametrize("name", STANDING)
+def test_a_request_that_outgrows_a_small_batch_is_sparse_from_there_on(servers, prompts, name):
+    """And so are those that go on from it, or share what it had read."""
+    server, ids = servers[name], prompts[3][: FEW - 24]
+    before = server.counters()
+    answer = ask(server, ids, 3 * NEW_TOKENS)
+    counted = added(server, before)
+    assert 0 < counted["aside_verifies"] < counted["sparse_verifies"] and not counted["dense_verifies"]
+    assert counted["selected_tokens"] < counted["available_tokens"]
+    before = server.counters()
+    turn = ask(server, [*ids, *answer["output_ids"], *prompts[3]])
+    assert turn["meta_info"]["cached_tokens"] > FEW
+    shares = ask(server, prompts[3])
+    assert shares["meta_info"]["cached_tokens"] >= len(ids) - 1
+    assert FACTS["amber lantern"] in shares["text"]
+    assert was_sparse(server, before) < 0.35
+    assert not added(server, before)["aside_verifies"]
 
 
 def asking(**params) -> dict:
@@ -359,7 +411,7 @@ def test_sampling_accepts_drafts_and_stays_sparse(servers, prompts, name):
         *("history-bfloat16", "sparse-draft-bfloat16", "tree-bfloat16", "eagle3-bfloat16"),
         *("refresh-bfloat16", "refresh-adaptive-bfloat16", "every-pass-bfloat16"),
         *("flashinfer-verify-bfloat16", "oracle-bfloat16", "quest-bfloat16", "pages-bfloat16"),
-        *("tokens-bfloat16", "alone-bfloat16", "alone-pages-bfloat16"),
+        *("tokens-bfloat16", "alone-bfloat16", "alone-pages-bfloat16", "aside-bfloat16"),
     ],
 )
 def test_the_host_waits_no_more_than_in_stock(profiles, name):

@@ -55,6 +55,12 @@ class StsTargetBackend(Bindable, AttentionBackend):
     def support_triton(self) -> bool:
         return self.dense.support_triton()
 
+    @property
+    def reads_table(self) -> bool:
+        """Whether a decode graph reads the table of slots in its layers. Where it stands aside the metadata
+        of SGLang's own backends, made before it, has been all that did."""
+        return not self.runtime.aside.now or self.dense_name == "torch"
+
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         self.dense.init_cuda_graph_state(max_bs, max_num_tokens)
         # SGLang fills the buffer for batches beyond the largest graph too.
@@ -70,14 +76,23 @@ class StsTargetBackend(Bindable, AttentionBackend):
         if views.mode(forward_batch) == Mode.PREFILL:
             self._begin_prefill(forward_batch)
         if self._selects(forward_batch):
-            self.runtime.verifier.before_eager(views.requests_of(forward_batch).size)
+            self._before_verify(forward_batch)
+            if not self.runtime.aside.now:
+                self.runtime.verifier.before_eager(views.requests_of(forward_batch).size)
             self._begin_verify(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        aside = self._selects(forward_batch) and self.runtime.aside.now
         if self._dense_plans(forward_batch):
-            self.dense.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+            # What the first of two graphs of a batch size has bound, both replay.
+            bound = aside and self.runtime.config.some_dense_verify
+            in_dense = in_capture and not bound
+            self.dense.init_forward_metadata_out_graph(forward_batch, in_capture=in_dense)
         if self._selects(forward_batch):
-            self.runtime.verifier.before_graph(views.requests_of(forward_batch).size, in_capture)
+            if not in_capture:
+                self._before_verify(forward_batch)
+            if not aside:
+                self.runtime.verifier.before_graph(views.requests_of(forward_batch).size, in_capture)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         if self._dense_plans(forward_batch):
@@ -107,10 +122,11 @@ class StsTargetBackend(Bindable, AttentionBackend):
         """To what was selected or, in a dense layer, to everything."""
         runtime, of = self.runtime, views.layer(layer)
         _check_plain(of, kwargs)
-        attend, lists = runtime.verify, self._lists
-        if runtime.config.dense_verify(of.number):
+        attend, lists, aside = runtime.verify, self._lists, runtime.aside.now
+        if aside or runtime.config.dense_verify(of.number):
             if self._dense_verifies(forward_batch):
-                self._count_dense(of)
+                if not aside:  # which has counted them all at once
+                    self._count_dense(of)
                 decodes = views.mode(forward_batch) == Mode.DECODE
                 dense = self.dense.forward_decode if decodes else self.dense.forward_extend
                 return dense(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
@@ -141,7 +157,8 @@ class StsTargetBackend(Bindable, AttentionBackend):
         """Whether the dense backend plans this forward: one that selects nothing, or where it has layers."""
         if not self._selects(fb):
             return True
-        return self._dense_verifies(fb) and self.runtime.config.some_dense_verify
+        some = self.runtime.aside.now or self.runtime.config.some_dense_verify
+        return some and self._dense_verifies(fb)
 
     def _dense_verifies(self, fb: ForwardBatch) -> bool:
         """Whether the dense backend can verify, or decode.
@@ -164,15 +181,25 @@ class StsTargetBackend(Bindable, AttentionBackend):
         if self.runtime.prefill is not None:
             self.runtime.prefill.begin(contexts, *views.new_rows_on_host(fb))
 
+    def _before_verify(self, fb: ForwardBatch) -> None:
+        """On the host, and outside of graphs: sketch what came while this batch stood aside."""
+        if most := self.runtime.aside.take_due():
+            self.runtime.catch_up(views.committed(fb).contexts(self.table), most, self.pools)
+
     def _begin_verify(self, fb: ForwardBatch) -> None:
         """Once a round, before the first layer."""
+        runtime, by_dense = self.runtime, self._dense_verifies(fb)
         self._contexts = views.committed(fb).contexts(self.table)
-        self._lists = self.runtime.begin_verify(self._contexts, views.tree(fb)[0])
-        if self.runtime.sketches is not None:
-            self.runtime.sketches.forget(views.written(fb))
-        whole = self.runtime.config.some_dense_verify and not self._dense_verifies(fb)
-        self._whole = self._lists.whole() if whole else None
-        self._tail_mask = self._tail_masks(fb).contiguous()
+        if runtime.aside.now:
+            self._lists, self._whole = None, runtime.begin_aside(self._contexts, by_dense)
+        else:
+            self._lists = runtime.begin_verify(self._contexts, views.tree(fb)[0])
+            whole = runtime.config.some_dense_verify and not by_dense
+            self._whole = runtime.plan_whole(self._lists, self._contexts) if whole else None
+        if runtime.sketches is not None:
+            runtime.sketches.forget(views.written(fb))
+        ours = not runtime.aside.now or not by_dense
+        self._tail_mask = self._tail_masks(fb).contiguous() if ours else None
 
     def _tail_masks(self, fb: ForwardBatch) -> torch.Tensor:
         tokens, topk, _ = views.tree(fb)

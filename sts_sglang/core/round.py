@@ -145,6 +145,8 @@ class RoundState:
         self.rounds = torch.zeros(requests, dtype=torch.int32, device=device)  # since the prefill
         self.totals = torch.zeros(len(Count), dtype=torch.int64, device=device)
         self.attended = self.totals[Count.SELECTED_TOKENS : Count.AVAILABLE_TOKENS + 1]
+        between = Count.ASIDE_VERIFIES - Count.SPARSE_VERIFIES  # which are counted together
+        self.asides = self.totals[Count.SPARSE_VERIFIES :: between][:2]
         self.clipped = self.totals[Count.CLIPPED_TOKENS : Count.CLIPPED_TOKENS + 1]
         self.draft_attended = self.totals[Count.DRAFT_SELECTED_TOKENS : Count.DRAFT_AVAILABLE_TOKENS + 1]
         # For dumps without history: first column, context and round of a request's latest scores.
@@ -199,6 +201,14 @@ class RoundState:
             return None
         self.rounds[reqs] += 1
         return self.rounds[reqs] % every == 0
+
+    def count_aside(self, contexts: Contexts, heads: int) -> None:
+        """A round that stands aside: everybody attends to everything, by choice. heads: (layer, KV head)
+        pairs whose tokens are counted here, since no op of ours attends."""
+        real = contexts.reqs > 0
+        self.asides.add_(real.sum())
+        if heads:
+            self.attended.add_((contexts.lens * real).sum(), alpha=heads)
 
     def note_scores(self, known: torch.Tensor, contexts: Contexts) -> None:
         """For dumps: where the scores of this round stand."""

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 
 from sts_kernels import Ops
-from sts_kernels.layout import Contexts, Lists, Plan, Pooling
+from sts_kernels.layout import WHOLE, Contexts, Lists, Plan, Pooling
 from sts_sglang.config import ConfigError, StsConfig, quoted, request_keep
+from sts_sglang.core.aside import StandAside
 from sts_sglang.core.channels import NO_MEMBERS, Channels
 from sts_sglang.core.prefill import SparsePrefill
 from sts_sglang.core.ranks import ALONE, Ranks
@@ -19,7 +20,7 @@ from sts_sglang.core.request import Request
 from sts_sglang.core.round import Cache, Draft, KvPools, RoundState
 from sts_sglang.core.selectors.base import LayerCall, Selector
 from sts_sglang.core.sizes import parted
-from sts_sglang.core.sketches import Sketches
+from sts_sglang.core.sketches import Sketches, catch_up
 from sts_sglang.core.verifier import Verifier
 from sts_sglang.headmap import HeadMap
 
@@ -54,8 +55,8 @@ class Runtime:
     config: as served, the head map's own choices included. draft: None without one, where a round is one
     decode step. kernel: `triton`, `torch`, or `flashinfer`. verifier: attends to what `selector` chose.
     whole: attends to whole contexts, in dense layers. sketches: of the target's pages, where they have a say.
-    ranks: who has the other heads. prefill: of long prompts, where it may be sparse. refresh: where
-    selections may be kept.
+    aside: when nothing is scored or selected. ranks: who has the other heads. prefill: of long prompts, where
+    it may be sparse. refresh: where selections may be kept.
     """
 
     config: StsConfig
@@ -71,6 +72,7 @@ class Runtime:
     verifier: Verifier
     whole: Verifier
     sketches: Sketches | None
+    aside: StandAside
     ranks: Ranks = ALONE
     prefill: SparsePrefill | None = None
     refresh: Refresh | None = None
@@ -113,9 +115,22 @@ class Runtime:
         values = torch.tensor([torch.nan if keep is None else keep for keep in keeps], dtype=torch.float64)
         self.state.keeps[rows] = values.to(self.device, non_blocking=True)
         self.verifier.admit(requests, keeps)
+        self.aside.admit(requests)
         self.selector.admit(rows, [request.prompt for request in requests])
         if self.prefill is not None:
             self.prefill.admit(requests)
+
+    def begin_round(self, requests: list[Request]) -> None:
+        """On the host, before the forward of a round: who is in it."""
+        if self.verifier.on_host:
+            self.verifier.note(requests)
+        if self.aside.limit:
+            self.aside.begin(requests)
+
+    @property
+    def looks_at_rounds(self) -> bool:
+        """Whether `begin_round` has anything to do."""
+        return self.verifier.on_host or self.aside.limit > 0
 
     # ---- slots that no forward writes
 
@@ -247,6 +262,34 @@ class Runtime:
         lists = self.selector.begin(lists, contexts)
         self.verifier.begin(lists, self.selector.channels, contexts.lens)
         return lists
+
+    def begin_aside(self, contexts: Contexts, by_dense: bool) -> Lists | None:
+        """The same of a round that stands aside. None where the dense backend attends to everything
+        (by_dense), else the lists for `verify_whole`."""
+        heads, bs = self.selector.channels.numel(), contexts.lens.numel()
+        self.state.count_aside(contexts, heads if by_dense else 0)
+        if by_dense:
+            return None
+        counts = torch.full((bs, heads), WHOLE, dtype=torch.int32, device=self.device)
+        starts = torch.zeros_like(counts, dtype=torch.int64)
+        return self.plan_whole(Lists(self.state.indices, starts, counts), contexts)
+
+    def plan_whole(self, lists: Lists, contexts: Contexts) -> Lists:
+        """Of the same requests, but whole, for `verify_whole`."""
+        whole = lists.whole()
+        self.whole.begin(whole, self.selector.channels, contexts.lens)
+        return whole
+
+    def catch_up(self, contexts: Contexts, most: int, pools: KvPools) -> None:
+        """Sketch what was committed while these requests stood aside: at most `most` tokens of each."""
+        if self.sketches is not None:
+            catch_up(self.sketches, contexts, most, pools)
+
+    def released(self, row: int, committed: int, pools: KvPools) -> None:
+        """Before a request that waits for sketches gives up its row. Its slots may become those of another
+        with the same text, who has written sketches beside slots that it loses then."""
+        here = torch.tensor([[row], [committed]]).to(self.device, non_blocking=True)
+        self.catch_up(self.contexts(here[0], here[1]), self.aside.release(row), pools)
 
     def verify(self, call: LayerCall, lists: Lists) -> torch.Tensor:
         """[bs, T, H_q, D]: attention of a target layer over what is selected and the tail."""

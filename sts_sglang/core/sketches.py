@@ -16,6 +16,7 @@ import torch
 
 from sts_kernels import Ops
 from sts_kernels.layout import NO_PAGE, PAGE, SKETCHED, Contexts, Directions, KvPool, sketch_bytes
+from sts_sglang.core.round import KvPools
 
 SCRATCH = 128 << 20  # bytes that looking for what has no sketch may take: so many requests at a time
 BYTES_LOOKED_AT = 20  # a position: its slot twice, what lies there, and whether that is a sketch
@@ -188,6 +189,16 @@ class TokenSketches:
         width = contexts.table.shape[1]
         slots = contexts.table[reqs[:, None], places.clamp(max=width - 1)]
         self.written.index_fill_(0, torch.where(here, slots, 0).flatten().long(), True)
+
+
+def catch_up(sketches: Sketches, contexts: Contexts, most: int, pools: KvPools) -> None:
+    """Sketch what was committed since a verify last sketched something of these requests, in all layers:
+    at most `most` tokens of each, whose keys are there."""
+    for few in _some(contexts):
+        own = contexts._replace(reqs=contexts.reqs[few], lens=contexts.lens[few])
+        sketches.begin_verify(own, most, 0)
+        for layer in sketches.of_layer:
+            sketches.write(layer, pools.layer(layer))
 
 
 def _first(contexts: Contexts, unknown: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 SIZES = {"cpu": (2048, 20, 4), "cuda": (4096, 48, 8)}  # length, items, requests at a time
 FIRST_LOOK = 10  # items that decide whether dense attention does a task
 MOST_ITEMS, LEAST_LENGTH = 10_000, 512
-SERVED = {"request_keep": "any", "inspect_dir": None}  # requests choose their keeps here
+# Requests choose their keeps here, and one of them alone is no batch to stand aside for.
+SERVED = {"request_keep": "any", "inspect_dir": None, "stand_aside": 0}
 
 
 @dataclass

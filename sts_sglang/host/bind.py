@@ -18,6 +18,7 @@ from sts_sglang.backends.draft import DraftMultiStepBackend
 from sts_sglang.backends.target import StsTargetBackend
 from sts_sglang.config import StsConfig, not_allowed, shown
 from sts_sglang.core import block_attention, sizes
+from sts_sglang.core.aside import StandAside, limit_of
 from sts_sglang.core.block_attention import Fa3
 from sts_sglang.core.block_selectors import ByDraft, ByTarget
 from sts_sglang.core.channels import Channels
@@ -50,14 +51,19 @@ logger = logging.getLogger(__name__)
 class Bound:
     """The pair of this process, or its target alone, and what the start-up line says besides.
 
-    dense: class of the target's dense backend. kv_bytes: of both KV pools. graphs: by pass, whether it runs
+    verify: the target's backend. kv_bytes: of both KV pools. graphs: by pass, whether it runs
     as a CUDA graph; empty without graphs, and before they are captured.
     """
 
     runtime: Runtime
-    dense: str
+    verify: StsTargetBackend
     kv_bytes: int
     graphs: dict[str, bool]
+
+    @property
+    def dense(self) -> str:
+        """Class of the target's dense backend."""
+        return type(self.verify.dense).__name__
 
     @property
     def alone(self) -> bool:
@@ -79,6 +85,7 @@ class Bound:
             "device": runtime.device,
             "kernel": runtime.kernel,
             "dense": self.dense,
+            "stands_aside": runtime.aside.said,
             "graphs": self.graphs or "none",
             "longest_context": runtime.state.room.columns,
             "longest_list": runtime.state.room.budget,
@@ -190,9 +197,7 @@ def bind(worker: EAGLEWorkerV2, config: StsConfig) -> Bound:
     for backend in (found.verify, found.extend, found.steps):
         if backend is not None:
             backend.bind(runtime)
-    _bound = Bound(
-        runtime, type(found.verify.dense).__name__, target.pools.nbytes() + draft.pools.nbytes(), {}
-    )
+    _bound = Bound(runtime, found.verify, target.pools.nbytes() + draft.pools.nbytes(), {})
     return _bound
 
 
@@ -221,7 +226,7 @@ def bind_alone(worker: TpModelWorker, config: StsConfig) -> Bound:
         fa3=_fa3_of(backend),
     )
     backend.bind(runtime)
-    _bound = Bound(runtime, type(backend.dense).__name__, target.pools.nbytes(), {})
+    _bound = Bound(runtime, backend, target.pools.nbytes(), {})
     return _bound
 
 
@@ -309,6 +314,7 @@ def assemble(
     head_map = headmap.of_config(config, target, draft_counts, models, ranks.size)
     config = config.for_launch(draft is not None, head_map.directions is not None)
     config = headmap.served(config, head_map)
+    config = replace(config, stand_aside=limit_of(config, shape, device))
     head_map = head_map.of_rank(ranks.rank, ranks.size, target, draft_counts)
     target = target.of_rank(ranks.size)
     kernel = kernel_for(config, device)
@@ -338,6 +344,7 @@ def assemble(
         verifier=verifiers.of(kernel).make(made_of),
         whole=by_ops.make(made_of),
         sketches=sketches,
+        aside=StandAside(config.stand_aside, 1 if draft is None else draft.num_steps + 1),
         ranks=ranks,
         prefill=_prefill(made_of, own_ops, head_map, target, draft, fa3),
         refresh=Refresh(state, selector, own) if config.keeps_selections else None,

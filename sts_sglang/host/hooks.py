@@ -15,6 +15,7 @@ from sts_sglang.backends import dense
 from sts_sglang.backends.draft import DraftMultiStepBackend
 from sts_sglang.config import BACKEND, ENV, ConfigError, StsConfig, check_request
 from sts_sglang.core import dumps
+from sts_sglang.core.aside import StandAside
 from sts_sglang.core.runtime import Runtime
 from sts_sglang.host import bind, compat, handover, refused, reserve, views
 from sts_sglang.host.draft_first import DraftFirst
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
     from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
     from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
     from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
@@ -252,7 +254,8 @@ def forward_target(original, self: TpModelWorker, batch: ScheduleBatch | None, *
     if batch is not None:
         _before_forward(bound.runtime, batch)
     result = original(self, batch, *args, **kwargs)
-    release.hold_table(self.model_runner)
+    if bound.verify.reads_table:
+        release.hold_table(self.model_runner)
     return result
 
 
@@ -293,8 +296,8 @@ def _before_forward(runtime: Runtime, batch: ScheduleBatch) -> None:
     runtime.forget_loaded()
     if views.prefills(batch):
         runtime.admit(views.requests(batch))
-    elif runtime.verifier.on_host:
-        runtime.verifier.note(views.requests(batch))
+    elif runtime.looks_at_rounds:
+        runtime.begin_round(views.requests(batch))
 
 
 def verify_complete(result: None, self: EAGLEWorkerV2, *args, **kwargs) -> None:
@@ -343,12 +346,55 @@ def hicache_load(result, self, *args, **kwargs) -> None:
 
 
 def release_kv(req: Req, tree_cache: BasePrefixCache, *args, **kwargs) -> None:
-    """BEFORE release_kv_cache: dump a finished request that asks for it, while its slots are its own."""
+    """BEFORE release_kv_cache, while a request's slots are its own: sketch what stood aside, and dump a
+    finished one that asks for it."""
     bound = bind.current()
-    if bound is None or bound.runtime.config.inspect_dir is None:
+    if bound is None:
+        return
+    runtime = bound.runtime
+    if runtime.aside.limit and runtime.aside.waits(row := release.pool_row(req)):
+        runtime.released(row, release.committed(req), bound.verify.pools)
+    if runtime.config.inspect_dir is None:
         return
     if (ended := views.finished(req)) is not None:
-        dumps.finished(bound.runtime, ended, views.table_of(tree_cache))
+        dumps.finished(runtime, ended, views.table_of(tree_cache))
+
+
+ASIDE = "sts_aside"  # label of the graphs of batches that stand aside
+
+
+def _standing_aside(graphs: DecodeCudaGraphRunner) -> StandAside | None:
+    """Of the target's graphs, where a batch may stand aside."""
+    runner: ModelRunner = graphs.model_runner
+    bound = bind.current()
+    if bound is None or runner.attn_backend is not bound.verify or not bound.runtime.aside.limit:
+        return None
+    return bound.runtime.aside
+
+
+def capture_shape(
+    original,
+    self: DecodeCudaGraphRunner,
+    size: int,
+    forward: Callable,
+    stream_idx: int | None = None,
+    variant_label: str | None = None,
+    *rest,
+) -> None:
+    """AROUND DecodeCudaGraphRunner.capture_one_shape: of every batch size two graphs, one of them of batches
+    that stand aside."""
+    if (aside := _standing_aside(self)) is None:
+        return original(self, size, forward, stream_idx, variant_label, *rest)
+    for now, label in ((False, variant_label), (True, ASIDE)):
+        with aside.recorded(now):
+            original(self, size, forward, stream_idx, label, *rest)
+    return None
+
+
+def graph_variant(original, self: DecodeCudaGraphRunner, forward_batch) -> str | None:
+    """AROUND DecodeCudaGraphRunner._resolve_lora_variant: which of them a batch replays."""
+    aside = _standing_aside(self)
+    return ASIDE if aside is not None and aside.now else original(self, forward_batch)
 
 
 # Each hooks the function of that name in the release's table, where it has one.
@@ -361,6 +407,8 @@ HOOKS: tuple[tuple[Callable, str], ...] = (
     (verify_complete, "AFTER"),
     (init_target_backends, "AFTER"),
     (init_target_graphs, "AFTER"),
+    (capture_shape, "AROUND"),
+    (graph_variant, "AROUND"),
     (forward_target, "AROUND"),
     (decode_complete, "AFTER"),
     (configure_kv, "AFTER"),

@@ -31,6 +31,7 @@ _SPEC = "sglang.srt.speculative"
 _WORKER = f"{_SPEC}.eagle_worker_v2.EAGLEWorkerV2"
 _DRAFT_WORKER = f"{_SPEC}.eagle_worker_v2.EagleDraftWorker"
 _TARGET = "sglang.srt.managers.tp_worker.TpModelWorker"
+_DECODE_GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 _ARGS = "sglang.srt.server_args.ServerArgs"
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _CONTROL = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
@@ -55,6 +56,11 @@ HOOKS: Targets = {
     ),
     "init_target_backends": (f"{_TARGET}.init_attention_backends", ("self",)),
     "init_target_graphs": (f"{_TARGET}.init_cuda_graphs", ("self",)),
+    "capture_shape": (
+        f"{_DECODE_GRAPHS}.capture_one_shape",
+        ("self", "size", "forward", "stream_idx", "variant_label"),
+    ),
+    "graph_variant": (f"{_DECODE_GRAPHS}._resolve_lora_variant", ("self", "forward_batch")),
     "forward_target": (f"{_TARGET}.forward_batch_generation", ("self", "batch")),
     "decode_complete": (
         "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
@@ -395,6 +401,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "tree_mask_mode",
     ),
     _TARGET: ("model_runner", "server_args"),
+    _DECODE_GRAPHS: ("model_runner",),
     f"{_SPEC}.draft_utils.DraftBackendFactory": (
         "_create_triton_decode_backend",
         "draft_model_runner",
