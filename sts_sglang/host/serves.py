@@ -471,7 +471,9 @@ def check_tiles(
     from sts_kernels import draft_attention, page_scores, tokens, verify
 
     if config.prefill == "sparse":
-        _check_asking_rows(draft if config.prefill_selector == "draft" else target, room)
+        asked = {config.prefill_selector, *(["draft"] if config.prefills_draft else [])}
+        for model in asked:
+            _check_asking_rows(draft if model == "draft" else target, room)
     if draft is None:  # one row of every query head
         return
     number, branches = server_args.speculative_num_draft_tokens, server_args.speculative_eagle_topk
