@@ -19,7 +19,7 @@ from sts_sglang.core.block_selectors import (
     of_draft,
 )
 from sts_sglang.core.channels import Channels
-from sts_sglang.core.prefill import Reader, ReadsFirst, SparsePrefill
+from sts_sglang.core.prefill import Reader, SparsePrefill
 from sts_sglang.core.request import Request
 from sts_sglang.core.round import Draft
 from sts_sglang.headmap import HeadMap
@@ -318,8 +318,8 @@ class Drafted:
     ("kernel", "pool", "scratch"),
     [
         ("torch", "max", prefill.SCRATCH),
-        ("torch", "mean", 20_000),
-        ("triton", "max", 20_000),
+        ("torch", "mean", 10_000),
+        ("triton", "max", 10_000),
         pytest.param("triton", "mean", prefill.SCRATCH, marks=pytest.mark.gpu),
     ],
 )
@@ -330,7 +330,7 @@ def test_what_the_draft_attends_to_becomes_lists_of_the_target(monkeypatch, kern
     sparse = drafted.selecting(kernel)
     requests = [request(9000), request(200), request(9000), request(9000, prefill="dense")]
     assert drafted.read(sparse, requests)
-    assert (len(sparse._parts) > 1) == (scratch == 20_000)
+    assert (len(sparse._parts) > 1) == (scratch == 10_000)
     checked = 0
     for part, blocks in enumerate(sparse._parts):
         for layer in range(LAYERS):
