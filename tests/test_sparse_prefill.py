@@ -258,12 +258,12 @@ class Drafted:
             prefill="sparse", prefill_floor=0, prefill_keep=0.4, pool_rows=pool, pool_heads=pool
         )
 
-    def selecting(self, kernel: str) -> SparsePrefill:
+    def selecting(self, kernel: str, first: Reader | None = None) -> SparsePrefill:
         scales = (self.made.scale, self.made.scale)
         q_heads, pools = self.made.q.shape[1], self
         draft = Draft(3, 1, q_heads, self.made.kv_heads, self.made.dim, torch.float32, pools, scales)
         selector = ByDraft(self.config, ops(kernel), Channels.of(self.head_map, DEVICE), draft)
-        return prefilling(self.made, self.config, kernel, selector)
+        return prefilling(self.made, self.config, kernel, selector, first)
 
     def layer(self, number: int) -> KvPool:
         return on_device(self.layers[number].pool)
@@ -346,6 +346,46 @@ def test_what_the_draft_attends_to_becomes_lists_of_the_target(monkeypatch, kern
     assert not torch.isnan(attended).any()
     sparse.end()
     assert not sparse.attends(0)
+
+
+@pytest.mark.parametrize("kernel", ["torch", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("scratch", [prefill.SCRATCH, 10_000])
+def test_a_draft_attends_by_what_it_is_asked_for_the_target(monkeypatch, kernel: str, scratch: int) -> None:
+    """To lists of the same sums, over blocks of keys by its own numbers; those of the target stay as they
+    are. What it attends to exactly: test_draft_prefill."""
+    monkeypatch.setattr(prefill, "SCRATCH", scratch)
+    drafted = Drafted([(1000, 300), (0, 200), (1151, 140), (700, 140)], "max")
+    requests = [request(9000), request(200), request(9000), request(9000, prefill="dense")]
+    heard = drafted.selecting("torch")
+    drafted.read(heard, requests)
+    sparse = drafted.selecting(kernel, reader_of(drafted.made, kernel, {0, 1}))
+    sparse.admit(requests)
+    sparse.ask_draft(on_device(drafted.made.contexts), *map(list, zip(*drafted.made.chunks, strict=True)))
+    with sparse.listening():
+        for number, layer in enumerate(drafted.layers):
+            call = BlockCall(number, on_device(layer.q), drafted.layer(number), drafted.made.scale)
+            found = sparse.attend_first(call)
+            expected = torch.empty_like(found)
+            for part, blocks in enumerate(sparse._parts):
+                sums = ops("torch").score_blocks(
+                    call.q,
+                    call.pool,
+                    on_device(drafted.made.contexts),
+                    heard.selector._asking[part],
+                    scale=call.scale,
+                    sampled=SAMPLED,
+                    shift=1,
+                )
+                listed = ops("torch").list_blocks(sums, blocks, sink=1, recent=1)
+                heard.reader.attention.attend(
+                    part, blocks, listed, call.q, call.pool, expected, scale=call.scale
+                )
+            assert_close(found.cpu(), expected.cpu().double())
+    for part, blocks in enumerate(sparse._parts):
+        own, other = (s.selector.listed(part, BlockCall(1, None, None, 1.0)) for s in (sparse, heard))
+        for i, count in enumerate(blocks.counts.tolist()):
+            assert torch.equal(own[i, :, :count].cpu(), other[i, :, :count].cpu())
+    assert counted(sparse.first)[0] * LAYERS == counted(sparse.reader)[0] * 2 > 0
 
 
 def test_the_target_goes_by_what_the_draft_has_read() -> None:
