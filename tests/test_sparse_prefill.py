@@ -252,7 +252,8 @@ class Drafted:
         for layer in self.layers[1:]:
             layer.contexts, layer.reqs = self.layers[0].contexts, self.layers[0].reqs
             keys = self.layers[0].pool.k
-            layer.pool = layer.pool._replace(k=torch.where(keys.isnan(), keys, torch.randn(keys.shape)))
+            drawn = torch.where(keys.isnan(), keys, torch.randn(keys.shape))
+            layer.pool = layer.pool._replace(k=drawn, v=self.layers[0].pool.v)
         self.made, self.head_map = self.layers[0], HeadMap(self.SOURCES, "test", pool)
         self.config = StsConfig(
             prefill="sparse", prefill_floor=0, prefill_keep=0.4, pool_rows=pool, pool_heads=pool
