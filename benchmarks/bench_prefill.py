@@ -31,6 +31,7 @@ from benchmarks.harness import (
 from sts_kernels import ops, prefill
 from sts_kernels.layout import KEY_BLOCK, QUERY_BLOCK, WHOLE, Contexts, KvPool, QueryBlocks, blocks_of
 from sts_sglang.core.block_attention import Block, ByFa3, Fa3
+from sts_sglang.core.sizes import parted
 from sts_sglang.core.verifier import TargetShape
 
 KV_HEADS, SAMPLED, SINK, RECENT = 8, 8, 1, 1
@@ -200,12 +201,15 @@ class Fa3Lists:
         attention = ByFa3(ops("triton"), fa3, shape, chunk.q.device)
         columns = chunk.blocks[:5]
         blocks = [Block(*own) for own in zip(*(part.tolist() for part in columns), strict=True)]
-        parts, first = [], sum(block.count == WHOLE for block in blocks)
-        for part in attention.begin(chunk.contexts, blocks, len(blocks)):
-            few = slice(first, first + len(part))
-            own = QueryBlocks(*(column[few].contiguous() for column in columns), chunk.blocks.most)
-            parts.append((few, own))
-            first = few.stop
+        number = sum(block.count == WHOLE for block in blocks)
+        whole, listed = blocks[:number], blocks[number:]
+        few = parted(len(listed), attention.room(listed))
+        attention.begin(chunk.contexts, whole, [listed[part] for part in few])
+        places = [slice(number + part.start, number + part.stop) for part in few]
+        parts = [
+            (part, QueryBlocks(*(column[part].contiguous() for column in columns), chunk.blocks.most))
+            for part in places
+        ]
         return cls(chunk, attention, parts)
 
     def pages(self, listed: torch.Tensor, kernel: str = "triton") -> list[torch.Tensor]:

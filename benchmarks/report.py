@@ -65,8 +65,8 @@ ANSWERS = """\
   target's own queries score short forms of all keys, by {e3t_tokens_10}.
 - **On a model that nobody here trained, token scores hold at a tenth, and a draft's choice does not.**
   Text of {smol_texts} tokens loses, by SmolLM2-135M alone, {smol_text_tokens_10} %,
-  with an EAGLE-3 head {smol_e3_text_tokens_10} %; by that head's own choice and a
-  calibrated map {smol_e3_text_map_10} %, and a third of the answers. [Measure yours](docs/evaluate.md) first."""
+  with an EAGLE-3 head {smol_e3_text_tokens_10} %; by that head's own choice and a calibrated
+  map {smol_e3_text_map_10} %, and a third of the answers. [Measure yours](docs/evaluate.md) first."""
 
 
 def report() -> str:

@@ -51,6 +51,7 @@ RequestKeep = Literal["any", "at_most", "off"]
 PrefillMode = Literal["dense", "sparse"]
 PrefillAttend = Literal["auto", "ops", "fa3"]
 PrefillBy = Literal["auto", "target", "draft"]
+PrefillDraft = Literal["dense", "sparse"]
 
 # What goes by the scores that a draft leaves.
 BY_SCORES = [("history", name) for name in ("warm", "blend")]
@@ -243,6 +244,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "prefill_floor": _integer(0, MAX_TOKENS),
     "prefill_attend": _choice(get_args(PrefillAttend)),
     "prefill_by": _choice(get_args(PrefillBy)),
+    "prefill_draft": _choice(get_args(PrefillDraft)),
     "draft_kv": _choice(get_args(DraftKv)),
     "full_verify_every": _integer(0, MAX_TOKENS),
     "stand_aside": _tokens_or_auto,
@@ -332,14 +334,17 @@ class StsConfig:
     prefill_keep <= 1; a request may set its own."""
     prefill_floor: int = 16384
     """Tokens: new ones attend to everything as long as they and what is before them are no more."""
-    prefill_attend: PrefillAttend = "ops"
+    prefill_attend: PrefillAttend = "auto"
     """What attends to the selected blocks of keys when prefill is sparse: `ops`, those of `kernel`; `fa3`,
     which needs `dense` fa3, KV in the model's dtype and a GPU of compute capability 9; `auto` fa3 where that
-    can be, unless kernel is torch."""
+    can be and was seen to say the same, in bf16 with heads of 64 and 128, unless kernel is torch."""
     prefill_by: PrefillBy = "auto"
     """Whose queries say what new tokens attend to when prefill is sparse. `target`: its own, layer by layer.
     `draft`, with STANDALONE alone: the draft reads a chunk before the target, and its attention selects for
     all layers at once through the head map. `auto`: the target's."""
+    prefill_draft: PrefillDraft = "dense"
+    """What the draft's own prefill attends to when prefill is sparse. `sparse`: as the target's, with the
+    same share, to the blocks of keys that its own queries want, in every layer and KV head of it."""
     draft_kv: DraftKv = "auto"
     """What the draft's keys and values are kept as, whatever the target's are: the `model`'s dtype or
     `fp8_e4m3`, which halves what its passes over the context read; `auto` as SGLang's flags say."""
@@ -382,6 +387,9 @@ class StsConfig:
             field, why, instead = barred
             problem = f"got {self.stand_aside} with {field} {getattr(self, field)!r}, {why}"
             raise not_allowed("sts_config.stand_aside", problem, f"'auto', 0, or {instead}")
+        if self.prefill_draft == "sparse" and self.prefill == "dense":
+            problem = "got 'sparse' with prefill 'dense'"
+            raise not_allowed("sts_config.prefill_draft", problem, "'dense', or prefill 'sparse'")
 
     def bars_standing_aside(self) -> tuple[str, str, str] | None:
         """The field that wants scores where a batch that stands aside has none, why, and what to set instead;
@@ -456,9 +464,10 @@ class StsConfig:
         """Raises `ConfigError` for what needs a draft."""
         needs = [("selector", "draft"), ("selector", "joined"), ("policy", "top_p"), *BY_SCORES]
         needs += [("draft_kv", "model"), ("draft_kv", "fp8_e4m3"), ("prefill_by", "draft")]
+        needs += [("prefill_draft", "sparse")]
         for field, value in needs:
             if getattr(self, field) == value:
-                what = "keys" if field == "draft_kv" else "scores"
+                what = {"draft_kv": "keys", "prefill_draft": "layers"}.get(field, "scores")
                 raise not_allowed(
                     f"sts_config.{field}",
                     f"got {value!r} without --speculative-algorithm, and only a draft's {what} can do that",
@@ -520,6 +529,11 @@ class StsConfig:
     def prefills_by_draft(self) -> bool:
         """Whether the draft's attention selects for new tokens."""
         return self.prefill == "sparse" and self.prefill_selector == "draft"
+
+    @property
+    def prefills_draft(self) -> bool:
+        """Whether the draft's own prefill attends to selections."""
+        return self.prefill_draft == "sparse"
 
     @property
     def sparse_draft(self) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -64,6 +65,7 @@ class Rule:
     # first token, and with the key of its index p in the place of token p + prefill_shift.
     prefill_by: str = "target"
     prefill_shift: int = 1
+    prefill_draft: bool = False  # the draft's rows attend to blocks that they ask for, too
     asked: int = 8  # rows of a block that say which
     last_block: bool = False  # the prompt's last block selects too
     cuts: tuple[int, ...] = ()  # where chunks begin within a block of the prompt; all of them for a draft
@@ -122,6 +124,7 @@ class HFDraft:
         self.heads = self.model.config.num_attention_heads
         self.kv_heads = self.model.config.num_key_value_heads
         self._masks: list[torch.Tensor] = []
+        self._choose = None  # of a running prompt whose layers select by their own queries
         self._inputs: dict[int, tuple] = {}  # of each layer's attention
         for i, layer in enumerate(self.model.model.layers):
             layer.self_attn.register_forward_pre_hook(_mask_hook(self, i), with_kwargs=True)
@@ -136,16 +139,12 @@ class HFDraft:
 
     def dense_row(self, row: int) -> list[torch.Tensor]:
         """[heads, n] a layer: what the row of the last call would attend to without its mask."""
-        found = []
-        for i, layer in enumerate(self.model.model.layers):
-            hidden, rotary = self._inputs[i]
-            attn = layer.self_attn
-            q, k = (p(hidden).view(*hidden.shape[:2], -1, attn.head_dim).transpose(1, 2) for p in
-                    (attn.q_proj, attn.k_proj))  # fmt: skip
-            q, k = apply_rotary_pos_emb(q, k, *rotary)
-            k = k[0].repeat_interleave(self.heads // self.kv_heads, 0)
-            found.append(_causal_row(q[0] @ k.transpose(1, 2) * attn.head_dim**-0.5, row))
-        return found
+        return [_causal_row(self.logits(i), row) for i in range(self.layers)]
+
+    def logits(self, layer: int) -> torch.Tensor:
+        """[heads, n, n] of a layer's input, its mask aside."""
+        q, k, scale = _projected(self.model, self._inputs, layer)
+        return q @ k.repeat_interleave(self.heads // self.kv_heads, 0).transpose(1, 2) * scale
 
 
 class Eagle3Draft:
@@ -158,6 +157,7 @@ class Eagle3Draft:
         self.layers, self.heads = 1, self.config["num_attention_heads"]
         self.kv_heads = self.config["num_key_value_heads"]
         self.aux_layers = self.config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+        self._choose = None
 
     def __call__(self, tokens, hidden, positions, mask):
         w, heads, dim = self.w, self.heads, self.config["head_dim"]
@@ -174,7 +174,10 @@ class Eagle3Draft:
         group = heads // k.shape[1]
         mask = mask.expand(1, heads, -1, -1)[0]
         self._logits = q[0] @ k[0].repeat_interleave(group, 0).transpose(1, 2) * dim**-0.5
-        attention = (self._logits + _additive(mask)).softmax(-1)
+        self._masks = [_additive(mask)[None]]
+        if self._choose is not None:
+            self._choose(0)
+        attention = (self._logits + self._masks[0][0]).softmax(-1)
         mixed = (attention @ v.repeat_interleave(group, 0)).transpose(0, 1).flatten(1)
         residual = hidden + linear(mixed, w["midlayer.self_attn.o_proj.weight"])
         x = self._norm(residual, "midlayer.post_attention_layernorm")
@@ -184,6 +187,9 @@ class Eagle3Draft:
 
     def dense_row(self, row: int) -> list[torch.Tensor]:
         return [_causal_row(self._logits, row)]
+
+    def logits(self, layer: int) -> torch.Tensor:
+        return self._logits
 
     def project(self, aux: list[torch.Tensor]) -> torch.Tensor:
         """The target's hidden states after the aux layers to the head's input."""
@@ -261,16 +267,18 @@ class Oracle:
         seen = causal.repeat(config.num_hidden_layers, config.num_attention_heads, 1, 1)
         if self.draft is not None:
             draft_seen = causal.expand(self.draft.layers, self.draft.heads, -1, -1)
-            draft_seen = draft_seen.clone() if rule.draft in ("all", "every") else draft_seen
+            sparse = rule.draft in ("all", "every") or rule.prefill_draft
+            draft_seen = draft_seen.clone() if sparse else draft_seen
         tokens = list(prompt)
         if rule.prefill_keep is not None:
             if rule.prefill_by == "draft":
-                ids, positions = self._draft_ids(tokens, rule), list(range(len(tokens) - 1))
-                self._read = self.draft(ids, None, positions, causal[: len(ids), : len(ids)])[2]
+                self._read_first(tokens, [], draft_seen, rule, trace)
             self._choose = lambda layer: self._choose_blocks(layer, len(prompt), seen, rule, trace)
         logits, hidden = self._run_target(tokens, list(range(len(tokens))), seen)
         self._choose = None
         tokens.append(self._emit(trace, logits[-1]))
+        if rule.prefill_draft and rule.prefill_by == "target":
+            self._read_first(tokens, hidden, draft_seen, rule, trace)
         while (done := len(tokens) - len(prompt)) < new_tokens:
             if until is not None and tokens[len(prompt) :] != until[:done]:
                 break
@@ -295,6 +303,41 @@ class Oracle:
         trace.tokens = tokens[len(prompt) :][:new_tokens]
         trace.logprobs = trace.logprobs[:new_tokens]
         return trace
+
+    def _read_first(
+        self, tokens: list[int], hidden: list[torch.Tensor], seen: torch.Tensor, rule: Rule, trace: Trace
+    ) -> None:
+        """Let the draft read a prompt, before its first round or before the target does."""
+        ids, draft = self._draft_ids(tokens, rule), self.draft
+        states = draft.project(hidden) if isinstance(draft, Eagle3Draft) else None
+        length = len(ids) + (1 if rule.prefill_by == "draft" else 0)
+        self._read = []
+        draft._choose = lambda layer: self._choose_of_draft(layer, length, seen, rule, trace)
+        draft(ids, states, list(range(len(ids))), seen[..., : len(ids), : len(ids)])
+        draft._choose = None
+
+    def _choose_of_draft(self, layer: int, length: int, seen: torch.Tensor, rule: Rule, trace: Trace) -> None:
+        """Before a layer of the draft attends to the prompt: what its rows would attend to, and what those of
+        every block see of the blocks before it, by the draft's own numbers."""
+        draft, by_draft = self.draft, rule.prefill_by == "draft"
+        logits = draft.logits(layer)
+        causal = torch.ones(logits.shape[1:], dtype=torch.bool).tril()
+        dense = logits.masked_fill(~causal, -torch.inf).softmax(-1)
+        self._read.append(dense)
+        if not rule.prefill_draft:
+            return
+        group = draft.heads // draft.kv_heads
+        for first, last, asked in self._asking(length, rule):
+            for h in range(draft.kv_heads):
+                heads = slice(h * group, (h + 1) * group)
+                said = dense[heads, [row - by_draft for row in asked]]
+                if by_draft:  # asked for the target's tokens, a position before them
+                    said = torch.cat([torch.zeros(*said.shape[:2], rule.prefill_shift), said], -1)
+                unseen = self._unseen(_by_blocks(said, first), rule, trace, ("draft", layer, h, first))
+                for block in unseen:
+                    keys = slice(block * 128, block * 128 + 128)
+                    seen[layer, heads, first:last, keys] = False
+                    draft._masks[layer][0, heads, first:last, keys] = FLOOR
 
     @staticmethod
     def _draft_ids(tokens: list[int], rule: Rule) -> list[int]:
@@ -507,24 +550,26 @@ class Oracle:
         kv_heads = self.target.config.num_key_value_heads
         group = self.target.config.num_attention_heads // kv_heads
         by_draft = rule.prefill_by == "draft"
+        for first, last, asked in self._asking(length, rule):
+            for h in range(kv_heads):
+                heads = slice(h * group, (h + 1) * group)
+                said = self._said(layer, h, asked, rule) if by_draft else self._own(layer, h, asked)
+                unseen = self._unseen(_by_blocks(said, first), rule, trace, ("prefill", layer, h, first))
+                for block in unseen:
+                    seen[layer, heads, first:last, block * 128 : block * 128 + 128] = False
+                    self._masks[layer][0, heads, first:last, block * 128 : block * 128 + 128] = FLOOR
+
+    @staticmethod
+    def _asking(length: int, rule: Rule) -> Iterator[tuple[int, int, list[int]]]:
+        """Blocks [first, last) of a prompt that select, and which of their tokens are asked."""
         bounds = sorted({*range(0, length, 128), *(cut for cut in rule.cuts if cut < length), length})
         for first, last in zip(bounds, bounds[1:], strict=False):
             if last <= rule.prefill_floor or (last == length and not rule.last_block):
                 continue
-            begins = first + 1 if by_draft and first in (0, *rule.cuts) else first
-            if begins == last:
-                continue
-            asked = [begins + max((i + 1) * (last - begins) // rule.asked - 1, 0) for i in range(rule.asked)]
-            for h in range(kv_heads):
-                heads = slice(h * group, (h + 1) * group)
-                said = self._said(layer, h, asked, rule) if by_draft else self._own(layer, h, asked)
-                score = (
-                    said[..., : first // 128 * 128].unflatten(-1, (first // 128, 128)).sum(-1).amax((0, 1))
-                )
-                unseen = self._unseen(score, rule, trace, ("prefill", layer, h, first))
-                for block in unseen:
-                    seen[layer, heads, first:last, block * 128 : block * 128 + 128] = False
-                    self._masks[layer][0, heads, first:last, block * 128 : block * 128 + 128] = FLOOR
+            begins = first + 1 if rule.prefill_by == "draft" and first in (0, *rule.cuts) else first
+            if begins < last:
+                steps = range(1, rule.asked + 1)
+                yield first, last, [begins + max(i * (last - begins) // rule.asked - 1, 0) for i in steps]
 
     def _own(self, layer: int, h: int, asked: list[int]) -> torch.Tensor:
         """[heads, rows, tokens]: what some rows of a layer's KV head would attend to."""
@@ -564,12 +609,7 @@ class Oracle:
 
     def _projected(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Queries and keys [heads, tokens, dim] of a layer's input, and the scale of their products."""
-        hidden, rotary = self._inputs[layer]
-        attn = self.target.model.layers[layer].self_attn
-        q, k = (p(hidden).view(*hidden.shape[:2], -1, attn.head_dim).transpose(1, 2) for p in
-                (attn.q_proj, attn.k_proj))  # fmt: skip
-        q, k = apply_rotary_pos_emb(q, k, *rotary)
-        return q[0], k[0], attn.head_dim**-0.5
+        return _projected(self.target, self._inputs, layer)
 
     @staticmethod
     def _with_ranks(score: torch.Tensor, length: int, rule: Rule, trace: Trace, head: tuple) -> list[int]:
@@ -664,6 +704,21 @@ def _mask_hook(owner: Oracle | HFDraft, layer: int):
         return args, {**kwargs, "attention_mask": owner._masks[layer]}
 
     return hook
+
+
+def _projected(model, inputs: dict[int, tuple], layer: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Queries and keys [heads, tokens, dim] of what a layer's attention was given, and the scale."""
+    hidden, rotary = inputs[layer]
+    attn = model.model.layers[layer].self_attn
+    q, k = (p(hidden).view(*hidden.shape[:2], -1, attn.head_dim).transpose(1, 2) for p in
+            (attn.q_proj, attn.k_proj))  # fmt: skip
+    q, k = apply_rotary_pos_emb(q, k, *rotary)
+    return q[0], k[0], attn.head_dim**-0.5
+
+
+def _by_blocks(said: torch.Tensor, first: int) -> torch.Tensor:
+    """The largest share of the attention [heads, rows, tokens] that blocks of 128 before a token have."""
+    return said[..., : first // 128 * 128].unflatten(-1, (first // 128, 128)).sum(-1).amax((0, 1))
 
 
 def _by_pages(q: torch.Tensor, keys: torch.Tensor, rule: Rule) -> torch.Tensor:

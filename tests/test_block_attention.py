@@ -5,18 +5,22 @@ FA3 itself runs on a GPU of compute capability 9; everywhere else a stand-in of 
 
 from __future__ import annotations
 
+import functools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from sts_kernels import ops
-from sts_kernels.layout import FP8, KEY_BLOCK, WHOLE, Count, QueryBlocks
+from sts_kernels.layout import FP8, KEY_BLOCK, WHOLE, QueryBlocks
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core import block_attention
-from sts_sglang.core.block_attention import Block, BlockAttention, ByFa3, ByOps
-from sts_sglang.core.block_selectors import BlockCall, ByTarget
-from sts_sglang.core.prefill import SparsePrefill
+from sts_sglang.core.block_attention import SEEN, Block, BlockAttention, ByFa3, ByOps, columns
+from sts_sglang.core.block_selectors import BlockCall, ByOwnQueries
+from sts_sglang.core.prefill import Reader, SparsePrefill
+from sts_sglang.core.sizes import parted
 from sts_sglang.core.verifier import TargetShape
 from tests.paged_fa3 import paged_fa3
 from tests.test_kernels import DEVICE, GROUPS, KERNELS, on_device
@@ -63,20 +67,25 @@ def blocks_of_batch(made: Prefill) -> list[Block]:
     return [Block(*block) for block in zip(*(part.tolist() for part in made.blocks[:5]), strict=True)]
 
 
-def columns(blocks: list[Block], most: int) -> QueryBlocks:
-    parts = torch.tensor(blocks, dtype=torch.int32).view(-1, 5).T.contiguous()
-    return on_device(QueryBlocks(*parts, most))
+def in_parts(blocks: list[Block], at_once: int) -> tuple[list[Block], list[list[Block]]]:
+    """Those that attend to everything, and the others so many at a time, in the order of their rows."""
+    blocks = sorted(blocks, key=lambda block: block.row)
+    whole, listed = ([b for b in blocks if (b.count == WHOLE) == of_whole] for of_whole in (True, False))
+    return whole, [listed[few] for few in parted(len(listed), at_once)]
 
 
 def attend(made: Prefill, attention: BlockAttention, listed: torch.Tensor, at_once: int = 99) -> torch.Tensor:
     """By parts; lists go with their blocks."""
     blocks, q, pool = blocks_of_batch(made), on_device(made.q), on_device(made.pool)
     out = on_device(torch.full(made.q.shape, math.nan, dtype=made.q.dtype))
-    parts = attention.begin(on_device(made.contexts), blocks, at_once)
+    at_once = min(at_once, attention.room([block for block in blocks if block.count != WHOLE]))
+    whole, parts = in_parts(blocks, at_once)
+    attention.begin(on_device(made.contexts), whole, parts)
     attention.attend_whole(q, pool, out, scale=made.scale)
     for i, part in enumerate(parts):
-        own = on_device(listed[[blocks.index(block) for block in part]].contiguous())
-        attention.attend(i, columns(part, made.blocks.most), own, q, pool, out, scale=made.scale)
+        few = columns(part, DEVICE)
+        own = listed[[blocks.index(block) for block in part], :, : few.most]
+        attention.attend(i, few, on_device(own.contiguous()), q, pool, out, scale=made.scale)
     return out.cpu()
 
 
@@ -155,6 +164,24 @@ def test_lists_whole_and_ragged_are_attended_to_exactly(kernel: str, group: int)
 def test_dense_and_sparse_requests_in_any_order(at_once: int, count: int | None) -> None:
     made = Prefill([(0, 200), (700, 300), (0, 90), (0, 60), (512, 256), (130, 1)], count=count)
     check(made, by_fa3(made), at_once)
+    if count is not None:  # else no list is made, and SGLang's own backend attends
+        check(made, ByOps(ops("torch"), "torch", DEVICE), at_once)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_attends_to_everything_goes_with_the_first_part(kernel: str) -> None:
+    """Longest first, by the ops; and it may see more keys than that part, or fewer."""
+    for chunks in ([(1000, 60), (0, 40)], [(530, 60), (900, 100), (0, 40)]):
+        made = Prefill(chunks, count=3)
+        counts = made.blocks.counts.clone()
+        if len(chunks) == 3:  # who is asked for everything has the longest context
+            counts[made.blocks.requests == 1] = WHOLE
+            order = (counts != WHOLE).int().argsort(stable=True)
+            made.blocks = QueryBlocks(*(part[order] for part in (*made.blocks[:4], counts)), made.blocks.most)
+        attention = ByOps(ops(kernel), kernel, DEVICE)
+        check(made, attention, at_once=1)
+        before = attention._first.before[attention._first.counts == WHOLE].tolist()
+        assert before == sorted(before, reverse=True) and before
 
 
 def test_several_parts_are_what_scratch_holds(monkeypatch) -> None:
@@ -162,9 +189,11 @@ def test_several_parts_are_what_scratch_holds(monkeypatch) -> None:
     attention, blocks = by_fa3(made), blocks_of_batch(made)
     room = 2 * (4 * made.kv_heads * max(b.attended for b in blocks) + attention._block_bytes)
     monkeypatch.setattr(block_attention, "SCRATCH", room)
-    parts = attention.begin(on_device(made.contexts), blocks, 99)
-    assert max(map(len, parts)) == 2 and sum(map(len, parts)) == len(blocks)
+    assert attention.room(blocks) == 2
+    counting = Counting(attention.fa3)
+    attention.fa3 = counting
     check(made, attention)
+    assert [len(options["cache_seqlens"]) for _, _, options in counting.calls] == [4, 4, 2]
 
 
 def test_tables_of_many_dense_requests_are_within_scratch(monkeypatch) -> None:
@@ -208,11 +237,12 @@ def test_a_prefill_says_the_same_by_fa3(kernel: str) -> None:
         request(9000),
     ]
     found = []
-    for attention in (ByOps(ops(kernel), kernel), by_fa3(made, kernel)):
+    for attention in (ByOps(ops(kernel), kernel, DEVICE), by_fa3(made, kernel)):
         config = StsConfig(prefill="sparse", prefill_floor=300, prefill_keep=0.4)
-        totals = torch.zeros(len(Count), dtype=torch.int64, device=DEVICE)
-        selector = ByTarget(config, ops(kernel), made.kv_heads, made.group)
-        sparse = SparsePrefill(config, selector, attention, LAYERS, made.kv_heads, DEVICE, totals)
+        counts = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        selector = ByOwnQueries(config, ops(kernel), made.kv_heads, made.group)
+        reader = Reader(attention, frozenset(range(LAYERS)), made.kv_heads, counts)
+        sparse = SparsePrefill(config, selector, reader, DEVICE)
         sparse.admit(requests)
         sparse.begin(on_device(made.contexts), *map(list, zip(*made.chunks, strict=True)))
         assert sparse.attends(0)
@@ -238,6 +268,27 @@ def test_the_stand_in_does_not_see_later_tokens() -> None:
 
 # ---- FA3 itself
 
+# Of one token, as SGLang calls it for whatever is dense. What a build has no kernel for ends the process.
+PROBE = """
+import sys, torch
+from sgl_kernel.flash_attn import flash_attn_with_kvcache
+dtype, dim = getattr(torch, sys.argv[1]), int(sys.argv[2])
+q = torch.zeros(1, 2, dim, dtype=dtype, device="cuda")
+starts = torch.tensor([0, 1], dtype=torch.int32, device="cuda")
+pool, table = q[:, None, :1], starts[None, :1]
+for splits in (0, 1):
+    flash_attn_with_kvcache(q, pool, pool, page_table=table, cache_seqlens=starts[1:], cu_seqlens_q=starts,
+                            max_seqlen_q=1, causal=True, num_splits=splits)
+torch.cuda.synchronize()
+"""
+
+
+@functools.cache
+def fa3_has(dtype: torch.dtype, dim: int) -> bool:
+    """Whether this build of sgl_kernel has FA3's kernels for a dtype and heads of so many dimensions."""
+    command = [sys.executable, "-c", PROBE, str(dtype).removeprefix("torch."), str(dim)]
+    return subprocess.run(command, capture_output=True, timeout=300).returncode == 0
+
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="FA3 is made for compute capability 9")
@@ -248,6 +299,9 @@ def test_the_stand_in_does_not_see_later_tokens() -> None:
 def test_fa3_attends_as_the_stand_in(dtype: torch.dtype, group: int, dim: int) -> None:
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
+    if not fa3_has(dtype, dim):
+        assert (dtype, dim) not in SEEN
+        pytest.skip(f"this build of sgl_kernel has no FA3 of {dtype} with heads of {dim}, of any kind")
     chunks = [(0, 200), (1300, 300), (0, 90), (513, 256), (130, 1)]
     for kernel in KERNELS:
         made = Prefill(chunks, group=group, dim=dim, dtype=dtype, kv_heads=3)
@@ -259,19 +313,20 @@ def test_fa3_attends_as_the_stand_in(dtype: torch.dtype, group: int, dim: int) -
 
 
 def test_fa3_attends_where_it_can_and_nobody_asks_for_another() -> None:
-    made = Prefill([(0, 1)], dtype=torch.float16)
+    made = Prefill([(0, 1)], dtype=torch.bfloat16, dim=64)
     target = target_of(made)
 
     def name(kernel: str = "triton", fa3=paged_fa3, shape=target, **config) -> str:
-        config = StsConfig(**{"prefill": "sparse", "prefill_attend": "auto", **config})
+        config = StsConfig(prefill="sparse", **config)
         return block_attention.make(config, ops("torch"), kernel, shape, fa3, "cpu").name
 
-    assert name() == name(prefill_attend="fa3") == "fa3"
+    assert name() == name(prefill_attend="auto") == name(prefill_attend="fa3") == "fa3"
     assert name(prefill_attend="ops") == "triton" and name("torch") == name("torch", fa3=None) == "torch"
     assert name("torch", prefill_attend="fa3") == "fa3"
     for fa3, shape, why in (
         (None, target, "dense 'fa3'"),
         (paged_fa3, None, "dense 'fa3'"),
+        (paged_fa3, target._replace(dtype=torch.float32), "half precision"),
         (paged_fa3, target._replace(kv_dtype=FP8[0]), "FP8"),
         (paged_fa3, target._replace(slots=2**30), "int32"),
     ):
@@ -280,16 +335,28 @@ def test_fa3_attends_where_it_can_and_nobody_asks_for_another() -> None:
             name(fa3=fa3, shape=shape, prefill_attend="fa3")
 
 
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float16, 64), (torch.bfloat16, 96), (torch.bfloat16, 256)])
+def test_what_fa3_was_never_seen_to_do_is_for_those_who_ask(dtype: torch.dtype, dim: int) -> None:
+    target = target_of(Prefill([(0, 1)], dtype=dtype, dim=dim))
+    for asked, expected in (("auto", "triton"), ("fa3", "fa3"), ("ops", "triton")):
+        config = StsConfig(prefill="sparse", prefill_attend=asked)
+        made = block_attention.make(config, ops("torch"), "triton", target, paged_fa3, "cpu")
+        assert made.name == expected
+
+
 def test_what_fa3_takes_is_reserved_where_it_may_attend() -> None:
-    target = target_of(Prefill([(0, 1)], dtype=torch.float16))
+    half, fp8 = torch.bfloat16, FP8[0]
+    sparse_draft = {"prefill": "sparse", "prefill_draft": "sparse"}
     taken = [
-        block_attention.need(StsConfig(**config), target._replace(kv_dtype=kept)).fixed
-        for config, kept in (
-            ({"prefill": "sparse", "prefill_attend": "auto"}, torch.float16),
-            ({"prefill": "sparse"}, torch.float16),
-            ({"prefill": "sparse", "prefill_attend": "auto", "kernel": "torch"}, torch.float16),
-            ({"prefill": "sparse", "prefill_attend": "fa3"}, FP8[0]),
-            ({}, torch.float16),
+        block_attention.need(StsConfig(**config), target, draft).fixed
+        for config, target, draft in (
+            ({"prefill": "sparse"}, half, None),
+            (sparse_draft, fp8, half),
+            ({"prefill": "sparse"}, fp8, half),
+            (sparse_draft, fp8, fp8),
+            ({"prefill": "sparse", "prefill_attend": "ops"}, half, half),
+            ({"prefill": "sparse", "kernel": "torch"}, half, half),
+            ({}, half, half),
         )
     ]
-    assert taken == [block_attention.SCRATCH, 0, 0, 0, 0]
+    assert taken == [block_attention.SCRATCH] * 2 + [0] * 5

@@ -33,7 +33,8 @@ LONG += ["--speculative-num-draft-tokens", "6"]
 TREE = ["--speculative-num-steps", "3", "--speculative-eagle-topk", "4"]
 TREE += ["--speculative-num-draft-tokens", "8"]
 SPARSE = {"keep": 0.1, "budget": 0, "stand_aside": 0}
-PREFILL = {"prefill": "sparse", "prefill_keep": 0.25, "prefill_floor": 1024, "prefill_attend": "auto"}
+PREFILL = {"prefill": "sparse", "prefill_keep": 0.25, "prefill_floor": 1024}
+DRAFTED = {**PREFILL, "prefill_draft": "sparse"}
 WHOLE = {"custom_params": {"sts": {"keep": 1.0}}}
 NEW_TOKENS = 48
 FEW = 4096  # context tokens up to which a batch stands aside, where one may
@@ -90,6 +91,8 @@ SERVERS = {
     "sparse-prefill-eagle3-bfloat16": sts("EAGLE3", CHAIN, **PREFILL),
     "sparse-prefill-alone-bfloat16": alone(**PREFILL),
     "sparse-prefill-ops-bfloat16": sts("STANDALONE", CHAIN, **{**PREFILL, "prefill_attend": "ops"}),
+    "sparse-prefill-first-bfloat16": sts("STANDALONE", CHAIN, **DRAFTED, prefill_by="draft"),
+    "sparse-prefill-draft-bfloat16": sts("STANDALONE", CHAIN, **DRAFTED, draft_kv="fp8_e4m3"),
     "prefill-graphs-bfloat16": sts("STANDALONE", CHAIN),  # breakable, SGLang's default
     "eager-bfloat16": [*sts("STANDALONE", CHAIN), *EAGER],
     "torch-bfloat16": [*sts("STANDALONE", CHAIN, kernel="torch", dense="fa3"), *EAGER],
@@ -223,6 +226,7 @@ NOT_DRAFTED = [name for name, flags in SERVERS.items() if "--speculative-algorit
 PREFILLED = [name for name in SERVERS if name.startswith("sparse-prefill")]
 STANDING = [name for name in SERVERS if name.startswith("aside")]
 BY_FA3, BY_OPS = "sparse-prefill-bfloat16", "sparse-prefill-ops-bfloat16"
+SPARSE_DRAFTS = {"sparse-prefill-first-bfloat16": "fa3", "sparse-prefill-draft-bfloat16": "triton"}
 UNDER_TEST = [n for n in SERVERS if not n.startswith("stock") and n not in (*PREFILLED, *STANDING)]
 TORCH = [name for name in SERVERS if name.startswith("torch")]
 
@@ -347,7 +351,8 @@ def test_a_dense_prefill_among_sparse_ones_equals_stock_but_for_near_ties(server
 
 @pytest.mark.parametrize("name", PREFILLED)
 def test_a_long_prompt_is_prefilled_sparsely_and_shares_no_prefix_with_a_dense_one(servers, prompts, name):
-    server, ids = servers[name], [*prompts[4][:50], 999, *prompts[4]]
+    # Nobody else's prompt begins so.
+    server, ids = servers[name], [999, *prompts[4]]
     before = server.counters()
     first, again = ask(server, ids), ask(server, ids)
     after = server.counters()
@@ -356,6 +361,14 @@ def test_a_long_prompt_is_prefilled_sparsely_and_shares_no_prefix_with_a_dense_o
     )
     # Of blocks beyond the floor a quarter, rounded up; below it, and at the end of the prompt, all.
     assert 0.25 <= selected / available < 0.45
+    of_draft = [
+        after[f"draft_prefill_{which}_blocks"] - before[f"draft_prefill_{which}_blocks"]
+        for which in ("selected", "available")
+    ]
+    if name in SPARSE_DRAFTS:
+        assert 0.25 <= of_draft[0] / of_draft[1] < 0.45
+    else:
+        assert of_draft == [0, 0]
     assert again["meta_info"]["cached_tokens"] >= len(ids) - 64
     dense = ask(server, ids, **asking(prefill="dense"))
     assert dense["meta_info"]["cached_tokens"] == 0
@@ -378,7 +391,10 @@ def test_fa3_attends_to_lists_as_the_ops_do_but_for_near_ties(servers, prompts, 
 def test_what_attends_in_a_sparse_prefill_is_said(servers, name):
     hopper = torch.cuda.get_device_capability()[0] == 9
     expected = "fa3" if hopper and name != BY_OPS else "triton"
-    assert servers[name].sts()["prefill_attends_by"] == expected
+    said = servers[name].sts()
+    assert said["prefill_attends_by"] == expected
+    of_draft = SPARSE_DRAFTS.get(name)  # of KV in FP8 Triton's
+    assert said.get("draft_prefill_attends_by") == (of_draft if hopper or of_draft is None else "triton")
 
 
 # Those that select by the same map, rows and memory.

@@ -196,7 +196,7 @@ def test_what_a_sparse_prefill_takes_is_reserved(monkeypatch, model):
     monkeypatch.setattr(serves, "draft_config", lambda *_: None)
     reserved = [
         reserve.reserved_bytes(StsConfig(**config), server_args(), model(TARGET, 128), 60 << 30)
-        for config in ({}, {"prefill": "sparse"}, {"prefill": "sparse", "prefill_attend": "auto"})
+        for config in ({}, {"prefill": "sparse", "prefill_attend": "ops"}, {"prefill": "sparse"})
     ]
     assert reserved[1] - reserved[0] == pytest.approx(prefill.SCRATCH, rel=0.01)
     assert reserved[2] - reserved[1] == pytest.approx(block_attention.SCRATCH, rel=0.01)

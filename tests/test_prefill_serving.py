@@ -35,6 +35,8 @@ RULE = Rule(keep=1.0, prefill_keep=KEEP, prefill_floor=300, cuts=CUTS)
 ALONE = replace(RULE, selector="pages", dense_layers=(2,))
 PROMPTS = [random_ids(n, 500 + n) for n in (1500, 1290, 420, 90)]
 LONG = random_ids(1600, 7)
+SHORT = random_ids(900, 77)
+TURN = SHORT[:768] + random_ids(150, 78)
 
 
 def asking(**params) -> dict:
@@ -173,21 +175,60 @@ def test_the_start_up_line_and_the_metrics_say_so(sparse):
 
 
 def test_with_a_draft(pair, logs, stock):
-    """Prompts at once, cut somewhere within their blocks; the draft reads its prompts whole, and what a head
-    reads of the target comes from a sparse prefill."""
+    """Prompts at once, cut somewhere within their blocks; what a head reads of the target comes from a sparse
+    prefill. Its own changes nothing: of a single layer nobody uses what rows make but that of the last."""
     algorithm, draft = "EAGLE3", "eagle3"
-    config = {**PREFILL, "keep": 0.1, "budget": 0, "sink": 2, "recent": 8}
+    config = {**PREFILL, "prefill_draft": "sparse", "keep": 0.1, "budget": 0, "sink": 2, "recent": 8}
     rule = replace(RULE, keep=0.1, sink=2, recent=8, cuts=PAGED_CUTS)
     oracle = Oracle(pair["target"], pair[draft])
     name = f"prefill-{algorithm}"
     args = (*CHAIN, *PAGED)
     with sts_server(pair, logs, name, algorithm, draft, config, *args) as server:
         for ids in PROMPTS:
-            oracle.agree(server.generate(ids, 24)["output_ids"], ids, rule)
+            answer = server.generate(ids, 24)
+            assert oracle.agree(answer["output_ids"], ids, rule).rounds == rounds_of(answer)
+        assert reads_sparsely(server)
         dense = asking(prefill="dense", keep=1.0)
         together = server.generate_all([LONG, branch()], 24, **dense)
         assert [answer["output_ids"] for answer in together] == stock[:2]
         assert server.counters()["prefill_selected_blocks"] > 0
+
+
+def rounds_of(answer: dict) -> int:
+    return answer["meta_info"]["spec_verify_ct"]
+
+
+def reads_sparsely(server: Server) -> bool:
+    """Whether blocks were left out of the draft's own prefills so far."""
+    counters = server.counters()
+    selected, there = (counters[f"draft_prefill_{which}_blocks"] for which in ("selected", "available"))
+    return 0 < selected < there
+
+
+@pytest.mark.parametrize("by", ["draft", "target"])
+def test_a_draft_that_is_prefilled_sparsely(pair, logs, stock, by):
+    """It drafts what the oracle's does, which reads its prompt through the same masks, and so is as often
+    right; where it reads first, what it says of the target's blocks comes from that too."""
+    config = {**PREFILL, "prefill_by": by, "prefill_draft": "sparse", "keep": 0.1, "budget": 0}
+    config |= {"sink": 2, "recent": 8}
+    rule = replace(DRAFTED, prefill_by=by, prefill_draft=True)
+    oracle, args = Oracle(pair["target"], pair["draft"]), (*CHAIN, *PAGED)
+    with sts_server(pair, logs, f"prefill-sparse-{by}", "STANDALONE", "draft", config, *args) as server:
+        answer = server.generate(SHORT, 16)
+        assert oracle.agree(answer["output_ids"], SHORT, rule).rounds == rounds_of(answer)
+        dense = oracle.generate(SHORT, 16, replace(rule, prefill_draft=False))
+        found = answer["output_ids"], rounds_of(answer)
+        assert (dense.tokens, dense.rounds) != found, "the test does not notice a dense draft"
+        assert reads_sparsely(server)
+        assert server.sts()["draft_prefill"].startswith("0.25 of the blocks of keys")
+        if by == "draft":  # a turn behind a prefix that another prompt left
+            tokens, hit = ask(server, TURN)
+            assert hit == 768
+            rule = replace(rule, cuts=(*PAGED_CUTS, 768), donor=(767, SHORT[768]))
+            oracle.agree(tokens[:12], TURN, rule)
+        whole = asking(prefill="dense", keep=1.0)
+        together = server.generate_all([LONG, branch()], 24, **whole)
+        assert [answer["output_ids"] for answer in together] == stock[:2]
 
 
 @pytest.fixture(scope="module")

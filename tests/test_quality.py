@@ -261,9 +261,20 @@ def test_results_of_other_prefills_are_refused(arm, keep, verifies, blocks, prob
     checked(arm, keep, (sparse, 0, *verifies, full, *blocks), problem)
 
 
+@pytest.mark.parametrize(
+    ("keep", "of_draft", "problem"),
+    [(0.25, (30, 100), None), (0.25, (0, 0), "prefilled"), (0.25, (9, 9), "prefilled"), (1.0, (0, 0), None)],
+)
+def test_an_arm_s_draft_is_prefilled_as_it_says(keep, of_draft, problem):
+    blocks = (0, 0) if keep == 1.0 else (30, 100)
+    checked("prefill-draft-sparse", keep, (5, 0, 100, 100, 0, *blocks, *of_draft), problem)
+
+
 def checked(arm: str, keep: float, counters: tuple[int, ...], problem: str | None) -> None:
     names = ("sparse_verifies", "dense_verifies", "selected_tokens", "available_tokens", "full_verifies")
     names += ("prefill_selected_blocks", "prefill_available_blocks")
+    names += ("draft_prefill_selected_blocks", "draft_prefill_available_blocks")
+    counters = (*counters, 0, 0)[: len(names)]
     found = asking.Cell(arm, "single", 4096, keep, counters=dict(zip(names, counters, strict=True)))
     if problem is None:
         measure.check_sparse(found, ARMS[arm])
@@ -330,7 +341,8 @@ def test_arms_of_ones_own_sweep_their_prefill_where_it_is_sparse(writer):
 def test_a_draft_that_reads_first_is_an_arm_of_standalone_alone(writer):
     for algorithm, there in (("STANDALONE", True), ("EAGLE3", False), ("NONE", False)):
         arms = planned("--algorithm", algorithm, "--device", "cpu").arms
-        assert ("prefill-draft" in arms) == there and {"prefill", "prefill-verify"} <= set(arms)
+        assert ({"prefill-draft", "prefill-draft-sparse"} & set(arms) != set()) == there
+        assert {"prefill", "prefill-verify"} <= set(arms)
 
 
 def test_the_report_tells_keeps_of_prompts_from_those_of_verifies(small_results):

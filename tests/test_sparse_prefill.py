@@ -6,13 +6,20 @@ import pytest
 import torch
 
 from sts_kernels import ops
-from sts_kernels.layout import KEY_BLOCK, WHOLE, Count, KvPool, blocks_of
+from sts_kernels.layout import KEY_BLOCK, WHOLE, KvPool, blocks_of
 from sts_sglang.config import StsConfig
 from sts_sglang.core import prefill
 from sts_sglang.core.block_attention import ByOps
-from sts_sglang.core.block_selectors import SAMPLED, BlockCall, BlockSelector, ByDraft, ByTarget, of_draft
+from sts_sglang.core.block_selectors import (
+    SAMPLED,
+    BlockCall,
+    BlockSelector,
+    ByDraft,
+    ByOwnQueries,
+    of_draft,
+)
 from sts_sglang.core.channels import Channels
-from sts_sglang.core.prefill import SparsePrefill
+from sts_sglang.core.prefill import Reader, SparsePrefill
 from sts_sglang.core.request import Request
 from sts_sglang.core.round import Draft
 from sts_sglang.headmap import HeadMap
@@ -29,14 +36,25 @@ def request(tokens: int, output: int = 0, **asked) -> Request:
 
 def made_of(made: Prefill, kernel: str = "torch", **config) -> SparsePrefill:
     config = StsConfig(prefill="sparse", **{"prefill_floor": 0, **config})
-    selector = ByTarget(config, ops(kernel), made.kv_heads, made.group)
+    selector = ByOwnQueries(config, ops(kernel), made.kv_heads, made.group)
     return prefilling(made, config, kernel, selector)
 
 
-def prefilling(made: Prefill, config: StsConfig, kernel: str, selector: BlockSelector) -> SparsePrefill:
-    totals = torch.zeros(len(Count), dtype=torch.int64, device=DEVICE)
-    attention = ByOps(ops(kernel), kernel)
-    return SparsePrefill(config, selector, attention, LAYERS, made.kv_heads, DEVICE, totals)
+def reader_of(made: Prefill, kernel: str, layers: set[int]) -> Reader:
+    counts = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    return Reader(ByOps(ops(kernel), kernel, DEVICE), frozenset(layers), made.kv_heads, counts)
+
+
+def prefilling(
+    made: Prefill, config: StsConfig, kernel: str, selector: BlockSelector, first: Reader | None = None
+) -> SparsePrefill:
+    reader = reader_of(made, kernel, set(range(LAYERS)) - set(config.dense_layers))
+    return SparsePrefill(config, selector, reader, DEVICE, first)
+
+
+def counted(reader: Reader) -> list[int]:
+    """Blocks of keys attended to, and those there."""
+    return reader.counts.tolist()
 
 
 def attend(sparse: SparsePrefill, made: Prefill, q: torch.Tensor, layer: int = 0) -> torch.Tensor:
@@ -48,8 +66,12 @@ def begun(sparse: SparsePrefill, made: Prefill, requests: list[Request]) -> list
     """(request, first row, tokens, tokens before, count) of all blocks, in the order of their rows."""
     sparse.admit(requests)
     sparse.begin(on_device(made.contexts), *map(list, zip(*made.chunks, strict=True)))
-    parts = [part for blocks in sparse._parts for part in zip(*(c.tolist() for c in blocks[:5]), strict=True)]
-    return sorted(parts, key=lambda block: block[1])
+    if not sparse._parts:
+        return []
+    first = sparse.reader.attention._first  # those that attend to everything, too
+    parts = [sparse._parts[0] if first is None else first, *sparse._parts[1:]]
+    blocks = [block for part in parts for block in zip(*(c.tolist() for c in part[:5]), strict=True)]
+    return sorted(blocks, key=lambda block: block[1])
 
 
 def test_blocks_begin_where_those_of_the_whole_prompt_do() -> None:
@@ -86,9 +108,9 @@ def test_what_attends_to_everything_begins_and_requests_stand_together() -> None
     made = Prefill([(1024, 300), (1024, 256), (1024, 300)])
     sparse = made_of(made)
     begun(sparse, made, [request(9000), request(9000, prefill="dense"), request(9000)])
-    blocks = sparse._parts[0]
-    assert blocks.requests.tolist() == [1, 1, 0, 0, 0, 2, 2, 2]
-    assert blocks.most == 11
+    assert sparse.reader.attention._first.requests.tolist() == [1, 1, 0, 0, 0, 2, 2, 2]
+    assert sparse._parts[0].requests.tolist() == [0, 0, 0, 2, 2, 2]
+    assert sparse._parts[0].most == 11
 
 
 def test_counts_are_of_what_may_be_sparse() -> None:
@@ -96,7 +118,7 @@ def test_counts_are_of_what_may_be_sparse() -> None:
     sparse = made_of(made, dense_layers=(1,))
     begun(sparse, made, [request(9000), request(9000, prefill="dense")])
     heads = (LAYERS - 1) * made.kv_heads
-    assert int(sparse._selected) == 2 * heads and int(sparse._available) == 8 * heads
+    assert counted(sparse.reader) == [2 * heads, 8 * heads]
     assert sparse.attends(0) and not sparse.attends(1) and sparse.attends(2)
 
 
@@ -164,9 +186,9 @@ def test_counts_are_the_same_however_a_prompt_is_cut() -> None:
         for before, number in chunks:
             sparse.admit([request(4000)])
             sparse.begin(on_device(made.contexts), [before], [number])
-        found.append((int(sparse._available), int(sparse._selected)))
+        found.append(counted(sparse.reader))
     assert found[0] == found[1]
-    assert found[0][0] == LAYERS * made.kv_heads * sum(range(32)) > found[0][1]
+    assert found[0][1] == LAYERS * made.kv_heads * sum(range(32)) > found[0][0]
 
 
 def test_queries_that_do_not_fit_the_batch_are_an_error() -> None:
@@ -230,18 +252,19 @@ class Drafted:
         for layer in self.layers[1:]:
             layer.contexts, layer.reqs = self.layers[0].contexts, self.layers[0].reqs
             keys = self.layers[0].pool.k
-            layer.pool = layer.pool._replace(k=torch.where(keys.isnan(), keys, torch.randn(keys.shape)))
+            drawn = torch.where(keys.isnan(), keys, torch.randn(keys.shape))
+            layer.pool = layer.pool._replace(k=drawn, v=self.layers[0].pool.v)
         self.made, self.head_map = self.layers[0], HeadMap(self.SOURCES, "test", pool)
         self.config = StsConfig(
             prefill="sparse", prefill_floor=0, prefill_keep=0.4, pool_rows=pool, pool_heads=pool
         )
 
-    def selecting(self, kernel: str) -> SparsePrefill:
+    def selecting(self, kernel: str, first: Reader | None = None) -> SparsePrefill:
         scales = (self.made.scale, self.made.scale)
         q_heads, pools = self.made.q.shape[1], self
         draft = Draft(3, 1, q_heads, self.made.kv_heads, self.made.dim, torch.float32, pools, scales)
         selector = ByDraft(self.config, ops(kernel), Channels.of(self.head_map, DEVICE), draft)
-        return prefilling(self.made, self.config, kernel, selector)
+        return prefilling(self.made, self.config, kernel, selector, first)
 
     def layer(self, number: int) -> KvPool:
         return on_device(self.layers[number].pool)
@@ -296,8 +319,8 @@ class Drafted:
     ("kernel", "pool", "scratch"),
     [
         ("torch", "max", prefill.SCRATCH),
-        ("torch", "mean", 20_000),
-        ("triton", "max", 20_000),
+        ("torch", "mean", 10_000),
+        ("triton", "max", 10_000),
         pytest.param("triton", "mean", prefill.SCRATCH, marks=pytest.mark.gpu),
     ],
 )
@@ -308,7 +331,7 @@ def test_what_the_draft_attends_to_becomes_lists_of_the_target(monkeypatch, kern
     sparse = drafted.selecting(kernel)
     requests = [request(9000), request(200), request(9000), request(9000, prefill="dense")]
     assert drafted.read(sparse, requests)
-    assert (len(sparse._parts) > 1) == (scratch == 20_000)
+    assert (len(sparse._parts) > 1) == (scratch == 10_000)
     checked = 0
     for part, blocks in enumerate(sparse._parts):
         for layer in range(LAYERS):
@@ -326,17 +349,57 @@ def test_what_the_draft_attends_to_becomes_lists_of_the_target(monkeypatch, kern
     assert not sparse.attends(0)
 
 
+@pytest.mark.parametrize("kernel", ["torch", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("scratch", [prefill.SCRATCH, 10_000])
+def test_a_draft_attends_by_what_it_is_asked_for_the_target(monkeypatch, kernel: str, scratch: int) -> None:
+    """To lists of the same sums, over blocks of keys by its own numbers; those of the target stay as they
+    are. What it attends to exactly: test_draft_prefill."""
+    monkeypatch.setattr(prefill, "SCRATCH", scratch)
+    drafted = Drafted([(1000, 300), (0, 200), (1151, 140), (700, 140)], "max")
+    requests = [request(9000), request(200), request(9000), request(9000, prefill="dense")]
+    heard = drafted.selecting("torch")
+    drafted.read(heard, requests)
+    sparse = drafted.selecting(kernel, reader_of(drafted.made, kernel, {0, 1}))
+    sparse.admit(requests)
+    sparse.ask_draft(on_device(drafted.made.contexts), *map(list, zip(*drafted.made.chunks, strict=True)))
+    with sparse.listening():
+        for number, layer in enumerate(drafted.layers):
+            call = BlockCall(number, on_device(layer.q), drafted.layer(number), drafted.made.scale)
+            found = sparse.attend_first(call)
+            expected = torch.empty_like(found)
+            for part, blocks in enumerate(sparse._parts):
+                sums = ops("torch").score_blocks(
+                    call.q,
+                    call.pool,
+                    on_device(drafted.made.contexts),
+                    heard.selector._asking[part],
+                    scale=call.scale,
+                    sampled=SAMPLED,
+                    shift=1,
+                )
+                listed = ops("torch").list_blocks(sums, blocks, sink=1, recent=1)
+                heard.reader.attention.attend(
+                    part, blocks, listed, call.q, call.pool, expected, scale=call.scale
+                )
+            assert_close(found.cpu(), expected.cpu().double())
+    for part, blocks in enumerate(sparse._parts):
+        own, other = (s.selector.listed(part, BlockCall(1, None, None, 1.0)) for s in (sparse, heard))
+        for i, count in enumerate(blocks.counts.tolist()):
+            assert torch.equal(own[i, :, :count].cpu(), other[i, :, :count].cpu())
+    assert counted(sparse.first)[0] * LAYERS == counted(sparse.reader)[0] * 2 > 0
+
+
 def test_the_target_goes_by_what_the_draft_has_read() -> None:
     """Its own forward begins nothing anew, and is counted once; the next one is."""
     drafted = Drafted([(1024, 300)], "max")
     sparse = drafted.selecting("torch")
     assert not sparse.listens and drafted.read(sparse, [request(9000)]) and not sparse.listens
-    counted, parts = int(sparse._selected), sparse._parts
+    once, parts = counted(sparse.reader)[0], sparse._parts
     sparse.begin(on_device(drafted.made.contexts), [1024], [300])
-    assert sparse._parts is parts and int(sparse._selected) == counted > 0
+    assert sparse._parts is parts and counted(sparse.reader)[0] == once > 0
     sparse.end()
     sparse.begin(on_device(drafted.made.contexts), [1024], [300])
-    assert int(sparse._selected) == 2 * counted
+    assert counted(sparse.reader)[0] == 2 * once
 
 
 def test_where_nobody_selects_the_draft_reads_afterwards() -> None:

@@ -1088,6 +1088,17 @@ def test_heads_that_no_block_of_a_sparse_prefill_can_hold_are_refused(launch, fl
         check_message(caught, flags, "sts_config.prefill: 'sparse' with heads of 512", 'prefill to "dense"')
 
 
+def test_a_draft_whose_rows_no_block_can_hold_is_refused_a_sparse_prefill(launch, flags, monkeypatch):
+    """Of its own, whoever selects for the target."""
+    monkeypatch.setattr(validate, "_shared_memory", lambda: 232448)
+    heads = {"model_path": "m", "num_attention_heads": 8, "num_key_value_heads": 8}
+    target, draft = (SimpleNamespace(head_dim=dim, **heads) for dim in (64, 512))
+    with pytest.raises(Refusal) as caught:
+        config = StsConfig(prefill="sparse", prefill_draft="sparse")
+        validate.check_tiles(launch(), config, target, draft)
+    check_message(caught, flags, "sts_config.prefill_draft: 'sparse' with heads of 512", "prefill_draft to")
+
+
 def test_many_heads_over_one_are_refused_a_sparse_prefill(launch, monkeypatch):
     """All of them ask in one product with a block of keys."""
     monkeypatch.setattr(validate, "_shared_memory", lambda: 232448)

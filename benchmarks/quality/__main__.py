@@ -16,9 +16,9 @@ off goes on where it stopped. At the end benchmarks.quality.report makes OUT/rep
 these files. A verify or a prefill that was not what the arm says ends the run.
 
 A keep is a share of the context in verify, after a dense prefill. In arms whose prefill is sparse (`prefill`,
-`prefill-draft`, `prefill-verify`, and those of --arm with {"prefill": "sparse"}, whose verifies attend to
-their own `keep` or to everything) it is a share of the blocks of keys that prompts attend to. Dense, which
-they are compared with, is a dense prefill and whole verifies in every arm.
+`prefill-draft`, `prefill-draft-sparse`, `prefill-verify`, and those of --arm with {"prefill": "sparse"},
+whose verifies attend to their own `keep` or to everything) it is a share of the blocks of keys that prompts
+attend to. Dense, which they are compared with, is a dense prefill and whole verifies in every arm.
 
 arms:
 """
@@ -69,9 +69,9 @@ FULL = {  # by suite
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    about = __doc__ + "\n".join(f"  {name:17} {arm.about}" for name, arm in ARMS.items())
+    about = __doc__ + "\n".join(f"  {name:20} {arm.about}" for name, arm in ARMS.items())
     about += f"\n\nwith --algorithm NONE: {', '.join(ALONE)}; `sts` are tokens, by a map, or pages"
-    about += "\nwith a head of an EAGLE algorithm: all but prefill-draft"
+    about += "\nwith a head of an EAGLE algorithm: all but prefill-draft and prefill-draft-sparse"
     p = argparse.ArgumentParser(
         prog="python -m benchmarks.quality",
         description=about,

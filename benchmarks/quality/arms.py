@@ -79,13 +79,19 @@ ARMS = {
         "whole verifies; of a prompt, what the draft selects, which reads it first",
         sweep=PrefillSweep(),
     ),
+    "prefill-draft-sparse": Arm(
+        {**SPARSE_PREFILL, "prefill_by": "draft", "prefill_draft": "sparse"},
+        "as `prefill-draft`, and the draft reads it as sparsely",
+        sweep=PrefillSweep(),
+    ),
     "prefill-verify": Arm(
         SPARSE_PREFILL,
         "as `prefill`, and verifies attend to a tenth, as one would serve both",
         sweep=PrefillSweep(verify=0.1),
     ),
 }
-HEADED = {name: arm for name, arm in ARMS.items() if name != "prefill-draft"}  # a head cannot read first
+# A head cannot read first.
+HEADED = {name: arm for name, arm in ARMS.items() if arm.config is None or "prefill_by" not in arm.config}
 ALONE = {  # of a target that nothing drafts for
     "stock": ARMS["stock"],
     "dense": Arm({"verify": "dense"}, "decode attends to everything", keeps=False),

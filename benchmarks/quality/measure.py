@@ -56,8 +56,10 @@ def check_sparse(cell: Cell, arm: Arm) -> None:
     name = f"{cell.arm} {cell.task} {cell.length} keep {cell.keep}"
     if not asking.verified_as_said(cell, arm.sweep, dense=dense, some_full=some_full):
         raise SystemExit(f"{name}: verified as {cell.counters}")
-    if not asking.prefilled_as_said(cell, arm.sweep):
-        raise SystemExit(f"{name}: prefilled as {cell.counters}")
+    sparse_draft = arm.config.get("prefill_draft") == "sparse"
+    for counted in ("prefill", "draft_prefill") if sparse_draft else ("prefill",):
+        if not asking.prefilled_as_said(cell, arm.sweep, counted):
+            raise SystemExit(f"{name}: prefilled as {cell.counters}")
 
 
 def try_dense(plan: Plan, suite: Suite, items: int, out: Path, logs: Path) -> tuple[Dense, ...]:

@@ -37,6 +37,7 @@ COLORS = {
     "tokens-split": "C9",
     "prefill": "navy",
     "prefill-draft": "darkorange",
+    "prefill-draft-sparse": "firebrick",
     "prefill-verify": "teal",
 }
 

@@ -94,6 +94,8 @@ class Count(enum.IntEnum):
     PREFILL_AVAILABLE_BLOCKS = 10  # that they could
     SCORED_ROUNDS = 11  # of requests whose context was scored, where selections may be kept
     KEPT_ROUNDS = 12  # of requests that went by a selection of an earlier round
+    DRAFT_PREFILL_SELECTED_BLOCKS = 13  # as the two above, of a draft that is prefilled sparsely itself
+    DRAFT_PREFILL_AVAILABLE_BLOCKS = 14
 
 
 class Part(enum.IntFlag):

@@ -9,6 +9,7 @@ import torch
 from sts_kernels.layout import Lists, Plan
 from sts_sglang.backends.bindable import Bindable
 from sts_sglang.backends.torch_dense import TorchBackend, chain_mask
+from sts_sglang.core.block_selectors import BlockCall
 from sts_sglang.core.selectors.base import LayerCall
 from sts_sglang.host import views
 from sts_sglang.host.views import Mode
@@ -22,7 +23,8 @@ class CarryLastRow(Bindable):
     """Mixin of a dense backend for the draft's prefill and draft-extend (see dense.of_draft_extend).
 
     Keeps the query of each request's last accepted token: that row is the bonus token's, verify row 0
-    of the next round. With `draft` "all" or "every", draft-extend attends to the round's selection.
+    of the next round. With `draft` "all" or "every", draft-extend attends to the round's selection; with
+    `prefill_draft` "sparse" a prefill attends to blocks of keys.
     """
 
     # Of the running forward: each request's row, the queries so far, and whether it is a prefill.
@@ -39,10 +41,14 @@ class CarryLastRow(Bindable):
             if save_kv_cache and k is not None:
                 self.runtime.draft.pools.write(k, v, layer, forward_batch)
             out = self._extend_sparsely(q, layer, forward_batch)
+        elif self._prefills_sparsely(layer, forward_batch):
+            if save_kv_cache and k is not None:
+                self.runtime.draft.pools.write(k, v, layer, forward_batch)
+            out = self._prefill_sparsely(q, layer)
         else:
             out = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            self._tell_prefill(q, views.layer(layer))
         self._carry(q, views.layer(layer), forward_batch)
-        self._tell_prefill(q, views.layer(layer))
         return out
 
     def _carry(self, q: torch.Tensor, layer: views.Layer, fb: ForwardBatch) -> None:
@@ -66,6 +72,21 @@ class CarryLastRow(Bindable):
         prefill = self.runtime.prefill
         if prefill is not None and prefill.listens:
             prefill.hear(layer.number, q.view(-1, layer.q_heads, layer.head_dim))
+
+    def _prefills_sparsely(self, layer: RadixAttention, fb: ForwardBatch) -> bool:
+        prefill, number = self.runtime.draft_prefill, views.layer(layer).number
+        if prefill is None or views.mode(fb) != Mode.PREFILL:
+            return False
+        if number == 0:
+            contexts = views.requests_of(fb).contexts(self.runtime.cache.table)
+            prefill.begin(contexts, *views.new_rows_on_host(fb))
+        return prefill.attends(number)
+
+    def _prefill_sparsely(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+        """To what is selected for the new tokens."""
+        runtime, of = self.runtime, views.layer(layer)
+        rows, pool = q.view(-1, of.q_heads, of.head_dim), runtime.draft.pools.layer(of.number)
+        return runtime.draft_prefill.attend(BlockCall(of.number, rows, pool, of.scale)).flatten(1)
 
     def _extend_sparsely(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
         """All T rows of a request: to what the round selected, and to each other."""

@@ -9,14 +9,16 @@ from typing import NamedTuple, Protocol
 import torch
 
 from sts_kernels import Ops
-from sts_kernels.layout import FP8, KEY_BLOCK, QUERY_BLOCK, WHOLE, Contexts, KvPool, QueryBlocks
+from sts_kernels.layout import FP8, KEY_BLOCK, QUERY_BLOCK, WHOLE, Contexts, KvPool, QueryBlocks, blocks_of
 from sts_sglang.config import StsConfig, not_allowed
 from sts_sglang.core.sizes import Need, parted
-from sts_sglang.core.verifier import TargetShape
 
 # Bytes that FA3 may take for pages, and for queries and results by KV head: so many blocks of new tokens at a
 # time.
 SCRATCH = 256 << 20
+# What FA3 was seen to attend to lists with exactly, on a GPU: dtypes of queries, keys and values, and
+# dimensions of heads. It is made for others too.
+SEEN = {(torch.bfloat16, 64), (torch.bfloat16, 128)}
 
 Fa3 = Callable[..., torch.Tensor]
 """`flash_attn_with_kvcache` of sgl_kernel: paged, requests of any lengths, causal up to the last key."""
@@ -48,6 +50,18 @@ class Block(NamedTuple):
         return self.end - (self.choices - listed) * KEY_BLOCK
 
 
+class Heads(Protocol):
+    """The attention of a model on this rank, and what its keys and values are kept as. slots: rows of the KV
+    pool's buffers."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    slots: int
+
+
 class BlockAttention(Protocol):
     """Attends to what blocks of new tokens have listed, exactly: softmax over the listed blocks of keys, what
     is between those that could be and the new tokens, and causally these.
@@ -57,10 +71,13 @@ class BlockAttention(Protocol):
 
     name: str
 
-    def begin(self, contexts: Contexts, blocks: list[Block], at_once: int) -> list[list[Block]]:
-        """Before the layers of a forward: its blocks in parts, up to `at_once` each, that are listed and
-        attended to one part after the other. Those of a request stand side by side, those that are WHOLE
-        first, or in no part."""
+    def room(self, blocks: list[Block]) -> int:
+        """How many of these there is room for at a time, at least 1."""
+
+    def begin(self, contexts: Contexts, whole: list[Block], parts: list[list[Block]]) -> None:
+        """Before the layers of a forward. whole: its blocks that attend to everything. parts: the others, no
+        more in each than there is `room` for, which are listed and attended to one part after the other. All
+        in the order of their rows."""
 
     def attend(
         self,
@@ -73,28 +90,42 @@ class BlockAttention(Protocol):
         *,
         scale: float,
     ) -> None:
-        """Writes the rows of the blocks of a part into out. q, out: [N, H_q, D], of all new tokens."""
+        """Writes the rows of the blocks of a part into out. q, out: [N, H_q, D], of all new tokens. blocks:
+        these, as `columns`."""
 
     def attend_whole(self, q: torch.Tensor, pool: KvPool, out: torch.Tensor, *, scale: float) -> None:
-        """The same of the blocks that are in no part."""
+        """The same of the blocks that attend to everything, unless the first part takes them along."""
+
+
+def columns(blocks: list[Block], device: str | torch.device) -> QueryBlocks:
+    """Blocks as the ops take them."""
+    parts = torch.tensor(blocks, dtype=torch.int32).view(-1, 5).T.contiguous()
+    most = max((blocks_of(block.end) for block in blocks), default=0)
+    return QueryBlocks(*parts.to(device, non_blocking=True), most)
 
 
 class ByOps:
-    """By `block_attention`, one program after the other, for everybody.
+    """By `block_attention`, one program after the other, for everybody: blocks that attend to everything are
+    attended to with the first part.
 
     Args:
-        ops: the ops in use, and their name.
+        ops: the ops in use, and their name. device: where they run.
     """
 
-    def __init__(self, ops: Ops, name: str):
-        self.ops, self.name = ops, name
+    def __init__(self, ops: Ops, name: str, device: str):
+        self.ops, self.name, self.device = ops, name, device
         self._contexts: Contexts | None = None
+        self._first: QueryBlocks | None = None
 
-    def begin(self, contexts: Contexts, blocks: list[Block], at_once: int) -> list[list[Block]]:
-        self._contexts = contexts
-        # What attends to everything takes longest, and so begins.
-        blocks = sorted(blocks, key=lambda block: (block.count != WHOLE, block.request, -block.before))
-        return [blocks[few] for few in parted(len(blocks), at_once)]
+    def room(self, blocks: list[Block]) -> int:
+        return max(1, len(blocks))
+
+    def begin(self, contexts: Contexts, whole: list[Block], parts: list[list[Block]]) -> None:
+        self._contexts, self._first = contexts, None
+        if whole and parts:
+            # They take longest, and so begin.
+            whole = sorted(whole, key=lambda block: -block.before)
+            self._first = columns([*whole, *parts[0]], self.device)
 
     def attend(
         self,
@@ -107,10 +138,15 @@ class ByOps:
         *,
         scale: float,
     ) -> None:
+        if part == 0 and self._first is not None:
+            own, blocks = listed, self._first
+            number, heads, most = own.shape
+            listed = own.new_empty(blocks.counts.numel(), heads, blocks.most)
+            listed[-number:, :, :most] = own
         self.ops.block_attention(q, pool, self._contexts, blocks, listed, out, scale=scale)
 
     def attend_whole(self, q: torch.Tensor, pool: KvPool, out: torch.Tensor, *, scale: float) -> None:
-        """They are in the parts, and longest."""
+        """The first part takes them along."""
 
 
 class _Call(NamedTuple):
@@ -132,32 +168,27 @@ class ByFa3:
     attend to everything are requests over all heads, in calls of their own: nobody lists what they read.
 
     Args:
-        ops: the ops in use; block_slots is called. fa3: what attends. target: its shape on this rank. device:
-            where it runs.
+        ops: the ops in use; block_slots is called. fa3: what attends. heads: for whom. device: where it runs.
     """
 
     name = "fa3"
 
-    def __init__(self, ops: Ops, fa3: Fa3, target: TargetShape, device: str):
-        self.ops, self.fa3, self.device, self.kv_heads = ops, fa3, device, target.kv_heads
-        row = target.q_heads * target.head_dim * target.dtype.itemsize
+    def __init__(self, ops: Ops, fa3: Fa3, heads: Heads, device: str):
+        self.ops, self.fa3, self.device, self.kv_heads = ops, fa3, device, heads.kv_heads
+        row = heads.q_heads * heads.head_dim * heads.dtype.itemsize
         self._block_bytes = 2 * QUERY_BLOCK * row  # queries and results by KV head
         self._contexts: Contexts | None = None
         self._whole: list[_Call] = []
         self._listed: list[_Call] = []
 
-    def begin(self, contexts: Contexts, blocks: list[Block], at_once: int) -> list[list[Block]]:
+    def room(self, blocks: list[Block]) -> int:
+        width = max((block.attended for block in blocks), default=0)
+        return max(1, SCRATCH // (4 * self.kv_heads * width + self._block_bytes))
+
+    def begin(self, contexts: Contexts, whole: list[Block], parts: list[list[Block]]) -> None:
         self._contexts = contexts
-        whole, listed = (
-            sorted((block for block in blocks if (block.count == WHOLE) == of_whole), key=lambda b: b.row)
-            for of_whole in (True, False)
-        )
         self._whole = [self._call_whole(few) for run in _runs(whole) for few in _tables(_joined(run))]
-        width = max((block.attended for block in listed), default=0)
-        room = SCRATCH // (4 * self.kv_heads * width + self._block_bytes)
-        parts = [listed[few] for few in parted(len(listed), max(1, min(at_once, room)))]
         self._listed = [self._call_listed(part) for part in parts]
-        return parts
 
     @property
     def widths(self) -> list[int]:
@@ -263,39 +294,45 @@ def _tables(blocks: list[Block]) -> list[list[Block]]:
     return [blocks[few] for few in parted(len(blocks), max(1, SCRATCH // (4 * width)))]
 
 
-def why_not_fa3(target: TargetShape | None, fa3: Fa3 | None) -> str | None:
-    """Why FA3 cannot attend to lists in this launch, or None. fa3: None where it does not serve what is
-    dense, or the GPU is not the one that its kernels are made for."""
-    if fa3 is None or target is None:
+def why_not_fa3(heads: Heads | None, fa3: Fa3 | None) -> str | None:
+    """Why FA3 cannot attend to lists of a model in this launch, or None. fa3: None where it does not serve
+    what is dense, or the GPU is not the one that its kernels are made for."""
+    if fa3 is None or heads is None:
         return "it needs dense 'fa3' too, and a GPU of compute capability 9"
-    if target.kv_dtype in FP8:
+    if heads.dtype not in (torch.bfloat16, torch.float16):
+        return "FA3 computes in half precision alone"
+    if heads.kv_dtype in FP8:
         return "FA3 rounds queries to FP8 where KV is kept so"
-    if target.slots * target.kv_heads >= 2**31:
+    if heads.slots * heads.kv_heads >= 2**31:
         return "FA3 numbers slots of all KV heads by int32, and there are too many"
     return None
 
 
-def need(config: StsConfig, target: TargetShape) -> Need:
-    """What attending takes besides what a dense prefill does, where it may be by FA3."""
+def need(config: StsConfig, target: torch.dtype, draft: torch.dtype | None) -> Need:
+    """What attending takes besides what a dense prefill does, where it may be by FA3. target, draft: what
+    their keys are kept as; None without a draft."""
     never = config.prefill == "dense" or config.prefill_attend == "ops" or config.kernel == "torch"
-    return Need(0 if never or target.kv_dtype in FP8 else SCRATCH)
+    kept = [target, draft] if draft is not None and config.prefills_draft else [target]
+    return Need(0 if never or all(dtype in FP8 for dtype in kept) else SCRATCH)
 
 
 def make(
-    config: StsConfig, ops: Ops, kernel: str, target: TargetShape | None, fa3: Fa3 | None, device: str
+    config: StsConfig, ops: Ops, kernel: str, heads: Heads | None, fa3: Fa3 | None, device: str
 ) -> BlockAttention:
     """What attends in this launch.
 
     Args:
-        ops: in use, and `kernel` their name. target: on this rank. fa3: as of `why_not_fa3`.
+        ops: in use, and `kernel` their name. heads: of whom, None where nobody knows. fa3: as of
+            `why_not_fa3`.
 
     Raises:
         ConfigError: prefill_attend is 'fa3', which cannot be.
     """
     asked = config.prefill_attend
-    why = why_not_fa3(target, fa3)
+    why = why_not_fa3(heads, fa3)
     if asked == "fa3" and why is not None:
         raise not_allowed("sts_config.prefill_attend", f"got 'fa3', but {why}", "'auto' or 'ops'")
-    if why is not None or asked == "ops" or (asked == "auto" and kernel == "torch"):
-        return ByOps(ops, kernel)
-    return ByFa3(ops, fa3, target, device)
+    may = why is None and kernel != "torch" and (heads.dtype, heads.head_dim) in SEEN
+    if asked == "fa3" or (asked == "auto" and may):
+        return ByFa3(ops, fa3, heads, device)
+    return ByOps(ops, kernel, device)

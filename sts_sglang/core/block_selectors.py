@@ -17,8 +17,8 @@ LEAST = 2.0**-126  # of a score whose logarithm is taken, the smallest normal fl
 
 
 class BlockCall(NamedTuple):
-    """Attention that one layer of the target's prefill asks for: its number, [N, H_q, D] queries of the new
-    tokens, whose keys and values are in the pool, and the scale of the logits."""
+    """Attention that one layer of a prefill asks for: its number, [N, H_q, D] queries of the new tokens,
+    whose keys and values are in the pool, and the scale of the logits."""
 
     layer: int
     q: torch.Tensor
@@ -49,6 +49,9 @@ class BlockSelector(Protocol):
     def listed(self, part: int, call: BlockCall) -> torch.Tensor:
         """int32 [blocks, H_kv, most] (`list_blocks`) of one of them."""
 
+    def listed_first(self, part: int, call: BlockCall) -> torch.Tensor:
+        """The same for a draft that is heard while it reads, in the place of `hear`."""
+
     def hear(self, layer: int, q: torch.Tensor) -> None:
         """[N, H_q, D] queries of the new tokens in a layer of the draft, whose keys are there."""
 
@@ -59,18 +62,17 @@ class BlockSelector(Protocol):
         """The forward is over."""
 
 
-class ByTarget:
-    """Every layer of the target asks for itself.
+class ByOwnQueries:
+    """Every layer asks for itself, of the target or of a draft.
 
     Args:
-        config: what is forced. ops: the ops in use. kv_heads, group: of the target on this rank.
+        config: what is forced. ops: the ops in use. kv_heads, group: of the model on this rank. model: which.
     """
 
-    said, mark = "the target's queries", ""
-    asks_draft = False
+    mark, asks_draft = "", False
 
-    def __init__(self, config: StsConfig, ops: Ops, kv_heads: int, group: int):
-        self.ops, self.forced = ops, forced_blocks(config)
+    def __init__(self, config: StsConfig, ops: Ops, kv_heads: int, group: int, model: str = "target"):
+        self.ops, self.forced, self.said = ops, forced_blocks(config), f"the {model}'s queries"
         self.row_bytes = 4 * kv_heads * (SAMPLED * group + 1)
         self._contexts: Contexts | None = None
         self._parts: list[QueryBlocks] = []
@@ -88,6 +90,9 @@ class ByTarget:
         )
         return self.ops.list_blocks(sums, blocks, sink=sink, recent=recent)
 
+    def listed_first(self, part: int, call: BlockCall) -> torch.Tensor:
+        raise RuntimeError("STS: no draft is asked")
+
     def hear(self, layer: int, q: torch.Tensor) -> None:
         """No draft is asked."""
 
@@ -104,6 +109,9 @@ class ByDraft:
     Its row of a token stands a position before the token's own, and so do keys (SHIFT): a block of tokens
     asks with the rows of these tokens, and neither its keys and values nor its lists depend on a later one.
     Of the first new token of a request the row was in the forward before this one.
+
+    A draft that attends to selections itself goes by the same sums, layer by layer: rows of its own numbers
+    attend to blocks of keys by its own numbers, for which those a position before them have asked.
 
     Args:
         config: how to pool, and what is forced. ops: the ops in use. channels: of the head map, fed by the
@@ -139,14 +147,23 @@ class ByDraft:
         ]
 
     def hear(self, layer: int, q: torch.Tensor) -> None:
-        if (members := self.members.get(layer)) is None:
-            return
-        pool, scale = self.draft.pools.layer(layer), self.draft.scales[layer]
-        for blocks, scores in zip(self._asking, self._scores, strict=True):
-            sums = self.ops.score_blocks(
-                q, pool, self._contexts, blocks, scale=scale, sampled=SAMPLED, shift=SHIFT
-            )
-            self.ops.pool_blocks(sums, blocks, members, scores, pooling=self.pooling)
+        for part in range(len(self._asking) if layer in self.members else 0):
+            self._ask(part, layer, q)
+
+    def listed_first(self, part: int, call: BlockCall) -> torch.Tensor:
+        sink, recent = self.forced
+        sums = self._ask(part, call.layer, call.q)
+        return self.ops.list_blocks(sums, self._parts[part], sink=sink, recent=recent)
+
+    def _ask(self, part: int, layer: int, q: torch.Tensor) -> torch.Tensor:
+        """Sums of a layer (`score_blocks`), which feed the channels that it speaks for."""
+        blocks, pool = self._asking[part], self.draft.pools.layer(layer)
+        sums = self.ops.score_blocks(
+            q, pool, self._contexts, blocks, scale=self.draft.scales[layer], sampled=SAMPLED, shift=SHIFT
+        )
+        if (members := self.members.get(layer)) is not None:
+            self.ops.pool_blocks(sums, blocks, members, self._scores[part], pooling=self.pooling)
+        return sums
 
     def heard(self) -> None:
         sink, recent = self.forced

@@ -4,25 +4,26 @@ A block of new tokens asks for itself: some of its rows, the target's own or the
 (core.block_selectors), are multiplied with all keys before them, which says how much of their attention each
 block of keys has, and all its rows attend to the best. So nothing but the tokens of its own block and before
 it decides what a token's keys and values become, and they can be shared like any prefix, among requests that
-are prefilled alike.
+are prefilled alike. A draft may be prefilled so too, by itself or, where it reads first, with what it is
+asked for the target.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
-from sts_kernels.layout import KEY_BLOCK, QUERY_BLOCK, WHOLE, Contexts, Count, QueryBlocks, blocks_of
+from sts_kernels.layout import KEY_BLOCK, QUERY_BLOCK, WHOLE, Contexts, QueryBlocks, blocks_of
 from sts_sglang.config import CEIL_GUARD, ConfigError, StsConfig, quoted, request_prefill
-from sts_sglang.core.block_attention import Block, BlockAttention
+from sts_sglang.core.block_attention import Block, BlockAttention, columns
 from sts_sglang.core.block_selectors import BlockCall, BlockSelector, forced_blocks
 from sts_sglang.core.request import Request
-from sts_sglang.core.sizes import Need
+from sts_sglang.core.sizes import Need, parted
 
 logger = logging.getLogger(__name__)
 
@@ -36,28 +37,44 @@ class _Asked(NamedTuple):
     tokens: int
 
 
+class Reader(NamedTuple):
+    """A model whose new tokens attend to selections.
+
+    attention: to these. layers: that do. kv_heads: of a layer on this rank. counts: int64 [2], blocks of keys
+    attended to and those there are added.
+    """
+
+    attention: BlockAttention
+    layers: frozenset[int]
+    kv_heads: int
+    counts: torch.Tensor
+
+    def count(self, attended: int, there: int) -> None:
+        """Blocks of keys, of a KV head."""
+        heads = len(self.layers) * self.kv_heads
+        for count, number in zip(self.counts.unbind(), (attended, there), strict=True):
+            count.add_(number * heads)
+
+
 class SparsePrefill:
-    """The prefills of one target, a forward at a time.
+    """The prefills of one model, a forward at a time.
 
     Args:
-        config: with prefill 'sparse'. selector: who says what is attended to. attention: to that. layers,
-            kv_heads: of a rank. device: where it runs. totals: int64 [len(Count)], counts are added to it.
+        config: with prefill 'sparse'. selector: who says what is attended to. reader: the model. device:
+            where it runs. first: a draft that reads the same tokens first, and attends sparsely itself.
     """
 
     def __init__(
         self,
         config: StsConfig,
         selector: BlockSelector,
-        attention: BlockAttention,
-        layers: int,
-        kv_heads: int,
+        reader: Reader,
         device: str,
-        totals: torch.Tensor,
+        first: Reader | None = None,
     ):
-        self.config, self.selector, self.attention, self.device = config, selector, attention, device
-        self._heads = (layers - len(config.dense_layers)) * kv_heads  # that select
-        self._selected = totals[Count.PREFILL_SELECTED_BLOCKS]
-        self._available = totals[Count.PREFILL_AVAILABLE_BLOCKS]
+        self.config, self.selector, self.device = config, selector, device
+        self.reader, self.first = reader, first
+        self._readers = [reader] if first is None else [reader, first]
         self._forced = sum(forced_blocks(config))
         self._asked: list[_Asked] = []
         # Of the running forward, none where it is dense.
@@ -114,9 +131,13 @@ class SparsePrefill:
         return self._listening
 
     def hear(self, layer: int, q: torch.Tensor) -> None:
-        """[N, H_q, D]: queries of the new tokens in a layer of the draft, whose keys are in its pool."""
+        """[N, H_q, D]: queries of the new tokens in a layer of a dense draft, whose keys are in its pool."""
         self._check_rows(q)
         self.selector.hear(layer, q)
+
+    def attend_first(self, call: BlockCall) -> torch.Tensor:
+        """[N, H_q, D]: attention of a layer of the draft that reads first, which is heard with that."""
+        return self._attend(self.first, self.selector.listed_first, call)
 
     def end(self) -> None:
         """After the target's forward, where the draft has been asked."""
@@ -132,31 +153,37 @@ class SparsePrefill:
                 row += number
         self._rows, self._parts = sum(numbers), []
         self._count(blocks)
-        if all(block.count == WHOLE for block in blocks):
+        whole = [block for block in blocks if block.count == WHOLE]
+        listed = [block for block in blocks if block.count != WHOLE]
+        if not listed:
             return
-        most = max(blocks_of(block.end) for block in blocks)
-        at_once = max(1, SCRATCH // (self.selector.row_bytes * most))
-        self._parts = [self._columns(part) for part in self.attention.begin(contexts, blocks, at_once)]
+        most = max(blocks_of(block.end) for block in listed)
+        rooms = [reader.attention.room(listed) for reader in self._readers]
+        at_once = max(1, min(SCRATCH // (self.selector.row_bytes * most), *rooms))
+        parts = [listed[few] for few in parted(len(listed), at_once)]
+        for reader in self._readers:
+            reader.attention.begin(contexts, whole, parts)
+        self._parts = [columns(part, self.device) for part in parts]
         cached = torch.tensor(before, dtype=torch.int32).to(self.device, non_blocking=True)
         self.selector.begin(contexts, cached, self._parts)
 
-    def _columns(self, blocks: list[Block]) -> QueryBlocks:
-        columns = torch.tensor(blocks, dtype=torch.int32).T.contiguous()
-        most = max(blocks_of(block.end) for block in blocks)
-        return QueryBlocks(*columns.to(self.device, non_blocking=True), most)
-
     def attends(self, layer: int) -> bool:
         """Whether this forward attends to a selection in a layer."""
-        return bool(self._parts) and layer not in self.config.dense_layers
+        return bool(self._parts) and layer in self.reader.layers
 
     def attend(self, call: BlockCall) -> torch.Tensor:
         """[N, H_q, D]: attention of the new tokens' queries, whose keys and values are in the pool."""
+        return self._attend(self.reader, self.selector.listed, call)
+
+    def _attend(
+        self, reader: Reader, listing: Callable[[int, BlockCall], torch.Tensor], call: BlockCall
+    ) -> torch.Tensor:
         self._check_rows(call.q)
         out = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
-        self.attention.attend_whole(call.q, call.pool, out, scale=call.scale)
+        reader.attention.attend_whole(call.q, call.pool, out, scale=call.scale)
         for part, blocks in enumerate(self._parts):
-            listed = self.selector.listed(part, call)
-            self.attention.attend(part, blocks, listed, call.q, call.pool, out, scale=call.scale)
+            listed = listing(part, call)
+            reader.attention.attend(part, blocks, listed, call.q, call.pool, out, scale=call.scale)
         return out
 
     def _check_rows(self, q: torch.Tensor) -> None:
@@ -188,8 +215,53 @@ class SparsePrefill:
         if not sparse:
             return
         attended = sum(block.choices if block.count == WHOLE else block.count for block in sparse)
-        self._selected += attended * self._heads
-        self._available += sum(block.choices for block in sparse) * self._heads
+        for reader in self._readers:
+            reader.count(attended, sum(block.choices for block in sparse))
+
+
+class DraftPrefill(Protocol):
+    """The prefills of a draft that attends to selections: a `SparsePrefill` of its own, or `ReadsFirst`.
+
+    reader: the draft.
+    """
+
+    reader: Reader
+
+    def admit(self, requests: list[Request]) -> None:
+        """The requests of the next forward."""
+
+    def begin(self, contexts: Contexts, before: list[int], numbers: list[int]) -> None:
+        """Before the layers of a forward (`SparsePrefill.begin`)."""
+
+    def attends(self, layer: int) -> bool:
+        """Whether this forward attends to a selection in a layer of the draft."""
+
+    def attend(self, call: BlockCall) -> torch.Tensor:
+        """[N, H_q, D]: attention of the new tokens' queries, whose keys and values are in the pool."""
+
+
+class ReadsFirst:
+    """Of a draft that reads before its target does: what it is asked for that selects for its own layers too.
+    Nothing else does: its row of a last token, which runs again, attends to everything.
+
+    Args:
+        prefill: the target's, which has `first`.
+    """
+
+    def __init__(self, prefill: SparsePrefill):
+        self.prefill, self.reader = prefill, prefill.first
+
+    def admit(self, requests: list[Request]) -> None:
+        """The target's has admitted them."""
+
+    def begin(self, contexts: Contexts, before: list[int], numbers: list[int]) -> None:
+        """The target's has begun."""
+
+    def attends(self, layer: int) -> bool:
+        return self.prefill.listens
+
+    def attend(self, call: BlockCall) -> torch.Tensor:
+        return self.prefill.attend_first(call)
 
 
 def need(config: StsConfig, channels: int, tokens: int, requests: int, context: int) -> Need:

@@ -75,6 +75,15 @@ class Draft(NamedTuple):
     pools: KvPools
     scales: tuple[float, ...]
 
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        return self.pools.layer(0).k.dtype
+
+    @property
+    def slots(self) -> int:
+        """Rows of its KV pool's buffers."""
+        return self.pools.layer(0).k.shape[0]
+
 
 class LastRound(NamedTuple):
     """Where the scores of a request stand for a dump: its place in the batch, the first of its columns of

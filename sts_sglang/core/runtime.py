@@ -13,7 +13,7 @@ from sts_kernels.layout import WHOLE, Contexts, Lists, Plan, Pooling
 from sts_sglang.config import ConfigError, StsConfig, quoted, request_keep
 from sts_sglang.core.aside import StandAside
 from sts_sglang.core.channels import NO_MEMBERS, Channels
-from sts_sglang.core.prefill import SparsePrefill
+from sts_sglang.core.prefill import DraftPrefill, SparsePrefill
 from sts_sglang.core.ranks import ALONE, Ranks
 from sts_sglang.core.refresh import Parted, Refresh
 from sts_sglang.core.request import Request
@@ -56,7 +56,7 @@ class Runtime:
     decode step. kernel: `triton`, `torch`, or `flashinfer`. verifier: attends to what `selector` chose.
     whole: attends to whole contexts, in dense layers. sketches: of the target's pages, where they have a say.
     aside: when nothing is scored or selected. ranks: who has the other heads. prefill: of long prompts, where
-    it may be sparse. refresh: where selections may be kept.
+    it may be sparse. draft_prefill: the draft's, where that may be. refresh: where selections may be kept.
     """
 
     config: StsConfig
@@ -75,6 +75,7 @@ class Runtime:
     aside: StandAside
     ranks: Ranks = ALONE
     prefill: SparsePrefill | None = None
+    draft_prefill: DraftPrefill | None = None
     refresh: Refresh | None = None
     _loaded: list[torch.Tensor] = field(default_factory=list)
 
@@ -90,6 +91,13 @@ class Runtime:
             return "dense"
         keep, floor = self.config.prefill_keep, self.config.prefill_floor
         return f"{keep} of the blocks of keys, by {self.prefill.selector.said}, beyond {floor} tokens"
+
+    @property
+    def draft_prefills(self) -> str:
+        """The same of the draft."""
+        if self.draft_prefill is None:
+            return "dense"
+        return f"{self.config.prefill_keep} of the blocks of keys, by its own queries"
 
     @property
     def scoring_steps(self) -> int:
@@ -117,8 +125,9 @@ class Runtime:
         self.verifier.admit(requests, keeps)
         self.aside.admit(requests)
         self.selector.admit(rows, [request.prompt for request in requests])
-        if self.prefill is not None:
-            self.prefill.admit(requests)
+        for prefill in (self.prefill, self.draft_prefill):
+            if prefill is not None:
+                prefill.admit(requests)
 
     def begin_round(self, requests: list[Request]) -> None:
         """On the host, before the forward of a round: who is in it."""

@@ -233,8 +233,9 @@ def verified_as_said(
     return right and counters["sparse_verifies"] > 0 and not counters["dense_verifies"]
 
 
-def prefilled_as_said(cell: Cell, sweep: Sweep) -> bool:
+def prefilled_as_said(cell: Cell, sweep: Sweep, counted: str = "prefill") -> bool:
     """Whether the prompts of a cell were prefilled as its requests asked: with blocks left out where they
-    name a share of them, else densely, of which nothing is counted."""
-    selected, there = (cell.counters[f"prefill_{which}_blocks"] for which in ("selected", "available"))
+    name a share of them, else densely, of which nothing is counted. counted: "draft_prefill" of a draft's
+    own prefill, where that is sparse too."""
+    selected, there = (cell.counters[f"{counted}_{which}_blocks"] for which in ("selected", "available"))
     return selected < there if "prefill_keep" in sweep.asks(cell.keep) else there == 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from sts_kernels import Ops, ops
-from sts_kernels.layout import FP8, PAGE
+from sts_kernels.layout import FP8, PAGE, Count
 from sts_sglang import headmap
 from sts_sglang.backends import dense
 from sts_sglang.backends.carry import CarryLastRow
@@ -19,10 +20,10 @@ from sts_sglang.backends.target import StsTargetBackend
 from sts_sglang.config import StsConfig, not_allowed, shown
 from sts_sglang.core import block_attention, sizes
 from sts_sglang.core.aside import StandAside, limit_of
-from sts_sglang.core.block_attention import Fa3
-from sts_sglang.core.block_selectors import ByDraft, ByTarget
+from sts_sglang.core.block_attention import Fa3, Heads
+from sts_sglang.core.block_selectors import ByDraft, ByOwnQueries
 from sts_sglang.core.channels import Channels
-from sts_sglang.core.prefill import SparsePrefill
+from sts_sglang.core.prefill import DraftPrefill, Reader, ReadsFirst, SparsePrefill
 from sts_sglang.core.ranks import ALONE, Ranks
 from sts_sglang.core.refresh import Refresh
 from sts_sglang.core.round import Cache, Draft, RoundState
@@ -79,6 +80,7 @@ class Bound:
             "selects_by": runtime.selects_by,
             "prefill": runtime.prefills,
             **self._prefill_attends(),
+            **self._draft_prefill(),
             "head_map": runtime.head_map.origin,
             "channels": runtime.channels.number,
             "ranks": runtime.ranks.size,
@@ -100,7 +102,15 @@ class Bound:
     def _prefill_attends(self) -> dict[str, str]:
         """What attends to what a sparse prefill selects."""
         prefill = self.runtime.prefill
-        return {} if prefill is None else {"prefill_attends_by": prefill.attention.name}
+        return {} if prefill is None else {"prefill_attends_by": prefill.reader.attention.name}
+
+    def _draft_prefill(self) -> dict[str, str]:
+        """What a draft's own prefill attends to, and what does."""
+        if self.alone:
+            return {}
+        own = self.runtime.draft_prefill
+        attends = {} if own is None else {"draft_prefill_attends_by": own.reader.attention.name}
+        return {"draft_prefill": self.runtime.draft_prefills, **attends}
 
     def _history_bytes(self) -> dict[str, int]:
         if (history := self.runtime.state.history) is None:
@@ -330,6 +340,7 @@ def assemble(
     longest = cache.capacity.longest(config, head_map)
     selector = selectors.make(config, state, channels, own, cache, sketches, longest)
     made_of = VerifierParts(config, head_map, channels, state, own, cache.table.shape[1], shape)
+    prefill, draft_prefill = _prefills(made_of, own_ops, head_map, target, draft, fa3)
     return Runtime(
         config=config,
         head_map=head_map,
@@ -346,31 +357,46 @@ def assemble(
         sketches=sketches,
         aside=StandAside(config.stand_aside, 1 if draft is None else draft.num_steps + 1),
         ranks=ranks,
-        prefill=_prefill(made_of, own_ops, head_map, target, draft, fa3),
+        prefill=prefill,
+        draft_prefill=draft_prefill,
         refresh=Refresh(state, selector, own) if config.keeps_selections else None,
     )
 
 
-def _prefill(
+def _prefills(
     parts: VerifierParts,
     kernel: str,
     head_map: headmap.HeadMap,
     target: HeadCounts,
     draft: Draft | None,
     fa3: Fa3 | None,
-) -> SparsePrefill | None:
-    """Of a rank's heads, where a request may be prefilled sparsely. kernel: name of the ops."""
+) -> tuple[SparsePrefill | None, DraftPrefill | None]:
+    """The target's and the draft's, of a rank's heads, where they may be sparse. kernel: name of the ops."""
     config, ops, totals = parts.config, parts.ops, parts.state.totals
     if config.prefill == "dense":
-        return None
+        return None, None
     device = str(totals.device)
+
+    def reader(heads: Heads | None, layers: Iterable[int], kv_heads: int, count: Count) -> Reader:
+        attention = block_attention.make(config, ops, kernel, heads, fa3, device)
+        return Reader(attention, frozenset(layers), kv_heads, totals[count : count + 2])
+
+    def by_itself(own: Reader, q_heads: int, model: str) -> SparsePrefill:
+        selector = ByOwnQueries(config, ops, own.kv_heads, q_heads // own.kv_heads, model)
+        return SparsePrefill(config, selector, own, device)
+
+    layers = set(range(target.layers)) - set(config.dense_layers)
+    own, first = reader(parts.target, layers, target.kv_heads, Count.PREFILL_SELECTED_BLOCKS), None
+    if config.prefills_draft:
+        layers = range(len(draft.scales))
+        first = reader(draft, layers, draft.kv_heads, Count.DRAFT_PREFILL_SELECTED_BLOCKS)
     if config.prefill_selector == "draft":
         # Whoever selects for verify, the draft is heard here.
         selector = ByDraft(config, ops, Channels.of(head_map, device), draft)
-    else:
-        selector = ByTarget(config, ops, target.kv_heads, target.q_heads // target.kv_heads)
-    attention = block_attention.make(config, ops, kernel, parts.target, fa3, device)
-    return SparsePrefill(config, selector, attention, target.layers, target.kv_heads, device, totals)
+        prefill = SparsePrefill(config, selector, own, device, first)
+        return prefill, None if first is None else ReadsFirst(prefill)
+    of_draft = None if first is None else by_itself(first, draft.q_heads, "draft")
+    return by_itself(own, target.q_heads, "target"), of_draft
 
 
 def _fa3_of(backend: StsTargetBackend) -> Fa3 | None:

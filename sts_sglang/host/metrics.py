@@ -32,6 +32,8 @@ class Counters:
     prefill_available_blocks: int = 0
     scored_rounds: int = 0
     kept_rounds: int = 0
+    draft_prefill_selected_blocks: int = 0
+    draft_prefill_available_blocks: int = 0
     plans: int = 0  # of FlashInfer, made on the host
 
     @property
@@ -58,6 +60,8 @@ _HELP = {
     "prefill_available_blocks": "Blocks of keys there in sparse prefills, per (layer, KV head).",
     "scored_rounds": "Rounds (request, round) that scored the context, where selections may be kept.",
     "kept_rounds": "Rounds (request, round) that went by the selection of an earlier one.",
+    "draft_prefill_selected_blocks": "Blocks of keys attended to in sparse prefills of the draft, likewise.",
+    "draft_prefill_available_blocks": "Blocks of keys there in sparse prefills of the draft, likewise.",
     "plans": "Plans of kernel flashinfer, made on the host.",
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+
 from sts_sglang import headmap
 from sts_sglang.config import StsConfig, not_allowed
 from sts_sglang.core import block_attention, prefill, sizes
@@ -19,8 +21,9 @@ MAX_REQUESTS = 4096  # SGLang's own bound where the user gives none (resolve_max
 
 class _Launch(NamedTuple):
     """draft: None without one. rows: query rows of a draft KV head in one step. requests: of a batch. above:
-    bytes of a token in the draft's pool that SGLang does not count. chunk: new tokens of the largest prefill,
-    which has those of a context besides unless prompts are chunked."""
+    bytes of a token in the draft's pool that SGLang does not count. draft_kv: what its keys are kept as.
+    chunk: new tokens of the largest prefill, which has those of a context besides unless prompts are
+    chunked."""
 
     config: StsConfig
     target: TargetShape
@@ -29,6 +32,7 @@ class _Launch(NamedTuple):
     rows: int
     requests: int
     above: int
+    draft_kv: torch.dtype | None
     chunk: int
     chunked: bool
 
@@ -43,7 +47,7 @@ class _Launch(NamedTuple):
             selectors.need(config, shape, capacity.longest(config, self.head_map)),
             verifiers.of(config.kernel).need(config, shape),
             self._of_prefill(capacity),
-            block_attention.need(config, shape),
+            block_attention.need(config, shape.kv_dtype, self.draft_kv),
             Need(per_token=self.above),
         ]
         return Need(*map(sum, zip(*needs, strict=True)))
@@ -81,15 +85,16 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
     of, draft = of.of_rank(ranks), draft and draft.of_rank(ranks)
     rows = (1 + (server_args.speculative_eagle_topk or 1)) * draft.group if draft else 0
     shape, chunk = target_shape(server_args, of, requests), _chunk(server_args)
-    kv_bytes, above = of.kv_bytes(shape.kv_dtype), 0
+    kv_bytes, above, draft_kv = of.kv_bytes(shape.kv_dtype), 0, None
     if draft:
         # SGLang counts a token of the draft's pool as if it were kept like the target's.
         counted = draft.kv_bytes(shape.kv_dtype)
-        own = draft.kv_bytes(views.kv_asked(server_args, of_draft=config).dtype(draft.dtype))
+        draft_kv = views.kv_asked(server_args, of_draft=config).dtype(draft.dtype)
+        own = draft.kv_bytes(draft_kv)
         kv_bytes, above = kv_bytes + counted, max(0, own - counted)
+    maps = [head_map.of_rank(rank, ranks, *whole) for rank in range(ranks)]
     launches = [
-        _Launch(config, shape, draft, head_map.of_rank(rank, ranks, *whole), rows, requests, above, *chunk)
-        for rank in range(ranks)
+        _Launch(config, shape, draft, of_rank, rows, requests, above, draft_kv, *chunk) for of_rank in maps
     ]
     # The same on every rank, whose pools must be of one size.
     reserved = max(sizes.reserve(available, kv_bytes, shape.context_len, launch.need) for launch in launches)

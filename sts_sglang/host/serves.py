@@ -471,7 +471,9 @@ def check_tiles(
     from sts_kernels import draft_attention, page_scores, tokens, verify
 
     if config.prefill == "sparse":
-        _check_asking_rows(draft if config.prefill_selector == "draft" else target, room)
+        _check_asking_rows("prefill", draft if config.prefill_selector == "draft" else target, room)
+        if config.prefills_draft:
+            _check_asking_rows("prefill_draft", draft, room)
     if draft is None:  # one row of every query head
         return
     number, branches = server_args.speculative_num_draft_tokens, server_args.speculative_eagle_topk
@@ -496,7 +498,7 @@ def check_tiles(
             )
 
 
-def _check_asking_rows(model: ModelConfig, room: int) -> None:
+def _check_asking_rows(field: str, model: ModelConfig, room: int) -> None:
     """Whether a thread block can hold the rows of a block of queries that ask in a sparse prefill."""
     from sts_kernels import prefill
     from sts_sglang.core.block_selectors import SAMPLED
@@ -504,9 +506,9 @@ def _check_asking_rows(model: ModelConfig, room: int) -> None:
     group = model.num_attention_heads // model.num_key_value_heads
     if (needed := prefill.shared_bytes(model.head_dim, SAMPLED * group)) > room:
         raise Refusal(
-            f"sts_config.prefill: 'sparse' with heads of {model.head_dim}, {group} to a KV head, needs "
+            f"sts_config.{field}: 'sparse' with heads of {model.head_dim}, {group} to a KV head, needs "
             f"about {needed} bytes of shared memory in a thread block, and this GPU has {room}; "
-            'set prefill to "dense"'
+            f'set {field} to "dense"'
         )
 
 
