@@ -106,10 +106,10 @@ def check_kept(
     whole = min(1, max(0, (aside - sum(lengths)) / (options.new_tokens * len(lengths))))  # share of steps
     dense = whole + (1 - whole) * dense
     low, high = (dense + (1 - dense) * share for share in (min(shares), max(shares)))
-    within = PAGE * len(lengths) / sum(lengths) + (RAMP if aside else 0)
-    rounds, _ = known.refresh
+    within, rounds = PAGE * len(lengths) / sum(lengths), known.refresh[0]
     since = min(KEPT_TOKENS, (rounds - 1) * (options.draft_tokens or 0)) * len(lengths) / sum(lengths)
-    if not low - within <= ratio <= high + within + since:
+    ramp = RAMP if min(lengths) <= aside else 0
+    if not low - within <= ratio <= high + within + since + ramp:
         raise SystemExit(
             f"{min(lengths)} to {max(lengths)} tokens: verifies attended to {ratio:.4f} of them; asked for "
             f"was {low:.4f} to {high:.4f}, within a page; nothing is reported"

@@ -17,7 +17,7 @@ from sts_kernels import ops
 from sts_kernels.layout import FP8, KEY_BLOCK, WHOLE, QueryBlocks
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core import block_attention
-from sts_sglang.core.block_attention import SEEN, Block, BlockAttention, ByFa3, ByOps, columns
+from sts_sglang.core.block_attention import SEEN, Block, BlockAttention, ByFa3, ByOps, Kept, columns
 from sts_sglang.core.block_selectors import BlockCall, ByOwnQueries
 from sts_sglang.core.prefill import Reader, SparsePrefill
 from sts_sglang.core.sizes import parted
@@ -345,18 +345,22 @@ def test_what_fa3_was_never_seen_to_do_is_for_those_who_ask(dtype: torch.dtype, 
 
 
 def test_what_fa3_takes_is_reserved_where_it_may_attend() -> None:
-    half, fp8 = torch.bfloat16, FP8[0]
+    half, fp8 = Kept(torch.bfloat16, torch.bfloat16, 128), Kept(torch.bfloat16, FP8[0], 128)
+    single, odd = Kept(torch.float32, torch.float32, 128), half._replace(head_dim=96)
     sparse_draft = {"prefill": "sparse", "prefill_draft": "sparse"}
     taken = [
         block_attention.need(StsConfig(**config), target, draft).fixed
         for config, target, draft in (
             ({"prefill": "sparse"}, half, None),
             (sparse_draft, fp8, half),
+            ({"prefill": "sparse", "prefill_attend": "fa3"}, odd, None),
             ({"prefill": "sparse"}, fp8, half),
+            ({"prefill": "sparse"}, odd, half),
+            ({"prefill": "sparse"}, single, None),
             (sparse_draft, fp8, fp8),
             ({"prefill": "sparse", "prefill_attend": "ops"}, half, half),
             ({"prefill": "sparse", "kernel": "torch"}, half, half),
             ({}, half, half),
         )
     ]
-    assert taken == [block_attention.SCRATCH] * 2 + [0] * 5
+    assert taken == [block_attention.SCRATCH] * 3 + [0] * 7

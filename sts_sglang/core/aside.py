@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from sts_sglang.config import StsConfig
 from sts_sglang.core.request import Request
 from sts_sglang.core.verifier import TargetShape
@@ -38,8 +40,9 @@ class StandAside:
 
     def __init__(self, limit: int, a_round: int):
         self.limit, self.a_round, self.now = limit, a_round, False
-        self._waiting: dict[int | None, int] = {}  # row of the table -> tokens without a sketch at most
+        self._waiting: dict[int | None, int] = {}  # row of the table -> its tokens when it began to wait
         self._due = 0
+        self._forwarded: torch.cuda.Event | None = None
 
     @property
     def said(self) -> str:
@@ -53,25 +56,43 @@ class StandAside:
 
     def begin(self, requests: list[Request]) -> None:
         """These are in the next round."""
-        self.now = sum(len(request.prompt) + len(request.output) for request in requests) <= self.limit
-        for request in requests:
-            if self.now:  # what came in the verify before the first such one lacks a sketch as well
-                self._waiting[request.row] = self._waiting.get(request.row, self.a_round) + self.a_round
+        known = {request.row: len(request.prompt) + len(request.output) for request in requests}
+        self.now = sum(known.values()) <= self.limit
+        for row, tokens in known.items():
+            if self.now:
+                self._waiting.setdefault(row, tokens)
             else:
-                self._due = max(self._due, self.release(request.row))
+                self._due = max(self._due, self.release(row, tokens))
 
     def waits(self, row: int | None) -> bool:
         """Whether tokens of a request may be without a sketch."""
         return row in self._waiting
 
-    def release(self, row: int | None) -> int:
-        """Tokens without a sketch that a request has at most; it is not asked for again."""
-        return self._waiting.pop(row, 0)
+    def release(self, row: int | None, tokens: int) -> int:
+        """Of its `tokens`, how many a request has without a sketch at most; it is not asked for again.
+
+        Beside those that came meanwhile: of the verify before the first such round, and of as many rounds as
+        the host is behind, when it begins and when it ends.
+        """
+        began = self._waiting.pop(row, None)
+        return 0 if began is None else tokens - began + 3 * self.a_round
 
     def take_due(self) -> int:
         """The same of the batch that has just stopped standing aside, once."""
         due, self._due = self._due, 0
         return due
+
+    def forwarded(self) -> None:
+        """A forward of a batch that stands aside is on its way on the current stream."""
+        if torch.cuda.is_available():
+            self._forwarded = torch.cuda.Event()
+            self._forwarded.record()
+
+    def await_forward(self) -> None:
+        """Let the current stream go on behind it: SGLang counts a token as committed when its forward is
+        launched, and lets its own stream go on before that has written the key."""
+        if self._forwarded is not None:
+            torch.cuda.current_stream().wait_event(self._forwarded)
 
     @contextmanager
     def recorded(self, aside: bool) -> Iterator[None]:

@@ -302,18 +302,34 @@ def why_not_fa3(heads: Heads | None, fa3: Fa3 | None) -> str | None:
     if heads.dtype not in (torch.bfloat16, torch.float16):
         return "FA3 computes in half precision alone"
     if heads.kv_dtype in FP8:
-        return "FA3 rounds queries to FP8 where KV is kept so"
+        return "FA3 rounds queries to FP8 where KV, or the draft's by draft_kv, is kept so"
     if heads.slots * heads.kv_heads >= 2**31:
         return "FA3 numbers slots of all KV heads by int32, and there are too many"
     return None
 
 
-def need(config: StsConfig, target: torch.dtype, draft: torch.dtype | None) -> Need:
-    """What attending takes besides what a dense prefill does, where it may be by FA3. target, draft: what
-    their keys are kept as; None without a draft."""
-    never = config.prefill == "dense" or config.prefill_attend == "ops" or config.kernel == "torch"
-    kept = [target, draft] if draft is not None and config.prefills_draft else [target]
-    return Need(0 if never or all(dtype in FP8 for dtype in kept) else SCRATCH)
+class Kept(NamedTuple):
+    """Of a model whose prefill may be sparse: the dtype of its queries, what its keys are kept as, and the
+    dimensions of a head."""
+
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    head_dim: int
+
+
+def need(config: StsConfig, target: Kept, draft: Kept | None) -> Need:
+    """What attending takes besides what a dense prefill does, where FA3 may do it on a GPU that it is made
+    for. draft: None without one."""
+    models = [target, draft] if draft is not None and config.prefills_draft else [target]
+    sparse = config.prefill == "sparse" and config.kernel != "torch"
+    fa3 = sparse and any(one.kv_dtype not in FP8 and _wanted(config, one) for one in models)
+    return Need(SCRATCH if fa3 else 0)
+
+
+def _wanted(config: StsConfig, model: Kept | Heads) -> bool:
+    """Whether FA3 is to attend to lists of a model, where it can."""
+    seen = (model.dtype, model.head_dim) in SEEN
+    return config.prefill_attend == "fa3" or (config.prefill_attend == "auto" and seen)
 
 
 def make(
@@ -332,7 +348,6 @@ def make(
     why = why_not_fa3(heads, fa3)
     if asked == "fa3" and why is not None:
         raise not_allowed("sts_config.prefill_attend", f"got 'fa3', but {why}", "'auto' or 'ops'")
-    may = why is None and kernel != "torch" and (heads.dtype, heads.head_dim) in SEEN
-    if asked == "fa3" or (asked == "auto" and may):
+    if why is None and _wanted(config, heads) and (asked == "fa3" or kernel != "torch"):
         return ByFa3(ops, fa3, heads, device)
     return ByOps(ops, kernel, device)

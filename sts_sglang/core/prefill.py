@@ -5,7 +5,8 @@ A block of new tokens asks for itself: some of its rows, the target's own or the
 block of keys has, and all its rows attend to the best. So nothing but the tokens of its own block and before
 it decides what a token's keys and values become, and they can be shared like any prefix, among requests that
 are prefilled alike. A draft may be prefilled so too, by itself or, where it reads first, with what it is
-asked for the target.
+asked for the target; what the last row of a chunk of its attends to may then depend on who else is in the
+batch (views.last_rows_of), and so its keys behind.
 """
 
 from __future__ import annotations

@@ -297,8 +297,9 @@ class Runtime:
     def released(self, row: int, committed: int, pools: KvPools) -> None:
         """Before a request that waits for sketches gives up its row. Its slots may become those of another
         with the same text, who has written sketches beside slots that it loses then."""
+        self.aside.await_forward()
         here = torch.tensor([[row], [committed]]).to(self.device, non_blocking=True)
-        self.catch_up(self.contexts(here[0], here[1]), self.aside.release(row), pools)
+        self.catch_up(self.contexts(here[0], here[1]), self.aside.release(row, committed), pools)
 
     def verify(self, call: LayerCall, lists: Lists) -> torch.Tensor:
         """[bs, T, H_q, D]: attention of a target layer over what is selected and the tail."""

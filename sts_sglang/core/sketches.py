@@ -36,6 +36,10 @@ class Sketches(Protocol):
         """Before the layers of a verify of so many tokens, at the positions behind the context. most: how
         many of them a round commits."""
 
+    def begin_catch_up(self, contexts: Contexts, most: int) -> None:
+        """To write what came since a verify of these requests last did, at most `most` tokens of each, whose
+        keys are there. The ops hear of the table's width, as in a prefill: they are compiled for that."""
+
     def write(self, layer: int, pool: KvPool) -> None:
         """Once the keys of a layer are there."""
 
@@ -86,6 +90,9 @@ class PageSketches:
 
     def begin_verify(self, contexts: Contexts, most: int, tokens: int) -> None:
         self._begin(contexts, self.sketched[contexts.reqs], most)
+
+    def begin_catch_up(self, contexts: Contexts, most: int) -> None:
+        self._begin(contexts, self.sketched[contexts.reqs], contexts.table.shape[1])
 
     def write(self, layer: int, pool: KvPool) -> None:
         """As they are stored: who reads the sketches multiplies by `pool.k_scale`."""
@@ -151,6 +158,11 @@ class TokenSketches:
         self._mark(slice(None), contexts, before, before[:, None], most)
         self._begin(contexts, before, most + tokens, tokens)
 
+    def begin_catch_up(self, contexts: Contexts, most: int) -> None:
+        before = self.sketched[contexts.reqs]
+        self._mark(slice(None), contexts, before, before[:, None], most)
+        self._begin(contexts, before, contexts.table.shape[1])
+
     def write(self, layer: int, pool: KvPool) -> None:
         """As they are meant, for the steps of directions are of those."""
         self.ops.sketch_tokens(
@@ -194,9 +206,10 @@ class TokenSketches:
 def catch_up(sketches: Sketches, contexts: Contexts, most: int, pools: KvPools) -> None:
     """Sketch what was committed since a verify last sketched something of these requests, in all layers:
     at most `most` tokens of each, whose keys are there."""
+    most = min(most, contexts.table.shape[1])
     for few in _some(contexts):
         own = contexts._replace(reqs=contexts.reqs[few], lens=contexts.lens[few])
-        sketches.begin_verify(own, most, 0)
+        sketches.begin_catch_up(own, most)
         for layer in sketches.of_layer:
             sketches.write(layer, pools.layer(layer))
 

@@ -256,6 +256,8 @@ def forward_target(original, self: TpModelWorker, batch: ScheduleBatch | None, *
     result = original(self, batch, *args, **kwargs)
     if bound.verify.reads_table:
         release.hold_table(self.model_runner)
+    else:
+        bound.runtime.aside.forwarded()
     return result
 
 

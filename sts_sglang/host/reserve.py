@@ -9,6 +9,7 @@ import torch
 from sts_sglang import headmap
 from sts_sglang.config import StsConfig, not_allowed
 from sts_sglang.core import block_attention, prefill, sizes
+from sts_sglang.core.block_attention import Kept
 from sts_sglang.core.selectors import registry as selectors
 from sts_sglang.core.sizes import Capacity, Need
 from sts_sglang.core.verifier import TargetShape
@@ -47,10 +48,15 @@ class _Launch(NamedTuple):
             selectors.need(config, shape, capacity.longest(config, self.head_map)),
             verifiers.of(config.kernel).need(config, shape),
             self._of_prefill(capacity),
-            block_attention.need(config, shape.kv_dtype, self.draft_kv),
+            self._of_lists(shape),
             Need(per_token=self.above),
         ]
         return Need(*map(sum, zip(*needs, strict=True)))
+
+    def _of_lists(self, shape: TargetShape) -> Need:
+        target, draft = Kept(shape.dtype, shape.kv_dtype, shape.head_dim), self.draft
+        drafts = None if draft is None else Kept(draft.dtype, self.draft_kv, draft.head_dim)
+        return block_attention.need(self.config, target, drafts)
 
     def _of_prefill(self, capacity: Capacity) -> Need:
         tokens = self.chunk + (0 if self.chunked else capacity.context)

@@ -474,6 +474,11 @@ def check_tiles(
         _check_asking_rows("prefill", draft if config.prefill_selector == "draft" else target, room)
         if config.prefills_draft:
             _check_asking_rows("prefill_draft", draft, room)
+    if config.selector == "tokens" and target.head_dim > tokens.MOST_DIM:
+        raise Refusal(
+            f"sts_config.selector: 'tokens' scores heads of at most {tokens.MOST_DIM} dimensions on a GPU, "
+            f"and this target's have {target.head_dim}; allowed: another selector"
+        )
     if draft is None:  # one row of every query head
         return
     number, branches = server_args.speculative_num_draft_tokens, server_args.speculative_eagle_topk
