@@ -80,7 +80,8 @@ def admitting(config: StsConfig, rows: int) -> SimpleNamespace:
     """As much of a runtime as `admit` touches."""
     state = SimpleNamespace(keeps=torch.zeros(rows, dtype=torch.float64))
     ignored = SimpleNamespace(admit=lambda *_: None)
-    parts = {"verifier": ignored, "selector": ignored, "prefill": None}
+    parts = dict.fromkeys(("verifier", "selector", "aside"), ignored)
+    parts |= {"prefill": None, "draft_prefill": None}
     return SimpleNamespace(config=config, state=state, device="cpu", **parts)
 
 
