@@ -110,7 +110,7 @@ def run_arm(arm: str, options: argparse.Namespace) -> list[dict]:
     with bench_serving.serve(arm, 0, options) as server:
         for number, rate in enumerate(options.rates):
             if options.dataset == SHARED and (number == 0 or options.turns > 1):
-                server.post_text("/flush_cache", {})
+                server.flush()
                 client(server, options, float("inf"), 1)  # prefilled
             before = None if known.config is None else server.counters()
             row = {"arm": arm, "dataset": options.dataset, "context": options.context, "rate": rate}

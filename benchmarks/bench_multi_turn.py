@@ -171,7 +171,7 @@ def converse(client: Client, options: argparse.Namespace, seed: int, turns: int)
         library[: options.shared_lines]
     )
     agents = [Agent([{"role": "system", "content": system}]) for _ in range(options.agents)]
-    client.server.get("/flush_cache")
+    client.server.flush()
     rows = []
     for turn in range(1, turns + 1):
         if turn == 2:  # branches: the second half goes on from the first half's histories

@@ -241,15 +241,14 @@ class Soak:
             raise Off(f"probe: answered as at first for {same} of {PROBE_TOKENS} tokens")
 
     def _flush(self) -> None:
-        for _ in range(50):  # refused while a request that was just aborted is still leaving
-            try:
-                self.server.get("/flush_cache")
-                return
-            except urllib.error.HTTPError:
-                time.sleep(0.2)
-            except OSError as error:
-                raise Off(f"flush: {error}; {self._last_words()}") from None
-        raise Off("flush: still refused ten seconds after the last answer, as if requests were running")
+        try:
+            self.server.flush()
+        except urllib.error.HTTPError:
+            raise Off(
+                "flush: still refused ten seconds after the last answer, as if requests were running"
+            ) from None
+        except OSError as error:
+            raise Off(f"flush: {error}; {self._last_words()}") from None
 
     def check_log(self) -> str:
         log = self.server.log.read_text(errors="replace")

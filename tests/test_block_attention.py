@@ -193,7 +193,7 @@ def test_several_parts_are_what_scratch_holds(monkeypatch) -> None:
     counting = Counting(attention.fa3)
     attention.fa3 = counting
     check(made, attention)
-    assert [len(options["cache_seqlens"]) for _, _, options in counting.calls] == [4, 4, 2]
+    assert [len(options["cache_seqlens"]) for _, _, options in counting.calls] == [4, 4, 4]
 
 
 def test_tables_of_many_dense_requests_are_within_scratch(monkeypatch) -> None:

@@ -95,19 +95,9 @@ def alone(server: LocalServer, prompts: list[list[int]]) -> list[list[int]]:
     """One after the other, each on an empty cache: all its slots are new, and the freed ones poisoned."""
     outputs = []
     for ids in prompts:
-        _flush(server)
+        server.flush()
         outputs.append(ask(server, ids)["output_ids"])
     return outputs
-
-
-def _flush(server: LocalServer) -> None:
-    """SGLang refuses while anything runs."""
-    for _ in range(50):
-        with suppress(urllib.error.HTTPError):
-            server.get("/flush_cache")
-            return
-        time.sleep(0.2)
-    raise AssertionError(f"the cache cannot be flushed: {server.log_tail()}")
 
 
 def start_all(stack: ExitStack, servers: dict[str, LocalServer]) -> dict[str, LocalServer]:

@@ -108,7 +108,7 @@ def ask(server: Server, ids: list[int], **extra) -> tuple[list[int], int]:
 @pytest.mark.parametrize("first", ["sparse", "dense"])
 def test_the_cache_keeps_kinds_apart(sparse, oracle, stock, first):
     """Whoever comes first: a dense prefill is stock's, and a sparse one the oracle's."""
-    sparse.get("/flush_cache")
+    sparse.flush()
     kinds = {"sparse": {}, "dense": asking(prefill="dense"), "half": asking(prefill_keep=0.5)}
     order = [first, *(kind for kind in kinds if kind != first)]
     answers = {}
@@ -131,7 +131,7 @@ def test_the_cache_keeps_kinds_apart(sparse, oracle, stock, first):
 
 def test_the_host_keeps_kinds_apart_too(sparse, oracle, stock):
     """What was evicted to the host comes back to those who asked for the like."""
-    sparse.get("/flush_cache")
+    sparse.flush()
     kinds = {"sparse": {}, "dense": asking(prefill="dense")}
     answers = {kind: ask(sparse, LONG, **extra)[0] for kind, extra in kinds.items()}
     for seed in range(6):  # every slot gets another occupant
@@ -266,7 +266,7 @@ def test_what_the_draft_reads_first_it_reads_as_ever(by_draft, stock):
     dense = asking(prefill="dense", keep=1.0)
     rounds = []
     for beside in ([], [random_ids(n, n) for n in (1000, 1350, 700)]):
-        by_draft.get("/flush_cache")
+        by_draft.flush()
         bodies = [(LONG, dense), (branch(), dense), *((ids, {}) for ids in beside)]
         with ThreadPoolExecutor(len(bodies)) as pool:
             answers = list(pool.map(lambda body: by_draft.generate(body[0], 24, **body[1]), bodies))
@@ -278,7 +278,7 @@ def test_what_the_draft_reads_first_it_reads_as_ever(by_draft, stock):
 def test_prefixes_of_prompts_that_the_draft_selected_for(by_draft, pair):  # noqa: F811
     """Shared with their like alone; a turn behind them selects from where it begins."""
     oracle = Oracle(pair["target"], pair["draft"])
-    by_draft.get("/flush_cache")
+    by_draft.flush()
     assert ask(by_draft, LONG)[1] == 0 and ask(by_draft, LONG, **asking(prefill="dense"))[1] == 0
     tokens, hit = ask(by_draft, branch())
     assert hit == 1408

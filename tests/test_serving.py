@@ -547,7 +547,7 @@ def test_history_follows_the_prefix_and_forgets_with_its_slots(pair, logs):
         oracle.agree(second["output_ids"], turn, hit, inherited)
         cold = oracle.generate(turn, 24, hit).tokens
         assert second["output_ids"] != cold, "nobody notices whether anything was inherited"
-        server.get("/flush_cache")
+        server.flush()
         oracle.agree(server.generate(turn, 24)["output_ids"], turn, rule)
 
 

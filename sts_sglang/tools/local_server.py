@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
@@ -121,6 +122,19 @@ class LocalServer:
         )
         with urllib.request.urlopen(request, timeout=timeout) as response:
             return response.read()
+
+    def flush(self, seconds: float = 10) -> None:
+        """Forget every cached prefix. SGLang refuses while a round of the last request is still leaving; an
+        HTTP error after so many seconds is raised."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                self.get("/flush_cache")
+                return
+            except urllib.error.HTTPError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.2)
 
     def state(self) -> dict:
         """What /server_info says of its scheduler."""
