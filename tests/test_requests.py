@@ -139,11 +139,12 @@ def test_checks_of_speculation_stay_once_a_launch_speculates(unchecked):
 
 def test_a_decode_step_that_reads_the_table_to_its_end_holds_the_scheduler_back(monkeypatch):
     """Where an event says that the table is free, before the graph that reads it has run; a graph that stands
-    aside does not read it."""
+    aside does not read it, and is waited for when a request ends."""
     runner = SimpleNamespace(war_fastpath_read_done_event="early")
-    worker, seen = SimpleNamespace(model_runner=runner), []
+    worker, seen, noted = SimpleNamespace(model_runner=runner), [], []
+    runtime = SimpleNamespace(aside=SimpleNamespace(forwarded=lambda: noted.append("forward")))
     for alone, reads in ((False, True), (True, False), (True, True)):
-        bound = SimpleNamespace(alone=alone, runtime="runtime", verify=SimpleNamespace(reads_table=reads))
+        bound = SimpleNamespace(alone=alone, runtime=runtime, verify=SimpleNamespace(reads_table=reads))
         monkeypatch.setattr(hooks.bind, "current", lambda bound=bound: bound)
         monkeypatch.setattr(hooks, "_before_forward", lambda runtime, batch: seen.append(batch))
         assert hooks.forward_target(lambda self, batch, flag: (batch, flag), worker, "batch", 7) == (
@@ -152,4 +153,4 @@ def test_a_decode_step_that_reads_the_table_to_its_end_holds_the_scheduler_back(
         )
         held = alone and reads and release.VERSION == "0.5.16"
         assert runner.war_fastpath_read_done_event == (None if held else "early")
-    assert seen == ["batch"] * 2
+    assert seen == ["batch"] * 2 and noted == ["forward"]
