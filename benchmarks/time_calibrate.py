@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -82,12 +83,18 @@ def main(argv: list[str] | None = None) -> None:
             time.sleep(0.2)
     if process.returncode:
         sys.exit(process.returncode)
-    shown = ["sts-sglang", *(Path(word).name if "/" in word else word for word in words)]
     row = {"seconds": round(time.monotonic() - started, 1), "host_mb": host >> 20, "device_mb": device >> 20}
-    row |= {"command": " ".join(shown), **origin(), "commit": commit()}
+    tell(row, words, options.out)
+
+
+def tell(row: dict[str, Any], words: list[str], out: Path | None) -> None:
+    """Print a result and where it comes from, and append it to a file. words: of the `sts-sglang` command,
+    shown without this machine's folders."""
+    shown = ["sts-sglang", *(Path(word).name if "/" in word else word for word in words)]
+    row = {**row, "command": " ".join(shown), **origin(), "commit": commit()}
     print(json.dumps(row))
-    if options.out:
-        with options.out.open("a") as file:
+    if out:
+        with out.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
 

@@ -28,8 +28,6 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import dummy_models, time_calibrate
-from benchmarks.bench_serving import origin
-from benchmarks.harness import commit
 from sts_sglang import cli
 from sts_sglang.evaluate import command, items
 from sts_sglang.evaluate.asking import DENSE, Cell
@@ -179,13 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     words += ["--device", options.device, *further]
-    row = timed(words)
-    shown = ["sts-sglang", "evaluate", *(Path(word).name if "/" in word else word for word in words)]
-    row |= {"command": " ".join(shown), **origin(), "commit": commit()}
-    print(json.dumps(row))
-    if options.out:
-        with options.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    time_calibrate.tell(timed(words), ["evaluate", *words], options.out)
 
 
 if __name__ == "__main__":

@@ -154,24 +154,19 @@ def _keep_or_auto(field: str, value: object) -> float | str:
     return value if isinstance(value, str) and value == "auto" else _keep(field, value)
 
 
-def _rounds_or_adaptive(field: str, value: object) -> int | str:
-    if isinstance(value, str) and value == "adaptive":
-        return value
-    try:
-        return _integer(1, MOST_REFRESH)(field, value)
-    except ConfigError:
-        allowed = f"an integer from 1 to {MOST_REFRESH}, or 'adaptive'"
-        raise not_allowed(field, f"got {shown(value)}", allowed) from None
+def _integer_or(word: str, low: int, high: int) -> Callable[[str, object], int | str]:
+    integer = _integer(low, high)
 
+    def read(field: str, value: object) -> int | str:
+        if isinstance(value, str) and value == word:
+            return value
+        try:
+            return integer(field, value)
+        except ConfigError:
+            allowed = f"an integer from {low} to {high}, or {word!r}"
+            raise not_allowed(field, f"got {shown(value)}", allowed) from None
 
-def _tokens_or_auto(field: str, value: object) -> int | str:
-    if isinstance(value, str) and value == "auto":
-        return value
-    try:
-        return _integer(0, MAX_TOKENS)(field, value)
-    except ConfigError:
-        allowed = f"an integer from 0 to {MAX_TOKENS}, or 'auto'"
-        raise not_allowed(field, f"got {shown(value)}", allowed) from None
+    return read
 
 
 def _sink(field: str, value: object) -> int:
@@ -238,7 +233,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "page_share": _inner,
     "verify": _choice(get_args(VerifyMode)),
     "draft": _choice(get_args(DraftMode)),
-    "draft_refresh": _rounds_or_adaptive,
+    "draft_refresh": _integer_or("adaptive", 1, MOST_REFRESH),
     "prefill": _choice(get_args(PrefillMode)),
     "prefill_keep": _share,
     "prefill_floor": _integer(0, MAX_TOKENS),
@@ -247,7 +242,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "prefill_draft": _choice(get_args(PrefillDraft)),
     "draft_kv": _choice(get_args(DraftKv)),
     "full_verify_every": _integer(0, MAX_TOKENS),
-    "stand_aside": _tokens_or_auto,
+    "stand_aside": _integer_or("auto", 0, MAX_TOKENS),
     "request_keep": _choice(get_args(RequestKeep)),
     "request_inspect": _flag,
     "inspect_dir": _path("the path of a folder for dumps, at most 512 characters, or null for none", 512),
