@@ -62,7 +62,7 @@ class TokensKnobs(PoolKnobs):
     lists, `listed` at a time. list_warps: of one. The rest: see PoolKnobs.
     """
 
-    programs: int = 1056
+    programs: int = 528
     least: int = 1024
     num_stages: int = 5
     sketch_block: int = 64
@@ -71,7 +71,7 @@ class TokensKnobs(PoolKnobs):
     products: int = 4096
     again: int = AGAIN
     maxnreg: int | None = None
-    pooled: int = 2048
+    pooled: int = 4096
     pool_programs: int = 1056
     alone: int = 32768
     alone_warps: int = 8
