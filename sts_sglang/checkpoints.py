@@ -44,6 +44,8 @@ _WIDTHS = {
     8: "U64 I64 F64 C64",
 }
 WIDTHS = {dtype: width for width, dtypes in _WIDTHS.items() for dtype in dtypes.split()}
+# How configurations name the number of layers.
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _OF_A_LAYER = re.compile(r"(?P<stack>(?:[a-z_]+\.)+)(?P<layer>\d+)(?P<part>\..+)")
 
 
@@ -234,7 +236,7 @@ def check_tensors(what: str, config: Mapping[str, Any], tensors: Mapping[str, Te
 
 def _check_alike(what: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """That what one layer has of attention every layer has; of experts the first layers may have none."""
-    layers = config.get("num_hidden_layers")
+    layers = _layers(config)
     found: dict[str, set[int]] = {}
     for name in tensors:
         match = _OF_A_LAYER.match(name)
@@ -252,7 +254,11 @@ def _some(kind: str, names: list[str]) -> str:
 
 
 def _made_for(config: Mapping[str, Any]) -> str:
-    return f"the tensors of {quoted(config['architectures'][0])} with {config['num_hidden_layers']} layers"
+    return f"the tensors of {quoted(config['architectures'][0])} with {_layers(config)} layers"
+
+
+def _layers(config: Mapping[str, Any]) -> Any:
+    return next((config[key] for key in _LAYERS if config.get(key) is not None), None)
 
 
 def _is_head(config: Mapping[str, Any]) -> bool:

@@ -26,7 +26,7 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sts_sglang import checkpoints
 from sts_sglang.config import ConfigError
 from sts_sglang.headmap import HeadCounts
-from sts_sglang.host import architectures, bind, views
+from sts_sglang.host import architectures, bind, serves, views
 from sts_sglang.host.architectures import (
     DENSE,
     DRAFTS,
@@ -45,6 +45,8 @@ from tests.server import Server, logged, random_ids
 from tests.test_serving import CHAIN, LEAK
 
 ALL = sorted(TARGETS)
+# What the other release alone serves.
+ELSEWHERE = architectures.ROW_A_HEAD - TARGETS
 OWN = "own layer"  # of the target, under EAGLE
 SPARSE = json.dumps({"keep": 0.3, "budget": 0, "sink": 2, "recent": 8})
 MODULE = "tests.random_weights"
@@ -102,13 +104,12 @@ def test_what_sglang_makes_of_a_draft_is_known(tmp_path):
 
 
 def test_every_served_architecture_has_a_tiny_model():
-    assert set(tiny_architectures.TINY) & declared() == TARGETS
-    assert set(tiny_architectures.UNSEEN) <= set(architectures.REFUSED)
+    assert set(tiny_architectures.TINY) & declared() == TARGETS | ELSEWHERE
 
 
 def test_a_wide_tiny_model_has_heads_of_64_dimensions(tmp_path):
     """As SGLang's rotary kernel on a GPU asks, and no router whose near ties half precision would decide."""
-    for name in (*tiny_architectures.TINY, *tiny_architectures.UNSEEN):
+    for name in tiny_architectures.TINY:
         config = ModelConfig(str(tiny_architectures.make(tmp_path, name, wide=True)), trust_remote_code=True)
         assert (config.head_dim, config.hidden_size) == (64, 256), name
         assert all(f'"{field}": 2' not in str(config.hf_config) for field in tiny_architectures.CHOSEN), name
@@ -157,6 +158,34 @@ def test_a_configuration_that_is_not_plain_is_refused(monkeypatch, tmp_path, nam
         fields = {problem.split()[0], "layer_types"} if "window" in problem else {problem.split()[0]}
         assert message.startswith("--model-path ") and any(f in message for f in fields), message
         assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", sorted(architectures.ROW_A_HEAD & TARGETS))
+def test_queries_that_a_prefill_graph_would_drop_are_refused(monkeypatch, tmp_path, name):
+    """On the device that has such graphs."""
+    monkeypatch.setattr(serves, "_check_graphs", lambda *args: None)  # a CPU has none
+
+    def as_target(folder: Path, change: dict) -> str:
+        return launch(monkeypatch, folder, name, change=change)
+
+    def as_draft(folder: Path, change: dict) -> str:
+        draft = str(tiny_architectures.make(folder / "draft", name, change))
+        given = {"speculative_algorithm": "STANDALONE", "speculative_draft_model_path": draft}
+        return launch(monkeypatch, folder, "LlamaForCausalLM", **given)
+
+    for serve, flag in ((as_target, "--model-path"), (as_draft, "--speculative-draft-model-path")):
+        for backend, normed in (("disabled", True), ("breakable", False), ("breakable", True)):
+            graphs = views.Phase(backend != "disabled", backend, 8)
+            monkeypatch.setattr(views, "prefill_graphs", lambda args, graphs=graphs: graphs)
+            made = tmp_path / f"{flag}-{backend}-{normed}", {"use_qk_norm": normed}
+            if (backend, normed) != ("breakable", True):
+                assert serve(*made) == "sts"
+                continue
+            with pytest.raises(Refusal) as caught:
+                serve(*made)
+            message = str(caught.value)
+            assert message.startswith("--cuda-graph-backend-prefill breakable: ") and f" {flag} " in message
+            assert message.endswith("; use --cuda-graph-backend-prefill disabled")
 
 
 def test_a_window_as_long_as_the_longest_context_is_none(monkeypatch, tmp_path):
@@ -303,7 +332,7 @@ def test_the_page_says_what_is_served():
     """And of the newer release, which has all that the older has, how much."""
     newer = set(architectures._NEWER.split())
     for start, names in (("dense", DENSE), ("mixtures of experts", EXPERTS)):
-        assert row(start) - newer == names - newer and names <= row(start)
+        assert row(start) - newer - ELSEWHERE == names - newer and names <= row(start)
         assert f"| {start} ({len(row(start))}) |" in PAGE
     assert row("drafts under STANDALONE") == architectures.DRAFTED_BY_A_LAYER
     assert row("own layers under EAGLE") == {*OWN_LAYERS, *OWN_LAYERS.values()} <= DRAFTS["EAGLE"] | TARGETS

@@ -590,6 +590,24 @@ def test_a_sparse_draft_extend_attends_to_the_selection_and_to_itself():
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_queries_of_a_row_a_head_are_those_of_their_tokens():
+    """HunYuan's, once they are normed."""
+
+    def answers(*row: int) -> list[torch.Tensor]:
+        rig = Rig({"keep": 0.3, "budget": 0, "sink": 2, "recent": 4, "draft": "all", "dense_layers": [0]})
+        g = torch.Generator().manual_seed(0)
+        step, rows = (torch.randn(n, Q_HEADS * DIM, generator=g).view(*row) for n in (1, TOKENS))
+        found = rig.draft_extend(CONTEXT - TOKENS, TOKENS, rows)
+        found += rig.draft_steps(CONTEXT, {0: step, 1: step, 2: step})
+        found += rig.draft_extend(CONTEXT, 2, rows)
+        fb = rig.verify_batch(CONTEXT)
+        rig.target.init_forward_metadata(fb)
+        return found + [rig.target.forward_extend(rows, None, None, rig.layer(i), fb) for i in range(LAYERS)]
+
+    for of_tokens, of_heads in zip(answers(-1, Q_HEADS * DIM), answers(-1, DIM), strict=True):
+        torch.testing.assert_close(of_heads, of_tokens, rtol=0, atol=0)
+
+
 def test_both_tree_mask_layouts_give_the_same_tail():
     lengths, tokens = [5, 9], 3
     tails = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]]).bool()

@@ -292,17 +292,20 @@ def test_the_shipped_models_are_launched(launched):
     launched(MODELS / "target", MODELS / "eagle3", "EAGLE3")
 
 
+# How they name the number of their layers, and a tensor.
 OTHERS = {
-    "GPT2LMHeadModel": "transformer.h.{}.attn.c_attn.weight",
-    "InternLM2ForCausalLM": "model.layers.{}.attention.wqkv.weight",
-    "Qwen3MoeForCausalLM": "model.layers.{}.self_attn.q_norm.weight",
+    "ChatGLMModel": ("num_layers", "transformer.encoder.layers.{}.self_attention.query_key_value.weight"),
+    "DbrxForCausalLM": ("n_layers", "transformer.blocks.{}.norm_attn_norm.attn.Wqkv.weight"),
+    "GPT2LMHeadModel": ("n_layer", "transformer.h.{}.attn.c_attn.weight"),
+    "InternLM2ForCausalLM": ("num_hidden_layers", "model.layers.{}.attention.wqkv.weight"),
+    "Qwen3MoeForCausalLM": ("num_hidden_layers", "model.layers.{}.self_attn.q_norm.weight"),
 }
 
 
-@pytest.mark.parametrize(("name", "tensor"), OTHERS.items(), ids=OTHERS)
-def test_layers_of_other_architectures_have_the_same_of_attention(name, tensor):
+@pytest.mark.parametrize(("name", "field", "tensor"), [(n, *of) for n, of in OTHERS.items()], ids=OTHERS)
+def test_layers_of_other_architectures_have_the_same_of_attention(name, field, tensor):
     """Whose tensors are not known here; the layers' experts may differ."""
-    config = {"architectures": [name], "num_hidden_layers": 3}
+    config = {"architectures": [name], field: 3}
     whole = {tensor.format(i): None for i in range(4)}  # the last one of what predicts the token but one
     whole |= {"model.layers.1.mlp.experts.0.up_proj.weight": None, "model.embed_tokens.weight": None}
     checkpoints.check_tensors("it", config, whole, strict=False)

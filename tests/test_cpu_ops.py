@@ -298,6 +298,38 @@ def test_a_bias_chooses_experts_and_weighs_none(scoring: str, shape: tuple[int, 
     assert weights.sum().item() == pytest.approx(1) and weights[0, 0] > weights[0, 1]
 
 
+def test_experts_are_weighed_by_their_router() -> None:
+    states, up, down = torch.randn(3, 8), torch.randn(4, 10, 8), torch.randn(4, 8, 5)
+    ids, weights = torch.tensor([[2, 0], [1, 3], [3, 2]]), torch.rand(3, 2)
+    found = cpu_ops.fused_moe(states, up, down, (weights, ids.int(), None), None)
+    for row, state in enumerate(states):
+        expected = torch.zeros(8)
+        for expert, weight in zip(ids[row], weights[row], strict=True):
+            gate, own = (up[expert] @ state).chunk(2)
+            expected += weight * (down[expert] @ (torch.nn.functional.silu(gate) * own))
+        torch.testing.assert_close(found[row], expected)
+
+
+def test_what_is_allocated_on_a_gpu_by_name_is_here() -> None:
+    def init(self, size: int, *, name: str) -> None:
+        self.made = torch.empty(size, device="cuda"), torch.ones(size, dtype=torch.int32), name
+
+    module = SimpleNamespace()
+    cpu_ops.dbrx_experts(init, module, 3, name="ws")
+    weights, others, name = module.made
+    assert weights.device.type == "cpu" and weights.shape == (3,)
+    assert others.tolist() == [1, 1, 1] and others.dtype == torch.int32 and name == "ws"
+
+
+def test_plain_torch_attends_by_rows_of_tokens() -> None:
+    layer = SimpleNamespace(tp_q_head_num=4, qk_head_dim=16)
+    q = torch.randn(3 * 4, 16)
+    for stand_in in (cpu_ops.torch_native_extend, cpu_ops.torch_native_decode):
+        said = stand_in(lambda *args, **kwargs: (args, kwargs), "self", q, "k", "v", layer, "fb", save=True)
+        (_, rows, *others), kwargs = said
+        assert torch.equal(rows, q.view(3, 64)) and others == ["k", "v", layer, "fb"] and kwargs["save"]
+
+
 def test_stand_ins_do_what_sglangs_triton_kernels_do() -> None:
     """A shift or an order that the tests above got wrong in the same way as the stand-in shows here."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "SGLANG_PLUGINS": "none", "SGLANG_PLATFORM": ""}

@@ -1,6 +1,5 @@
 """Tiny random models on a GPU, bf16, CUDA graphs: mixtures of experts, models' own layers under EAGLE, and
-architectures that the table refuses because a CPU cannot run them. What passes here leaves the list of those
-that were not seen.
+architectures that a CPU runs by stand-ins for what SGLang has for a GPU alone.
 
 Six servers at a time, which are compared and not timed.
 """
@@ -22,10 +21,19 @@ from tests.test_gpu import CHAIN, WHOLE, ask_all, forced_through, was_sparse
 pytestmark = [pytest.mark.gpu, pytest.mark.server]
 
 SERVED = ("GraniteForCausalLM", "Qwen3MoeForCausalLM", "Glm4MoeForCausalLM", "MixtralForCausalLM")
-# SGLang 0.5.16 ends in a TypeError in Solar's forward, wherever it runs.
-UNSEEN = sorted(set(tiny_architectures.UNSEEN) - {"SolarForCausalLM"})
+SERVED += (
+    "DbrxForCausalLM",
+    "DeepseekForCausalLM",
+    "XverseMoeForCausalLM",
+    *sorted(architectures.ROW_A_HEAD),
+)
+DRAFTS = ("HunYuanDenseV1ForCausalLM",)  # of themselves, whole
 OWN_LAYERS = {"Glm4MoeForCausalLM": "EAGLE", "MiMoForCausalLM": "EAGLE", "Qwen3MoeForCausalLM": "NEXTN"}
-CASES = [*((name, "alone") for name in (*SERVED, *UNSEEN)), *OWN_LAYERS.items()]
+CASES = [
+    *((name, "alone") for name in SERVED),
+    *((name, "STANDALONE") for name in DRAFTS),
+    *OWN_LAYERS.items(),
+]
 PROMPTS = [random_ids(n, n) for n in (40, 333, 2000)]
 NEW_TOKENS = 24
 # How near stock's two best are where another order of summation decides. In plain torch in bf16 two
@@ -47,7 +55,7 @@ def serve(folder: Path, name: str, *args: str) -> LocalServer:
         # more of them than there are.
         args = (*args, "--disable-shared-experts-fusion")
     given = {"start_seconds": 300, "env": {"HF_MODULES_CACHE": str(folder / "modules")}}
-    return LocalServer(model, folder / "log", *COMMON, *args, module="tests.unseen_architectures", **given)
+    return LocalServer(model, folder / "log", *COMMON, *args, module="tests.random_weights", **given)
 
 
 def stock_says(folder: Path, name: str) -> list[dict]:
@@ -56,13 +64,15 @@ def stock_says(folder: Path, name: str) -> list[dict]:
 
 
 def flags(folder: Path, name: str, road: str) -> list[str]:
-    """Of a server that drafts by the model's own layer under this algorithm, or not at all."""
+    """Of a server that drafts by the model itself, by its own layer under this algorithm, or not at all."""
     args = ["--attention-backend", "sts", "--sts-config", SPARSE]
-    if road != "alone":
-        draft = tiny_architectures.own_layer(folder / "own", name, wide=True)
-        args += ["--speculative-algorithm", road, "--speculative-draft-model-path", str(draft), *CHAIN]
-        args += ["--speculative-draft-load-format", "auto"]
-    return args
+    if road == "alone":
+        return args
+    draft, load = tiny_architectures.make(folder / "draft", name, wide=True), "dummy"
+    if road != "STANDALONE":
+        draft, load = tiny_architectures.own_layer(folder / "own", name, wide=True), "auto"
+    args += ["--speculative-algorithm", road, "--speculative-draft-model-path", str(draft), *CHAIN]
+    return [*args, "--speculative-draft-load-format", load]
 
 
 def compared(folder: Path, name: str, road: str, stock: Future) -> tuple[int, float, float]:
@@ -93,7 +103,7 @@ def runs(request, tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "road"), CASES)
 def test_full_budget_is_stock_but_for_near_ties(runs, name, road):
-    assert name in architectures.TARGETS or name in tiny_architectures.UNSEEN
+    assert name in architectures.TARGETS
     differences, whole, few = runs[name, road].result()
     assert differences <= 0.15 * NEW_TOKENS * len(PROMPTS)
     assert whole == 1.0 and few < 0.6

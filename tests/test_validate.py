@@ -614,7 +614,7 @@ UNSERVED_ARCHITECTURES = {
     "multimodal": "Qwen2VLForConditionalGeneration",
     "hybrid": "Qwen3NextForCausalLM",
     "mamba": "FalconH1ForCausalLM",
-    "not seen running": "DbrxForCausalLM",
+    "not seen running": "SolarForCausalLM",
     "another library's": "TransformersForCausalLM",
     "multi-layer EAGLE": "MiMoV2ForCausalLM",
     "embedding": "LlamaEmbeddingModel",

@@ -231,10 +231,6 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "TorchNativeLlamaForCausalLM": ("llama", {}),
     "TorchNativePhi3ForCausalLM": ("phi3", {"sliding_window": None}),
     "XverseForCausalLM": ("xverse", {**ALL_HEADS}),
-}
-# Whose experts run as Triton kernels alone, or whose attention SGLang's own backend for CPUs does not serve;
-# Solar's ends in an error in 0.5.16.
-UNSEEN: dict[str, tuple[str, dict[str, Any]]] = {
     "DbrxForCausalLM": (
         "dbrx",
         {
@@ -272,10 +268,6 @@ UNSEEN: dict[str, tuple[str, dict[str, Any]]] = {
         "xverse",
         {**ALL_HEADS, "num_experts": 4, "moe_top_k": 2, "num_shared_experts": 1, "intermediate_size": 32},
     ),
-    "SolarForCausalLM": (
-        "solar",
-        {"bskcn_1": [0], "bskcn_2": [0], "bskcn_3": [1], "bskcn_4": [1], "bskcn_tv": [0.9, 0.8]},
-    ),
 }
 # Types that transformers does not know: such checkpoints bring a class along, and so do these.
 REMOTE = {
@@ -289,7 +281,7 @@ REMOTE = {
         "mimo",
         "minicpm",
     ),
-    *("orion", "qwen", "sarvam_moe", "solar", "teleflm", "xverse"),
+    *("orion", "qwen", "sarvam_moe", "teleflm", "xverse"),
 }
 _CLASS = """from transformers import PretrainedConfig
 
@@ -315,7 +307,7 @@ def make(folder: Path, name: str, change: dict[str, Any] | None = None, wide: bo
     wide: for a GPU, where SGLang has no rotary kernel for heads of 16 dimensions. A token goes to all
     experts: to choose among them is to decide near ties, which half precision does by chance.
     """
-    model_type, own = (TINY | UNSEEN)[name]
+    model_type, own = TINY[name]
     config = {"architectures": [name], "model_type": model_type, **COMMON, **own, **(change or {})}
     if wide:
         config = _widened(config)

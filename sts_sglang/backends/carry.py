@@ -101,7 +101,7 @@ class CarryLastRow(Bindable):
         seen = self._seen.expand(rows.shape[0], -1, -1)
         pool, contexts = runtime.draft.pools.layer(of.number), runtime.contexts(reqs, committed)
         call = LayerCall(of.number, rows, pool, contexts, seen, of.scale)
-        return runtime.attend_draft(call, self._lists, self._plan).view(q.shape[0], -1)
+        return runtime.attend_draft(call, self._lists, self._plan).view(-1, of.q_heads * of.v_head_dim)
 
 
 def last_rows(fb: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor, bool]:

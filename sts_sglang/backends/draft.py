@@ -94,7 +94,7 @@ class DraftStepBackend(Bindable, AttentionBackend):
         rows = q.view(bs, -1, of.q_heads, of.head_dim)
         seen = self._scratch.expand(bs, -1, -1)
         call = LayerCall(of.number, rows, self.pools.layer(of.number), contexts, seen, of.scale)
-        return runtime.attend_draft(call, round_.lists, round_.plan).view(q.shape[0], -1)
+        return runtime.attend_draft(call, round_.lists, round_.plan).view(-1, of.q_heads * of.v_head_dim)
 
 
 class DraftMultiStepBackend(Bindable):

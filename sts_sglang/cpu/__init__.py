@@ -37,7 +37,8 @@ def install_branches() -> None:
     os.environ.setdefault("SGLANG_NATIVE_MOVE_KV_CACHE", "1")
 
     for name, target in compat.CPU_HOOKS.items():
-        HookRegistry.register(target.path, getattr(ops, name), HookType.REPLACE)
+        kind = HookType.AROUND if name in ops.AROUND else HookType.REPLACE
+        HookRegistry.register(target.path, getattr(ops, name), kind)
     for path, stand_in in release.CPU_KERNELS.items():
         module_name, _, name = path.rpartition(".")
         setattr(importlib.import_module(module_name), name, ops.Launch(getattr(ops, stand_in)))

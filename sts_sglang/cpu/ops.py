@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 def assign_extend_cache_locs(req_pool_indices, req_to_token, start, end, out, pool_len):
@@ -230,6 +231,47 @@ def fused_topk_native(
     return weights / weights.sum(-1, keepdim=True) if renormalize else weights, ids
 
 
+def fused_moe(hidden_states, w1, w2, topk_output, moe_runner_config):
+    """What each token's experts make of it, gated by SiLU, by the router's weights; Triton elsewhere."""
+    weights, ids, _ = topk_output
+    out = torch.zeros_like(hidden_states)
+    for expert in ids.unique().tolist():
+        tokens, places = (ids == expert).nonzero(as_tuple=True)
+        gate, states = (hidden_states[tokens] @ w1[expert].T).chunk(2, dim=-1)
+        made = (torch.nn.functional.silu(gate) * states) @ w2[expert].T
+        out[tokens] += weights[tokens, places, None].to(out.dtype) * made
+    return out
+
+
 def minimax_qk_norm(self, q, k):
     """Queries and keys of MiniMax-M2 by their own norms, which Triton kernels join elsewhere."""
     return self._q_norm(q), self._k_norm(k)
+
+
+class _OnCpu(TorchFunctionMode):
+    """Allocates here what is asked of a GPU by name."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+def dbrx_experts(original, self, *args, **kwargs):
+    """DbrxExperts.__init__, whose weights SGLang allocates on a GPU whatever the server's device is."""
+    with _OnCpu():
+        original(self, *args, **kwargs)
+
+
+def torch_native_extend(original, self, q, k, v, layer, *args, **kwargs):
+    """SGLang's attention in plain torch, whose output has the shape of its queries: HunYuan's, when they are
+    normed, have a row a head, and every other backend returns a row a token."""
+    return original(
+        self, q.reshape(-1, layer.tp_q_head_num * layer.qk_head_dim), k, v, layer, *args, **kwargs
+    )
+
+
+torch_native_decode = torch_native_extend
+# Stand-ins that are handed the original first.
+AROUND = ("dbrx_experts", "torch_native_extend", "torch_native_decode")

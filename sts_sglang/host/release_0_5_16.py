@@ -459,6 +459,7 @@ CPU_BRANCHES = {
         "assign_draft_cache_locs_contiguous_cpu": "assign_draft_cache_locs",
     },
 }
+_TORCH_NATIVE = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 # Our stand-ins for functions and for Triton kernels, by name in cpu/ops.py.
 CPU_HOOKS: Targets = {
     "synchronize": ("torch.cuda.synchronize", ("device",)),
@@ -481,6 +482,13 @@ CPU_HOOKS: Targets = {
         "sglang.srt.layers.moe.topk.fused_topk_native",
         ("hidden_states", "gating_output", "topk", "renormalize", "correction_bias", "scoring_func"),
     ),
+    "fused_moe": (
+        "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe.fused_moe",
+        ("hidden_states", "w1", "w2", "topk_output", "moe_runner_config"),
+    ),
+    "dbrx_experts": ("sglang.srt.models.dbrx.DbrxExperts.__init__", ("self",)),
+    "torch_native_extend": (f"{_TORCH_NATIVE}.forward_extend", ("self", "q", "k", "v", "layer")),
+    "torch_native_decode": (f"{_TORCH_NATIVE}.forward_decode", ("self", "q", "k", "v", "layer")),
 }
 _PAGED = "sglang.srt.mem_cache.allocator.paged"
 CPU_KERNELS = {

@@ -132,7 +132,15 @@ CPU_BRANCHES: dict[str, dict[str, str]] = {
 # Platforms that do not say they run Triton get torch allocators and writers.
 CPU_HOOKS: before.Targets = {
     name: before.CPU_HOOKS[name]
-    for name in ("synchronize", "gather_spec_extras", "get_last_loc", "fused_topk_native", "minimax_qk_norm")
+    for name in (
+        "synchronize",
+        "gather_spec_extras",
+        "get_last_loc",
+        "fused_topk_native",
+        "fused_moe",
+        "dbrx_experts",
+        "minimax_qk_norm",
+    )
 } | {
     "fused_gate_sigmoid_mul_add": (
         "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add",

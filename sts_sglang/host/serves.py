@@ -26,7 +26,15 @@ from sts_sglang.config import (
     shown,
 )
 from sts_sglang.host import views
-from sts_sglang.host.architectures import DRAFTS, HEADED_TARGETS, OWN_LAYERS, OWN_PATH, TARGETS, why_not
+from sts_sglang.host.architectures import (
+    DRAFTS,
+    HEADED_TARGETS,
+    OWN_LAYERS,
+    OWN_PATH,
+    ROW_A_HEAD,
+    TARGETS,
+    why_not,
+)
 from sts_sglang.host.releases import release
 from sts_sglang.host.sampling import check_sampling
 from sts_sglang.verifiers import registry as verifiers
@@ -314,6 +322,20 @@ def _check_graphs(server_args: ServerArgs, config: StsConfig) -> None:
             )
 
 
+def check_prefill_graphs(server_args: ServerArgs, target: ModelConfig, draft: ModelConfig | None) -> None:
+    """Whether every query of the models reaches attention in a prefill graph. Raises `Refusal`."""
+    graphs = views.prefill_graphs(server_args)
+    for flag, model in (("--model-path", target), ("--speculative-draft-model-path", draft)):
+        if not graphs.captured or model is None:
+            continue
+        normed = getattr(model.hf_text_config, "use_qk_norm", False)
+        if normed and ROW_A_HEAD.intersection(model.hf_config.architectures or ()):
+            raise Refusal(
+                f"--cuda-graph-backend-prefill {graphs.backend}: SGLang drops queries of {flag} "
+                f"{model.model_path} there (use_qk_norm); use --cuda-graph-backend-prefill disabled"
+            )
+
+
 def check_history(server_args: ServerArgs, config: StsConfig) -> None:
     """Whether slots can remember, scores or sketches, with this cache. Raises `Refusal`."""
     from sglang.srt.environ import envs
@@ -416,6 +438,7 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     check_target(target)
     if (draft := draft_config(server_args, target)) is not None:
         check_draft(draft, target)
+    check_prefill_graphs(server_args, target, draft)
     check_preferred(server_args, config, target)
     _check_kv_dtype(server_args, config, target, draft)
     _check_heads(server_args.tp_size, target, draft)
