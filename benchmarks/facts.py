@@ -17,7 +17,7 @@ from benchmarks.tables import answers, recall, serving
 
 def facts() -> dict[str, str]:
     """By name. Raises SystemExit where a file is missing that a sentence needs."""
-    found = {**_speed(), **_recall()}
+    found = {**_speed(), **_every(), **_recall()}
     makers = {
         "quality": _answers,
         "quality_parity": _parity,
@@ -36,6 +36,9 @@ def facts() -> dict[str, str]:
             _each, "smol_looking", {"map": [0.1, 0.25], "tokens": [0.1]}, {}
         ),
         "quality_prefill": _prefilled,
+        "quality_prefill_16k": partial(
+            _each, "prefill16", *[{"prefill": [0.25], "prefill-draft-sparse": [0.25]}] * 2
+        ),
         "quality_smollm2_prefill": partial(_each, "smol_prefill", {"prefill": [0.1, 0.25]}, {}),
     }
     for folder, make in makers.items():
@@ -72,6 +75,13 @@ def _speed() -> dict[str, str]:
         "idle_most": f"{100 * most[0]:.0f} % at {most[1][0]:,} x {most[1][1]}",
         "idle_same_run": ", ".join(f"{100 * (1 - g):.0f} % at {n:,} x {r}" for (n, r), g in same.items()),
     }
+
+
+def _every() -> dict[str, str]:
+    """Of a draft whose passes are all sparse, over captured stock."""
+    found = tables.rows("draft_every.jsonl")
+    of = partial(serving.gain, found, "sts-draft-every", over="stock-spec-captured")
+    return {f"every_{n}": f"{of(shape=(n, r)):.2f}x" for n, r in ((32_000, 8), (128_000, 1))}
 
 
 def _recall() -> dict[str, str]:

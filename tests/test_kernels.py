@@ -879,7 +879,9 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
     step = bench_tokens.Step.draw(shape | {"dim": 32, "rows": 1, "group": 2})
     step.layer(0)
     bench_tokens.same_lists(step)
-    bench_tokens.same_sketches(step, torch.randn(2 * 320 + 1, bench_tokens.KV_HEADS, 32).half(), 40)()
+    bench_tokens.same_sketches(
+        step, torch.randn(2 * 320 + 1, bench_tokens.KV_HEADS, 32).to(bench_tokens.DTYPE), 40
+    )()
     split = bench_verify.cases_of(
         shape | {"dim": 16, "rows": 4, "group": 4}, [bench_verify.Pool.draw(shape | {"dim": 16}, 0)]
     )[0].split()

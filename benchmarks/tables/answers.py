@@ -37,6 +37,7 @@ QUALITY = {
     "joined-map-u": "joined, calibrated map, the same budget for every head",
     "prefill": "sparse prefill, by the target's queries",
     "prefill-draft": "sparse prefill, by the draft's",
+    "prefill-draft-sparse": "the same, the draft's own prefill as sparse",
     "prefill-verify": "sparse prefill by the target's queries, verify at 10 %",
 }
 
@@ -82,6 +83,7 @@ def prefill() -> str:
     """What a sparse prefill changes: the shipped pair, and SmolLM2 alone."""
     parts = [
         ("quality_prefill", "the shipped pair"),
+        ("quality_prefill_16k", "the shipped pair, more items"),
         ("quality_smollm2_prefill", "SmolLM2-135M-Instruct alone"),
     ]
     return "\n\n".join(asked([folder], whose, over="prefill") for folder, whose in parts)

@@ -262,7 +262,9 @@ def _prefills_by(row: dict) -> str:
     """Whose queries select, as the server of a row was told."""
     words = shlex.split(row["server"])
     config = json.loads(words[words.index("--sts-config") + 1])
-    return "the draft" if config.get("prefill_by") == "draft" else "the target"
+    if config.get("prefill_by") != "draft":
+        return "the target"
+    return "the draft, sparse too" if config.get("prefill_draft") == "sparse" else "the draft"
 
 
 def pages() -> str:
