@@ -28,6 +28,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from benchmarks import bench_serving
 from benchmarks.harness import end_orderly_when_terminated
@@ -84,16 +85,34 @@ def short(name: str) -> str:
     return re.split(r"[<(]", name)[0][-60:] or name[:60]
 
 
-def timeline(kernels: list[dict]) -> tuple[float, dict[str, float]]:
-    """Microseconds from the first kernel to the end of the last, and those with none, by what is around."""
-    end, last, gaps = min(e["ts"] for e in kernels), "", defaultdict(float)
+class Timeline(NamedTuple):
+    """Microseconds: of everything, and with no kernel, by what is before and after. late: of these, before
+    the host's call that launched what comes after had returned."""
+
+    wall: float
+    gaps: dict[str, float]
+    late: dict[str, float]
+
+
+def timeline(kernels: list[dict], calls: list[dict]) -> Timeline:
+    """From the first kernel to the end of the last. calls: of the host."""
+    launched = {correlation(e): e["ts"] + e["dur"] for e in calls}
+    end, last, gaps, late = min(e["ts"] for e in kernels), "", defaultdict(float), defaultdict(float)
     begin = end
-    for start, length, name in sorted((e["ts"], e["dur"], short(e["name"])) for e in kernels):
+    for e in sorted(kernels, key=lambda e: (e["ts"], e["dur"])):
+        start, name = e["ts"], short(e["name"])
         if start > end:
-            gaps[f"{last} > {name}"] += start - end
-        if start + length > end:
-            end, last = start + length, name
-    return end - begin, gaps
+            pair = f"{last} > {name}"
+            gaps[pair] += start - end
+            late[pair] += max(0, min(start, launched.get(correlation(e), end)) - end)
+        if start + e["dur"] > end:
+            end, last = start + e["dur"], name
+    return Timeline(end - begin, gaps, late)
+
+
+def correlation(event: dict) -> int | None:
+    """Which call launched which kernel; all kernels of a graph have that of its launch."""
+    return event.get("args", {}).get("correlation")
 
 
 def verifies(kernels: Counter, host: Counter) -> int:
@@ -124,8 +143,8 @@ def kernels_of(module: ModuleType) -> list[str]:
 
 
 def summary(events: list[dict], top: int, rounds_of: Callable[[Counter, Counter], int] = verifies) -> dict:
-    """Per round: microseconds by kernel, busy and idle time of the device, what it idles between, and the
-    host's calls.
+    """Per round: microseconds by kernel, busy and idle time of the device, what it idles between and how much
+    of that the host was late, and the host's calls.
 
     Args:
         rounds_of: `verifies` or `steps`, from how often each kernel ran and each call of the host.
@@ -137,17 +156,22 @@ def summary(events: list[dict], top: int, rounds_of: Callable[[Counter, Counter]
     if not kernels:
         raise SystemExit("the trace holds no kernels")
     counts = Counter(short(e["name"]) for e in kernels)
-    host = Counter(e["name"] for e in events if e.get("cat") == "cuda_runtime")
+    calls = [e for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver")]
+    host = Counter(e["name"] for e in calls)
     if not (rounds := rounds_of(counts, host)):
         raise SystemExit(f"the trace holds no {rounds_of.__name__}")
     spent: dict[str, float] = defaultdict(float)
     for e in kernels:
         spent[short(e["name"])] += e["dur"]
-    wall, gaps = timeline(kernels)
+    wall, gaps, late = timeline(kernels, calls)
     by_part = parts(spent)
     selecting = sum(by_part.values()) - by_part[REST]
     order = sorted(spent, key=spent.get, reverse=True)
     between = sorted(gaps, key=gaps.get, reverse=True)[: top // 2]
+
+    def by_pair(us: dict[str, float]) -> dict[str, float]:
+        return {pair: round(us[pair] / rounds, 1) for pair in between}
+
     return {
         "rounds": rounds,
         "round_us": round(wall / rounds, 1),
@@ -157,7 +181,9 @@ def summary(events: list[dict], top: int, rounds_of: Callable[[Counter, Counter]
         "kernels": {
             n: {"us": round(spent[n] / rounds, 1), "calls": round(counts[n] / rounds, 2)} for n in order[:top]
         },
-        "gaps": {pair: round(gaps[pair] / rounds, 1) for pair in between},
+        "late_us": round(sum(late.values()) / rounds, 1),
+        "gaps": by_pair(gaps),
+        "late": by_pair(late),
         "host_calls": {name: round(host[name] / rounds, 2) for name in WAITS},
     }
 
@@ -186,7 +212,8 @@ def main(argv: list[str] | None = None) -> None:
         if options.out:
             with options.out.open("a") as f:
                 f.write(json.dumps(row) + "\n")
-        print(f"\n{arm} {shape}: round {found['round_us']:.0f} us, idle {found['idle_us']:.0f} us")
+        idle = f"idle {found['idle_us']:.0f} us, of which the host was late {found['late_us']:.0f} us"
+        print(f"\n{arm} {shape}: round {found['round_us']:.0f} us, {idle}")
         spent = ", ".join(f"{part} {us:.0f} us" for part, us in found["parts"].items())
         print(f"  scores pages and selects: {found['select_share']:.1%} of a round; {spent}")
         print(f"  host per round: {found['host_calls']}")
@@ -194,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"  {k['us']:9.1f} us  {k['calls']:7.2f} x  {name}")
         print("  idle between:")
         for pair, us in found["gaps"].items():
-            print(f"  {us:9.1f} us  {pair}")
+            print(f"  {us:9.1f} us, {found['late'][pair]:9.1f} us late  {pair}")
 
 
 if __name__ == "__main__":

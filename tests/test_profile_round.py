@@ -36,6 +36,30 @@ def test_kernels_idle_time_and_host_calls_are_counted_by_round():
         summary(events[:2], top=4)
 
 
+def test_a_device_that_waits_for_the_host_is_told_from_one_that_was_given_its_work():
+    """A graph whose launch returned in the gap, and a kernel that was launched long before."""
+
+    def call(name: str, start: float, length: float, number: int) -> dict:
+        return {**event(name, start, length, "cuda_runtime"), "args": {"correlation": number}}
+
+    events = [
+        {**event("copy", 100, 10), "args": {"correlation": 1}},
+        {**event("VerifyTreeGreedy", 140, 5), "args": {"correlation": 2}},  # 30 idle, 22 of them late
+        {**event("of_the_same_graph", 147, 3), "args": {"correlation": 2}},
+        {**event("early", 160, 10), "args": {"correlation": 3}},
+        call("cudaMemcpyAsync", 90, 2, 1),
+        call("cudaGraphLaunch", 105, 27, 2),
+        call("cudaLaunchKernel", 133, 2, 3),
+    ]
+    found = summary(events, top=8)
+    assert (found["idle_us"], found["late_us"]) == (42, 22)
+    assert found["late"] == {
+        "copy > VerifyTreeGreedy": 22,
+        "of_the_same_graph > early": 0,
+        "VerifyTreeGreedy > of_the_same_graph": 0,
+    }
+
+
 def test_a_step_without_a_draft_is_a_launch_of_a_graph_and_has_a_part_that_selects():
     step = [
         event("_score_kernel", 100, 4),
