@@ -1,8 +1,9 @@
 """Selection, and the sizes of its lists: Triton against its twins (gate, exact), then time.
 
-Shapes of a 1B draft and an 8B target: 128 channels (16 draft layers x 8 KV heads). `sizes` is the one launch
-that says how long every list is, of a budget that is split between heads; `sizes-torch` is its twin; `spread`
-passes importance on to the next tokens before selection.
+Shapes of a 1B draft and an 8B target: 128 channels (16 draft layers x 8 KV heads), and the 8 of an EAGLE-3
+head or of a layer whose own queries score. `width`: of the table of slots, where it is not the context's.
+`sizes` is the one launch that says how long every list is, of a budget that is split between heads;
+`sizes-torch` is its twin; `spread` passes importance on to the next tokens before selection.
 """
 
 from __future__ import annotations
@@ -33,7 +34,14 @@ QUICK = [
     {"context": c, "batch": b, "keep": 0.1}
     for c, b in ((8192, 16), (32768, 1), (32768, 4), (32768, 8), (32768, 16), (131072, 1), (131072, 4))
 ]
+FEW = 8  # channels
+QUICK += [
+    {"context": c, "batch": b, "keep": 0.1, "channels": FEW, "width": w}
+    for c, b, w in ((32768, 8, 32768), (32768, 8, 131072), (65536, 4, 131072), (131072, 1, 131072))
+]
 GRID = settings({"words": [512, 1024, 2048], "num_warps": [8, 16], "maxnreg": [80, 96, 128]})
+GRID += settings({"alone": [0, 32768], "segment": [2048, 4096, 8192], "parts": [528, 1056, 2112]})
+GRID += settings({"part_warps": [4, 8], "listed": [1024, 2048, 4096], "counted": [2048, 4096, 8192]})
 
 
 class Arguments(NamedTuple):
@@ -51,15 +59,16 @@ class Arguments(NamedTuple):
 def draw(shape: Shape, device: str = DEVICE) -> Arguments:
     """Scores are as peaked as attention probabilities are."""
     torch.manual_seed(0)
-    context, batch = shape["context"], shape["batch"]
+    context, batch, channels = shape["context"], shape["batch"], shape.get("channels", CHANNELS)
     count = int(context * shape["keep"])
-    scores = torch.randn(CHANNELS, batch * context, dtype=torch.float16, device=device)
+    scores = torch.randn(channels, batch * context, dtype=torch.float16, device=device)
     importance = scores.mul_(3).exp_().mul_(100 / context)
     columns = torch.arange(batch, device=device) * context
     table = (torch.randperm((batch + 1) * context, device=device).int() + 1).view(batch + 1, context)
-    indices = torch.zeros(batch * CHANNELS * count, dtype=torch.int32, device=device)
-    starts = torch.arange(batch * CHANNELS, device=device).view(batch, CHANNELS) * count
-    counts = torch.full((batch, CHANNELS), count, dtype=torch.int32, device=device)
+    table = torch.nn.functional.pad(table, (0, shape.get("width", context) - context))
+    indices = torch.zeros(batch * channels * count, dtype=torch.int32, device=device)
+    starts = torch.arange(batch * channels, device=device).view(batch, channels) * count
+    counts = torch.full((batch, channels), count, dtype=torch.int32, device=device)
     return Arguments(
         Scores(importance, columns),
         contexts_of(shape, table, device),
@@ -159,7 +168,8 @@ def main() -> None:
     args = parser(__doc__).parse_args()
     shapes = QUICK if args.quick or args.tune else FULL
     grid = GRID if args.tune else [{}]
-    compile_ahead(compile_one, shapes[:1], grid)
+    longest = max(shapes, key=lambda shape: shape["context"])  # which is listed in parts
+    compile_ahead(compile_one, [shapes[0], longest], grid)
     results = Results("select", args.out)
     for shape in shapes:
         if args.tune:
@@ -168,8 +178,9 @@ def main() -> None:
         calls, check, nbytes = prepare(shape)
         if results.gate("triton", shape, check):
             results.add("triton", shape, microseconds(calls), nbytes)
-        bench_sizes(results, shape)
-        bench_spread(results, shape)
+        if "channels" not in shape:
+            bench_sizes(results, shape)
+            bench_spread(results, shape)
     results.finish()
 
 

@@ -78,14 +78,6 @@ GRID = [
 ]
 GRID += [{"again": 1000, "pooled": n} for n in (1024, 4096)]
 GRID += [{"again": 1000, "pool_programs": n} for n in (528, 2112)]
-# Of lists: from which length on rows are listed in parts, and how.
-LIST_GRID = settings(
-    {"alone": [0, 8192], "segment": [2048, 4096, 8192], "listed": [2048], "list_warps": [4, 8]}
-)
-LIST_GRID += [{"alone": 0, "segment": 4096, "listed": 1024}, {"alone": 0, "segment": 4096, "listed": 4096}]
-LIST_GRID += [{"alone": 32768, "alone_warps": n} for n in (4, 8, 16)]
-# What a server has: a table of contexts that may be four times as long.
-WIDE = [{**shape, "width": 4 * shape["context"]} for shape in QUICK if shape["context"] <= 32768]
 
 
 @dataclass
@@ -108,8 +100,7 @@ class Step:
         context, batch, rows, dim = shape["context"], shape["batch"], shape["rows"], shape["dim"]
         slots, number, count = batch * context + 1, dim // SKETCHED, int(context * shape["keep"])
         table = (torch.randperm(slots - 1, device=device).int() + 1).view(batch, context)
-        width = shape.get("width", context)
-        table = torch.nn.functional.pad(table, (0, width - context, 1, 0))
+        table = torch.nn.functional.pad(table, (0, 0, 1, 0))
         starts = torch.arange(batch * KV_HEADS, device=device).view(batch, KV_HEADS) * count
         counts = torch.full((batch, KV_HEADS), count, dtype=torch.int32, device=device)
         layers = []
@@ -214,14 +205,6 @@ def sketch(step: Step, keys, sketches, written: int, kernel: str = "triton") -> 
     ops(kernel).sketch_tokens(keys, sketches, step.directions, step.contexts, before, most=written)
 
 
-def prepare_lists(shape: Shape):
-    """What `tune` times of lists, of scores as they are."""
-    step = Step.draw(shape)
-    step.prepare()
-    step.score()
-    return [step.list], lambda: same_lists(step), list_bytes(shape)
-
-
 def prepare(shape: Shape):
     """What `tune` times of scores."""
     step = Step.draw(shape)
@@ -276,7 +259,7 @@ def main() -> None:
     args = parser(__doc__).parse_args()
     shapes = QUICK if args.quick or args.tune else FULL
     lengths = {(shape["context"], shape["rows"]): shape for shape in shapes}  # what kernels are compiled for
-    compile_ahead(compile_one, list(lengths.values()), GRID + LIST_GRID if args.tune else [{}])
+    compile_ahead(compile_one, list(lengths.values()), GRID if args.tune else [{}])
     results = Results("tokens", args.out)
     for shape in shapes:
         if args.tune:
@@ -284,10 +267,6 @@ def main() -> None:
         else:
             bench(results, shape)
         torch.cuda.empty_cache()
-    for shape in [*QUICK, *WIDE] if args.tune else []:
-        if shape["rows"] == 1:
-            tune(results, tokens, LIST_GRID, shape, prepare_lists)
-            torch.cuda.empty_cache()
     results.finish()
 
 

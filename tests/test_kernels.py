@@ -22,6 +22,8 @@ from sts_kernels import Ops, draft_attention, ops, select, spread, torch_ops, tr
 from sts_kernels import history as history_kernels
 from sts_kernels.layout import (
     IMPORTANCE_SCALE,
+    RANKS,
+    SEGMENT,
     UNKNOWN,
     Carried,
     Contexts,
@@ -32,6 +34,8 @@ from sts_kernels.layout import (
     Part,
     Pooling,
     Scores,
+    part_bytes,
+    parts_of_rows,
 )
 from tests.paged_fa3 import paged_fa3
 from tests.tolerances import assert_close
@@ -477,7 +481,7 @@ def test_selection_follows_the_definition(kernel: str, kind: str, counts: list[i
 @pytest.mark.parametrize("words", [64, 256, 1024])
 def test_selection_in_tiles_of_any_size(monkeypatch, words: int) -> None:
     """Rows of several tiles, of one and of a small one."""
-    tune(monkeypatch, select, words=words)
+    tune(monkeypatch, select, words=words, segment=1024, listed=1024, counted=1024)
     batch = Batch(lengths=[5000, 2048 + 64])
     for kind in ("distinct", "tied", "unknown"):
         importance = scores_like(kind, batch)[:1]
@@ -485,6 +489,31 @@ def test_selection_in_tiles_of_any_size(monkeypatch, words: int) -> None:
         for b, (length, count) in enumerate(((5000, 700), (2048 + 64, 300))):
             row = importance[0, int(batch.ctx_start[b]) :][:length]
             assert found[b][0] == top_by_definition(row, count, 4, 64)
+
+
+@pytest.mark.parametrize("alone, parts, segment", [(0, 1056, 16), (60, 1, 32)])
+@pytest.mark.parametrize(
+    "kind, counts",
+    [("distinct", [10, -1, 11, 129]), ("tied", [12, -1, 40, 13]), ("unknown", [12, -1, 40, 13])],
+)
+def test_selection_of_rows_in_parts(monkeypatch, kind, counts, alone: int, parts: int, segment: int) -> None:
+    """All rows in parts of a few scores, whose counts are read in several goes; rows of one part, beside such
+    as one program lists."""
+    tune(monkeypatch, select, alone=alone, parts=parts, segment=segment, counted=32, listed=16)
+    test_selection_follows_the_definition("triton", kind, counts)
+
+
+def test_top_p_of_rows_in_parts(monkeypatch) -> None:
+    tune(monkeypatch, select, alone=0, segment=32, counted=32, listed=16)
+    test_top_p_is_the_smallest_set_that_holds_it("triton", 0.5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 64, 1000, 1056, 5000])
+@pytest.mark.parametrize("width", [1, 4096, 32_769, 131_072, 1_000_001])
+def test_parts_cover_a_row_and_have_room(rows: int, width: int) -> None:
+    parts, segment = parts_of_rows(rows, width)
+    assert (parts - 1) * segment < width <= parts * segment and segment % SEGMENT == 0
+    assert rows * parts * 4 * (RANKS + 64) <= part_bytes(rows)
 
 
 def test_selection_over_several_full_tiles() -> None:
@@ -944,7 +973,7 @@ with compile_only() as compiled:
         bench_draft_attention.compile_one(shape | {"step": 0} | odd, {})
     case = bench_draft_attention.Case.draw(shape | {"step": 0}, device="meta", dtype=torch.bfloat16)
     case.attend(elsewhere=like(8, dtype=torch.bool))
-    bench_select.compile_one(shape, {})
+    bench_select.compile_one(shape | {"context": 65536}, {})
     ops("triton").sketch_pages(
         like(100, 8, 128, dtype=torch.float8_e4m3fn), like(100, 8, 16, dtype=f16),
         Contexts(like(3, 4096), i(2), i(2)), i(2), like(100), most=64,
@@ -1023,7 +1052,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
         *("_known_kernel", "_page_sizes_kernel", "_list_pages_kernel"),
         *("_score_kernel", "pool_logits_kernel"),
         *("_sketch_tokens_kernel", "_score_tokens_kernel", "_weigh_tokens_kernel"),
-        *("_count_kernel", "_list_kernel"),
+        *("_count_kernel", "_refine_kernel", "_list_kernel"),
         *("_copy_scores_kernel", "_mark_pages_kernel"),
         *("_score_blocks_kernel", "_pool_blocks_kernel", "_list_blocks_kernel", "_block_attention_kernel"),
         "_block_slots_kernel",

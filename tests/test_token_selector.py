@@ -13,7 +13,6 @@ from sts_kernels.layout import (
     IMPORTANCE_SCALE,
     MOST_STEPS,
     QUERY_STEPS,
-    SEGMENT,
     SKETCHED,
     UNKNOWN,
     UNRANKED_BITS,
@@ -217,7 +216,7 @@ def test_a_batch_is_scored_alike_some_requests_at_a_time(monkeypatch, head_map, 
 
 def test_memory_for_logits_is_what_the_kernel_keeps() -> None:
     few, again = AGAIN - 1, AGAIN
-    assert (kernels.KNOBS.again, kernels.KNOBS.segment) == (AGAIN, SEGMENT)
+    assert kernels.KNOBS.again == AGAIN
     assert tokens.logit_bytes(4096, 8, few) == 2 * 8 * 4096 * few and tokens.logit_bytes(4096, 8, again) == 0
     assert tokens.at_once(131072, 8, few) == SCRATCH // (2 * 8 * 131072 * few)
     assert tokens.at_once(131072, 8, again) >= 1024  # more than a batch has

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sts_kernels import ops, tokens
+from sts_kernels import ops, select, tokens
 from sts_kernels.layout import (
     IMPORTANCE_SCALE,
     MOST_STEPS,
@@ -275,7 +275,7 @@ def drawn_scores(pool: Pool, kinds: int | None = None) -> torch.Tensor:
 def test_lists_have_the_highest_ranks_and_of_equals_the_later(
     monkeypatch, kernel, kinds, segment, alone
 ) -> None:
-    tune(monkeypatch, tokens, segment=segment, listed=min(segment, 128), alone=alone)
+    tune(monkeypatch, select, segment=segment, listed=128, counted=64, alone=alone)
     pool = Pool([400, 90, 300, 40])
     counts = [[100, 24], [60, WHOLE], [25, 299], [WHOLE, WHOLE]]
     check_lists(pool, kernel, drawn_scores(pool, kinds), counts)
@@ -283,7 +283,7 @@ def test_lists_have_the_highest_ranks_and_of_equals_the_later(
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_lists_of_little_sink_and_much_recent(monkeypatch, kernel) -> None:
-    tune(monkeypatch, tokens, segment=64, listed=64, alone=0)
+    tune(monkeypatch, select, segment=64, listed=64, alone=0)
     pool = Pool([400, 330])
     check_lists(pool, kernel, drawn_scores(pool), [[200, 181], [190, 182]], sink=1, recent=180)
 

@@ -103,7 +103,8 @@ def round_ops() -> str:
     newest = {}
     for name in dict.fromkeys(name for name, *_ in OPS.values()):
         for r in timings(name):
-            if (r.get("dim", 64), r.get("group", 4), r.get("keep", 0.1)) == (64, 4, 0.1):
+            of = r.get("dim", 64), r.get("group", 4), r.get("keep", 0.1), r.get("channels", 128)
+            if of == (64, 4, 0.1, 128):
                 newest[(name, r["provider"], r.get("step"), r["context"], r["batch"])] = r
     shapes = sorted({key[3:] for key in newest if key[0] == "select"})
     shown = {title: op for title, op in OPS.items() if any(key[:3] == op for key in newest)}

@@ -41,8 +41,9 @@ SKETCHED = 2
 # of the mantissa. A sketch tells a score no better.
 UNRANKED_BITS = 6
 RANKS = 1 << (15 - UNRANKED_BITS)  # of scores that are not negative
-# Scores of a row that one program counts by rank and lists, where the row is longer than one can hold.
-SEGMENT = 8192
+# Rows of scores that are longer than one program can hold are listed in parts: about so many of all rows
+# together, and of at least so many scores each.
+PARTS, SEGMENT = 1056, 4096
 # Query rows of a KV head from which on sketches of tokens are read twice, and no logits are kept in between.
 AGAIN = 12
 MOST_STEPS = 7  # of a value of a sketch, either way
@@ -62,6 +63,18 @@ PoolName = Literal["max", "mean"]
 def pages_of(positions: int) -> int:
     """Pages of so many positions, the last of them maybe not complete."""
     return -(-positions // PAGE)
+
+
+def parts_of_rows(rows: int, width: int, *, parts: int = PARTS, least: int = SEGMENT) -> tuple[int, int]:
+    """Parts of each of so many rows of up to `width` scores, and scores of a part, `least` or a multiple; all
+    rows together have `parts + rows` at most."""
+    segment = max(1, -(-rows * width // (parts * least))) * least
+    return -(-width // segment), segment
+
+
+def part_bytes(rows: int) -> int:
+    """Of the counts of so many rows in parts: an int32 for every rank, and for those within one."""
+    return (PARTS + rows) * 4 * (RANKS + (1 << UNRANKED_BITS))
 
 
 def sketch_bytes(head_dim: int) -> int:

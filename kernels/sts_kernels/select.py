@@ -1,10 +1,13 @@
-"""Selection in Triton: the exact top k of a row of scores, without atomics; a program per (request, channel).
+"""Selection in Triton: the exact top k of a row of scores, a row for each (request, channel).
 
 The k-th largest score of a row, its threshold, is found bit by bit: a bit is set if enough scores have it.
 To count them fast, the 32 neighbouring scores of a lane are transposed as a matrix of bits. Word b, the plane
 b, then has bit b of all 32, and one AND and one population count do the work of 32 comparisons. A row of one
-tile, 32 x WORDS scores, is read and transposed once and stays in registers. A longer row is read again by
-each pass of the search, which finds two bits of the threshold.
+tile, 32 x WORDS scores, is read and transposed once and stays in the registers of one program.
+
+Of a longer row several programs have a part each. One kernel counts the scores of each part by rank, which is
+all but their lowest bits. A second one counts those of the threshold's rank by these bits, unless they are no
+matter. The third knows from all counts where its part goes in the list.
 """
 
 from __future__ import annotations
@@ -14,23 +17,47 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sts_kernels.checks import check_select, expect, expect_half
-from sts_kernels.layout import ALIGN, SHIFT, Contexts, Lists, Scores
+from sts_kernels.layout import (
+    ALIGN,
+    PARTS,
+    RANKS,
+    SEGMENT,
+    SHIFT,
+    UNRANKED_BITS,
+    Contexts,
+    Lists,
+    Scores,
+    parts_of_rows,
+)
+from sts_kernels.split_kv import starts_early
 
 
 @dataclass(frozen=True)
 class SelectKnobs:
-    """words: of 32 scores, in a tile. num_warps: of a program. maxnreg: registers that a thread has at most;
-    with 128, two programs fit on a multiprocessor.
+    """words: of 32 scores, in a tile. num_warps: of a program that lists a row by itself. maxnreg: registers
+    that a thread of it has at most; with 128, two programs fit on a multiprocessor. alone: scores of such a
+    row, of one tile at most; 0: all rows are in parts. parts, segment: see `layout.parts_of_rows`. counted,
+    listed: scores of a part that a program counts or lists at a time. part_warps: of one. early: whether
+    these start while the kernel before them ends.
     """
 
     words: int = 1024
     num_warps: int = 8
     maxnreg: int = 128
+    alone: int = 32768
+    parts: int = PARTS
+    segment: int = SEGMENT
+    counted: int = 4096
+    listed: int = 2048
+    part_warps: int = 8
+    early: bool = True
 
 
 KNOBS = SelectKnobs()
+MOST_PARTS = 8  # of a row, whose counts a program has at a time
 # A key is the bits of a float16 score without the sign: those of non-negative numbers are in their order.
 KEY_BITS = tl.constexpr(15)
 # The key of a score that is no number, above that of infinity. It ranks above every score, so that no token
@@ -69,20 +96,16 @@ def select_rows(
     recent: int,
     top_p: torch.Tensor | None = None,
     draft_indices: torch.Tensor | None = None,
-    unranked: int = 0,
-    longest: int = 2**31 - 1,
-    num_warps: int | None = None,
+    ranked: bool = False,
 ) -> None:
-    """unranked: lowest bits of a score that are no matter. longest: scores of a row that is listed.
-    num_warps: of a program; None: as KNOBS has it."""
+    """ranked: scores that differ in their last UNRANKED_BITS alone are equal."""
     ok = draft_indices is None or sink >= SHIFT
     expect("select_tokens", ok, f"sink is {sink}, and no draft key is about the first {SHIFT} positions")
-    importance, bs = scores.importance, contexts.lens.numel()
-    channels, columns = importance.shape[0], importance.stride(0)
-    if bs == 0:
+    if contexts.lens.numel() == 0:
         return
-    _select_kernel[(bs, channels)](
-        importance.view(torch.int16),
+    alone = min(KNOBS.alone, 32 * KNOBS.words)
+    tensors = (
+        scores.importance.view(torch.int16),
         scores.starts,
         contexts.lens,
         contexts.table,
@@ -91,21 +114,48 @@ def select_rows(
         lists.indices if draft_indices is None else draft_indices,
         lists.starts,
         lists.counts,
-        columns,
+        scores.importance.stride(0),
         contexts.table.stride(0),
-        channels,
-        contexts.lens if top_p is None else top_p,
-        TOP_P=top_p is not None,
-        DRAFT_SHIFT=SHIFT if draft_indices is not None else 0,
-        SINK=sink,
-        RECENT=recent,
-        FORCED=min(1024, triton.next_power_of_2(sink + recent)),
-        UNRANKED=unranked,
-        LONGEST=longest,
-        ALIGN=ALIGN if columns % ALIGN == 0 else 1,
-        WORDS=KNOBS.words,
-        num_warps=num_warps or KNOBS.num_warps,
-        maxnreg=KNOBS.maxnreg,
+    )
+    shape = {
+        "DRAFT_SHIFT": SHIFT if draft_indices is not None else 0,
+        "SINK": sink,
+        "RECENT": recent,
+        "FORCED": min(1024, triton.next_power_of_2(sink + recent)),
+        "ALONE": alone,
+        "ALIGN": ALIGN if scores.importance.stride(0) % ALIGN == 0 else 1,
+    }
+    if alone or top_p is not None:
+        _select_kernel[tuple(lists.counts.shape)](
+            *tensors,
+            contexts.lens if top_p is None else top_p,
+            TOP_P=top_p is not None,
+            UNRANKED=UNRANKED_BITS if ranked else 0,
+            WORDS=KNOBS.words,
+            num_warps=KNOBS.num_warps,
+            maxnreg=KNOBS.maxnreg,
+            **shape,
+        )
+    if contexts.table.shape[1] > alone:  # else no row is longer
+        _list_in_parts(tensors, lists.counts.shape, contexts.table.shape[1], ranked, shape)
+
+
+def _list_in_parts(tensors: tuple, rows: tuple[int, int], width: int, ranked: bool, shape: dict) -> None:
+    """What no program lists by itself. tensors, shape: of _select_kernel. rows: requests and channels."""
+    device = tensors[0].device
+    parts, segment = parts_of_rows(rows[0] * rows[1], width, parts=KNOBS.parts, least=KNOBS.segment)
+    counted = torch.empty(*rows, parts, RANKS, dtype=torch.int32, device=device)
+    refined = torch.empty(*rows, parts, 1 << UNRANKED_BITS, dtype=torch.int32, device=device)
+    early = starts_early(device) if KNOBS.early else {}
+    shape |= {"ALL_RANKS": RANKS, "UNRANKED": UNRANKED_BITS, "EARLY": bool(early)}
+    shape |= {"num_warps": KNOBS.part_warps, **early}
+    at_once = {"AT_ONCE": min(MOST_PARTS, triton.next_power_of_2(parts))}
+    grid = (parts, *rows)
+    _count_kernel[grid](*tensors, counted, segment, BLOCK=KNOBS.counted, **shape)
+    if not ranked:
+        _refine_kernel[grid](*tensors, counted, refined, segment, BLOCK=KNOBS.counted, **at_once, **shape)
+    _list_kernel[grid](
+        *tensors, counted, refined, segment, RANKED=ranked, BLOCK=KNOBS.listed, **at_once, **shape
     )
 
 
@@ -216,54 +266,6 @@ def _search_tile(planes, active, wanted, UNRANKED: tl.constexpr):
         above = tl.where(enough, above, number)
         active &= plane ^ tl.where(enough, 0, ALL).to(tl.uint32)
     return threshold << UNRANKED, reach
-
-
-@triton.jit
-def _cleared(words, inside, FIRST: tl.constexpr):
-    """`words` [WORDS, 8] of `_words`, whose column 0 begins with score FIRST, with 0 for scores that are not
-    `inside` [WORDS, 1]."""
-    column = (FIRST + tl.arange(0, 8)[None, :]).to(tl.uint32)
-    return words & (((inside >> column) & EACH_HALF) * 0xFFFF)
-
-
-@triton.jit
-def _reaching(words, key):
-    """uint32 [WORDS], a count in each half: how many scores of `words` [WORDS, 8] are at least `key`."""
-    # A score has 15 bits: the bit above is set, and the subtraction clears it where the key is higher.
-    spare: tl.constexpr = EACH_HALF << KEY_BITS
-    return tl.sum((((words | spare) - key.to(tl.uint32) * EACH_HALF) >> KEY_BITS) & EACH_HALF, 1)
-
-
-@triton.jit
-def _search_row(row_ptr, first, last, wanted, ALIGN: tl.constexpr, WORDS: tl.constexpr):
-    """Two bits a pass over the row, which counts the scores that reach each of three keys."""
-    tiles = tl.cdiv(last, 32 * WORDS)
-    threshold = 0
-    reach = last - first
-    for i in range(8):
-        step = 1 << (14 - 2 * i)
-        # uint32 [WORDS] for each of the three keys, as `_reaching` counts.
-        counts = (tl.zeros([WORDS], tl.uint32), tl.zeros([WORDS], tl.uint32), tl.zeros([WORDS], tl.uint32))
-        for tile in range(tiles):
-            at = (tile * WORDS + tl.arange(0, WORDS)[:, None]) * 32
-            low, high = _words(row_ptr, at, last, ALIGN)
-            if (tile == 0) | (tile == tiles - 1):
-                inside = _inside(at, first, last)
-                low, high = _cleared(low, inside, 0), _cleared(high, inside, 8)
-            more = ()
-            for k in tl.static_range(3):
-                key = threshold + (k + 1) * step
-                more += (counts[k] + _reaching(low, key) + _reaching(high, key),)
-            counts = more
-        base = threshold
-        for k in tl.static_range(3):
-            key = base + (k + 1) * step
-            number = tl.sum((counts[k] & 0xFFFF) + (counts[k] >> 16)).to(tl.int32)
-            # No threshold is above NO_SCORE: all NaN are equal, as in _planes.
-            enough = (number >= wanted) & (key <= NO_SCORE)
-            threshold = tl.where(enough, key, threshold)
-            reach = tl.where(enough, number, reach)
-    return threshold, reach
 
 
 @triton.jit
@@ -393,28 +395,26 @@ def _list_tile(
 
 
 @triton.jit
-def _list_row(
-    row_ptr,
-    first,
-    last,
-    wanted,
+def _list_forced(
     slot_ptr,
     out_ptr,
     draft_ptr,
+    length,
     DRAFT_SHIFT: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WORDS: tl.constexpr,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+    FORCED: tl.constexpr,
 ):
-    """Search and list a row of several tiles, which every pass reads again."""
-    threshold, reach = _search_row(row_ptr, first, last, wanted, ALIGN, WORDS)
-    written, skip = 0, reach - wanted
-    for tile in range(0, last, 32 * WORDS):
-        at = tile + tl.arange(0, WORDS)[:, None] * 32
-        planes, inside = _planes(row_ptr, at, last, ALIGN), _inside(at, first, last)
-        above, equal = _split(planes, inside, threshold, 0)
-        written, skip = _write_tile(
-            above, equal, at, written, skip, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT
-        )
+    """Sink and recent, which are first in the list."""
+    for begin in range(0, SINK + RECENT, FORCED):
+        forced = begin + tl.arange(0, FORCED)  # [FORCED], places in the list
+        position = tl.where(forced < SINK, forced, length - RECENT + forced - SINK)
+        is_forced = forced < SINK + RECENT
+        _copy_slots(slot_ptr, (position,), out_ptr, (forced,), (is_forced,))
+        if DRAFT_SHIFT:
+            # No draft key is about position 0: the one about the bonus token takes its place.
+            position = tl.where(position == 0, length, position)
+            _copy_slots(slot_ptr - DRAFT_SHIFT, (position,), draft_ptr, (forced,), (is_forced,))
 
 
 @triton.jit
@@ -430,30 +430,24 @@ def _select_kernel(
     count_ptr,  # int32 [bs, channels], below 0: WHOLE; written if TOP_P
     stride_channel,
     stride_table,
-    channels,
     top_p_ptr,  # float32 [bs], if TOP_P
     TOP_P: tl.constexpr,
     DRAFT_SHIFT: tl.constexpr,
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     FORCED: tl.constexpr,  # of sink and recent, at a time
-    UNRANKED: tl.constexpr,
-    LONGEST: tl.constexpr,  # scores of a row that is listed
+    UNRANKED: tl.constexpr,  # lowest bits of a score that are no matter
+    ALONE: tl.constexpr,  # scores of a row that is listed here
     ALIGN: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    b, c = tl.program_id(0), tl.program_id(1)
+    b, c, channels = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     count = tl.load(count_ptr + b * channels + c)
     if count < 0:
         return
     length = tl.load(lens_ptr + b).to(tl.int32)
     row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(column_ptr + b) // ALIGN * ALIGN
-    slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
-    start = tl.load(start_ptr + b * channels + c)
-    out_ptr, draft_ptr = indices_ptr + start, draft_ptr + start
     first, last = SINK, length - RECENT
-    if last > LONGEST:
-        return
     wanted = count - SINK - RECENT
     if TOP_P:
         top_p = tl.load(top_p_ptr + b)
@@ -461,16 +455,12 @@ def _select_kernel(
             most = _top_p_wanted(row_ptr, length, first, last, top_p, ALIGN, 4 * WORDS)
             wanted = tl.minimum(wanted, most)
             tl.store(count_ptr + b * channels + c, SINK + RECENT + wanted)
-
-    for begin in range(0, SINK + RECENT, FORCED):
-        forced = begin + tl.arange(0, FORCED)  # [FORCED], places in the list
-        position = tl.where(forced < SINK, forced, last + forced - SINK)
-        is_forced = forced < SINK + RECENT
-        _copy_slots(slot_ptr, (position,), out_ptr, (forced,), (is_forced,))
-        if DRAFT_SHIFT:
-            # No draft key is about position 0: the one about the bonus token takes its place.
-            position = tl.where(position == 0, length, position)
-            _copy_slots(slot_ptr - DRAFT_SHIFT, (position,), draft_ptr, (forced,), (is_forced,))
+    if last > ALONE:
+        return
+    slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
+    start = tl.load(start_ptr + b * channels + c)
+    out_ptr, draft_ptr = indices_ptr + start, draft_ptr + start
+    _list_forced(slot_ptr, out_ptr, draft_ptr, length, DRAFT_SHIFT, SINK, RECENT, FORCED)
     if wanted <= 0:
         return
 
@@ -481,9 +471,212 @@ def _select_kernel(
         _list_tile(
             row_ptr, first, last, wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT, UNRANKED, ALIGN, few
         )
-    elif last <= 32 * WORDS:
+    else:
         _list_tile(
             row_ptr, first, last, wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT, UNRANKED, ALIGN, WORDS
         )
-    else:
-        _list_row(row_ptr, first, last, wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT, ALIGN, WORDS)
+
+
+# ---- rows in parts
+
+
+@triton.jit
+def _keys(row_ptr, offs, first, last, ALIGN: tl.constexpr):
+    """int32, the keys of the scores at `offs`, -1 where they are not at [first, last)."""
+    key = tl.minimum((_bits(row_ptr, offs, last, ALIGN) & 0x7FFF).to(tl.int32), NO_SCORE)
+    return tl.where((offs >= first) & (offs < last), key, -1)
+
+
+@triton.jit
+def _boundary(counted_ptr, wanted, parts, part, NUMBER: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Of counts int32 [parts, NUMBER], by rank, of a row: the lowest rank of the `wanted` highest scores, how
+    many of those that have it are wanted, and how many, the first ones, are not; in the parts before `part`,
+    how many scores are above it, and how many have it."""
+    ranks = tl.arange(0, NUMBER)
+    total, before = tl.zeros([NUMBER], tl.int32), tl.zeros([NUMBER], tl.int32)
+    for some in range(0, parts, AT_ONCE):
+        of = some + tl.arange(0, AT_ONCE)[:, None]
+        own = tl.load(counted_ptr + of * NUMBER + ranks[None, :], mask=of < parts, other=0)
+        total += tl.sum(own, 0)
+        before += tl.sum(tl.where(of < part, own, 0), 0)
+    reach = tl.cumsum(total, 0, reverse=True)
+    lowest = tl.sum((reach >= wanted).to(tl.int32), 0) - 1
+    here = ranks == lowest
+    # How many reach the lowest rank is how many are above it and have it.
+    skip = tl.max(tl.where(here, reach, 0), 0) - wanted
+    taken = tl.sum(tl.where(here, total, 0), 0) - skip
+    above_before = tl.sum(tl.where(ranks > lowest, before, 0), 0)
+    return lowest, taken, skip, above_before, tl.sum(tl.where(here, before, 0), 0)
+
+
+@triton.jit
+def _count_kernel(
+    scores_ptr,  # from here on as in _select_kernel
+    column_ptr,
+    lens_ptr,
+    table_ptr,
+    reqs_ptr,
+    indices_ptr,
+    draft_ptr,
+    start_ptr,
+    count_ptr,
+    stride_channel,
+    stride_table,
+    counted_ptr,  # int32 [bs, channels, parts, ALL_RANKS], written: scores of a rank; undefined behind a row
+    segment,  # scores of a part
+    DRAFT_SHIFT: tl.constexpr,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+    FORCED: tl.constexpr,
+    ALONE: tl.constexpr,  # scores of a row that _select_kernel lists
+    ALIGN: tl.constexpr,
+    ALL_RANKS: tl.constexpr,
+    UNRANKED: tl.constexpr,  # lowest bits of a key, which its rank lacks
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    if EARLY:  # all wait: what comes after this kernel takes it that the ones before have ended
+        gdc_launch_dependents()
+        gdc_wait()
+    part, b, c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = b * tl.num_programs(2) + c
+    last = tl.load(lens_ptr + b).to(tl.int32) - RECENT
+    begin = part * segment
+    if (last <= ALONE) | (begin >= last):
+        return
+    if tl.load(count_ptr + row) < 0:
+        return
+    row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(column_ptr + b) // ALIGN * ALIGN
+    found = tl.zeros([ALL_RANKS], tl.int32)
+    end = tl.minimum(begin + segment, last)
+    for block in range(begin, end, BLOCK):
+        key = _keys(row_ptr, block + tl.arange(0, BLOCK), SINK, end, ALIGN)
+        found += tl.histogram(tl.maximum(key, 0) >> UNRANKED, ALL_RANKS, mask=key >= 0)
+    counted_ptr += (row.to(tl.int64) * tl.num_programs(0) + part) * ALL_RANKS
+    tl.store(counted_ptr + tl.arange(0, ALL_RANKS), found)
+
+
+@triton.jit
+def _refine_kernel(
+    scores_ptr,  # from here on as in _count_kernel
+    column_ptr,
+    lens_ptr,
+    table_ptr,
+    reqs_ptr,
+    indices_ptr,
+    draft_ptr,
+    start_ptr,
+    count_ptr,
+    stride_channel,
+    stride_table,
+    counted_ptr,
+    refined_ptr,  # int32 [bs, channels, parts, 1 << UNRANKED], written: of the lowest rank, by the other bits
+    segment,
+    DRAFT_SHIFT: tl.constexpr,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+    FORCED: tl.constexpr,
+    ALONE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ALL_RANKS: tl.constexpr,
+    UNRANKED: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # parts whose counts are read
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    part, b, c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = b * tl.num_programs(2) + c
+    last = tl.load(lens_ptr + b).to(tl.int32) - RECENT
+    begin, wanted = part * segment, tl.load(count_ptr + row) - SINK - RECENT
+    if (last <= ALONE) | (begin >= last) | (wanted <= 0):
+        return
+    of_row, parts = row.to(tl.int64) * tl.num_programs(0), tl.cdiv(last, segment)
+    lowest, _, _, _, _ = _boundary(counted_ptr + of_row * ALL_RANKS, wanted, parts, part, ALL_RANKS, AT_ONCE)
+    row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(column_ptr + b) // ALIGN * ALIGN
+    number: tl.constexpr = 1 << UNRANKED
+    found = tl.zeros([number], tl.int32)
+    end = tl.minimum(begin + segment, last)
+    for block in range(begin, end, BLOCK):
+        key = _keys(row_ptr, block + tl.arange(0, BLOCK), SINK, end, ALIGN)
+        found += tl.histogram(key & (number - 1), number, mask=(key >> UNRANKED) == lowest)
+    tl.store(refined_ptr + (of_row + part) * number + tl.arange(0, number), found)
+
+
+@triton.jit
+def _list_kernel(
+    scores_ptr,  # from here on as in _refine_kernel
+    column_ptr,
+    lens_ptr,
+    table_ptr,
+    reqs_ptr,
+    indices_ptr,
+    draft_ptr,
+    start_ptr,
+    count_ptr,
+    stride_channel,
+    stride_table,
+    counted_ptr,
+    refined_ptr,  # unless RANKED
+    segment,
+    RANKED: tl.constexpr,  # whether scores of a rank are equal
+    DRAFT_SHIFT: tl.constexpr,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+    FORCED: tl.constexpr,
+    ALONE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ALL_RANKS: tl.constexpr,
+    UNRANKED: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    if EARLY:
+        gdc_wait()
+    part, b, c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = b * tl.num_programs(2) + c
+    length, count = tl.load(lens_ptr + b).to(tl.int32), tl.load(count_ptr + row)
+    last, begin, wanted = length - RECENT, part * segment, count - SINK - RECENT
+    if (last <= ALONE) | (count < 0) | (begin >= last):
+        return
+    row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(column_ptr + b) // ALIGN * ALIGN
+    slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
+    start = tl.load(start_ptr + row)
+    out_ptr, draft_ptr = indices_ptr + start, draft_ptr + start
+    if part == 0:
+        _list_forced(slot_ptr, out_ptr, draft_ptr, length, DRAFT_SHIFT, SINK, RECENT, FORCED)
+    if wanted <= 0:
+        return
+
+    of_row, parts = row.to(tl.int64) * tl.num_programs(0), tl.cdiv(last, segment)
+    lowest, taken, skip, above_before, ties_before = _boundary(
+        counted_ptr + of_row * ALL_RANKS, wanted, parts, part, ALL_RANKS, AT_ONCE
+    )
+    if not RANKED:
+        number: tl.constexpr = 1 << UNRANKED
+        least, _, skip, more, ties_before = _boundary(
+            refined_ptr + of_row * number, taken, parts, part, number, AT_ONCE
+        )
+        lowest, above_before = (lowest << UNRANKED) + least, above_before + more
+    out_ptr += SINK + RECENT
+    draft_ptr += SINK + RECENT
+    end = tl.minimum(begin + segment, last)
+    for block in range(begin, end, BLOCK):
+        offs = block + tl.arange(0, BLOCK)
+        key = _keys(row_ptr, offs, SINK, end, ALIGN)
+        if RANKED:
+            key = key >> UNRANKED
+        is_above, is_tie = (key > lowest).to(tl.int32), (key == lowest).to(tl.int32)
+        both = tl.cumsum(is_above | (is_tie << 16), 0)  # counts of both by one scan
+        place = above_before + (both & 0xFFFF) - is_above
+        tie = ties_before + (both >> 16) - is_tie
+        take = (is_above > 0) | ((is_tie > 0) & (tie >= skip))
+        place += tl.maximum(tie - skip, 0)
+        _copy_slots(slot_ptr, (offs,), out_ptr, (place,), (take,))
+        if DRAFT_SHIFT:
+            _copy_slots(slot_ptr - DRAFT_SHIFT, (offs,), draft_ptr, (place,), (take,))
+        above_before += tl.sum(is_above, 0)
+        ties_before += tl.sum(is_tie, 0)

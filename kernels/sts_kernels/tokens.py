@@ -3,8 +3,7 @@
 A token's sketch lies beside its slot, so that it is shared and dies with the key. Scores take two kernels, as
 the sum over the whole context has to be known: one reads the sketches and leaves logits, and one makes them
 importance. Of many query rows logits are more bytes than sketches: then there are none, and both kernels read
-the sketches. A layer has few lists. So of a row too long for one program's registers many programs have a
-part each: one kernel counts scores by rank, one knows from all counts where its part goes in the list.
+the sketches. Lists are made as those of the draft's choice are, of scores of fewer bits.
 """
 
 from __future__ import annotations
@@ -18,18 +17,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sts_kernels import select
 from sts_kernels.checks import check_select, check_token_scores, check_token_sketches, expect, expect_half
 from sts_kernels.layout import (
     AGAIN,
-    ALIGN,
     IMPORTANCE_SCALE,
     LOW_ZERO,
     MOST_STEPS,
     QUERY_STEPS,
-    RANKS,
-    SEGMENT,
-    UNRANKED_BITS,
     Contexts,
     Directions,
     Lists,
@@ -48,7 +42,6 @@ LEAST_COLUMNS, LEAST_BYTES = 8, 32  # of a product of int8
 MOST_DIM = 256
 # A float beside which the next 2 ** 22 whole numbers are floats, either way, one bit apart; and its bits.
 EXACT, EXACT_BITS = tl.constexpr(1.5 * 2**23), tl.constexpr(0x4B400000)
-MOST_PARTS = 8  # of a row, whose counts a program has at a time
 
 
 @dataclass(frozen=True)
@@ -57,9 +50,7 @@ class TokensKnobs(PoolKnobs):
     pairs are parted among. block: tokens that a program scores at a time. products: of these and query rows,
     at a time. again: query rows of a KV head from which on sketches are read again for want of logits.
     maxnreg: registers that a thread has at most that scores, None: any. pooled: logits that a pooling program
-    takes at a time. alone: scores of a row that one program of alone_warps lists by itself, of one tile at
-    most; 0: all rows are counted and listed in parts. segment: scores of a row that one program counts and
-    lists, `listed` at a time. list_warps: of one. The rest: see PoolKnobs.
+    takes at a time. The rest: see PoolKnobs.
     """
 
     programs: int = 528
@@ -73,11 +64,6 @@ class TokensKnobs(PoolKnobs):
     maxnreg: int | None = None
     pooled: int = 4096
     pool_programs: int = 1056
-    alone: int = 32768
-    alone_warps: int = 8
-    segment: int = SEGMENT
-    listed: int = 2048
-    list_warps: int = 8
 
 
 KNOBS = TokensKnobs()
@@ -275,44 +261,7 @@ def list_tokens(scores: Scores, contexts: Contexts, lists: Lists, *, sink: int, 
     """
     check_select(scores, contexts.lens, lists)
     expect_half("list_tokens", scores)
-    importance, bs, width = scores.importance, contexts.lens.numel(), contexts.table.shape[1]
-    if bs == 0:
-        return
-    forced, alone = {"sink": sink, "recent": recent}, min(KNOBS.alone, 32 * select.KNOBS.words)
-    if alone > 0:
-        rows = {"unranked": UNRANKED_BITS, "longest": alone, "num_warps": KNOBS.alone_warps}
-        select_rows(scores, contexts, lists, **forced, **rows)
-    if width <= alone:  # none is longer
-        return
-    channels, parts = importance.shape[0], -(-width // KNOBS.segment)
-    counted = torch.empty(bs, channels, parts, RANKS, dtype=torch.int32, device=importance.device)
-    of_rows = [
-        importance.view(torch.int16),
-        counted,
-        scores.starts,
-        contexts.lens,
-        lists.counts,
-        importance.stride(0),
-    ]
-    shape = {"SINK": sink, "RECENT": recent, "RANKS": RANKS, "UNRANKED": UNRANKED_BITS}
-    shape |= {"ALIGN": ALIGN, "SEGMENT": KNOBS.segment, "ALONE": alone}
-    early = starts_early(importance.device) if KNOBS.early else {}
-    launch = {"EARLY": bool(early), "num_warps": KNOBS.list_warps, **early}
-    grid = (channels, bs, parts)
-    _count_kernel[grid](*of_rows, **shape, **launch)
-    _list_kernel[grid](
-        *of_rows,
-        contexts.table,
-        contexts.reqs,
-        lists.indices,
-        lists.starts,
-        contexts.table.stride(0),
-        **shape,
-        AT_ONCE=min(MOST_PARTS, triton.next_power_of_2(parts)),
-        FORCED=min(1024, triton.next_power_of_2(sink + recent)),
-        BLOCK=KNOBS.listed,
-        **launch,
-    )
+    select_rows(scores, contexts, lists, sink=sink, recent=recent, ranked=True)
 
 
 @triton.jit
@@ -604,124 +553,3 @@ def _weigh_tokens_kernel(
         # The most probable row's: exp2 is taken once a token.
         p = tl.exp2(tl.max(s * step[None, :] + zero[None, :], 1))
         tl.store(to_ptr + offs, p.to(tl.float16), mask=offs < end)
-
-
-@triton.jit
-def _ranks(row_ptr, offs, first, last, ALIGN: tl.constexpr, UNRANKED: tl.constexpr):
-    """int32, the rank of each score at `offs`, -1 where it is not at [first, last)."""
-    # Scores are read up to a multiple of ALIGN, where this request's columns end: a mask by position would
-    # split the access into single scores.
-    bits = tl.load(row_ptr + offs, mask=offs // ALIGN * ALIGN < last, other=0).to(tl.int32)
-    return tl.where((offs >= first) & (offs < last), (bits & 0x7FFF) >> UNRANKED, -1)
-
-
-@triton.jit
-def _count_kernel(
-    scores_ptr,  # int16 [channels, columns], bits of float16
-    counted_ptr,  # int32 [bs, channels, parts, RANKS], written: scores of a rank; undefined behind a context
-    column_ptr,  # int64 [bs], first columns
-    lens_ptr,  # int [bs]
-    count_ptr,  # int32 [bs, channels], below 0: WHOLE
-    stride_channel,
-    SINK: tl.constexpr,
-    RECENT: tl.constexpr,
-    RANKS: tl.constexpr,
-    UNRANKED: tl.constexpr,
-    ALIGN: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    ALONE: tl.constexpr,  # scores of a row that the select kernel lists
-    EARLY: tl.constexpr,
-):
-    if EARLY:  # all wait: what comes after this kernel takes it that the ones before have ended
-        gdc_launch_dependents()
-        gdc_wait()
-    c, b, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    channels, parts = tl.num_programs(0), tl.num_programs(2)
-    last = tl.load(lens_ptr + b).to(tl.int32) - RECENT
-    if (last <= ALONE) | (part * SEGMENT >= last):
-        return
-    if tl.load(count_ptr + b * channels + c) < 0:
-        return
-    row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(column_ptr + b) // ALIGN * ALIGN
-    rank = _ranks(row_ptr, part * SEGMENT + tl.arange(0, SEGMENT), SINK, last, ALIGN, UNRANKED)
-    found = tl.histogram(tl.maximum(rank, 0), RANKS, mask=rank >= 0)
-    counted_ptr += ((b * channels + c).to(tl.int64) * parts + part) * RANKS
-    tl.store(counted_ptr + tl.arange(0, RANKS), found)
-
-
-@triton.jit
-def _list_kernel(
-    scores_ptr,  # from here on as in _count_kernel
-    counted_ptr,
-    column_ptr,
-    lens_ptr,
-    count_ptr,
-    stride_channel,
-    table_ptr,  # int32 [requests, width]
-    reqs_ptr,  # int [bs]
-    indices_ptr,  # int32 [entries], written
-    start_ptr,  # int64 [bs, channels]
-    stride_table,
-    SINK: tl.constexpr,
-    RECENT: tl.constexpr,
-    RANKS: tl.constexpr,
-    UNRANKED: tl.constexpr,
-    ALIGN: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    ALONE: tl.constexpr,
-    AT_ONCE: tl.constexpr,  # parts whose counts are read
-    FORCED: tl.constexpr,  # of sink and recent, at a time
-    BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    if EARLY:
-        gdc_wait()
-    c, b, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    channels, parts = tl.num_programs(0), tl.num_programs(2)
-    count = tl.load(count_ptr + b * channels + c)
-    last = tl.load(lens_ptr + b).to(tl.int32) - RECENT
-    if (last <= ALONE) | (count < 0) | (part * SEGMENT >= last):
-        return
-    row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(column_ptr + b) // ALIGN * ALIGN
-    slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
-    out_ptr = indices_ptr + tl.load(start_ptr + b * channels + c)
-    if part == 0:
-        for begin in range(0, SINK + RECENT, FORCED):
-            forced = begin + tl.arange(0, FORCED)  # places in the list
-            position = tl.where(forced < SINK, forced, last + forced - SINK)
-            slots = tl.load(slot_ptr + position, mask=forced < SINK + RECENT, other=0)
-            tl.store(out_ptr + forced, slots, mask=forced < SINK + RECENT)
-    wanted = count - SINK - RECENT
-    if wanted <= 0:
-        return
-
-    # The lowest rank that is listed, how many scores are above it, and how many of those that have it, the
-    # first ones, are not listed.
-    counted_ptr += (b * channels + c).to(tl.int64) * parts * RANKS
-    ranks = tl.arange(0, RANKS)
-    total, before = tl.zeros([RANKS], tl.int32), tl.zeros([RANKS], tl.int32)  # of the row, of earlier parts
-    for some in range(0, tl.cdiv(last, SEGMENT), AT_ONCE):
-        of = some + tl.arange(0, AT_ONCE)[:, None]
-        own = tl.load(counted_ptr + of * RANKS + ranks[None, :], mask=of * SEGMENT < last, other=0)
-        total += tl.sum(own, 0)
-        before += tl.sum(tl.where(of < part, own, 0), 0)
-    reach = tl.cumsum(total, 0, reverse=True)
-    lowest = tl.sum((reach >= wanted).to(tl.int32), 0) - 1
-    # How many reach the lowest rank is how many are above it and have it.
-    skip = tl.max(tl.where(ranks == lowest, reach, 0), 0) - wanted
-    above_before = tl.sum(tl.where(ranks > lowest, before, 0), 0)
-    ties_before = tl.sum(tl.where(ranks == lowest, before, 0), 0)
-
-    out_ptr += SINK + RECENT
-    for block in range(part * SEGMENT, tl.minimum(part * SEGMENT + SEGMENT, last), BLOCK):
-        offs = block + tl.arange(0, BLOCK)
-        rank = _ranks(row_ptr, offs, SINK, last, ALIGN, UNRANKED)
-        is_above, is_tie = (rank > lowest).to(tl.int32), (rank == lowest).to(tl.int32)
-        both = tl.cumsum(is_above | (is_tie << 16), 0)  # counts of both by one scan
-        place = above_before + (both & 0xFFFF) - is_above
-        tie = ties_before + (both >> 16) - is_tie
-        take = (is_above > 0) | ((is_tie > 0) & (tie >= skip))
-        slots = tl.load(slot_ptr + offs, mask=take, other=0)
-        tl.store(out_ptr + place + tl.maximum(tie - skip, 0), slots, mask=take)
-        above_before += tl.sum(is_above, 0)
-        ties_before += tl.sum(is_tie, 0)

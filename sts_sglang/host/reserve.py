@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sts_kernels.layout import part_bytes
 from sts_sglang import headmap
 from sts_sglang.config import StsConfig, not_allowed
 from sts_sglang.core import block_attention, prefill, sizes
@@ -70,6 +71,7 @@ class _Launch(NamedTuple):
         buffers = capacity.nbytes(self.config, self.head_map)
         stored = sizes.scratch_bytes(capacity.context, draft.counts.kv_heads, self.rows)
         scratch = min(capacity.requests * stored, max(stored, sizes.SCRATCH))
+        scratch = max(scratch, part_bytes(capacity.requests * channels))  # one after the other
         carried = draft.counts.layers * draft.counts.q_heads * draft.head_dim * draft.dtype.itemsize
         remembers = self.config.history != "off"
         per_token = sizes.history_bytes_per_token(channels) if remembers else 0

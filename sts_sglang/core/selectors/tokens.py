@@ -15,8 +15,6 @@ import torch
 from sts_kernels import Ops
 from sts_kernels.layout import (
     AGAIN,
-    RANKS,
-    SEGMENT,
     UNKNOWN,
     Contexts,
     Directions,
@@ -25,6 +23,7 @@ from sts_kernels.layout import (
     Pooling,
     Scores,
     Sizes,
+    part_bytes,
 )
 from sts_sglang.config import StsConfig
 from sts_sglang.core import sketches
@@ -159,7 +158,7 @@ def need(config: StsConfig, target: TargetShape, longest: int) -> Need:
     some = min(target.requests, at_once(capacity.context, target.kv_heads, rows))
     fixed += some * logit_bytes(capacity.context, target.kv_heads, rows)
     fixed += list_bytes(target.kv_heads, target.requests, longest) + sketches.SCRATCH
-    fixed += target.requests * target.kv_heads * counted_bytes(capacity.context)
+    fixed += part_bytes(target.requests * target.kv_heads)
     of_heads = layers, target.kv_heads, target.head_dim
     fixed += sketches.direction_bytes(*of_heads, target.dtype.itemsize)
     return Need(fixed, sketches.token_bytes(*of_heads))
@@ -169,11 +168,6 @@ def logit_bytes(columns: int, kv_heads: int, rows: int) -> int:
     """Of one request, while a layer's tokens are scored: a float16 for each of a KV head's query rows, unless
     they are so many that the kernel keeps none."""
     return 2 * kv_heads * columns * rows if rows < AGAIN else 0
-
-
-def counted_bytes(columns: int) -> int:
-    """Of one row, while long ones are listed: an int32 for each rank and part of it."""
-    return (-(-columns // SEGMENT) + 1) * 4 * RANKS
 
 
 def at_once(columns: int, kv_heads: int, rows: int) -> int:
