@@ -382,9 +382,10 @@ class StsConfig:
             field, why, instead = barred
             problem = f"got {self.stand_aside} with {field} {getattr(self, field)!r}, {why}"
             raise not_allowed("sts_config.stand_aside", problem, f"'auto', 0, or {instead}")
-        if self.prefill_draft == "sparse" and self.prefill == "dense":
-            problem = "got 'sparse' with prefill 'dense'"
-            raise not_allowed("sts_config.prefill_draft", problem, "'dense', or prefill 'sparse'")
+        for field, value in (("prefill_draft", "sparse"), ("prefill_by", "draft")):
+            if getattr(self, field) == value and self.prefill == "dense":
+                problem, default = f"got {value!r} with prefill 'dense'", getattr(StsConfig, field)
+                raise not_allowed(f"sts_config.{field}", problem, f"{default!r}, or prefill 'sparse'")
 
     def bars_standing_aside(self) -> tuple[str, str, str] | None:
         """The field that wants scores where a batch that stands aside has none, why, and what to set instead;
@@ -422,7 +423,7 @@ class StsConfig:
             (
                 self.draft == "dense",
                 "a dense draft, which scores in every round anyway",
-                "with draft 'steps' or 'all'",
+                "or draft 'steps' or 'all' of a launch with a draft",
             ),
             (
                 self.selector == "joined",

@@ -228,6 +228,8 @@ def test_sink_says_why_zero_is_not_allowed():
         ({"selector": "quest", "policy": "top_p"}, ("sts_config.selector", "'quest' with policy 'top_p'")),
         ({"selector": "oracle", "history": "warm"}, ("sts_config.selector", "with history 'warm'")),
         ({"selector": "quest", "draft": "steps"}, ("sts_config.selector", "with draft 'steps'")),
+        ({"prefill_draft": "sparse"}, ("sts_config.prefill_draft", "'sparse' with prefill 'dense'")),
+        ({"prefill_by": "draft"}, ("sts_config.prefill_by", "'draft' with prefill 'dense'; allowed: 'auto'")),
         ({"selector": "recent", "inspect_dir": "d"}, ("sts_config.selector", "with an inspect_dir")),
         ({"selector": "joined", "policy": "top_p"}, ("sts_config.selector", "'joined' with policy 'top_p'")),
         ({"selector": "pages", "history": "blend"}, ("sts_config.selector", "with history 'blend'")),

@@ -424,7 +424,11 @@ def test_what_a_sparse_first_step_cannot_go_with_is_refused() -> None:
 @pytest.mark.parametrize(
     "config, what",
     [
-        ({}, "a dense draft, which scores in every round anyway; allowed: 1, with draft 'steps' or 'all'"),
+        (
+            {},
+            "a dense draft, which scores in every round anyway; allowed: 1, or draft 'steps' or 'all' of a "
+            "launch with a draft",
+        ),
         ({"draft": "all", "selector": "joined"}, "selector 'joined', .*; allowed: 1, or another one"),
         ({"draft": "all", "kernel": "flashinfer"}, "kernel 'flashinfer', .*; allowed: 1, or another kernel"),
         ({"draft": "steps", "inspect_dir": "."}, "an inspect_dir and history 'off', .*, or no inspect_dir"),

@@ -560,7 +560,8 @@ def _windows(target, args, texts: list[Text], flag: str, forced: int) -> list[tu
                 f"--tokens {args.tokens}: {flag} {text.domain} has {len(ids)}, the models have positions for "
                 f"{target.positions}; allowed: at most {target.positions}"
             )
-        found.append((ids, choose_windows(len(ids), args.windows, least, args.seed + i, flag)))
+        cut = "--tokens" if len(ids) == args.tokens else flag
+        found.append((ids, choose_windows(len(ids), args.windows, least, args.seed + i, cut)))
     return found
 
 

@@ -153,7 +153,7 @@ def choose_windows(tokens: int, count: int, least: int, seed: int, flag: str = "
     if high - low < count:
         raise ConfigError(
             f"{flag}: a text of {tokens} tokens is too short for {count} windows beyond {least} tokens; "
-            "allowed: a longer text, or fewer --windows"
+            f"allowed: {'more' if flag == '--tokens' else 'a longer text'}, or fewer --windows"
         )
     part = (high - low) / count
     draw = torch.rand(count, generator=torch.Generator().manual_seed(seed)).tolist()
