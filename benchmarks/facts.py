@@ -193,7 +193,17 @@ def _pretrained_alone(found: Results) -> dict[str, str]:
     """Of SmolLM2 without a draft."""
     shown = {"tokens": [0.05, 0.1], "tokens-split": [0.1], "pages": [0.1, 0.25, 0.5], "oracle": [0.1]}
     texts = listed([f"{n:,}" for n in found.lengths(loss=True)])
-    return {"smol_texts": texts, **_each("smol", shown, {"tokens": [0.1]}, found)}
+    # Differences of losses, item by item.
+    rivals = {
+        f"smol_ahead_of_{rival}": listed(
+            [
+                signed(found.loss_change((rival, 0.1), ("tokens", 0.1), n), digits=2).strip("*")
+                for n in lengths
+            ]
+        )
+        for rival, lengths in (("pages", found.lengths(loss=True)), ("quest", [2048]))
+    }
+    return {"smol_texts": texts, **rivals, **_each("smol", shown, {"tokens": [0.1]}, found)}
 
 
 def _prefilled(found: Results) -> dict[str, str]:

@@ -66,7 +66,8 @@ ANSWERS = """\
 - **On a model that nobody here trained, token scores hold at a tenth, and a draft's choice does not.**
   Text of {smol_texts} tokens loses, by SmolLM2-135M alone, {smol_text_tokens_10} %,
   with an EAGLE-3 head {smol_e3_text_tokens_10} %; by that head's own choice and a calibrated
-  map {smol_e3_text_map_10} %, and a third of the answers. [Measure yours](docs/evaluate.md) first."""
+  map {smol_e3_text_map_10} %, and {smol_e3_answers_map_10} points of \
+answers. [Measure yours](docs/evaluate.md) first."""
 
 
 def report() -> str:
