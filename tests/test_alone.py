@@ -128,6 +128,24 @@ def test_a_branch_within_a_page_reads_its_own_sketches(sparse, oracle, selector)
     oracle.agree(answer["output_ids"], branch, RULES[selector])
 
 
+def test_an_extra_key_keeps_from_a_request_the_keys_of_sparse_answers(sparse):
+    """Whoever goes on from a cached answer goes on from its keys, and attends to all of them."""
+    prompt = random_ids(260, 77)
+    answer = sparse.generate(prompt, 60)["output_ids"]
+    turn = [*prompt, *answer[:-3], *random_ids(20, 78)]
+
+    def asked(**key) -> tuple[int, list[float]]:
+        params = {**Whole.PARAMS, "temperature": 0}
+        found = sparse.generate(turn, 8, sampling_params=params, return_logprob=True, **key)["meta_info"]
+        return found["cached_tokens"], [logprob for logprob, *_ in found["output_token_logprobs"]]
+
+    (none, apart), (_, again), (cached, heir) = (
+        asked(**key) for key in ({"extra_key": "a"}, {"extra_key": "b"}, {})
+    )
+    assert none == 0 and cached >= len(prompt) + 50
+    assert again == pytest.approx(apart, abs=1e-5) and heir != pytest.approx(apart, abs=1e-4)
+
+
 def test_temperature_is_served(sparse):
     """The CPU platform draws where it does not verify."""
     ids = random_ids(120, 42)
