@@ -249,7 +249,7 @@ def test_help_states_the_gate_and_the_tasks(capsys):
         (["--draft", "EAGLE3", "--algorithm", "STANDALONE"], "architecture 'LlamaForCausalLMEagle3' under"),
         (["--draft", str(MODELS / "draft")], "vocabulary of 2048, the target's is 384"),
         (["--text", "/no/such"], "--text /no/such: no such file"),
-        (["--lengths", "512"], "--lengths: no room for the question in 446 tokens; allowed: longer"),
+        (["--lengths", "512"], "--lengths: no room for the question in "),
         (["--text", "SHORT"], "short: 12 tokens; allowed: at least"),
         (["--keeps", "0"], "--keeps: got [0.0]"),
         (["--keeps", "1"], "--keeps: got [1.0]"),
@@ -356,6 +356,8 @@ def test_the_least_length_is_one_that_no_keep_attends_to_whole(source):
         command._check_floor(config, [640, 2048])
     least = int(re.search(r"at least (\d+)", str(refused.value))[1])
     command._check_floor(config, [least])
+    with pytest.raises(ConfigError):
+        command._check_floor(config, [least - 1])
     for task in (items.LOSS, "recite"):
         prompt = len(Plain(source).make(task, least, 0).prefix)
         assert config.budget_for(prompt, 0.1) == prompt - 1, "one token is left out of the first context"
