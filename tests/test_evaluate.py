@@ -7,6 +7,7 @@ import math
 import random
 import re
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +16,11 @@ from transformers import AutoTokenizer
 
 from sts_sglang import cli
 from sts_sglang.calibrate.command import read_texts
-from sts_sglang.config import StsConfig
+from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.evaluate import asking, command, gate, items, pair, recall
 from sts_sglang.evaluate.asking import Cell, Reply
 from sts_sglang.evaluate.items import Copy, Item, Plain, Recital, Source, Text, TooShort
+from sts_sglang.headmap import MAPS
 from sts_sglang.tools.demo import MODELS
 from sts_sglang.tools.tiny_pair import make_pair
 from tests import tiny_architectures
@@ -233,17 +235,22 @@ def test_help_states_the_gate_and_the_tasks(capsys):
         cli.main(["evaluate", "--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0 and all(f"  {task} " in text for task in items.ABOUT)
-    assert "the loss of text rises by at most 1%" in " ".join(text.split())
+    words = " ".join(text.split())
+    assert "the loss of text rises by at most 1%" in words
+    assert "single tokens by a map that has directions" in words
 
 
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["--target", "nowhere/at all"], "--target nowhere/at all: "),
+        (["--target", "nowhere/at all"], "--target nowhere/at all: no such folder"),
+        (["--target", "/no/such"], "--target /no/such: no such folder; allowed: a model folder or hub name"),
+        (["--target", "/dev/null"], "--target /dev/null: not a folder"),
         (["--draft", "EAGLE3", "--algorithm", "STANDALONE"], "architecture 'LlamaForCausalLMEagle3' under"),
         (["--draft", str(MODELS / "draft")], "vocabulary of 2048, the target's is 384"),
         (["--text", "/no/such"], "--text /no/such: no such file"),
-        (["--text", "SHORT"], "--text: "),
+        (["--lengths", "512"], "--lengths: no room for the question in "),
+        (["--text", "SHORT"], "short: 12 tokens; allowed: at least"),
         (["--keeps", "0"], "--keeps: got [0.0]"),
         (["--keeps", "1"], "--keeps: got [1.0]"),
         (["--keeps", "nan"], "--keeps: got [nan]"),
@@ -257,7 +264,14 @@ def test_help_states_the_gate_and_the_tasks(capsys):
         (["--algorithm", "NONE"], "given with --algorithm NONE; allowed: one of the two"),
         (["--draft", "--algorithm", "STANDALONE"], "--algorithm STANDALONE: given without --draft"),
         (["--draft", "--sts-config", '{"selector": "joined"}'], "sts_config.selector: got 'joined' without"),
-        (["--sts-config", '{"kep": 1}'], "sts_config: unknown key"),
+        (["--sts-config", '{"kep": 1}'], "--sts-config: sts_config: unknown key"),
+        (["--sts-config", '{"kep": 1'], "--sts-config: sts_config: not JSON"),
+        (["--sts-config", '{"head_map": "no.json"}'], "--sts-config: head_map.file: 'no.json' is not a file"),
+        (
+            ["--sts-config", f'{{"head_map": "{MAPS / "eagle3.json"}"}}'],
+            "--sts-config: head_map.target: made",
+        ),
+        (["--sts-config", '{"budget": 1024}', "--lengths", "640"], "--lengths: got 640, whose contexts"),
         (["--sts-config", '{"policy": "top_p"}'], "--sts-config: policy 'top_p'"),
         (["--sts-config", '{"verify": "dense"}'], "--sts-config: verify 'dense'"),
         (["--out", "/dev/null/x"], "--out /dev/null/x: "),
@@ -280,18 +294,73 @@ def test_bad_input_is_one_line_that_names_the_flag(flags, problem, tiny, tmp_pat
     assert out == "" and err.splitlines()[-1].startswith("error: ") and problem in err.splitlines()[-1]
 
 
-def test_a_draft_with_another_tokenizer_is_refused(tiny, tmp_path):
+@pytest.mark.parametrize(("kind", "algorithm"), [("draft", "STANDALONE"), ("eagle3", "EAGLE3")])
+def test_a_draft_with_another_tokenizer_is_refused(tiny, tmp_path, kind, algorithm):
     draft = tmp_path / "draft"
-    draft.mkdir()
-    for file in tiny["draft"].iterdir():
-        (draft / file.name).write_bytes(file.read_bytes())
-    assert pair.check(str(tiny["target"]), str(draft), None).pair.algorithm == "STANDALONE"
+    shutil.copytree(tiny[kind], draft)
+    assert pair.check(str(tiny["target"]), str(draft), None).pair.algorithm == algorithm
     tokenizer = json.loads((draft / "tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (draft / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ValueError, match="--draft .*differs from the target's in 2 tokens, among them 'a'"):
         pair.check(str(tiny["target"]), str(draft), None)
+    (draft / "tokenizer.json").unlink()
+    (draft / "tokenizer_config.json").unlink()
+    assert pair.check(str(tiny["target"]), str(draft), None).pair.algorithm == algorithm, "it brings none"
+
+
+def test_a_head_of_another_target_is_named_before_it_is_loaded():
+    head = str(MODELS / "eagle3")
+    with pytest.raises(ConfigError) as refused:
+        pair.check(str(MODELS / "draft"), head, None)
+    assert str(refused.value) == (f"--draft {head}: reads the target after layers [1, 4, 6]; allowed: 0..2")
+
+
+@pytest.mark.parametrize(
+    ("draft", "name", "ranks", "problem"),
+    [
+        ("draft", "standalone.json", 1, None),
+        ("eagle3", "eagle3.json", 1, None),
+        (None, "none.json", 1, None),
+        ("draft", "eagle3.json", 1, "head_map.draft: made for"),
+        ("draft", "none.json", 1, "head_map.draft: a map of the target alone"),
+        (None, "eagle3.json", 1, "head_map.draft: made for"),
+        ("draft", "standalone.json", 2, "head_map.tp: got 1; allowed: 2"),
+    ],
+)
+def test_a_head_map_is_read_before_anything_starts(draft, name, ranks, problem):
+    known = pair.check(str(MODELS / "target"), draft and str(MODELS / draft), None)
+    flags = ["--tp", str(ranks)] if ranks > 1 else []
+    if problem is None:
+        assert command._checked({"head_map": str(MAPS / name)}, known.pair, flags).head_map
+        return
+    with pytest.raises(ConfigError, match=f"^--sts-config: {problem}"):
+        command._checked({"head_map": str(MAPS / name)}, known.pair, flags)
+
+
+def test_a_map_without_directions_selects_no_tokens(tmp_path):
+    data = json.loads((MAPS / "none.json").read_text())
+    del data["directions"]
+    data["shares"] = [[1] * data["target"]["kv_heads"]] * data["target"]["layers"]
+    (tmp_path / "map.json").write_text(json.dumps(data))
+    known, given = pair.check(str(MODELS / "target"), None, None), {"head_map": str(tmp_path / "map.json")}
+    with pytest.raises(ConfigError, match="^--sts-config: sts_config.selector: got 'tokens' with 'map.json'"):
+        command._checked({**given, "selector": "tokens"}, known.pair, [])
+    assert command._checked({**given, "selector": "pages"}, known.pair, []).selector == "pages"
+
+
+def test_the_least_length_is_one_that_no_keep_attends_to_whole(source):
+    config = StsConfig(budget=1024)
+    with pytest.raises(ConfigError, match="contexts of 567 tokens .* allowed: at least 1098,") as refused:
+        command._check_floor(config, [640, 2048])
+    least = int(re.search(r"at least (\d+)", str(refused.value))[1])
+    command._check_floor(config, [least])
+    with pytest.raises(ConfigError):
+        command._check_floor(config, [least - 1])
+    for task in (items.LOSS, "recite"):
+        prompt = len(Plain(source).make(task, least, 0).prefix)
+        assert config.budget_for(prompt, 0.1) == prompt - 1, "one token is left out of the first context"
 
 
 def test_a_models_own_layer_drafts_under_eagle(tmp_path):
@@ -318,10 +387,29 @@ def test_a_target_alone_has_no_flags_of_a_draft(tiny):
     assert known.pair.named() == {"target": "target", "draft": None, "algorithm": "NONE"}
 
 
+def said(known: pair.Known, config: dict, device: str = "cuda", server_args: list | None = None):
+    """As much of a plan as a report is made of."""
+    suite = SimpleNamespace(checksum="0")
+    return SimpleNamespace(
+        config=config, known=known, suite=suite, device=device, server_args=server_args or []
+    )
+
+
+def test_where_every_task_is_left_out_they_are_named_and_nothing_is_shown(tmp_path, capsys, monkeypatch):
+    left_out = [{"task": "needle", "length": 640, "dense": 0.1}]
+    monkeypatch.setattr(command, "measure", lambda plan, log: ({}, left_out, {}))
+    given = ["--target", str(MODELS / "target"), "--tasks", "needle", "--lengths", "640", "--items", "10"]
+    assert cli.main(["evaluate", *given, "--out", str(tmp_path)]) == 1
+    out, _ = capsys.readouterr()
+    assert "left out, needle of 640 tokens: dense attention scores 0.10" in out
+    assert out.splitlines()[-1].startswith("nothing is shown, for dense attention does none of the tasks")
+    assert (tmp_path / "report.md").read_text() == out
+
+
 def test_where_no_keep_passes_it_is_said_what_the_floor_of_a_server_would_change(tiny):
     known = pair.check(str(tiny["target"]), None, None)
     judged = [gate.judge(cells({keep: DENSE_TEXT, 1.0: DENSE_TEXT}, {}), keep) for keep in (0.1, 0.25)]
-    plan = SimpleNamespace(config={}, known=known, suite=SimpleNamespace(checksum="0"))
+    plan = said(known, {})
     *_, floor, last = command.report_of(plan, "", judged, [], None).splitlines()
     assert "floor of 1,024 tokens keeps more than 0.1 of contexts below 10,240" in floor
     assert last.startswith("no keep passes the gate")
@@ -333,7 +421,7 @@ def test_where_no_keep_passes_it_is_said_what_the_floor_of_a_server_would_change
 def test_the_last_line_is_the_command_to_serve_with(tiny, draft):
     known = pair.check(str(tiny["target"]), draft and str(tiny[draft]), None)
     judged = gate.judge(cells({0.1: DENSE_TEXT, 1.0: DENSE_TEXT}, {}), 0.1, tasks_wanted=False)
-    plan = SimpleNamespace(config={"recent": 16}, known=known, suite=SimpleNamespace(checksum="0"))
+    plan = said(known, {"recent": 16})
     words = shlex.split(command.report_of(plan, "", [judged], [], judged).splitlines()[-1])
     assert words[:5] == ["serve", "with:", "python", "-m", "sglang.launch_server"]
     given = dict(zip(words[5::2], words[6::2], strict=True))
@@ -342,6 +430,23 @@ def test_the_last_line_is_the_command_to_serve_with(tiny, draft):
     drafting = {flag: value for flag, value in given.items() if flag.startswith("--speculative")}
     assert drafting.get("--speculative-draft-model-path") == (draft and str(tiny[draft]))
     assert len(given) == 3 + len(drafting) and bool(drafting) == bool(draft)
+
+
+def test_that_command_is_of_the_server_that_was_measured(tiny, monkeypatch):
+    """On a CPU its platform and float32, everywhere what was given for SGLang."""
+    known = pair.check(str(tiny["target"]), None, None)
+    judged = gate.judge(cells({0.1: DENSE_TEXT, 1.0: DENSE_TEXT}, {}), 0.1, tasks_wanted=False)
+    plan = said(known, {}, "cpu", ["--chunked-prefill-size", "256"])
+    line = command.report_of(plan, "", [judged], [], judged).splitlines()[-1]
+    assert line.startswith("serve with: SGLANG_PLATFORM=sts_cpu python -m sglang.launch_server ")
+    assert " --device cpu --dtype float32 " in line and line.endswith(" --chunked-prefill-size 256")
+    monkeypatch.setattr(pair, "LocalServer", lambda *args, **given: (args, given))
+    args, given = pair.start(
+        known.pair, Path("log"), device="cpu", context=512, concurrency=4, config={}, extra=plan.server_args
+    )
+    assert {"--device", "cpu", "--dtype", "float32"} < set(args) and args[-1] == "256"
+    assert given["env"]["SGLANG_PLATFORM"] == "sts_cpu"
+    assert "--max-running-requests" in args and "--max-running-requests" not in line
 
 
 # ---- the server

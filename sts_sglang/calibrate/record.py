@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,8 +178,7 @@ class Target:
     @property
     def head_dim(self) -> int:
         """Dimensions of a head."""
-        config = self.target.config
-        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return head_dim(self.target.config)
 
     def check_pages(self) -> None:
         """Raises ConfigError: heads whose keys have no sketches, so that no server selects by them."""
@@ -340,7 +339,7 @@ class EagleHead:
         self.counts = HeadCounts(1, config["num_attention_heads"], config["num_key_value_heads"])
         layers = target.config.num_hidden_layers
         # What it reads of the target, as indices into hidden states with the embeddings first.
-        self.reads = self._aux(layers) if self.eagle3 else [layers]
+        self.reads = head_reads(f"--draft {path}", config, layers) if self.eagle3 else [layers]
         # EAGLE's fc reads the token's embedding beside the target's last state.
         width = target.config.hidden_size * (len(self.reads) if self.eagle3 else 2)
         if self.w["fc.weight"].shape != (config["hidden_size"], width):
@@ -378,19 +377,6 @@ class EagleHead:
         q, k = apply_rotary_pos_emb(q[None], k[None], cos, sin)
         return q[0], k[0], self.dim**-0.5
 
-    def _aux(self, layers: int) -> list[int]:
-        """Indices into hidden states: SGLang captures before layers [2, n / 2, n - 3] by default."""
-        ids = (self.config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
-        if ids and not (isinstance(ids, list) and all(type(i) is int for i in ids)):
-            raise ConfigError(
-                f"--draft: reads the target after layers {shown(ids)}; allowed: numbers of them"
-            )
-        chosen = [i + 1 for i in ids] if ids else [2, layers // 2, layers - 3]
-        # The last hidden state that transformers returns is normed, which SGLang's is not.
-        if not all(0 <= i < layers for i in chosen):
-            raise ConfigError(f"--draft: reads the target after layers {ids}; allowed: 0..{layers - 2}")
-        return chosen
-
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.w[f"{name}.weight"], self.w.get(f"{name}.bias"))
 
@@ -417,10 +403,44 @@ def _check_head(config: dict[str, Any]) -> None:
         raise ConfigError("--draft: the head norms its hidden states (fc_norm); allowed: heads without")
 
 
+def head_reads(what: str, config: Mapping[str, Any], layers: int) -> list[int]:
+    """What an EAGLE-3 head reads of a target with so many layers, as indices into its hidden states with the
+    embeddings first: SGLang captures before layers [2, n / 2, n - 3] by default.
+
+    Raises:
+        ConfigError: one line that starts with `what`; it was made for another target.
+    """
+    aux = config.get("eagle_config") or {}
+    ids = aux.get("eagle_aux_hidden_state_layer_ids") if isinstance(aux, dict) else aux
+    if ids and not (isinstance(ids, list) and all(type(i) is int for i in ids)):
+        raise ConfigError(f"{what}: reads the target after layers {shown(ids)}; allowed: numbers of them")
+    chosen = [i + 1 for i in ids] if ids else [2, layers // 2, layers - 3]
+    # Nothing is captured behind the last layer.
+    if not all(0 <= i < layers for i in chosen):
+        read = [i - 1 for i in chosen]
+        raise ConfigError(f"{what}: reads the target after layers {shown(read)}; allowed: 0..{layers - 2}")
+    return chosen
+
+
+def known_config(path: str) -> Any | None:
+    """transformers' reading of a config.json, None for a type of model that it does not know itself."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception:  # it raises of everything, also for a class that the model brings along
+        return None
+
+
 def head_counts(config: Any) -> HeadCounts:
     """Attention shape of a transformers config."""
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return HeadCounts(config.num_hidden_layers, config.num_attention_heads, kv_heads)
+
+
+def head_dim(config: Any) -> int:
+    """Dimensions of a head by a transformers config."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, rows: range, scaling: float) -> torch.Tensor:
@@ -620,8 +640,16 @@ def _collecting_attention(module, query, key, value, attention_mask, scaling=Non
 
 def read_config(flag: str, path: str) -> dict[str, Any]:
     """config.json of a folder or of a model in the hub's cache, fetched if need be."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
     from transformers.utils import cached_file
 
+    if os.sep in path and not os.path.isdir(path):
+        try:
+            validate_repo_id(path)
+        except HFValidationError:  # a path, of which the hub's words would make no sense
+            problem = "not a folder" if os.path.exists(path) else "no such folder"
+            raise ConfigError(f"{flag} {path}: {problem}; allowed: a model folder or hub name") from None
     try:
         file = Path(path) / "config.json" if os.path.isdir(path) else Path(cached_file(path, "config.json"))
     except (OSError, ValueError) as error:

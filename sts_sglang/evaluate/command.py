@@ -8,6 +8,8 @@ import json
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from sts_sglang.evaluate.asking import Cell, Client
     from sts_sglang.evaluate.gate import Judged
     from sts_sglang.evaluate.items import Plain
-    from sts_sglang.evaluate.pair import Known
+    from sts_sglang.evaluate.pair import Known, Models
     from sts_sglang.evaluate.recall import Recall
     from sts_sglang.tools.local_server import LocalServer
 
@@ -29,6 +31,7 @@ FIRST_LOOK = 10  # items that decide whether dense attention does a task
 MOST_ITEMS, LEAST_LENGTH = 10_000, 512
 # Requests choose their keeps here, and one of them alone is no batch to stand aside for.
 SERVED = {"request_keep": "any", "inspect_dir": None, "stand_aside": 0}
+UNBOUNDED = {"budget": 0}
 
 
 @dataclass
@@ -48,7 +51,7 @@ class Plan:
 
     def served(self) -> dict[str, Any]:
         """Without a floor, unless one was given: it would hide what a keep costs in longer contexts."""
-        return {"budget": 0, **self.config, **SERVED, "keep": max(self.keeps)}
+        return {**UNBOUNDED, **self.config, **SERVED, "keep": max(self.keeps)}
 
 
 def add(commands: Any) -> None:
@@ -64,7 +67,9 @@ def add(commands: Any) -> None:
         "densely and at several keeps: the loss of text that is forced through decode, look-ups\n"
         "and copies of what stands far back. A task that the model does not do densely (below 0.6)\n"
         "is left out. With --draft, what the draft attends to selects; without, every decode step\n"
-        "is sparse, and the target's own queries select pages of 16 tokens.\n"
+        "is sparse, and the target's own queries select: single tokens by a map that has directions\n"
+        "of its keys (packaged for the shipped target, else --sts-config head_map, which\n"
+        "`sts-sglang calibrate` makes), or pages of 16 tokens.\n"
         f"\nThe gate, stated beforehand:\n{_wrapped(GATE)}\n"
         "\nExit code 0 and the command to serve with where a keep passes, 1 where none does, 2 for\n"
         "bad input.",
@@ -105,12 +110,15 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0, or 1 where no keep passes. Raises ConfigError, one line that names the flag."""
     from sts_sglang.evaluate import gate
-    from sts_sglang.evaluate.items import LOSS, TooShort
+    from sts_sglang.evaluate.items import LOSS, NoRoom, TooShort
 
     try:
         plan = plan_of(args)
+    except NoRoom as error:
+        raise ConfigError(f"--lengths: {error}; allowed: longer ones, or other --tasks") from None
     except TooShort as error:
-        raise ConfigError(f"--text: {error}") from None
+        named = quoted(" ".join(args.text), 200)[1:-1] if args.text else ""
+        raise ConfigError(f"{f'--text {named}'.rstrip()}: {error}") from None
     # As on Ctrl-C: the server that was started is stopped.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="sts-evaluate-") as spare:
@@ -147,13 +155,13 @@ def plan_of(args: argparse.Namespace) -> Plan:
         raise ConfigError(f"--algorithm: got {shown(args.algorithm)}; allowed: {names}")
     device = _device(args.device)
     known = pair.check(args.target, args.draft, args.algorithm)
-    # What only pages need, the launch refuses: it knows whether the map has directions.
-    StsConfig.parse(config).for_launch(known.pair.drafts, directions=True)
+    served = _checked(config, known.pair, args.server_args)
     length, items, concurrency = SIZES[device]
     lengths = sorted(set(args.lengths or [min(length, known.positions or length)]))
     most = known.positions or 2**24
     if not all(LEAST_LENGTH <= n <= most for n in lengths):
         raise ConfigError(f"--lengths: got {shown(lengths)}; allowed: from {LEAST_LENGTH} to {most} tokens")
+    _check_floor(served, lengths)
     items = _count("--items", args.items, items, MOST_ITEMS)
     suite = Plain(Source(known.tokenizer, [text.content for text in texts]))
     if unknown := set(args.tasks or ()) - set(suite.tasks):
@@ -264,6 +272,9 @@ def report_of(
         f"left out, {row['task']} of {row['length']:,} tokens: dense attention scores {row['dense']:.2f}"
         for row in left_out
     ]
+    if not judged:
+        remedy = "ask with texts like those you serve, at other lengths, or for `text` as well"
+        return "\n".join([*lines, f"nothing is shown, for dense attention does none of the tasks: {remedy}"])
     lines += [f"keep {j.keep:g} {gate.verdict(j)}: {'; '.join(j.problems)}" for j in judged if j.problems]
     if found is not None:
         lines.append(f"keep {found.keep:g} is the smallest that passes")
@@ -276,13 +287,14 @@ def report_of(
     if found is None:
         remedy = "serve without sts, or try other keeps, and the lengths that you serve"
         return "\n".join([*lines, f"no keep passes the gate: {remedy}"])
-    line = pair.launch_line(models, {**plan.config, "keep": found.keep})
+    line = pair.launch_line(models, {**plan.config, "keep": found.keep}, plan.device, plan.server_args)
     return "\n".join([*lines, f"serve with: {line}"])
 
 
 def _config(given: str | None) -> dict[str, Any]:
     """What differs from the defaults. Raises ConfigError for what no keep can be judged with."""
-    config, default = asdict(StsConfig.parse(given)), asdict(StsConfig())
+    with _of_config():
+        config, default = asdict(StsConfig.parse(given)), asdict(StsConfig())
     # Prefill: what is judged is verify, against a dense one over the same keys.
     for field, value in (("policy", "ratio"), ("verify", "sparse"), ("prefill", "dense")):
         if config[field] != value:
@@ -293,6 +305,52 @@ def _config(given: str | None) -> dict[str, Any]:
     if given is not None and "budget" in _keys(given):
         said["budget"] = config["budget"]
     return json.loads(json.dumps(said))
+
+
+@contextmanager
+def _of_config() -> Iterator[None]:
+    """What is refused in here was given by --sts-config."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"--sts-config: {error}") from None
+
+
+def _checked(config: dict[str, Any], models: Models, server_args: list[str]) -> StsConfig:
+    """As the launch takes it, with the floor that is measured with. What only pages need the launch refuses
+    itself: it knows whether a packaged map has directions."""
+    from sts_sglang.evaluate import pair
+
+    if config.get("head_map") is not None:
+        models.paths().fingerprints()  # damaged files are not the fault of a map that is compared with them
+    ranks = _ranks(server_args)
+    with _of_config():
+        served = StsConfig.parse({**UNBOUNDED, **config}).for_launch(models.drafts, directions=True)
+        pair.check_map(models, served, ranks)
+    return served
+
+
+def _ranks(server_args: list[str]) -> int:
+    """Tensor-parallel ones, by what goes to SGLang."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--tp-size", "--tensor-parallel-size", "--tp", type=int, default=1)
+    try:
+        return parser.parse_known_args(server_args)[0].tp_size
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"--server-args: {error}; allowed: SGLang's") from None
+
+
+def _check_floor(config: StsConfig, lengths: list[int]) -> None:
+    """Whether something is left out of every context that is asked of, whatever the keep."""
+    from sts_sglang.evaluate.items import shortest_context
+
+    floor, context = max(config.budget, config.forced), shortest_context(lengths[0])
+    if context <= floor:
+        least = lengths[0] + floor + 1 - context
+        raise ConfigError(
+            f"--lengths: got {lengths[0]}, whose contexts of {context} tokens every keep attends to whole, "
+            f"for --sts-config has a floor of {floor}; allowed: at least {least}, or a smaller floor"
+        )
 
 
 def _keys(given: str) -> set[str]:

@@ -117,8 +117,17 @@ class Recital:
         return [reply]
 
 
+def shortest_context(length: int) -> int:
+    """Tokens that the first verify of an item of `length` tokens has before it."""
+    return length - SPARE - FORCED - 1
+
+
 class TooShort(ValueError):
     """The texts have too few tokens for what is asked of them."""
+
+
+class NoRoom(TooShort):
+    """A length is too short for what is asked of it, whatever the texts."""
 
 
 class Source:
@@ -219,7 +228,7 @@ def _hidden(
     head, tail = ends
     room = length - len(head) - len(tail) - sum(map(len, encoded.values()))
     if room < 64:
-        raise TooShort(f"no room for the question in {length} tokens")
+        raise NoRoom(f"no room for the question in {length} tokens")
     filler = source.filler(room, rng)
     between = source.line_ends(filler)
     places = sorted(rng.choice(between) for _ in lines)

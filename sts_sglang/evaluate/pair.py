@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from sts_sglang.config import BACKEND, CHAIN_FLAGS, ConfigError, shown
+from sts_sglang import headmap
+from sts_sglang.config import BACKEND, CHAIN_FLAGS, ConfigError, StsConfig, shown
 from sts_sglang.headmap import ModelPaths
 from sts_sglang.tools.local_server import LocalServer
 
@@ -116,7 +117,7 @@ def _check_alone(target: str, algorithm: str | None) -> Known:
 
 
 def _check_pair(target: str, draft: str, algorithm: str | None) -> Known:
-    from sts_sglang.calibrate.record import read_config, tokenizer_of
+    from sts_sglang.calibrate.record import head_reads, read_config, tokenizer_of
     from sts_sglang.host.serves import DRAFTS, OWN_LAYERS, listed
 
     configs = _target_config(target), read_config("--draft", draft)
@@ -135,9 +136,11 @@ def _check_pair(target: str, draft: str, algorithm: str | None) -> Known:
             f"--draft {draft}: vocabulary of {shown(sizes[1])}, the target's is {shown(sizes[0])}; "
             "allowed: a draft with the target's tokenizer"
         )
+    layers = configs[0].get("num_hidden_layers")
+    if pair.algorithm == "EAGLE3" and type(layers) is int:
+        head_reads(f"--draft {draft}", configs[1], layers)
     tokenizer = tokenizer_of(target, "--target")
-    if pair.algorithm == "STANDALONE":
-        _check_tokens(draft, tokenizer)
+    _check_tokens(draft, tokenizer)
     return Known(pair, tokenizer, _positions(*configs))
 
 
@@ -179,10 +182,47 @@ def _check_tokens(draft: str, tokenizer: Any) -> None:
         )
 
 
-def launch_line(models: Models, config: dict) -> str:
-    """The command that serves them with this configuration of sts."""
-    words = ["python", "-m", "sglang.launch_server", "--model-path", models.target]
-    words += ["--attention-backend", BACKEND, "--sts-config", json.dumps(config), *models.flags()]
+def check_map(models: Models, config: StsConfig, ranks: int) -> None:
+    """Reads the head map that a configuration names as the launch will, without the models' weights. Those of
+    a type that transformers does not know are left to the launch, which alone can read their heads.
+
+    Args:
+        config: of this launch. ranks: tensor-parallel ones.
+
+    Raises:
+        ConfigError: the map serves other models, or not this configuration.
+    """
+    from sts_sglang.calibrate.record import head_counts, head_dim, known_config
+
+    paths = models.paths()
+    if config.head_map is None:
+        return
+    found = [known_config(path) for path in (paths.target, paths.draft) if path is not None]
+    if any(one is None for one in found):
+        return
+    target, draft = head_counts(found[0]), head_counts(found[1]) if models.drafts else None
+    if models.algorithm == "EAGLE":  # one layer, which a model's own says nothing of
+        draft = draft._replace(layers=1)
+    # Weights of a hub name may not be here yet.
+    here = paths if paths.are_folders() else None
+    head_map = headmap.of_config(config, target, draft, here, ranks)
+    headmap.check_directions(config, head_map, head_dim(found[0]))
+
+
+def _platform(device: str) -> tuple[dict[str, str], list[str]]:
+    """The environment and the flags that choose it; "cpu" is the reference platform in float32."""
+    if device != "cpu":
+        return {}, []
+    return {"SGLANG_PLATFORM": "sts_cpu"}, ["--device", "cpu", "--dtype", "float32"]
+
+
+def launch_line(models: Models, config: dict, device: str, extra: Sequence[str] = ()) -> str:
+    """The command that serves them with this configuration of sts, as `start` did on the device and with
+    these arguments, without what only bounded its size."""
+    env, flags = _platform(device)
+    words = [f"{name}={value}" for name, value in env.items()]
+    words += ["python", "-m", "sglang.launch_server", "--model-path", models.target, *flags]
+    words += ["--attention-backend", BACKEND, "--sts-config", json.dumps(config), *models.flags(), *extra]
     return shlex.join(words)
 
 
@@ -212,10 +252,12 @@ def start(
     # be shared.
     args += ["--max-total-tokens", str(5 * concurrency * (context + ROOM) // 4)]
     args += ["--grammar-backend", "forced", "--skip-server-warmup", "--random-seed", "0"]
-    env = {"HF_HUB_OFFLINE": "1"} if models.paths().are_folders() else {}
+    env, flags = _platform(device)
+    args += flags
+    if models.paths().are_folders():
+        env["HF_HUB_OFFLINE"] = "1"
     if device == "cpu":
-        args += ["--device", "cpu", "--dtype", "float32"]
-        env |= {"SGLANG_PLATFORM": "sts_cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     else:
         args += ["--cuda-graph-max-bs", str(concurrency), "--sleep-on-idle"]
     if config is not None:
