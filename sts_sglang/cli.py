@@ -11,6 +11,7 @@ import os
 import platform as host
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -26,10 +27,12 @@ LAUNCH = (
     "python -m sglang.launch_server --model-path TARGET --attention-backend sts "
     f"--speculative-algorithm STANDALONE --speculative-draft-model-path DRAFT {CHAIN_FLAGS}"
 )
+# Beside what commands return: 0, 1 (this host cannot serve, or no keep passes) and 2 (bad input).
+CRASHED, INTERRUPTED = 70, 130  # sysexits.h's EX_SOFTWARE; what shells say of SIGINT
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0; 1: this host cannot serve, or no keep passes; 2: bad input."""
+    """Returns the exit code. An unexpected error is printed with its traceback, so that it is no verdict."""
     parser = argparse.ArgumentParser(
         prog="sts-sglang",
         description="Tools around SGLang's `--attention-backend sts`: what is attached, what is configured.",
@@ -45,6 +48,12 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # SIGTERM as well, where a command started a server
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return CRASHED
 
 
 def _add_doctor(commands) -> None:

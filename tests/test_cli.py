@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -13,7 +14,10 @@ import pytest
 
 from sts_sglang import cli
 from sts_sglang.config import StsConfig
+from sts_sglang.evaluate import pair
 from sts_sglang.host import compat
+from sts_sglang.tools.demo import MODELS
+from sts_sglang.tools.local_server import LocalServer
 
 ROOT = Path(__file__).parents[1]
 
@@ -145,3 +149,40 @@ def test_doctor_sees_a_shadowed_kernels_package(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["doctor"]) == 1
     assert f"{shadow} shadows the PyPI package kernels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (RuntimeError("why"), 70)])
+def test_what_ends_a_command_is_no_verdict(error, code, capsys, monkeypatch) -> None:
+    def ended(*_):
+        raise error
+
+    monkeypatch.setattr(cli.StsConfig, "resolve", ended)
+    assert cli.main(["config"]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and (err == "interrupted\n") == (code == 130)
+    assert ("Traceback" in err and "RuntimeError: why" in err) == (code == 70)
+
+
+def test_sigterm_ends_the_server_that_evaluate_is_starting(tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "never_ready.py").write_text("import time\ntime.sleep(600)")
+    started = []
+
+    def start(models, log, **_) -> LocalServer:
+        env = {"PYTHONPATH": str(tmp_path)}
+        started.append(LocalServer("m", log, module="never_ready", env=env, start_seconds=30))
+        return started[0]
+
+    def terminate(*_, **__) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("not on SIGTERM as on Ctrl-C"))
+    monkeypatch.setattr(pair, "start", start)
+    monkeypatch.setattr(LocalServer, "get", terminate)
+    try:
+        size = ["--tasks", "text", "--lengths", "512", "--items", "1"]
+        code = cli.main(["evaluate", "--target", str(MODELS / "target"), "--device", "cpu", *size])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 130 and capsys.readouterr().err.endswith("interrupted\n")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(started[0].pid, 0)

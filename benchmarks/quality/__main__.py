@@ -43,7 +43,7 @@ from benchmarks.quality.measure import run_arm, try_dense
 from sts_sglang.calibrate.command import read_texts
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.evaluate import pair as pairs
-from sts_sglang.evaluate.items import Plain, Source
+from sts_sglang.evaluate.items import Plain, Source, TooShort
 from sts_sglang.tools.demo import MODELS
 from sts_sglang.tools.local_server import LocalServer
 
@@ -181,12 +181,23 @@ def plan_of(options: argparse.Namespace, known: pairs.Known, name: str, suite: S
     )
 
 
+def check_room(plan: Plan, suite: Suite) -> None:
+    """The last item of every task and length is made: what does not fit is said before a server starts."""
+    for task, length in plan.cells():
+        try:
+            suite.make(task, length, suite.documents(task, plan.items) - 1)
+        except TooShort as error:
+            flag = "--text-lengths" if task == "text" else "--lengths"
+            raise SystemExit(f"{flag}: {task} of {length} tokens: {error}") from None
+
+
 def main(argv: list[str] | None = None) -> None:
     end_orderly_when_terminated()
     options = parse(argv)
     known = known_pair(options)
     name, suite = suite_of(options, known)
     plan = plan_of(options, known, name, suite)
+    check_room(plan, suite)
     options.out = options.out or (OUT.with_name("quality_quick") if options.quick else OUT)
     logs = options.logs or Path(tempfile.mkdtemp(prefix="quality-"))
     for folder in (logs, options.out):

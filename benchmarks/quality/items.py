@@ -36,6 +36,7 @@ DEPTHS = [i / 10 for i in range(11)]
 # Dependencies of SGLang that benchmarks/models/corpus.py did not take.
 UNSEEN = ("openai", "pydantic", "aiohttp", "huggingface_hub", "fastapi", "httpx", "anyio", "uvicorn")
 TEXT_TOKENS = 50_000  # of each at most
+TRIES = 100  # documents of one item, whose lengths differ by what is drawn
 TURNS = 4  # questions of one conversation, and as many again in requests of their own
 
 
@@ -169,12 +170,12 @@ def _tokens(package: str, tok: Tokenizer) -> list[int]:
 
 
 def item(writer: Writer, name: str, length: int, index: int) -> Item:
-    """A prompt of exactly `length` - ROOM tokens, its question last."""
+    """A prompt of exactly `length` - ROOM tokens, its question last. SystemExit where that is too short."""
     make, n = TASKS[name]
     rng = random.Random(f"quality {name} {length} {index}")
     pool = writer.pool(rng, narrow=n > 1)
     depth = DEPTHS[index % len(DEPTHS)] if name == "single" else None
-    while True:
+    for _ in range(TRIES):
         task = make(pool, n)
         rng.shuffle(task.questions)
         task.questions = task.questions[:1]
@@ -183,6 +184,11 @@ def item(writer: Writer, name: str, length: int, index: int) -> Item:
         if row is not None:
             question = task.questions[0]
             return Item(row.ids, question, _depth(writer, row, question))
+    raise too_short("--lengths", name, length)
+
+
+def too_short(flag: str, task: str, length: int) -> SystemExit:
+    return SystemExit(f"{flag}: {task} does not fit into {length} tokens; give more, or other --tasks")
 
 
 def _depth(writer: Writer, row: Row, question: Question) -> float:
@@ -193,12 +199,14 @@ def _depth(writer: Writer, row: Row, question: Question) -> float:
 
 
 def shared(writer: Writer, length: int, index: int) -> Shared:
-    """A document of about `length` tokens with room for its turns."""
+    """A document of about `length` tokens with room for its turns. SystemExit where that is too short."""
     rng = random.Random(f"quality shared {length} {index}")
     task = qa(writer.pool(rng, narrow=True), 24)
     rng.shuffle(task.questions)
     head = writer.opening(task, rng)
     room = length - len(head.ids) - TURNS * ROOM - sum(len(writer.encode(x + "\n")) for x in task.lines)
+    if room < 0:
+        raise too_short("--lengths", "shared", length)
     document = head.join(writer.document(task.lines, room, rng, None)).ids
     chosen = task.questions[: 2 * TURNS]
     first = [(q, [writer.newline, *_asked(writer, q)]) for q in chosen]
@@ -211,7 +219,10 @@ def _asked(writer: Writer, question: Question) -> list[int]:
 
 
 def text(writer: Writer, length: int, index: int) -> Text:
-    """`length` tokens of text, the last FORCED of them to be predicted (and one before, by the prefill)."""
+    """`length` tokens of text, the last FORCED of them to be predicted (and one before, by the prefill).
+    SystemExit where nothing would stand before them."""
+    if length < FORCED + 2:
+        raise too_short("--text-lengths", "text", length)
     rng = random.Random(f"quality text {length} {index}")
     ids = writer.plain(length, rng).ids
     return Text(ids[: -FORCED - 1], ids[-FORCED - 1 :])

@@ -407,11 +407,9 @@ def origin(r: Results) -> str:
 
 def few(r: Results) -> str:
     least = min(len(cell["score"]) for cell in r.cells.values())
-    return (
-        f"**A first look: some cells have {least} items.** No conclusion is drawn from it.\n"
-        if least < 100
-        else ""
-    )
+    if least < ENOUGH:
+        return f"**A first look: some cells have {least} items.** No conclusion is drawn from it.\n"
+    return f"Some cells have {least} items, so that intervals are wide.\n" if least < 100 else ""
 
 
 def what_is_sparse(r: Results) -> str:

@@ -67,13 +67,17 @@ class LocalServer:
         return shlex.join(Path(word).name if word.startswith("/") else word for word in self.command)
 
     def __enter__(self):
-        for left in reversed(range(ATTEMPTS)):
-            if self._wait():
-                return self
+        try:
+            for left in reversed(range(ATTEMPTS)):
+                if self._wait():
+                    return self
+                self.stop()
+                if not left or "address already in use" not in self.log.read_text(errors="replace").lower():
+                    break
+                self._start()
+        except BaseException:  # an interruption too: `with` does not exit what was not entered
             self.stop()
-            if not left or "address already in use" not in self.log.read_text(errors="replace").lower():
-                break
-            self._start()
+            raise
         raise RuntimeError(f"the server did not start; the end of {self.log}:\n{self.log_tail()}")
 
     def _wait(self) -> bool:
@@ -91,14 +95,17 @@ class LocalServer:
         self.stop()
 
     def stop(self) -> None:
-        """Ask the launcher to end (it ends its children), then end what is left of its group."""
+        """Ask the launcher to end (it ends its children), then end what is left of its group; at once where
+        somebody interrupts the wait."""
         self._held.close()
         self._process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(20)
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(20)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
     def log_tail(self, lines: int = 40) -> str:
         """The last lines of the log, each cut to 300 characters (SGLang prints all its arguments in one)."""
