@@ -87,7 +87,7 @@ def short(name: str) -> str:
 
 class Timeline(NamedTuple):
     """Microseconds: of everything, and with no kernel, by what is before and after. late: of these, before
-    the host's call that launched what comes after had returned."""
+    the host's call that launched what comes after had returned, or begun where it copies."""
 
     wall: float
     gaps: dict[str, float]
@@ -96,7 +96,10 @@ class Timeline(NamedTuple):
 
 def timeline(kernels: list[dict], calls: list[dict]) -> Timeline:
     """From the first kernel to the end of the last. calls: of the host."""
-    launched = {correlation(e): e["ts"] + e["dur"] for e in calls}
+    # A copy's call may return when the copy has ended.
+    launched = {
+        correlation(e): e["ts"] + (0 if e["name"].startswith("cudaMemcpy") else e["dur"]) for e in calls
+    }
     end, last, gaps, late = min(e["ts"] for e in kernels), "", defaultdict(float), defaultdict(float)
     begin = end
     for e in sorted(kernels, key=lambda e: (e["ts"], e["dur"])):

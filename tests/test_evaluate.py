@@ -8,6 +8,9 @@ import random
 import re
 import shlex
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -307,7 +310,10 @@ def test_a_draft_with_another_tokenizer_is_refused(tiny, tmp_path, kind, algorit
         pair.check(str(tiny["target"]), str(draft), None)
     (draft / "tokenizer.json").unlink()
     (draft / "tokenizer_config.json").unlink()
-    assert pair.check(str(tiny["target"]), str(draft), None).pair.algorithm == algorithm, "it brings none"
+    settings = json.loads((draft / "config.json").read_text())
+    for kind in (settings["model_type"], "qwen2"):  # of whose kind transformers makes an empty one
+        (draft / "config.json").write_text(json.dumps({**settings, "model_type": kind}))
+        assert pair.check(str(tiny["target"]), str(draft), None).pair.algorithm == algorithm, "it brings none"
 
 
 def test_a_head_of_another_target_is_named_before_it_is_loaded():
@@ -447,6 +453,37 @@ def test_that_command_is_of_the_server_that_was_measured(tiny, monkeypatch):
     assert {"--device", "cpu", "--dtype", "float32"} < set(args) and args[-1] == "256"
     assert given["env"]["SGLANG_PLATFORM"] == "sts_cpu"
     assert "--max-running-requests" in args and "--max-running-requests" not in line
+
+
+def test_that_command_bounds_the_context_where_the_draft_has_fewer_positions(tiny, tmp_path):
+    judged = gate.judge(cells({0.1: DENSE_TEXT, 1.0: DENSE_TEXT}, {}), 0.1, tasks_wanted=False)
+    for fewer in (False, True):
+        draft = tmp_path / str(fewer)
+        shutil.copytree(tiny["eagle3"], draft)
+        settings = json.loads((draft / "config.json").read_text())
+        settings["max_position_embeddings"] -= 100 * fewer
+        (draft / "config.json").write_text(json.dumps(settings))
+        known = pair.check(str(tiny["target"]), str(draft), None)
+        line = command.report_of(said(known, {}), "", [judged], [], judged).splitlines()[-1]
+        bound = f" --context-length {settings['max_position_embeddings']}"
+        assert (bound in line) == fewer and ("--context-length" in line) == fewer
+
+
+def test_who_is_interrupted_while_items_are_asked_waits_for_none():
+    """What they ask ends with the server, which is then stopped."""
+    answered = threading.Event()
+    client = SimpleNamespace(counters=lambda: {})
+    asked = SimpleNamespace(ask=lambda client, keep: answered.wait(30))
+    interrupt = threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
+    interrupt.start()
+    try:
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            asking.measure(client, lambda index: asked, 1, [asking.Cell("sts", "text", 9, 1.0)], 1)
+        assert time.monotonic() - began < 10
+    finally:
+        answered.set()
+        interrupt.join()
 
 
 # ---- the server

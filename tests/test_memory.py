@@ -219,6 +219,16 @@ def test_what_a_draft_says_of_a_prompt_is_reserved(monkeypatch, model, chunk):
     assert reserved[1] - reserved[0] == pytest.approx(lists, rel=0.02)
 
 
+def test_counts_of_rows_in_parts_are_reserved(monkeypatch, model):
+    """Of every channel and request, where they are more than what scores need before them."""
+    monkeypatch.setattr(serves, "draft_config", lambda *_: model(DRAFT, 64))
+    rows = []
+    monkeypatch.setattr(reserve, "part_bytes", lambda number: rows.append(number) or 8 << 30)
+    found = reserve.reserved_bytes(StsConfig(), server_args(), model(TARGET, 128, 32768), 60 << 30)
+    assert found > 8 << 30
+    assert set(rows) == {(server_args().max_running_requests + 1) * len(proportional(TARGET, DRAFT).channels)}
+
+
 def test_the_state_allocates_what_was_counted():
     config = StsConfig(budget=0, keep=0.1)
     head_map = proportional(HeadCounts(4, 4, 2), HeadCounts(2, 4, 2))

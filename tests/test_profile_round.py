@@ -47,15 +47,18 @@ def test_a_device_that_waits_for_the_host_is_told_from_one_that_was_given_its_wo
         {**event("VerifyTreeGreedy", 140, 5), "args": {"correlation": 2}},  # 30 idle, 22 of them late
         {**event("of_the_same_graph", 147, 3), "args": {"correlation": 2}},
         {**event("early", 160, 10), "args": {"correlation": 3}},
+        {**event("Memcpy", 180, 5, "gpu_memcpy"), "args": {"correlation": 4}},  # whose call waits for it
         call("cudaMemcpyAsync", 90, 2, 1),
         call("cudaGraphLaunch", 105, 27, 2),
         call("cudaLaunchKernel", 133, 2, 3),
+        call("cudaMemcpyAsync", 135, 60, 4),
     ]
     found = summary(events, top=8)
-    assert (found["idle_us"], found["late_us"]) == (42, 22)
+    assert (found["idle_us"], found["late_us"]) == (52, 22)
     assert found["late"] == {
         "copy > VerifyTreeGreedy": 22,
         "of_the_same_graph > early": 0,
+        "early > Memcpy": 0,
         "VerifyTreeGreedy > of_the_same_graph": 0,
     }
 

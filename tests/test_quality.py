@@ -59,7 +59,7 @@ def test_texts_too_short_for_a_length_are_said_in_a_line(tmp_path):
     """In plain words: an item's texts are the user's."""
     plan = planned("--device", "cpu", "--tasks", "single", "--lengths", "2048")
     suite = SimpleNamespace(make=raiser(TooShort("99 tokens")), documents=lambda task, items: items)
-    with pytest.raises(SystemExit, match="^--lengths: single of 2048 tokens: 99 tokens$"):
+    with pytest.raises(SystemExit, match="^--text: single of 2048 tokens: 99 tokens$"):
         command.check_room(plan, suite)
 
 

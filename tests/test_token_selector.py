@@ -18,12 +18,14 @@ from sts_kernels.layout import (
     UNRANKED_BITS,
     Contexts,
     KvPool,
+    part_bytes,
 )
 from sts_kernels.torch_ops import sketch_values
 from sts_sglang import headmap
-from sts_sglang.config import ConfigError
+from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.core.selectors import tokens
 from sts_sglang.core.sizes import SCRATCH
+from sts_sglang.core.verifier import TargetShape
 from tests import directions
 from tests.test_backends import COUNTS, DIM, KV_HEADS, LAYERS, Q_HEADS, SCALE, TOKENS
 from tests.test_page_selectors import GROUP, PROMPT, RECENT, SINK, WIDTH, Request, counted
@@ -220,6 +222,13 @@ def test_memory_for_logits_is_what_the_kernel_keeps() -> None:
     assert tokens.logit_bytes(4096, 8, few) == 2 * 8 * 4096 * few and tokens.logit_bytes(4096, 8, again) == 0
     assert tokens.at_once(131072, 8, few) == SCRATCH // (2 * 8 * 131072 * few)
     assert tokens.at_once(131072, 8, again) >= 1024  # more than a batch has
+
+
+def test_counts_of_rows_in_parts_are_reserved(monkeypatch) -> None:
+    target = TargetShape(1, 2, 8, 4, 64, torch.float16, torch.float16, 4096, 3, 0)
+    before = tokens.need(StsConfig(), target, 400).fixed
+    monkeypatch.setattr(tokens, "part_bytes", lambda rows: 1000 * rows + part_bytes(rows))
+    assert tokens.need(StsConfig(), target, 400).fixed - before == 1000 * 3 * 4
 
 
 def test_a_dump_says_what_tokens_were_worth(tmp_path, head_map) -> None:

@@ -843,6 +843,18 @@ def test_graphs(launch, flags, phase, backend):
         check_message(caught, flags, "CUDA graphs", "add --disable-cuda-graph")
 
 
+def heads(head_dim: int, queries: int, keys: int) -> SimpleNamespace:
+    """A ModelConfig of so many; of multi-query attention SGLang leaves the configuration's own number."""
+    own = queries if keys == 1 else keys
+    return SimpleNamespace(
+        model_path="m",
+        head_dim=head_dim,
+        num_attention_heads=queries,
+        num_key_value_heads=own,
+        get_total_num_kv_heads=lambda: keys,
+    )
+
+
 @pytest.mark.parametrize(
     "target, draft, room, arguments, subject",
     [
@@ -864,8 +876,7 @@ def test_what_no_thread_block_can_hold_is_refused(
     args = launch()
     for field, value in arguments.items():
         setattr(args, field, value)
-    names = ("head_dim", "num_attention_heads", "num_key_value_heads")
-    models = [SimpleNamespace(model_path="m", **dict(zip(names, m, strict=True))) for m in (target, draft)]
+    models = [heads(*m) for m in (target, draft)]
     if subject is None:
         validate.check_tiles(args, StsConfig(), *models)
         return
@@ -879,7 +890,7 @@ def test_rows_that_page_scores_cannot_hold_are_refused_with_them(launch, flags, 
     monkeypatch.setattr(validate, "_shared_memory", lambda: 232448)
     args = launch()
     args.speculative_num_draft_tokens = 64
-    model = SimpleNamespace(model_path="m", head_dim=128, num_attention_heads=32, num_key_value_heads=8)
+    model = heads(128, 32, 8)
     validate.check_tiles(args, StsConfig(), model, model)
     for selector in ("pages", "joined"):
         with pytest.raises(Refusal) as caught:
@@ -1063,8 +1074,8 @@ def test_a_head_cannot_read_a_prompt_first(flags, algorithm):
 
 def test_a_draft_does_not_read_ahead_of_the_host_cache(flags):
     args = SimpleNamespace(speculative_algorithm="STANDALONE", enable_hierarchical_cache=True)
-    for config in ({"prefill": "sparse"}, {"prefill_by": "draft"}):
-        validate.check_prefill(args, StsConfig(**config))
+    for config in (StsConfig(prefill="sparse"), StsConfig()):
+        validate.check_prefill(args, config)
     with pytest.raises(Refusal) as caught:
         validate.check_prefill(args, StsConfig(prefill="sparse", prefill_by="draft"))
     check_message(caught, flags, "sts_config.prefill_by: 'draft'", "drop that flag")
@@ -1073,11 +1084,7 @@ def test_a_draft_does_not_read_ahead_of_the_host_cache(flags):
 @pytest.mark.parametrize(("dim", "fits"), [(64, True), (128, True), (256, True), (512, False)])
 def test_heads_that_no_block_of_a_sparse_prefill_can_hold_are_refused(launch, flags, monkeypatch, dim, fits):
     monkeypatch.setattr(validate, "_shared_memory", lambda: 232448)
-    args, model = (
-        launch(),
-        SimpleNamespace(model_path="m", head_dim=dim, num_attention_heads=8, num_key_value_heads=8),
-    )
-    draft = SimpleNamespace(model_path="m", head_dim=64, num_attention_heads=8, num_key_value_heads=8)
+    args, model, draft = launch(), heads(dim, 8, 8), heads(64, 8, 8)
     for drafts in (draft, None):
         validate.check_tiles(args, StsConfig(), model, drafts)
         if fits:
@@ -1091,8 +1098,7 @@ def test_heads_that_no_block_of_a_sparse_prefill_can_hold_are_refused(launch, fl
 def test_a_draft_whose_rows_no_block_can_hold_is_refused_a_sparse_prefill(launch, flags, monkeypatch):
     """Of its own, whoever selects for the target."""
     monkeypatch.setattr(validate, "_shared_memory", lambda: 232448)
-    heads = {"model_path": "m", "num_attention_heads": 8, "num_key_value_heads": 8}
-    target, draft = (SimpleNamespace(head_dim=dim, **heads) for dim in (64, 512))
+    target, draft = heads(64, 8, 8), heads(512, 8, 8)
     with pytest.raises(Refusal) as caught:
         config = StsConfig(prefill="sparse", prefill_draft="sparse")
         validate.check_tiles(launch(), config, target, draft)
@@ -1102,9 +1108,8 @@ def test_a_draft_whose_rows_no_block_can_hold_is_refused_a_sparse_prefill(launch
 def test_many_heads_over_one_are_refused_a_sparse_prefill(launch, monkeypatch):
     """All of them ask in one product with a block of keys."""
     monkeypatch.setattr(validate, "_shared_memory", lambda: 232448)
-    model = {"model_path": "m", "head_dim": 128, "num_key_value_heads": 1}
-    for heads, fits in ((16, True), (48, False)):
-        target = SimpleNamespace(num_attention_heads=heads, **model)
+    for number, fits in ((16, True), (48, False)):
+        target = heads(128, number, 1)
         if fits:
             validate.check_tiles(launch(), StsConfig(prefill="sparse"), target, None)
             continue

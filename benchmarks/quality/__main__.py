@@ -43,7 +43,7 @@ from benchmarks.quality.measure import run_arm, try_dense
 from sts_sglang.calibrate.command import read_texts
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.evaluate import pair as pairs
-from sts_sglang.evaluate.items import Plain, Source, TooShort
+from sts_sglang.evaluate.items import NoRoom, Plain, Source, TooShort
 from sts_sglang.tools.demo import MODELS
 from sts_sglang.tools.local_server import LocalServer
 
@@ -156,9 +156,10 @@ def plan_of(options: argparse.Namespace, known: pairs.Known, name: str, suite: S
         raise SystemExit("--keeps: from above 0 to 0.5 (dense is measured besides)")
     if unknown := set(options.tasks or ()) - set(suite.tasks):
         raise SystemExit(f"--tasks: no {', '.join(sorted(unknown))}; there are {', '.join(suite.tasks)}")
-    longest = max(*size["lengths"], *size["text_lengths"])
-    if known.positions and longest > known.positions:
-        raise SystemExit(f"--lengths: {longest}, the models have positions for {known.positions}")
+    for flag in ("lengths", "text_lengths"):
+        if known.positions and max(size[flag]) > known.positions:
+            said = f"--{flag.replace('_', '-')}: {max(size[flag])}"
+            raise SystemExit(f"{said}, the models have positions for {known.positions}")
     config = {"budget": 0, "stand_aside": 0, **json.loads(options.sts_config)}
     if config.get("prefill", "dense") != "dense":
         raise SystemExit("--sts-config: prefill is said by an arm (--arms prefill, or one of --arm)")
@@ -188,6 +189,8 @@ def check_room(plan: Plan, suite: Suite) -> None:
             suite.make(task, length, suite.documents(task, plan.items) - 1)
         except TooShort as error:
             flag = "--text-lengths" if task == "text" else "--lengths"
+            if not isinstance(error, NoRoom):
+                flag = "--text"
             raise SystemExit(f"{flag}: {task} of {length} tokens: {error}") from None
 
 

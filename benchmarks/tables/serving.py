@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections.abc import Sequence
 
 from benchmarks.quality.report import table
 from benchmarks.shapes import Shape
@@ -176,12 +177,12 @@ def gains(found: list[dict], arm: str, shape: tuple[int, int]) -> str:
     return (f"{stock:.2f}x" if stock else "–") + (f" ({captured:.2f}x)" if captured else "")
 
 
-def null_result(found: list[dict]) -> tuple[float, float]:
-    """Least and most that sts gained in any run at contexts so short that `keep` leaves most of them."""
+def null_result(found: list[dict], arms: Sequence[str] = ("sts", "sts-draft")) -> tuple[float, float]:
+    """Least and most that these gained in any run at contexts so short that `keep` leaves most of them."""
     gained = []
     for run in dict.fromkeys(r["commit"] for r in found):
         mine = [r for r in found if r["commit"] == run]
         for shape in (s for s in shapes_of(mine) if s[0] <= 2000):
-            gained += [gain(mine, arm, shape, "stock-spec-captured") for arm in ("sts", "sts-draft")]
+            gained += [gain(mine, arm, shape, "stock-spec-captured") for arm in arms]
     gained = [g for g in gained if g]
     return (min(gained), max(gained)) if gained else (float("nan"), float("nan"))

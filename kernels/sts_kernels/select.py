@@ -136,16 +136,19 @@ def select_rows(
             maxnreg=KNOBS.maxnreg,
             **shape,
         )
-    if contexts.table.shape[1] > alone:  # else no row is longer
-        _list_in_parts(tensors, lists.counts.shape, contexts.table.shape[1], ranked, shape)
+    longest = contexts.table.shape[1] - recent  # what of a row may be listed
+    if longest > alone:
+        _list_in_parts(tensors, lists.counts.shape, longest, ranked, shape)
 
 
-def _list_in_parts(tensors: tuple, rows: tuple[int, int], width: int, ranked: bool, shape: dict) -> None:
+def _list_in_parts(tensors: tuple, rows: tuple[int, int], longest: int, ranked: bool, shape: dict) -> None:
     """What no program lists by itself. tensors, shape: of _select_kernel. rows: requests and channels."""
     device = tensors[0].device
-    parts, segment = parts_of_rows(rows[0] * rows[1], width, parts=KNOBS.parts, least=KNOBS.segment)
+    parts, segment = parts_of_rows(rows[0] * rows[1], longest, parts=KNOBS.parts, least=KNOBS.segment)
     counted = torch.empty(*rows, parts, RANKS, dtype=torch.int32, device=device)
-    refined = torch.empty(*rows, parts, 1 << UNRANKED_BITS, dtype=torch.int32, device=device)
+    refined = counted  # which nothing reads, unless
+    if not ranked:
+        refined = torch.empty(*rows, parts, 1 << UNRANKED_BITS, dtype=torch.int32, device=device)
     early = starts_early(device) if KNOBS.early else {}
     shape |= {"ALL_RANKS": RANKS, "UNRANKED": UNRANKED_BITS, "EARLY": bool(early)}
     shape |= {"num_warps": KNOBS.part_warps, **early}

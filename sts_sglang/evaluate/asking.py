@@ -188,7 +188,8 @@ def measure(
     batch at every keep.
     """
     before = client.counters()
-    with ThreadPoolExecutor(concurrency) as pool:
+    pool = ThreadPoolExecutor(concurrency)
+    try:
         for first in range(0, count, concurrency):
             batch = range(first, min(count, first + concurrency))
             made = [make(index) for index in batch]
@@ -204,6 +205,9 @@ def measure(
                     cell.counters[key] = cell.counters.get(key, 0) + after[key] - before[key]
                 before = after
                 progress(len(batch))
+    finally:
+        # Not waited for: who is interrupted stops the server, which ends what is still being asked.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def dense_score(

@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,17 +192,26 @@ def measure(plan: Plan, log: Path) -> tuple[dict, list[dict], dict[str, Any]]:
         config=plan.served(),
         extra=plan.server_args,
     )
-    try:
-        with server:
+    whose = f"--target {plan.known.pair.target}"
+
+    def failed(error: Exception) -> ConfigError:
+        return ConfigError(
+            f"{whose}: the server failed, {_last_error(log, error)}; allowed: models that sts serves on this "
+            "device (with --out its log is kept)"
+        )
+
+    with ExitStack() as running:
+        try:
+            running.enter_context(server)
+        except (RuntimeError, OSError) as error:
+            raise failed(error) from None
+        try:
             cells, left_out = _ask(plan, Client(server))
             return cells, left_out, {**about, **_origin(plan, server)}
-    except NotAsked as error:
-        raise ConfigError(f"--target {plan.known.pair.target}: {error}") from None
-    except (RuntimeError, OSError) as error:  # it did not start, or ended while it was asked
-        raise ConfigError(
-            f"--target {plan.known.pair.target}: the server failed, {_last_error(log, error)}; allowed: "
-            "models that sts serves on this device (with --out its log is kept)"
-        ) from None
+        except NotAsked as error:
+            raise ConfigError(f"{whose}: {error}") from None
+        except OSError as error:  # it ended, or answered with an error
+            raise failed(error) from None
 
 
 def _ask(plan: Plan, client: Client) -> tuple[dict, list[dict]]:
@@ -287,7 +296,10 @@ def report_of(
     if found is None:
         remedy = "serve without sts, or try other keeps, and the lengths that you serve"
         return "\n".join([*lines, f"no keep passes the gate: {remedy}"])
-    line = pair.launch_line(models, {**plan.config, "keep": found.keep}, plan.device, plan.server_args)
+    extra = list(plan.server_args)
+    if plan.known.bounded:  # SGLang asks the draft for as many positions as the target has
+        extra = ["--context-length", str(plan.known.positions), *extra]
+    line = pair.launch_line(models, {**plan.config, "keep": found.keep}, plan.device, extra)
     return "\n".join([*lines, f"serve with: {line}"])
 
 

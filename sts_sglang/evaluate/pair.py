@@ -17,6 +17,8 @@ from sts_sglang.tools.local_server import LocalServer
 ALGORITHMS = ("STANDALONE", "EAGLE3", "EAGLE")
 NONE = "NONE"  # in place of an algorithm: nothing drafts for the target
 FORCED_SERVER = "sts_sglang.host.forced"
+# Files of a folder that brings a tokenizer: transformers' own, sentencepiece's, GPT-2's.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 ROOM = 256  # positions of a server beyond the longest prompt, where the models have them
 
 
@@ -88,6 +90,7 @@ class Known(NamedTuple):
     pair: Models
     tokenizer: Any  # transformers', of the target
     positions: int | None  # the most that all of them have, if they say
+    bounded: bool = False  # whether it is the draft that has no more
 
 
 def check(target: str, draft: str | None, algorithm: str | None) -> Known:
@@ -141,7 +144,8 @@ def _check_pair(target: str, draft: str, algorithm: str | None) -> Known:
         head_reads(f"--draft {draft}", configs[1], layers)
     tokenizer = tokenizer_of(target, "--target")
     _check_tokens(draft, tokenizer)
-    return Known(pair, tokenizer, _positions(*configs))
+    positions = _positions(*configs)
+    return Known(pair, tokenizer, positions, positions != _positions(configs[0]))
 
 
 def _target_config(target: str) -> dict[str, Any]:
@@ -169,6 +173,10 @@ def _check_tokens(draft: str, tokenizer: Any) -> None:
     """A draft need not bring a tokenizer, the server takes the target's; one that it brings must agree."""
     from sts_sglang.calibrate.record import tokenizer_of
 
+    folder = Path(draft)
+    # transformers makes an empty one for some kinds of models that bring none.
+    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZERS):
+        return
     try:
         own = tokenizer_of(draft, "--draft").get_vocab()
     except ConfigError:

@@ -379,7 +379,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "model_path",
         "num_attention_heads",
         "num_hidden_layers",
-        "num_key_value_heads",
         "num_nextn_predict_layers",
         "quantization",
         "speculative_algorithm",

@@ -516,7 +516,7 @@ def check_tiles(
     if config.selector == "tokens":
         readers += [(*of_verify, target, tokens.shared_bytes)]
     for flag, number, queries, model, shared_bytes in readers:
-        rows = queries * (model.num_attention_heads // model.num_key_value_heads)
+        rows = queries * _group(model)
         needed = shared_bytes(rows, model.head_dim)
         if needed > room:
             raise Refusal(
@@ -526,12 +526,17 @@ def check_tiles(
             )
 
 
+def _group(model: ModelConfig) -> int:
+    """Query heads of a KV head, of which multi-query attention has one, whatever the configuration says."""
+    return model.num_attention_heads // model.get_total_num_kv_heads()
+
+
 def _check_asking_rows(field: str, model: ModelConfig, room: int) -> None:
     """Whether a thread block can hold the rows of a block of queries that ask in a sparse prefill."""
     from sts_kernels import prefill
     from sts_sglang.core.block_selectors import SAMPLED
 
-    group = model.num_attention_heads // model.num_key_value_heads
+    group = _group(model)
     if (needed := prefill.shared_bytes(model.head_dim, SAMPLED * group)) > room:
         raise Refusal(
             f"sts_config.{field}: 'sparse' with heads of {model.head_dim}, {group} to a KV head, needs "
