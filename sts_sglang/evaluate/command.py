@@ -72,7 +72,7 @@ def add(commands: Any) -> None:
         "`sts-sglang calibrate` makes), or pages of 16 tokens.\n"
         f"\nThe gate, stated beforehand:\n{_wrapped(GATE)}\n"
         "\nExit code 0 and the command to serve with where a keep passes, 1 where none does, 2 for\n"
-        "bad input.",
+        "bad input, 130 when interrupted, 70 for an error that nobody expected.",
         epilog=f"tasks:\n{tasks}\n\nexamples:\n"
         "  sts-sglang evaluate --target TARGET --text docs/*.md --out found\n"
         "  sts-sglang evaluate --target TARGET --draft DRAFT --text docs/*.md --out found\n"
