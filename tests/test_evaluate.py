@@ -475,6 +475,7 @@ def test_who_is_interrupted_while_items_are_asked_waits_for_none():
     client = SimpleNamespace(counters=lambda: {})
     asked = SimpleNamespace(ask=lambda client, keep: answered.wait(30))
     interrupt = threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
     interrupt.start()
     try:
         began = time.monotonic()
@@ -484,6 +485,7 @@ def test_who_is_interrupted_while_items_are_asked_waits_for_none():
     finally:
         answered.set()
         interrupt.join()
+        signal.signal(signal.SIGINT, before)
 
 
 # ---- the server

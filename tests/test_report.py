@@ -150,7 +150,7 @@ def test_heads_have_a_table_of_their_own_and_stand_beside_drafts_on_the_front(
     assert "1,000 x 2 | 50" not in "\n".join(tree)
     assert (serving.serving(), report.break_even()) == of_drafts
     assert "| 1,000 x 2 | 100 | 160 | **1.60x** | – | – | **1.25x** | – |" in eagle3.front()
-    assert "**At 2,000 tokens sts brings next to nothing: 1.60x to 1.60x" in eagle3.front()
+    assert "**At 2,000 tokens sts brings next to nothing: 1.25x to 1.60x" in eagle3.front()
 
 
 def test_what_sts_adds_to_a_round_shows_the_newest_of_what_was_measured(tmp_path, monkeypatch):
