@@ -312,12 +312,12 @@ def accept(options: argparse.Namespace) -> None:
     stream = np.fromfile(options.corpus / "heldout.bin", np.uint16)
     prompts = {n: windows(stream, n - options.tokens, options.items) for n in options.lengths}
     for folder in options.drafts:
-        pair, _, positions = pairs.check(str(options.target), str(folder), None)
+        known = pairs.check(str(options.target), str(folder), None)
         room = max(prompts) + pairs.ROOM
         log = Path(tempfile.mkdtemp(prefix="accept-")) / "server.log"
-        size = {"context": min(room, positions or room), "concurrency": options.concurrency}
+        size = {"context": min(room, known.positions or room), "concurrency": options.concurrency}
         with (
-            pairs.start(pair, log, device=options.device, config={"verify": "dense"}, **size) as server,
+            pairs.start(known.pair, log, device=options.device, config={"verify": "dense"}, **size) as server,
             ThreadPoolExecutor(options.concurrency) as pool,
         ):
             client = Client(server)
@@ -325,7 +325,7 @@ def accept(options: argparse.Namespace) -> None:
                 ask = partial(client.generate, keep=DENSE, new_tokens=options.tokens, ignore_eos=True)
                 found = [reply.tokens / reply.rounds for reply in pool.map(ask, asked)]
                 row = {
-                    **pair.named(),
+                    **known.pair.named(),
                     "length": length,
                     "items": len(found),
                     "new_tokens": options.tokens,
