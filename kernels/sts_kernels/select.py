@@ -104,62 +104,64 @@ def select_rows(
     if contexts.lens.numel() == 0:
         return
     alone = min(KNOBS.alone, 32 * KNOBS.words)
-    tensors = (
+    rows = (
         scores.importance.view(torch.int16),
         scores.starts,
         contexts.lens,
+        lists.counts,
+        scores.importance.stride(0),
+    )
+    listed = (
         contexts.table,
         contexts.reqs,
         lists.indices,
         lists.indices if draft_indices is None else draft_indices,
         lists.starts,
-        lists.counts,
-        scores.importance.stride(0),
         contexts.table.stride(0),
     )
-    shape = {
-        "DRAFT_SHIFT": SHIFT if draft_indices is not None else 0,
-        "SINK": sink,
-        "RECENT": recent,
-        "FORCED": min(1024, triton.next_power_of_2(sink + recent)),
-        "ALONE": alone,
-        "ALIGN": ALIGN if scores.importance.stride(0) % ALIGN == 0 else 1,
-    }
+    of_rows = {"SINK": sink, "RECENT": recent, "ALONE": alone}
+    of_rows |= {"ALIGN": ALIGN if scores.importance.stride(0) % ALIGN == 0 else 1}
+    of_lists = {"DRAFT_SHIFT": SHIFT if draft_indices is not None else 0}
+    of_lists |= {"FORCED": min(1024, triton.next_power_of_2(sink + recent))}
     if alone or top_p is not None:
         _select_kernel[tuple(lists.counts.shape)](
-            *tensors,
+            *rows,
+            *listed,
             contexts.lens if top_p is None else top_p,
             TOP_P=top_p is not None,
             UNRANKED=UNRANKED_BITS if ranked else 0,
             WORDS=KNOBS.words,
             num_warps=KNOBS.num_warps,
             maxnreg=KNOBS.maxnreg,
-            **shape,
+            **of_rows,
+            **of_lists,
         )
     longest = contexts.table.shape[1] - recent  # what of a row may be listed
     if longest > alone:
-        _list_in_parts(tensors, lists.counts.shape, longest, ranked, shape)
+        _list_in_parts(rows, listed, longest, ranked, of_rows, of_lists)
 
 
-def _list_in_parts(tensors: tuple, rows: tuple[int, int], longest: int, ranked: bool, shape: dict) -> None:
-    """What no program lists by itself. tensors, shape: of _select_kernel. rows: requests and channels."""
-    device = tensors[0].device
-    parts, segment = parts_of_rows(rows[0] * rows[1], longest, parts=KNOBS.parts, least=KNOBS.segment)
-    counted = torch.empty(*rows, parts, RANKS, dtype=torch.int32, device=device)
+def _list_in_parts(
+    rows: tuple, listed: tuple, longest: int, ranked: bool, of_rows: dict, of_lists: dict
+) -> None:
+    """What no program lists by itself. rows, listed, and shapes of them: of _select_kernel."""
+    counts, device = rows[3], rows[0].device
+    parts, segment = parts_of_rows(counts.numel(), longest, parts=KNOBS.parts, least=KNOBS.segment)
+    counted = torch.empty(*counts.shape, parts, RANKS, dtype=torch.int32, device=device)
     refined = counted  # which nothing reads, unless
     if not ranked:
-        refined = torch.empty(*rows, parts, 1 << UNRANKED_BITS, dtype=torch.int32, device=device)
+        refined = torch.empty(*counts.shape, parts, 1 << UNRANKED_BITS, dtype=torch.int32, device=device)
     early = starts_early(device) if KNOBS.early else {}
-    shape |= {"ALL_RANKS": RANKS, "UNRANKED": UNRANKED_BITS, "EARLY": bool(early)}
-    shape |= {"num_warps": KNOBS.part_warps, **early}
+    of_parts = {**of_rows, "ALL_RANKS": RANKS, "UNRANKED": UNRANKED_BITS, "EARLY": bool(early)}
+    of_parts |= {"num_warps": KNOBS.part_warps, **early}
     at_once = {"AT_ONCE": min(MOST_PARTS, triton.next_power_of_2(parts))}
-    grid = (parts, *rows)
-    _count_kernel[grid](*tensors, counted, segment, BLOCK=KNOBS.counted, **shape)
+    grid = (parts, *counts.shape)
+    _count_kernel[grid](*rows, counted, segment, BLOCK=KNOBS.counted, **of_parts)
     if not ranked:
-        _refine_kernel[grid](*tensors, counted, refined, segment, BLOCK=KNOBS.counted, **at_once, **shape)
-    _list_kernel[grid](
-        *tensors, counted, refined, segment, RANKED=ranked, BLOCK=KNOBS.listed, **at_once, **shape
-    )
+        _refine_kernel[grid](*rows, counted, refined, segment, BLOCK=KNOBS.counted, **at_once, **of_parts)
+    found = (counted, refined, segment)
+    of_parts |= of_lists
+    _list_kernel[grid](*rows, *listed, *found, RANKED=ranked, BLOCK=KNOBS.listed, **at_once, **of_parts)
 
 
 # ---- words and planes
@@ -185,6 +187,12 @@ def _lowest(number):
 def _inside(at, first, last):
     """uint32 [WORDS, 1]: which of the 32 scores from `at` [WORDS, 1] on are at [first, last), a bit each."""
     return _lowest(last - at) & (_lowest(first - at) ^ ALL)
+
+
+@triton.jit
+def _row(scores_ptr, column_ptr, b, c, stride_channel, ALIGN: tl.constexpr):
+    """Where the scores of a request in a channel begin."""
+    return scores_ptr + c.to(tl.int64) * stride_channel + tl.load(column_ptr + b) // ALIGN * ALIGN
 
 
 @triton.jit
@@ -425,13 +433,13 @@ def _select_kernel(
     scores_ptr,  # int16 [channels, columns], bits of float16
     column_ptr,  # int64 [bs], first columns
     lens_ptr,  # int [bs]
+    count_ptr,  # int32 [bs, channels], below 0: WHOLE; written if TOP_P
+    stride_channel,
     table_ptr,  # int32 [requests, width]
     reqs_ptr,  # int [bs]
     indices_ptr,  # int32 [entries], written
     draft_ptr,  # int32 [entries], written if DRAFT_SHIFT
     start_ptr,  # int64 [bs, channels]
-    count_ptr,  # int32 [bs, channels], below 0: WHOLE; written if TOP_P
-    stride_channel,
     stride_table,
     top_p_ptr,  # float32 [bs], if TOP_P
     TOP_P: tl.constexpr,
@@ -449,7 +457,7 @@ def _select_kernel(
     if count < 0:
         return
     length = tl.load(lens_ptr + b).to(tl.int32)
-    row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(column_ptr + b) // ALIGN * ALIGN
+    row_ptr = _row(scores_ptr, column_ptr, b, c, stride_channel, ALIGN)
     first, last = SINK, length - RECENT
     wanted = count - SINK - RECENT
     if TOP_P:
@@ -517,20 +525,12 @@ def _count_kernel(
     scores_ptr,  # from here on as in _select_kernel
     column_ptr,
     lens_ptr,
-    table_ptr,
-    reqs_ptr,
-    indices_ptr,
-    draft_ptr,
-    start_ptr,
     count_ptr,
     stride_channel,
-    stride_table,
     counted_ptr,  # int32 [bs, channels, parts, ALL_RANKS], written: scores of a rank; undefined behind a row
     segment,  # scores of a part
-    DRAFT_SHIFT: tl.constexpr,
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
-    FORCED: tl.constexpr,
     ALONE: tl.constexpr,  # scores of a row that _select_kernel lists
     ALIGN: tl.constexpr,
     ALL_RANKS: tl.constexpr,
@@ -549,7 +549,7 @@ def _count_kernel(
         return
     if tl.load(count_ptr + row) < 0:
         return
-    row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(column_ptr + b) // ALIGN * ALIGN
+    row_ptr = _row(scores_ptr, column_ptr, b, c, stride_channel, ALIGN)
     found = tl.zeros([ALL_RANKS], tl.int32)
     end = tl.minimum(begin + segment, last)
     for block in range(begin, end, BLOCK):
@@ -564,21 +564,13 @@ def _refine_kernel(
     scores_ptr,  # from here on as in _count_kernel
     column_ptr,
     lens_ptr,
-    table_ptr,
-    reqs_ptr,
-    indices_ptr,
-    draft_ptr,
-    start_ptr,
     count_ptr,
     stride_channel,
-    stride_table,
     counted_ptr,
     refined_ptr,  # int32 [bs, channels, parts, 1 << UNRANKED], written: of the lowest rank, by the other bits
     segment,
-    DRAFT_SHIFT: tl.constexpr,
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
-    FORCED: tl.constexpr,
     ALONE: tl.constexpr,
     ALIGN: tl.constexpr,
     ALL_RANKS: tl.constexpr,
@@ -598,7 +590,7 @@ def _refine_kernel(
         return
     of_row, parts = row.to(tl.int64) * tl.num_programs(0), tl.cdiv(last, segment)
     lowest, _, _, _, _ = _boundary(counted_ptr + of_row * ALL_RANKS, wanted, parts, part, ALL_RANKS, AT_ONCE)
-    row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(column_ptr + b) // ALIGN * ALIGN
+    row_ptr = _row(scores_ptr, column_ptr, b, c, stride_channel, ALIGN)
     number: tl.constexpr = 1 << UNRANKED
     found = tl.zeros([number], tl.int32)
     end = tl.minimum(begin + segment, last)
@@ -610,16 +602,16 @@ def _refine_kernel(
 
 @triton.jit
 def _list_kernel(
-    scores_ptr,  # from here on as in _refine_kernel
+    scores_ptr,  # from here on as in _select_kernel
     column_ptr,
     lens_ptr,
+    count_ptr,
+    stride_channel,
     table_ptr,
     reqs_ptr,
     indices_ptr,
     draft_ptr,
     start_ptr,
-    count_ptr,
-    stride_channel,
     stride_table,
     counted_ptr,
     refined_ptr,  # unless RANKED
@@ -645,7 +637,7 @@ def _list_kernel(
     last, begin, wanted = length - RECENT, part * segment, count - SINK - RECENT
     if (last <= ALONE) | (count < 0) | (begin >= last):
         return
-    row_ptr = scores_ptr + c.to(tl.int64) * stride_channel + tl.load(column_ptr + b) // ALIGN * ALIGN
+    row_ptr = _row(scores_ptr, column_ptr, b, c, stride_channel, ALIGN)
     slot_ptr = table_ptr + tl.load(reqs_ptr + b).to(tl.int64) * stride_table
     start = tl.load(start_ptr + row)
     out_ptr, draft_ptr = indices_ptr + start, draft_ptr + start
