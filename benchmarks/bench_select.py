@@ -49,8 +49,9 @@ QUICK += [
     for c, b, w in ((32768, 8, 32768), (32768, 8, 131072), (65536, 4, 131072), (131072, 1, 131072))
 ]
 GRID = settings({"words": [512, 1024, 2048], "num_warps": [8, 16], "maxnreg": [80, 96, 128]})
-GRID += settings({"alone": [0, 32768], "segment": [2048, 4096, 8192], "parts": [528, 1056, 2112]})
-GRID += settings({"part_warps": [4, 8], "listed": [1024, 2048, 4096], "counted": [2048, 4096, 8192]})
+GRID += [{"many": 1}]  # no row in parts, and then all that are longer than a tile
+GRID += settings({"many": [10**9], "segment": [4096, 8192, 16384], "parts": [528, 1056]})
+GRID += settings({"many": [10**9], "part_warps": [2, 4], "listed": [1024, 2048], "counted": [2048, 4096]})
 
 
 class Arguments(NamedTuple):
@@ -177,8 +178,9 @@ def main() -> None:
     args = parser(__doc__).parse_args()
     shapes = QUICK if args.quick or args.tune else FULL
     grid = GRID if args.tune else [{}]
-    longest = max(shapes, key=lambda shape: shape["context"])  # which is listed in parts
-    compile_ahead(compile_one, [shapes[0], longest], grid)
+    # The longest rows: where they are many, listed by a program each, and where they are few, in parts.
+    longest = sorted(shapes, key=lambda shape: (shape["context"], "channels" in shape))[-2:]
+    compile_ahead(compile_one, [shapes[0], *longest], grid)
     results = Results("select", args.out)
     for shape in shapes:
         if args.tune:

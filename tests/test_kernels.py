@@ -478,10 +478,11 @@ def test_selection_follows_the_definition(kernel: str, kind: str, counts: list[i
             assert found[b][c] == (None if count < 0 else top_by_definition(row, count, sink, recent))
 
 
+@pytest.mark.parametrize("many", [0, 3], ids=["alone", "parts"])
 @pytest.mark.parametrize("words", [64, 256, 1024])
-def test_selection_in_tiles_of_any_size(monkeypatch, words: int) -> None:
-    """Rows of several tiles, of one and of a small one."""
-    tune(monkeypatch, select, words=words, segment=1024, listed=1024, counted=1024)
+def test_selection_in_tiles_of_any_size(monkeypatch, words: int, many: int) -> None:
+    """Rows of several tiles, of one and of a small one, where two rows are many and where they are few."""
+    tune(monkeypatch, select, words=words, many=many, segment=1024, listed=1024, counted=1024)
     batch = Batch(lengths=[5000, 2048 + 64])
     for kind in ("distinct", "tied", "unknown"):
         importance = scores_like(kind, batch)[:1]
@@ -516,8 +517,10 @@ def test_parts_cover_a_row_and_have_room(rows: int, width: int) -> None:
     assert rows * parts * 4 * (RANKS + 64) <= part_bytes(rows)
 
 
-def test_selection_over_several_full_tiles() -> None:
+@pytest.mark.parametrize("many", [0, 2], ids=["alone", "parts"])
+def test_selection_over_several_full_tiles(monkeypatch, many: int) -> None:
     """As tuned, with ties in every tile: where compiling has gone wrong, and the interpreter was right."""
+    tune(monkeypatch, select, many=many)
     batch = Batch(lengths=[80_000])
     importance = scores_like("tied", batch)[:1]
     found = run_select("triton", batch, importance, [30_000], 4, 64)
@@ -909,7 +912,7 @@ def test_benches_gate_what_they_time(monkeypatch) -> None:
     step.layer(0)
     bench_tokens.same_lists(step)
     bench_tokens.same_sketches(
-        step, torch.randn(2 * 320 + 1, bench_tokens.KV_HEADS, 32).to(bench_tokens.DTYPE), 40
+        step, torch.randn(2 * 320 + 1, bench_tokens.KV_HEADS, 32).to(DEVICE, bench_tokens.DTYPE), 40
     )()
     split = bench_verify.cases_of(
         shape | {"dim": 16, "rows": 4, "group": 4}, [bench_verify.Pool.draw(shape | {"dim": 16}, 0)]
@@ -973,7 +976,8 @@ with compile_only() as compiled:
         bench_draft_attention.compile_one(shape | {"step": 0} | odd, {})
     case = bench_draft_attention.Case.draw(shape | {"step": 0}, device="meta", dtype=torch.bfloat16)
     case.attend(elsewhere=like(8, dtype=torch.bool))
-    bench_select.compile_one(shape | {"context": 65536}, {})
+    for many in (1, 10**9):  # a program for each long row, and parts
+        bench_select.compile_one(shape | {"context": 65536}, {"many": many})
     ops("triton").sketch_pages(
         like(100, 8, 128, dtype=torch.float8_e4m3fn), like(100, 8, 16, dtype=f16),
         Contexts(like(3, 4096), i(2), i(2)), i(2), like(100), most=64,

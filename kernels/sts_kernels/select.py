@@ -5,9 +5,11 @@ To count them fast, the 32 neighbouring scores of a lane are transposed as a mat
 b, then has bit b of all 32, and one AND and one population count do the work of 32 comparisons. A row of one
 tile, 32 x WORDS scores, is read and transposed once and stays in the registers of one program.
 
-Of a longer row several programs have a part each. One kernel counts the scores of each part by rank, which is
-all but their lowest bits. A second one counts those of the threshold's rank by these bits, unless they are no
-matter. The third knows from all counts where its part goes in the list.
+A longer row is read again by each pass of the search, which finds two bits of the threshold, where there are
+programs enough with a row for each. Where rows are few, several programs have a part of a row each. One kernel
+counts the scores of each part by rank, which is all but their lowest bits. A second one counts those of the
+threshold's rank by these bits, unless they are no matter. The third knows from all counts where its part goes
+in the list.
 """
 
 from __future__ import annotations
@@ -39,25 +41,28 @@ from sts_kernels.split_kv import starts_early
 class SelectKnobs:
     """words: of 32 scores, in a tile. num_warps: of a program that lists a row by itself. maxnreg: registers
     that a thread of it has at most; with 128, two programs fit on a multiprocessor. alone: scores of such a
-    row, of one tile at most; 0: all rows are in parts. parts, segment: see `layout.parts_of_rows`. counted,
-    listed: scores of a part that a program counts or lists at a time. part_warps: of one. early: whether
-    these start while the kernel before them ends.
+    row, of one tile at most; 0: all rows are in parts. many: from so many rows on a program lists a row by
+    itself however long it is; not where the lowest bits are no matter, which parts count by one kernel less.
+    parts, segment: see `layout.parts_of_rows`. counted, listed: scores of a part that a program counts or
+    lists at a time. part_warps: of one. early: whether these start while the kernel before them ends.
     """
 
     words: int = 1024
     num_warps: int = 8
     maxnreg: int = 128
     alone: int = 32768
+    many: int = 48
     parts: int = PARTS
     segment: int = SEGMENT
     counted: int = 4096
     listed: int = 2048
-    part_warps: int = 8
+    part_warps: int = 4
     early: bool = True
 
 
 KNOBS = SelectKnobs()
 MOST_PARTS = 8  # of a row, whose counts a program has at a time
+ANY_LENGTH = 2**31 - 1
 # A key is the bits of a float16 score without the sign: those of non-negative numbers are in their order.
 KEY_BITS = tl.constexpr(15)
 # The key of a score that is no number, above that of infinity. It ranks above every score, so that no token
@@ -104,6 +109,8 @@ def select_rows(
     if contexts.lens.numel() == 0:
         return
     alone = min(KNOBS.alone, 32 * KNOBS.words)
+    if not ranked and lists.counts.numel() >= KNOBS.many:
+        alone = ANY_LENGTH
     rows = (
         scores.importance.view(torch.int16),
         scores.starts,
@@ -280,6 +287,54 @@ def _search_tile(planes, active, wanted, UNRANKED: tl.constexpr):
 
 
 @triton.jit
+def _cleared(words, inside, FIRST: tl.constexpr):
+    """`words` [WORDS, 8] of `_words`, whose column 0 begins with score FIRST, with 0 for scores that are not
+    `inside` [WORDS, 1]."""
+    column = (FIRST + tl.arange(0, 8)[None, :]).to(tl.uint32)
+    return words & (((inside >> column) & EACH_HALF) * 0xFFFF)
+
+
+@triton.jit
+def _reaching(words, key):
+    """uint32 [WORDS], a count in each half: how many scores of `words` [WORDS, 8] are at least `key`."""
+    # A score has 15 bits: the bit above is set, and the subtraction clears it where the key is higher.
+    spare: tl.constexpr = EACH_HALF << KEY_BITS
+    return tl.sum((((words | spare) - key.to(tl.uint32) * EACH_HALF) >> KEY_BITS) & EACH_HALF, 1)
+
+
+@triton.jit
+def _search_row(row_ptr, first, last, wanted, ALIGN: tl.constexpr, WORDS: tl.constexpr):
+    """Two bits a pass over the row, which counts the scores that reach each of three keys."""
+    tiles = tl.cdiv(last, 32 * WORDS)
+    threshold = 0
+    reach = last - first
+    for i in range(8):
+        step = 1 << (14 - 2 * i)
+        # uint32 [WORDS] for each of the three keys, as `_reaching` counts.
+        counts = (tl.zeros([WORDS], tl.uint32), tl.zeros([WORDS], tl.uint32), tl.zeros([WORDS], tl.uint32))
+        for tile in range(tiles):
+            at = (tile * WORDS + tl.arange(0, WORDS)[:, None]) * 32
+            low, high = _words(row_ptr, at, last, ALIGN)
+            if (tile == 0) | (tile == tiles - 1):
+                inside = _inside(at, first, last)
+                low, high = _cleared(low, inside, 0), _cleared(high, inside, 8)
+            more = ()
+            for k in tl.static_range(3):
+                key = threshold + (k + 1) * step
+                more += (counts[k] + _reaching(low, key) + _reaching(high, key),)
+            counts = more
+        base = threshold
+        for k in tl.static_range(3):
+            key = base + (k + 1) * step
+            number = tl.sum((counts[k] & 0xFFFF) + (counts[k] >> 16)).to(tl.int32)
+            # No threshold is above NO_SCORE: all NaN are equal, as in _planes.
+            enough = (number >= wanted) & (key <= NO_SCORE)
+            threshold = tl.where(enough, key, threshold)
+            reach = tl.where(enough, number, reach)
+    return threshold, reach
+
+
+@triton.jit
 def _mass(row_ptr, begin, end, least, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
     """Sum of the scores in [begin, end) with a key of at least `least`, and how many; NaN counts as 0."""
     total = tl.zeros([BLOCK], tl.float32)
@@ -406,6 +461,31 @@ def _list_tile(
 
 
 @triton.jit
+def _list_row(
+    row_ptr,
+    first,
+    last,
+    wanted,
+    slot_ptr,
+    out_ptr,
+    draft_ptr,
+    DRAFT_SHIFT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Search and list a row of several tiles, which every pass reads again. All bits of a score are ranked."""
+    threshold, reach = _search_row(row_ptr, first, last, wanted, ALIGN, WORDS)
+    written, skip = 0, reach - wanted
+    for tile in range(0, last, 32 * WORDS):
+        at = tile + tl.arange(0, WORDS)[:, None] * 32
+        planes, inside = _planes(row_ptr, at, last, ALIGN), _inside(at, first, last)
+        above, equal = _split(planes, inside, threshold, 0)
+        written, skip = _write_tile(
+            above, equal, at, written, skip, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT
+        )
+
+
+@triton.jit
 def _list_forced(
     slot_ptr,
     out_ptr,
@@ -482,10 +562,12 @@ def _select_kernel(
         _list_tile(
             row_ptr, first, last, wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT, UNRANKED, ALIGN, few
         )
-    else:
+    elif last <= 32 * WORDS:
         _list_tile(
             row_ptr, first, last, wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT, UNRANKED, ALIGN, WORDS
         )
+    elif ALONE > 32 * WORDS:
+        _list_row(row_ptr, first, last, wanted, slot_ptr, out_ptr, draft_ptr, DRAFT_SHIFT, ALIGN, WORDS)
 
 
 # ---- rows in parts
