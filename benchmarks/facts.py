@@ -12,18 +12,21 @@ from functools import partial
 
 from benchmarks import tables
 from benchmarks.quality.report import DENSE, Results, points, same_outputs, signed
-from benchmarks.tables import answers, recall, serving
+from benchmarks.tables import answers, eagle3, recall, serving
 
 
 def facts() -> dict[str, str]:
     """By name. Raises SystemExit where a file is missing that a sentence needs."""
-    found = {**_speed(), **_every(), **_recall()}
+    found = {**_speed(), **_eagle3(), **_every(), **_heads(), **_selection(), **_recall()}
     makers = {
         "quality": _answers,
         "quality_parity": _parity,
         "quality_eagle3": partial(_answered, "eagle3", {"sts": [0.1], "joined-75": [0.1]}),
         "quality_eagle3_16k": partial(_answered, "eagle3_16k", {"sts": [0.1], "joined": [0.1]}),
         "quality_eagle3_tokens": partial(_answered, "e3t", {"sts": [0.1], "tokens": [0.1, 0.25]}),
+        "quality_draft": partial(
+            _each, "sparse", *[{"sts-steps": [0.1], "sts-draft": [0.1], "sts-draft-every": [0.1]}] * 2
+        ),
         "quality_alone": partial(_read, "alone", {"sts": [0.1], "pages": [0.1]}),
         "quality_smollm2_plain": _plain,
         "quality_smollm2_eagle3": partial(_accepted, "smol_eagle3"),
@@ -75,6 +78,42 @@ def _speed() -> dict[str, str]:
         "idle_most": f"{100 * most[0]:.0f} % at {most[1][0]:,} x {most[1][1]}",
         "idle_same_run": ", ".join(f"{100 * (1 - g):.0f} % at {n:,} x {r}" for (n, r), g in same.items()),
     }
+
+
+def _eagle3() -> dict[str, str]:
+    """Of trees, of the head's KV in FP8 over the same in its own dtype, and of all KV in FP8, over stock."""
+    trees = [r for r in eagle3.measured() if r.get("topk", 1) > 1]
+    chains, fp8, long, wide = eagle3.chains(), eagle3.fp8(), (128_000, 1), (32_000, 8)
+    over = partial(serving.gain, over="stock-spec-captured")
+    return {
+        "tree_128000": f"{over(trees, 'sts', long):.2f}x",
+        "head_fp8_128000": f"{serving.gain(chains, 'sts-draft-kv', long, 'sts'):.2f}x",
+        "head_fp8_32000": f"{serving.gain(chains, 'sts-draft-kv', wide, 'sts'):.2f}x",
+        "fp8_128000": f"{over(fp8, 'sts', long):.2f}x",
+        "fp8_32000": f"{over(fp8, 'sts', wide):.2f}x",
+    }
+
+
+def _heads() -> dict[str, str]:
+    """In percent: what groups that are padded take at most over the next power of two, and what a head of 96
+    reaches by its bytes of one of 128."""
+    found: dict[str, str] = {}
+    for name, provider in (("verify", "triton"), ("draft", "triton+importance")):
+        own = [r for r in tables.rows(f"{name}_heads.jsonl") if r["provider"] == provider]
+        us = {(r["dim"], r["group"]): r["us"] for r in own}
+        rates = {(r["dim"], r["group"]): r["gbps"] for r in own}
+        odd = [us[dim, group] / us[dim, 4 if group == 3 else 8] for dim, group in us if group in (3, 5, 6, 7)]
+        padded = [rates[96, group] / rates[128, group] for dim, group in rates if dim == 96]
+        found |= {f"odd_{name}": f"{100 * max(0, max(odd) - 1):.0f} %"}
+        found |= {f"padded_{name}": f"{100 * min(padded):.0f} to {100 * max(padded):.0f} %"}
+    return found
+
+
+def _selection() -> dict[str, str]:
+    """Microseconds of selection from rows of 131,072 scores: of 8, and of 128 a request."""
+    found = [r for r in tables.timings("select") if r["provider"] == "triton" and r["keep"] == 0.1]
+    us = {(r["context"], r["batch"], r.get("channels", 128)): f"{r['us']:.0f}" for r in found}
+    return {"select_few": us[131_072, 1, 8], "select_many": us[131_072, 1, 128]}
 
 
 def _every() -> dict[str, str]:

@@ -27,6 +27,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving": serving.serving,
     "eagle3": eagle3.eagle3,
     "two-gpus": eagle3.two_gpus,
+    "fp8-kv": eagle3.fp8_kv,
+    "heads": kernels.heads,
     "load": load.load,
     "alone": serving.alone,
     "round": kernels.round_time,

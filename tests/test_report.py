@@ -136,6 +136,7 @@ def test_heads_have_a_table_of_their_own_and_stand_beside_drafts_on_the_front(
     mixed = {"shortest": 100, "topk": 4, "draft_tokens": 8}
     arms = [("stock", 50, alone), ("stock-spec-captured", 100, {}), ("sts", 160, {"keep_ratio": 0.1})]
     arms += [("stock-fp8", 110, {"kv": "fp8_e4m3"}), ("sts", 999, {"kv": "fp8_e4m3", "keep_ratio": 0.1})]
+    arms += [("stock-spec-captured", 333, {"kv": "fp8_e4m3"})]
     arms += [("stock-spec-captured", 80, mixed), ("sts", 100, {**mixed, "keep_ratio": 0.2})]
     with (tmp_path / "serving.jsonl").open("a") as file:
         for arm, speed, more in arms:
@@ -148,6 +149,8 @@ def test_heads_have_a_table_of_their_own_and_stand_beside_drafts_on_the_front(
     assert 1.5 < times[0] < times[1] < 2.4  # 6 ms a round; 2.5 of weights, and more KV without sts
     assert "| 100 to 1,000 x 2 | – | 80 ± 0 | 100 ± 0 | 20 % | **1.25x** |" in "\n".join(tree)
     assert "1,000 x 2 | 50" not in "\n".join(tree)
+    assert "| 1,000 x 2 | 333 ± 0 | 999 ± 0 | 10 % | **3.00x** |" in eagle3.fp8_kv()
+    assert eagle3.two_gpus() == "Not measured yet."
     assert (serving.serving(), report.break_even()) == of_drafts
     assert "| 1,000 x 2 | 100 | 160 | **1.60x** | – | – | **1.25x** | – |" in eagle3.front()
     assert "**At 2,000 tokens sts brings next to nothing: 1.25x to 1.60x" in eagle3.front()
@@ -174,6 +177,25 @@ def test_what_sts_adds_to_a_round_shows_the_newest_of_what_was_measured(tmp_path
     assert "| 4 | first | 1.20x | 1.20x | 1.20x | 0 of 1 |" in kernels.importance_cost()
 
 
+def test_heads_and_their_groups_stand_beside_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert kernels.heads() == "Not measured yet."
+    row = {"context": 1000, "batch": 2, "gpu": "G", "commit": "c", "rows": 4}
+    for name, op, provider in (
+        ("verify", "verify", "triton"),
+        ("draft", "draft_attention", "triton+importance"),
+        ("draft", "draft_attention", "triton"),
+    ):
+        with (tmp_path / f"{name}_heads.jsonl").open("a") as file:
+            for dim, group in ((64, 3), (64, 4), (96, 3), (96, 4)):
+                one = {"op": op, "provider": provider, "dim": dim, "group": group, "us": dim + group}
+                file.write(json.dumps({**row, **one}) + "\n")
+    shown = kernels.heads()
+    assert (
+        "| verify, heads of 64 | 67 | 68 |" in shown and "| a draft step, heads of 96 | 99 | 100 |" in shown
+    )
+
+
 def test_a_round_is_parted_by_kernels(tmp_path, monkeypatch):
     spent = {
         "_draft_kernel": 1000,
@@ -186,9 +208,12 @@ def test_a_round_is_parted_by_kernels(tmp_path, monkeypatch):
     row |= {"kernels": {name: {"us": us} for name, us in spent.items()}, "idle_us": 125, "round_us": 4000}
     (tmp_path / "profile.jsonl").write_text(json.dumps(row))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    own = "1.50 | 2.00 | 0.25 | 0.00 | 0.00 | 0.00 | 0.12 | 0.12 | 4.00"
+    own = "1.50 | 2.00 | 0.25 | 0.00 | 0.00 | 0.00 | 0.12 | 0.12"
+    assert f"| `sts`, 1,000 x 2, c | {own} | – | 4.00 |" in kernels.round_time()
+    row |= {"late_us": 60}
+    (tmp_path / "profile.jsonl").write_text(json.dumps(row))
     of_pairs = kernels.round_time()
-    assert f"| `sts`, 1,000 x 2, c | {own} |" in of_pairs
+    assert f"| `sts`, 1,000 x 2, c | {own} | 0.06 | 4.00 |" in of_pairs
     assert kernels.step_time() == "Not measured yet."
     parts = {"page_scores": 500, "pages": 250, "tokens": 0, "select": 250, "rest": 2000}
     step = {**row, "algorithm": "NONE", "tp": 1, "parts": parts, "select_share": 0.25, "kernels": {}}

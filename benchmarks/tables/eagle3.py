@@ -19,7 +19,9 @@ ARMS = {
     "sts-draft-kv": "sts, the head's KV in FP8",
     "sts-tokens": "sts, token scores",
 }
+FRONT = ("sts", "sts-draft", "sts-tokens")  # of the README
 GAINS = {"sts": "gain", "sts-draft": "gain, draft too", "sts-tokens": "gain, token scores"}
+GAINS |= {"sts-draft-kv": "gain, head's KV in FP8"}
 
 
 def measured(tp: int = 1) -> list[dict]:
@@ -28,9 +30,28 @@ def measured(tp: int = 1) -> list[dict]:
     return [r for r in found if r["kv"] == "auto" or r["arm"] == "stock-fp8"]
 
 
+def fp8() -> list[dict]:
+    """Those whose KV is in FP8 in every arm."""
+    found = [r for r in rows("serving.jsonl") if r.get("algorithm") == "EAGLE3"]
+    return [r for r in found if r["kv"] == "fp8_e4m3" and r["arm"] != "stock-fp8"]
+
+
 def eagle3() -> str:
+    return by_kind(measured())
+
+
+def two_gpus() -> str:
+    """The same at --tp 2."""
+    return by_kind(measured(tp=2))
+
+
+def fp8_kv() -> str:
+    """The same where KV is in FP8."""
+    return by_kind(fp8())
+
+
+def by_kind(found: list[dict]) -> str:
     """Tokens per second with an EAGLE-3 head, by model and what it drafts."""
-    found = measured()
     kinds: dict[tuple, list[dict]] = {}
     for r in found:
         kinds.setdefault((r["target"]["layers"], r["topk"] if r["drafts"] else None), []).append(r)
@@ -40,12 +61,6 @@ def eagle3() -> str:
             alone = kinds.get((layers, None), [])
             parts.append(f"{title(own[0])}\n\n{by_shape(own, alone)}")
     return "\n\n".join([*parts, note(found)]) if parts else MISSING
-
-
-def two_gpus() -> str:
-    """The same at --tp 2."""
-    found = measured(tp=2)
-    return f"{by_shape(found, [])}\n\n{note(found)}" if found else MISSING
 
 
 def title(row: dict) -> str:
@@ -115,7 +130,7 @@ def front() -> str:
         own = newest(heads, shape, "stock-spec-captured", "sts")
         shown += [r for of_arm in own for r in of_arm]
         speeds = [f"{statistics.median(r['tokens_per_s'] for r in some):,.0f}" for some in own if some]
-        gained = [gain(heads, arm, shape, "stock-spec-captured") for arm in GAINS]
+        gained = [gain(heads, arm, shape, "stock-spec-captured") for arm in FRONT]
         gained += [gain(drafts, arm, shape, "stock-spec-captured") for arm in ("sts", "sts-draft")]
         cells = [*(speeds or ["–", "–"]), *(f"**{one:.2f}x**" if one else "–" for one in gained)]
         if set(cells) != {"–"}:
@@ -126,7 +141,7 @@ def front() -> str:
         f"{shown[0]['simulated']:g}, prefix cached. Stock is SGLang {shown[0]['sglang']} with FA3 and its "
         f"draft-extend in a CUDA graph (as shipped it has none); a gain is of a run that had both."
     )
-    ends = [*null_result(heads, tuple(GAINS)), *null_result(drafts)]
+    ends = [*null_result(heads, FRONT), *null_result(drafts)]
     low, high = min(ends), max(ends)
     if low == low:
         note += f" **At 2,000 tokens sts brings next to nothing: {low:.2f}x to {high:.2f}x over all runs.**"

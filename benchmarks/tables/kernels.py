@@ -24,13 +24,23 @@ OPS = {
     "history, mixed in": ("remember", "blend", None),
     "mixed, half shared": ("remember", "blend-shared", None),
 }
+PARTED = ("_count_kernel", "_refine_kernel", "_list_kernel")  # rows of scores in parts
 CLASSES = {
-    "attention of the draft": ("_draft_kernel", "_draft_merge_kernel", "cutlass::device_kernel", "flash::"),
+    "attention of the draft, and FA3": (
+        "_draft_kernel",
+        "_draft_merge_kernel",
+        "cutlass::device_kernel",
+        "flash::",
+    ),
     "matrix products": ("nvjet", "cublas"),
     "sparse verify": ("_verify_kernel", "_verify_merge_kernel", "_plan_kernel"),
     "pooling of importance": ("_pool_kernel",),
-    "selection, sizes and spread": ("_select_kernel", "_sizes_kernel", "_spread_kernel"),
+    "selection, sizes and spread": ("_select_kernel", *PARTED, "_sizes_kernel", "_spread_kernel"),
     "history": ("_remember_kernel", "_claim_kernel"),
+}
+HEADS = {  # provider and op
+    "verify, heads of": ("triton", "verify"),
+    "a draft step, heads of": ("triton+importance", "draft_attention"),
 }
 OTHERS = "norms, rotations and other small kernels"
 # Of profile_round, which goes by the files of kernels.
@@ -98,6 +108,27 @@ def verify_grid(newest: dict[tuple, dict]) -> str:
     )
 
 
+def heads() -> str:
+    """Microseconds of verify and of a draft step by query heads a KV head, and by head."""
+    found = [*rows("verify_heads.jsonl"), *rows("draft_heads.jsonl")]
+    if not found:
+        return MISSING
+    us = {(r["provider"], r["op"], r["dim"], r["group"]): r["us"] for r in found}
+    dims, groups = (sorted({key[place] for key in us}) for place in (2, 3))
+    lines = [
+        [f"{name} {dim}", *(f"{us[*op, dim, group]:.0f}" for group in groups)]
+        for name, op in HEADS.items()
+        for dim in dims
+    ]
+    first = found[0]
+    note = (
+        f"Microseconds of one layer, {first['context']:,} x {first['batch']}, 8 KV heads; verify of "
+        f"{first['rows']} tokens at a keep of 10 %, the first draft step of a round with its scores. "
+        f"{first['gpu']}, commit {commits(found)}."
+    )
+    return table(["query heads a KV head", *map(str, groups)], lines) + "\n\n" + note
+
+
 def round_ops() -> str:
     """Microseconds of what sts adds to a round: of a draft layer's step, and once a round."""
     newest = {}
@@ -115,11 +146,10 @@ def round_ops() -> str:
         lines.append([f"{shape[0]:,} x {shape[1]}", *cells])
     if not lines:
         return MISSING
-    last = next(reversed(newest.values()))
     note = (
         f"Microseconds. The first four columns: dense attention of one step of one draft layer (32 query and "
         f"8 KV heads of 64); the first step of a round scores the carried row too. The others: once a round, "
-        f"128 channels, keep 10 %. {last['gpu']}, commit {commits(newest.values())}."
+        f"128 channels, keep 10 %. {gpus(newest.values())}, commit {commits(newest.values())}."
     )
     return table(["context x requests", *shown], lines) + "\n\n" + note
 
@@ -155,12 +185,15 @@ def round_time() -> str:
         for name, kernel in r["kernels"].items():
             own = (what for what, names in CLASSES.items() if name.startswith(names))
             spent[next(own, OTHERS)] += kernel["us"]
-        cells = [f"{us / 1000:.2f}" for us in (*spent.values(), r["idle_us"], r["round_us"])]
+        cells = [f"{us / 1000:.2f}" for us in (*spent.values(), r["idle_us"])]
+        cells.append(f"{r['late_us'] / 1000:.2f}" if "late_us" in r else "–")
+        cells.append(f"{r['round_us'] / 1000:.2f}")
         drafts = {"EAGLE3": "EAGLE-3, "}.get(r.get("algorithm"), "")
         drafts += f"topk {r['topk']}, " if r.get("topk", 1) > 1 else ""
         lines.append([f"`{r['arm']}`, {drafts}{Shape.of(r).shown()}, {r['commit']}", *cells])
     note = f"Milliseconds of one round, means over {found[0]['rounds']} rounds. {gpus(found)}."
-    return table(["server", *CLASSES, OTHERS, "idle device", "round"], lines) + "\n\n" + note
+    head = ["server", *CLASSES, OTHERS, "idle device", "for a late host", "round"]
+    return table(head, lines) + "\n\n" + note
 
 
 def step_time() -> str:
