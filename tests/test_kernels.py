@@ -367,7 +367,6 @@ def test_draft_attention_in_half_precision(kernel: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_draft_attention_to_fp8(kernel: str, dtype: torch.dtype, scales: tuple[float, float]) -> None:
     """Context and scratch are read as what was stored, and scores know the scale of the keys."""
-    skip_bf16_in_the_interpreter(kernel, dtype)
     batch = Batch(lengths=[70, 9], dtype=dtype, stored=torch.float8_e4m3fn, scales=scales)
     check_draft(kernel, batch, branches=2, step=1, carried=False)
     check_draft(kernel, batch, branches=1, step=0)
@@ -687,11 +686,27 @@ def test_verify_in_half_precision(kernel: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_verify_of_fp8(monkeypatch, kernel: str, dtype: torch.dtype, scales: tuple[float, float]) -> None:
     """Lists, whole contexts and tails, in several splits; a head's values are scaled once."""
-    skip_bf16_in_the_interpreter(kernel, dtype)
     tune(monkeypatch, verify, programs=24, least=8)
     batch = Batch(dtype=dtype, stored=torch.float8_e4m3fn, scales=scales)
     q, lists, out, _ = run_verify(kernel, batch, [5, -1, 66, -1])
     check_verify(batch, q, lists, out, chain(4))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("size", [1e5, 1e8, 1e-3])
+def test_queries_of_any_size_meet_keys_of_fp8(monkeypatch, kernel: str, size: float) -> None:
+    """Those of bfloat16 become float16 there. Beyond a million they are that, and attend to one key as well."""
+    batch = Batch(lengths=[70], dtype=torch.bfloat16, stored=torch.float8_e4m3fn)
+
+    def queries(self, *shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, 4, DIM) * size).bfloat16()
+
+    monkeypatch.setattr(Batch, "queries", queries)
+    q, lists, out, _ = run_verify(kernel, batch, [66])
+    if size > 1e6:
+        assert not out.isnan().any()
+    else:
+        check_verify(batch, q, lists, out, chain(1))
 
 
 @pytest.mark.parametrize("splits", [1, 3, 7])

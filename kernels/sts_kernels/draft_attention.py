@@ -38,6 +38,7 @@ from sts_kernels.split_kv import (
     SplitKnobs,
     attend,
     in_tile,
+    meet_keys,
     merge,
     padded,
     plan_whole,
@@ -369,6 +370,7 @@ def _draft_kernel(
             other=0.0,
         )  # [ROWS, D]
         q = tl.where(in_step[:, None], own, q)
+    q, scale = meet_keys(q, scale, k_ptr)
     live = is_carried | in_step  # [ROWS], not padding, nor a row that is a leftover
 
     peak = tl.full([ROWS], float("-inf"), tl.float32)

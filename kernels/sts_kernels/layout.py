@@ -28,7 +28,7 @@ IMPORTANCE_SCALE = 2.0**14
 # it, and never zero: a token that was not scored is not an unimportant one.
 UNKNOWN = -1.0
 # Dtypes of keys and values besides that of the queries. Every value of one is a value of float16 and of
-# bfloat16 too, so that kernels read it as one of the queries' dtype without a rounding.
+# bfloat16 too, so that kernels read it as one of either without a rounding.
 FP8 = (torch.float8_e4m3fn,)
 # In place of the length of a list: the whole context is attended to, and nothing is listed.
 WHOLE = -1

@@ -33,7 +33,7 @@ from sts_kernels.layout import (
     QueryBlocks,
     blocks_of,
 )
-from sts_kernels.split_kv import LOG2E, in_tile, padded
+from sts_kernels.split_kv import LOG2E, in_tile, meet_keys, padded
 
 
 @dataclass(frozen=True)
@@ -290,6 +290,7 @@ def _score_blocks_kernel(
     row = (tl.load(row_ptr + block, mask=ok, other=0) + place).to(tl.int64)
     q_offs = row * stride_q + (h * GROUP + rows % GROUP) * D
     q = tl.load(q_ptr + q_offs[:, None] + dims[None, :], mask=in_tile(ok, dims, D), other=0.0)  # [ROWS, D]
+    q, scale = meet_keys(q, scale, k_ptr)
     to_ptr = sums_ptr + (block.to(tl.int64) * tl.num_programs(0) + h) * most * EACH + rows % EACH
 
     begin = part * SPAN
@@ -498,6 +499,7 @@ def _block_attention_kernel(
     q = tl.load(
         q_ptr + (row * stride_q + head * D)[:, None] + dims[None, :], mask=in_tile(ok, dims, D), other=0.0
     )  # [ROWS, D]
+    q, scale = meet_keys(q, scale, k_ptr)
     peak = tl.full([QUERIES * HEADS], float("-inf"), tl.float32)
     norm = tl.zeros([QUERIES * HEADS], tl.float32)
     acc = tl.zeros([QUERIES * HEADS, D_P2], tl.float32)

@@ -5,8 +5,8 @@ To count them fast, the 32 neighbouring scores of a lane are transposed as a mat
 b, then has bit b of all 32, and one AND and one population count do the work of 32 comparisons. A row of one
 tile, 32 x WORDS scores, is read and transposed once and stays in the registers of one program.
 
-A longer row is read again by each pass of the search, which finds two bits of the threshold, where rows are so
-many that a program each keeps the device busy. Where they are few, several programs have a part of a row
+A longer row is read again by each pass of the search, which finds two bits of the threshold, where rows are
+so many that a program each keeps the device busy. Where they are few, several programs have a part of a row
 each. One kernel counts the scores of each part by rank, which is all but their lowest bits. A second one
 counts those of the threshold's rank by these bits, unless they are no matter. The third knows from all counts
 where its part goes in the list.

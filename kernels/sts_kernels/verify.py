@@ -23,6 +23,7 @@ from sts_kernels.split_kv import (
     SplitKnobs,
     attend,
     in_tile,
+    meet_keys,
     merge,
     padded,
     plan_lists,
@@ -198,6 +199,7 @@ def _verify_kernel(
     q = tl.load(
         q_ptr + q_offs[:, None] + dims[None, :], mask=in_tile(row_ok, dims, D), other=0.0
     )  # [ROWS, D]
+    q, scale = meet_keys(q, scale, k_ptr)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D_P2], tl.float32)
