@@ -695,7 +695,7 @@ def test_verify_of_fp8(monkeypatch, kernel: str, dtype: torch.dtype, scales: tup
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("size", [1e5, 1e8, 1e-3])
 def test_queries_of_any_size_meet_keys_of_fp8(monkeypatch, kernel: str, size: float) -> None:
-    """Those of bfloat16 become float16 there. Beyond a million they are that, and attend to one key as well."""
+    """Those of bfloat16 become float16 there, and what is beyond a million becomes a million."""
     batch = Batch(lengths=[70], dtype=torch.bfloat16, stored=torch.float8_e4m3fn)
 
     def queries(self, *shape: int) -> torch.Tensor:

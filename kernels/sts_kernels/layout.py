@@ -43,7 +43,7 @@ UNRANKED_BITS = 6
 RANKS = 1 << (15 - UNRANKED_BITS)  # of scores that are not negative
 # Rows of scores that are longer than one program can hold are listed in parts: about so many of all rows
 # together, and of at least so many scores each.
-PARTS, SEGMENT = 1056, 8192
+PARTS, SEGMENT = 1056, 4096
 # Query rows of a KV head from which on sketches of tokens are read twice, and no logits are kept in between.
 AGAIN = 12
 MOST_STEPS = 7  # of a value of a sketch, either way
