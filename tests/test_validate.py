@@ -449,7 +449,6 @@ def test_kv_of_other_codes_is_refused(launch, flags, dtype):
     check_message(caught, flags, f"--kv-cache-dtype {dtype}", "use --kv-cache-dtype auto")
 
 
-THREE_HEADS = {**LLAMA, "hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1}
 NO_TREE = "--speculative-eagle-topk 1"
 REFUSED = {
     "prefill elsewhere": (
@@ -579,10 +578,10 @@ REFUSED = {
         "--tp-size 4: --speculative-draft-model-path has 6 query and 2 KV heads",
         "use --tp-size 1 or 2",
     ),
-    "heads that no two ranks can share": (
-        {"tp_size": 2, "draft": THREE_HEADS},
-        "--tp-size 2: --speculative-draft-model-path has 3 query and 1 KV heads",
-        "use --tp-size 1",
+    "heads of a target, whose draft's fewer ranks can share": (
+        {"tp_size": 8, "draft": {**LLAMA, "hidden_size": 96, "num_attention_heads": 6}},
+        "--tp-size 8: --model-path has 4 query and 2 KV heads",
+        "use --tp-size 1 or 2",
     ),
     "torch.compile": ({"enable_torch_compile": True}, "--enable-torch-compile", "remove it"),
 }
