@@ -283,7 +283,7 @@ class StsConfig:
     """How the draft heads mapped to one target KV head become one score."""
     head_map: str | None = None
     """Path of a head map file, relative to the working directory, read at launch; None: the packaged map
-    of the shipped pair, else the proportional one."""
+    of the shipped pair on one rank, or of its target alone, else the proportional one."""
     head_map_sha256: str | None = None
     """Refuse a head map file of another SHA-256. A launch fills it in: what it checked is what serves."""
     kernel: KernelName = "auto"

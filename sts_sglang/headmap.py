@@ -287,7 +287,8 @@ def of_config(
     tp: int = 1,
 ) -> HeadMap:
     """The configured map for this pair, else the packaged map made for it, else the proportional default.
-    Where nothing goes by what the draft attends to, a map of the target alone will do.
+    Where nothing goes by what the draft attends to, a map of the target alone will do. On several ranks a
+    pair has of its packaged map what holds for any of them, the directions of the target's keys.
 
     `draft`: None without one, where a map only splits the budget. `models`: where the weights are; without it
     fingerprints are not compared and no packaged map is used. `tp`: tensor-parallel ranks; the map is of all
@@ -305,8 +306,7 @@ def of_config(
         head_map = load(config.head_map, target, draft, models, tp)
     else:
         default = undrafted(target) if draft is None else proportional(target, draft)
-        # The packaged maps are of one rank.
-        head_map = (packaged(config, target, draft, models) if tp == 1 else None) or default
+        head_map = packaged(config, target, draft, models, tp) or default
     # Without the models' folders no packaged map is looked for, so that none can be missed.
     if config.head_map or models is not None:
         _check_file(config, head_map)
@@ -384,19 +384,35 @@ def _conflict(head_map: HeadMap, config: StsConfig) -> ConfigError | None:
 
 
 def packaged(
-    config: StsConfig, target: HeadCounts, draft: HeadCounts | None, models: ModelPaths | None
+    config: StsConfig,
+    target: HeadCounts,
+    draft: HeadCounts | None,
+    models: ModelPaths | None,
+    tp: int,
 ) -> HeadMap | None:
-    """The map in `sts_sglang/maps` whose fingerprints are those of the models, if it suits the pooling."""
+    """The map in `sts_sglang/maps` whose fingerprints are those of the models, if it suits the configuration;
+    of a pair's, all of which are of one rank, on several ranks the directions alone."""
     candidates = sorted(MAPS.glob("*.json"))
     if models is None or not candidates:
         return None
     found = models.fingerprints()
     for path in candidates if None not in found.values() else ():
         if _read(str(path))[0].get("fingerprints") == found:
-            head_map = load(str(path), target, draft)
-            suits = _conflict(head_map, config) is None
-            return replace(head_map, origin=f"packaged {path.name}") if suits else None
+            head_map = replace(load(str(path), target, draft), origin=f"packaged {path.name}")
+            if draft and tp > 1:
+                head_map = _directions_alone(head_map, target, draft)
+            return head_map if _conflict(head_map, config) is None else None
     return None
+
+
+def _directions_alone(head_map: HeadMap, target: HeadCounts, draft: HeadCounts) -> HeadMap:
+    """The proportional map with this one's directions, which are of the target's keys, whoever has the heads;
+    the file's hash stays, for a launch and its schedulers must read the same."""
+    default = proportional(target, draft)
+    if head_map.directions is None:
+        return default
+    origin = f"{default.origin}, directions of {head_map.origin}"
+    return replace(default, origin=origin, sha256=head_map.sha256, directions=head_map.directions)
 
 
 def proportional(target: HeadCounts, draft: HeadCounts) -> HeadMap:
@@ -438,7 +454,8 @@ def load(
     [layer][kv head]}, with each head's bytes (see Directions) in base64. Only to
     inform, but checked as well: `best` (recall and Jaccard [layer][kv head] of the best single draft
     head), `texts`, `settings`. A handwritten map may omit all of these. A map of a target alone has `"draft":
-    null`, `shares` or `directions` or both, and nothing that is about a draft (ALONE).
+    null`, `shares` or `directions` or both, and nothing that is about a draft (ALONE);
+    it is for any number of ranks, whichever of RANKS its `tp` says.
 
     Raises:
         ConfigError: one line that names the field.
@@ -449,10 +466,12 @@ def load(
         problem = "a map of the target alone, where the draft's attention selects"
         allowed = 'a map of the pair, or sts_config.selector "tokens" or "pages" with prefill_by "target"'
         raise _error("draft", problem, allowed)
-    expected = {"version": MAP_VERSION, "tp": tp, **({"shift": MAP_SHIFT} if draft else {})}
-    for field, value in expected.items():
-        if type(data.get(field)) is not int or data[field] != value:
-            raise _error(field, f"got {_short(data.get(field))}", str(value))
+    # Without sources a map asks no rank for a head of another one.
+    expected = {"version": (MAP_VERSION,), "tp": (tp,) if draft else RANKS}
+    expected |= {"shift": (MAP_SHIFT,)} if draft else {}
+    for field, values in expected.items():
+        if type(data.get(field)) is not int or data[field] not in values:
+            raise _error(field, f"got {_short(data.get(field))}", " | ".join(map(str, values)))
     _check_made_for(data, target, draft)
     _keys(data, "", FIELDS if draft else ALONE)
     _check_fingerprints(data.get("fingerprints"), models, ("target", "draft") if draft else ("target",))

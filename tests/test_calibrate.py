@@ -512,6 +512,9 @@ def test_a_map_is_of_so_many_ranks(pair, tmp_path, draft):
     assert code == 0 and json.loads(out.read_text())["tp"] == 2
     head_map = headmap.load(str(out), *given, tp=2)
     assert bool(draft) == any(heads for layer in head_map.sources for heads in layer)
+    if draft is None:  # which holds for any split of the heads
+        assert headmap.load(str(out), *given) == head_map
+        return
     with pytest.raises(ConfigError, match=r"head_map\.tp: got 2; allowed: 1"):
         headmap.load(str(out), *given)
 
@@ -1005,3 +1008,6 @@ def test_the_shipped_models_have_maps(draft):
     assert found.origin.startswith("packaged") and found.shares is not None
     alone = headmap.load(str(headmap.MAPS / "none.json"), counts[0], None)
     assert found.directions == alone.directions is not None
+    on_two = headmap.of_config(StsConfig(), *counts, paths, 2)
+    assert on_two.directions == alone.directions
+    assert on_two.origin.startswith("proportional" if draft else "packaged none.json")

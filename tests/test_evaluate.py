@@ -17,7 +17,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoTokenizer
 
-from sts_sglang import cli
+from sts_sglang import cli, headmap
+from sts_sglang.calibrate import search
 from sts_sglang.calibrate.command import read_texts
 from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.evaluate import asking, command, gate, items, pair, recall
@@ -230,6 +231,40 @@ def test_recall_is_of_the_map_that_would_serve(source):
     assert recall.here(shipped, texts, config, [0.01], "cpu") == {}
 
 
+def test_recall_is_of_the_map_of_so_many_ranks(monkeypatch, source, tmp_path):
+    """What --server-args ask for: the proportional map, or the one that was made for them."""
+    data = json.loads((MAPS / "standalone.json").read_text())
+    target, draft = headmap.HeadCounts(**data["target"]), headmap.HeadCounts(**data["draft"])
+    default = headmap.proportional(target, draft)
+    # Of every two draft heads of the proportional map one, which is of the same rank.
+    half = [[[list(heads[-1])] for heads in layer] for layer in default.sources]
+    path = tmp_path / "map.json"
+    kept = {key: data[key] for key in ("version", "shift", "target", "draft")}
+    path.write_text(json.dumps(kept | {"tp": 2, "sources": half}))
+    measured = []
+
+    def of(head_map, *rest):
+        measured.append([[list(map(list, heads)) for heads in layer] for layer in head_map.sources])
+        return search.latest(*rest[:2])
+
+    monkeypatch.setattr(search, "recall_of", of)
+    monkeypatch.setattr(recall, "measure", recall.here)
+    known = pair.check(str(MODELS / "target"), str(MODELS / "draft"), None)
+    for config in ({}, {"head_map": str(path)}):
+        plan = command.Plan(
+            known, items.Plain(source), "cpu", [512], [0.5], 1, 1, {**config, "recent": 16}, [], ["--tp", "2"]
+        )
+        assert list(command._recall(plan)) == [0.5]
+    whole = [[list(map(list, heads)) for heads in layer] for layer in default.sources]
+    assert measured == [whole, half] and whole != half
+
+
+@pytest.mark.parametrize("ranks", ["3", "16", "0", "-1"])
+def test_ranks_that_no_launch_has_are_refused_before_anything_runs(ranks):
+    with pytest.raises(ConfigError, match=rf"^--server-args: --tp-size {ranks}; allowed: 1 \| 2 \| 4 \| 8$"):
+        command._ranks(["--tp", ranks])
+
+
 # ---- what is refused
 
 
@@ -329,6 +364,7 @@ def test_a_head_of_another_target_is_named_before_it_is_loaded():
         ("draft", "standalone.json", 1, None),
         ("eagle3", "eagle3.json", 1, None),
         (None, "none.json", 1, None),
+        (None, "none.json", 2, None),
         ("draft", "eagle3.json", 1, "head_map.draft: made for"),
         ("draft", "none.json", 1, "head_map.draft: a map of the target alone"),
         (None, "eagle3.json", 1, "head_map.draft: made for"),

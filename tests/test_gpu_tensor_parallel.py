@@ -53,17 +53,17 @@ SIZES += ("disabled", "--skip-server-warmup", "--random-seed", "0", "--sleep-on-
 SIZES += ("--decode-log-interval", "5")  # rounds after which ranks publish what they counted
 
 
-def write_map(folder: Path, name: str, tp: int) -> str:
-    """A map that a launch on so many ranks takes, and that is the same for any. The packaged ones are of one
-    rank, and the target's own, which asks no draft head of another, is it for any."""
+def map_of(folder: Path, name: str, tp: int) -> str | None:
+    """A map of a pair that a launch on so many ranks takes, and that is the same for any: the packaged ones
+    are of one rank. None without a draft: the packaged map of the target alone is for any."""
     path, flags = folder / f"{name}-{tp}.json", ROADS[name][0]
-    found = json.loads((headmap.MAPS / "none.json").read_text())
-    if flags:
-        target = counts(MODELS / "target")
-        drafts = counts(Path(flags[flags.index("--speculative-draft-model-path") + 1]))
-        found = {"version": headmap.MAP_VERSION, "shift": headmap.MAP_SHIFT}
-        found |= {"target": target._asdict(), "draft": drafts._asdict()}
-        found["sources"] = headmap.proportional(target, drafts).sources
+    if not flags:
+        return None
+    target = counts(MODELS / "target")
+    drafts = counts(Path(flags[flags.index("--speculative-draft-model-path") + 1]))
+    found = {"version": headmap.MAP_VERSION, "shift": headmap.MAP_SHIFT}
+    found |= {"target": target._asdict(), "draft": drafts._asdict()}
+    found["sources"] = headmap.proportional(target, drafts).sources
     path.write_text(json.dumps({**found, "tp": tp}))
     return str(path)
 
@@ -74,7 +74,7 @@ def arguments(folder: Path, name: str, tp: int) -> list[str]:
     if name == STOCK:
         return [*given, "--attention-backend", "fa3"]
     flags, config = ROADS[name]
-    config = {**SPARSE, **config, "head_map": write_map(folder, name, tp)}
+    config = {**SPARSE, **config, "head_map": map_of(folder, name, tp)}
     return [*given, "--attention-backend", "sts", "--sts-config", json.dumps(config), *flags]
 
 

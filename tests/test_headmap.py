@@ -284,7 +284,8 @@ def test_a_map_of_a_target_alone_is_read(tmp_path, monkeypatch):
         less = lone()
         del less[field]
         load(write(tmp_path, less), TARGET, None, models)
-    load(write(tmp_path, {**lone(), "tp": 2}), TARGET, None, models, tp=2)
+    for made, ranks in ((1, 2), (2, 1), (8, 4)):  # it holds for any split of the heads
+        load(write(tmp_path, {**lone(), "tp": made}), TARGET, None, models, tp=ranks)
 
 
 def _without(*keys):
@@ -310,7 +311,8 @@ def _without(*keys):
         (_set("target", "layers", 5), "target"),
         (_without("version"), "version"),
         (_without("tp"), "tp"),
-        (_set("tp", 2), "tp"),
+        (_set("tp", 3), "tp"),
+        (_set("tp", True), "tp"),
         (_set("fingerprints", "draft", PRINT), "fingerprints"),
         (_set("fingerprints", {}), "fingerprints"),
         (_set("fingerprints", "target", "weights", "e"), "fingerprints.target"),
@@ -349,13 +351,49 @@ def test_a_packaged_map_of_a_target_alone_is_its_default_without_a_draft(tmp_pat
     monkeypatch.setattr(ModelPaths, "fingerprints", lambda self: {"target": PRINT})
     models = ModelPaths("t", None)
     write(tmp_path, lone())
-    assert of_config(StsConfig(), TARGET, None, models).origin == "packaged map.json"
+    for tp in headmap.RANKS:
+        found = of_config(StsConfig(), TARGET, None, models, tp)
+        assert found.origin == "packaged map.json" and found.shares is not None
     other = {"target": {**PRINT, "weights": "e" * 64}}
     for found in (other, {"target": None}, {"target": PRINT, "draft": PRINT}):
         monkeypatch.setattr(ModelPaths, "fingerprints", lambda self, found=found: found)
         assert of_config(StsConfig(), TARGET, None, models) == headmap.undrafted(TARGET)
     # A pair of the same target takes no map of it alone.
     assert of_config(StsConfig(), TARGET, DRAFT, ModelPaths("t", "d")) == proportional(TARGET, DRAFT)
+
+
+def test_on_several_ranks_a_packaged_map_of_a_pair_gives_directions_alone(tmp_path, monkeypatch):
+    prints = {"target": PRINT, "draft": PRINT}
+    monkeypatch.setattr("sts_sglang.headmap.MAPS", tmp_path)
+    monkeypatch.setattr(ModelPaths, "fingerprints", lambda self: prints)
+    models, config = ModelPaths("t", "d"), StsConfig(selector="tokens")
+    write(tmp_path, full())
+    assert of_config(config, TARGET, DRAFT, models).shares is not None
+    default = proportional(TARGET, DRAFT)
+    found = of_config(config, TARGET, DRAFT, models, 2)
+    assert found.origin == "proportional default (not calibrated), directions of packaged map.json"
+    assert replace(found, origin=default.origin, sha256=None) == default
+    assert found.directions == DIRECTIONS
+    for rank in range(2):
+        own = found.of_rank(rank, 2, TARGET, DRAFT).directions
+        assert own.heads == tuple(heads[rank : rank + 1] for heads in DIRECTIONS.heads)
+    headmap.check_directions(config, found, DIM)
+    again = pinned(config, found)
+    assert again.head_map_sha256 and of_config(again, TARGET, DRAFT, models, 2) == found
+    write(tmp_path, {**full(), "pool": "max"})
+    with pytest.raises(ConfigError, match=r"^sts_config\.head_map_sha256: "):
+        of_config(again, TARGET, DRAFT, models, 2)
+    less = full()
+    del less["directions"]
+    write(tmp_path, less)
+    assert of_config(config, TARGET, DRAFT, models, 2) == default
+
+
+def test_a_map_of_a_target_alone_serves_a_pair_on_any_ranks(tmp_path):
+    config = StsConfig(selector="tokens", head_map=write(tmp_path, lone()))
+    for tp in headmap.RANKS:
+        found = of_config(config, TARGET, DRAFT, tp=tp)
+        assert found.directions == DIRECTIONS and found.sources == proportional(TARGET, DRAFT).sources
 
 
 def test_every_optional_field_is_read(tmp_path):

@@ -373,11 +373,20 @@ BAD_VALUES = {
     "tokenizer_worker_num": 2,
 }
 REMEDIES = {
+    "tp_size": "use --tp-size 1, 2, 4 or 8",
+    "disaggregation_decode_retraction_backup": (
+        "remove --disaggregation-decode-retraction-backup or use --disaggregation-decode-retraction-backup "
+        "cpu_tensor"
+    ),
+    "speculative_draft_kv_cache_dtype": (
+        "remove --speculative-draft-kv-cache-dtype or use --speculative-draft-kv-cache-dtype auto, bf16, "
+        "bfloat16 or fp8_e4m3"
+    ),
     "disaggregation_mode": "use --disaggregation-mode null",
     "decoupled_spec_role": "use --decoupled-spec-role null",
-    "kv_cache_dtype": "use --kv-cache-dtype auto",
+    "kv_cache_dtype": "use --kv-cache-dtype auto, bf16, bfloat16 or fp8_e4m3",
     "hicache_host_memory_mode": "use --hicache-host-memory-mode cache",
-    "model_impl": "use --model-impl auto",
+    "model_impl": "use --model-impl auto or sglang",
 }
 
 
@@ -424,6 +433,13 @@ def test_rule_refuses_what_sglang_turns_on(launch, flags, field, given):
         validate.check_resolved(args)
     check_message(caught, flags, f"--{field.replace('_', '-')}", remedy_of(field))
     assert "use another model" in str(caught.value)
+
+
+@pytest.mark.parametrize("ranks", [5, 16, 0, -1])
+def test_so_many_ranks_are_refused_with_all_that_are_served(launch, flags, ranks):
+    with pytest.raises(Refusal) as caught:
+        launch(tp_size=ranks)
+    check_message(caught, flags, f"--tp-size {ranks}: not served", "use --tp-size 1, 2, 4 or 8")
 
 
 @pytest.mark.parametrize("dtype", ["mxfp8", "nvfp4", "fp4_mx_block16", "fp4_e2m1"])
@@ -555,12 +571,17 @@ REFUSED = {
     "heads that ranks cannot share": (
         {"tp_size": 8, "target": {**LLAMA, "num_attention_heads": 6, "hidden_size": 96}},
         "--tp-size 8",
-        "use --tp-size 1 or another divisor of them",
+        "use --tp-size 1 or 2",
     ),
     "a draft whose heads ranks cannot share": (
         {"tp_size": 4, "draft": {**LLAMA, "hidden_size": 96, "num_attention_heads": 6}},
         "--tp-size 4: --speculative-draft-model-path has 6 query and 2 KV heads",
-        "use --tp-size 1 or another divisor of them",
+        "use --tp-size 1 or 2",
+    ),
+    "heads of a target, whose draft's fewer ranks can share": (
+        {"tp_size": 8, "draft": {**LLAMA, "hidden_size": 96, "num_attention_heads": 6}},
+        "--tp-size 8: --model-path has 4 query and 2 KV heads",
+        "use --tp-size 1 or 2",
     ),
     "torch.compile": ({"enable_torch_compile": True}, "--enable-torch-compile", "remove it"),
 }

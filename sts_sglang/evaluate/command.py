@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sts_sglang import files
 from sts_sglang.calibrate.command import read_texts
 from sts_sglang.config import ConfigError, StsConfig, quoted, shown
+from sts_sglang.headmap import RANKS
 
 if TYPE_CHECKING:
     from sts_sglang.evaluate.asking import Cell, Client
@@ -261,7 +262,8 @@ def _recall(plan: Plan) -> dict[float, Recall]:
     texts = [source.window(length, number) for number in sorted({0, most // 2, most - 1})]
     config = StsConfig.parse({**plan.config, "budget": 0})
     try:
-        return recall.measure(plan.known.pair, texts, config, plan.keeps, plan.device)
+        ranks = _ranks(plan.server_args)
+        return recall.measure(plan.known.pair, texts, config, plan.keeps, plan.device, ranks)
     except ConfigError as error:  # in calibrate's words, whose flag for the target is another
         raise ConfigError(str(error).replace("--model", "--target", 1)) from None
 
@@ -347,9 +349,12 @@ def _ranks(server_args: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--tp-size", "--tensor-parallel-size", "--tp", type=int, default=1)
     try:
-        return parser.parse_known_args(server_args)[0].tp_size
+        ranks = parser.parse_known_args(server_args)[0].tp_size
     except argparse.ArgumentError as error:
         raise ConfigError(f"--server-args: {error}; allowed: SGLang's") from None
+    if ranks not in RANKS:
+        raise ConfigError(f"--server-args: --tp-size {ranks}; allowed: {' | '.join(map(str, RANKS))}")
+    return ranks
 
 
 def _check_floor(config: StsConfig, lengths: list[int]) -> None:

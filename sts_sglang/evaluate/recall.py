@@ -27,7 +27,12 @@ class Recall(NamedTuple):
 
 
 def measure(
-    pair: Pair, texts: Sequence[list[int]], config: StsConfig, keeps: Sequence[float], device: str
+    pair: Pair,
+    texts: Sequence[list[int]],
+    config: StsConfig,
+    keeps: Sequence[float],
+    device: str,
+    ranks: int = 1,
 ) -> dict[float, Recall]:
     """By keep, without those whose budget is sink and recent alone, or nothing where that is all.
 
@@ -36,16 +41,23 @@ def measure(
     Args:
         texts: token ids, each of at most the models' positions.
         config: names the head map; its keep and budget do not count.
+        ranks: tensor-parallel ones of the launch whose map it is. A head that several of them have is judged
+            by all its draft heads together, as calibrate does.
 
     Raises:
         ConfigError: a model that calibrate cannot read.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(here, pair, texts, config, keeps, device).result()
+        return pool.submit(here, pair, texts, config, keeps, device, ranks).result()
 
 
 def here(
-    pair: Pair, texts: Sequence[list[int]], config: StsConfig, keeps: Sequence[float], device: str
+    pair: Pair,
+    texts: Sequence[list[int]],
+    config: StsConfig,
+    keeps: Sequence[float],
+    device: str,
+    ranks: int = 1,
 ) -> dict[float, Recall]:
     """`measure` in this process."""
     from sts_sglang.calibrate import record, search
@@ -57,7 +69,7 @@ def here(
         return {}
     models = record.Pair(pair.target, pair.draft, device, "float32" if device == "cpu" else "bfloat16")
     target, draft = models.target_counts, models.draft_counts
-    head_map = headmap.of_config(config, target, draft, headmap.ModelPaths(pair.target, pair.draft))
+    head_map = headmap.of_config(config, target, draft, headmap.ModelPaths(pair.target, pair.draft), ranks)
     records = []
     for number, ids in enumerate(texts):
         windows = record.choose_windows(len(ids), WINDOWS, max(least[keep] for keep in keeps), number)

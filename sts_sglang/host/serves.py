@@ -620,13 +620,20 @@ def _check_rules(server_args: ServerArgs, hint: str = "") -> None:
             continue
         value = getattr(server_args, field)
         if value not in served:
-            plain = served[0] in (None, False)
-            remedy = f"remove {_flag(field)}" if plain else f"use {_flag(field)} {served[0]}"
+            named = [str(value) for value in served if value not in (None, False)]
+            ways = [f"remove {_flag(field)}"] if served[0] in (None, False) else []
+            ways += [f"use {_flag(field)} {_either(named)}"] if named else []
+            remedy = " or ".join(ways)
             given = _flag(field) if value is True else f"{_flag(field)} {value}"
             raise Refusal(f"{given}: not served by sts ({why}); {remedy}{hint}")
     for name, why in _ENVIRONMENT.items():
         if getattr(envs, name).get():
             raise Refusal(f"{name}: not served by sts ({why}); unset the environment variable {name}")
+
+
+def _either(names: list[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _check_steps(server_args: ServerArgs) -> None:
@@ -717,11 +724,14 @@ def _check_kv_dtype(
 
 def _check_heads(ranks: int, target: ModelConfig, draft: ModelConfig | None) -> None:
     """Whether the heads can be shared out; of KV heads there may be fewer than ranks."""
-    for flag, model in (("--model-path", target), ("--speculative-draft-model-path", draft)):
-        if model is not None and not (counts := views.model(model).counts).shared_evenly(ranks):
+    models = {"--model-path": target, "--speculative-draft-model-path": draft}
+    whole = {flag: views.model(model).counts for flag, model in models.items() if model is not None}
+    for flag, counts in whole.items():
+        if not counts.shared_evenly(ranks):
+            fitting = [str(n) for n in headmap.RANKS if all(own.shared_evenly(n) for own in whole.values())]
             raise Refusal(
                 f"--tp-size {ranks}: {flag} has {counts.q_heads} query and {counts.kv_heads} KV heads, which "
-                "so many ranks cannot share evenly; use --tp-size 1 or another divisor of them"
+                f"so many ranks cannot share evenly; use --tp-size {_either(fitting)}"
             )
 
 
