@@ -83,7 +83,7 @@ def _speed() -> dict[str, str]:
 def _eagle3() -> dict[str, str]:
     """Of trees, of the head's KV in FP8 over the same in its own dtype, and of all KV in FP8, over stock."""
     trees = [r for r in eagle3.measured() if r.get("topk", 1) > 1]
-    chains, fp8, long, wide = eagle3.chains(), eagle3.fp8(), (128_000, 1), (32_000, 8)
+    chains, fp8, long, wide = eagle3.chains(), eagle3.measured(kv="fp8_e4m3"), (128_000, 1), (32_000, 8)
     over = partial(serving.gain, over="stock-spec-captured")
     return {
         "tree_128000": f"{over(trees, 'sts', long):.2f}x",

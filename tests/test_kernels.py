@@ -491,6 +491,17 @@ def test_selection_in_tiles_of_any_size(monkeypatch, words: int, many: int) -> N
             assert found[b][0] == top_by_definition(row, count, 4, 64)
 
 
+@pytest.mark.parametrize("many", [0, 3], ids=["alone", "parts"])
+def test_selection_behind_a_sink_of_several_tiles(monkeypatch, many: int) -> None:
+    tune(monkeypatch, select, words=64, many=many, segment=1024, listed=1024, counted=1024)
+    batch, sink, recent = Batch(lengths=[9000, 5000]), 4500, 10
+    importance = scores_like("distinct", batch)[:1]
+    found = run_select("triton", batch, importance, [4710, 4600], sink, recent)
+    for b, (length, count) in enumerate(((9000, 4710), (5000, 4600))):
+        row = importance[0, int(batch.ctx_start[b]) :][:length]
+        assert found[b][0] == top_by_definition(row, count, sink, recent)
+
+
 @pytest.mark.parametrize("alone, parts, segment", [(0, 1056, 16), (60, 1, 32)])
 @pytest.mark.parametrize(
     "kind, counts",
@@ -695,8 +706,10 @@ def test_verify_of_fp8(monkeypatch, kernel: str, dtype: torch.dtype, scales: tup
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("size", [1e5, 1e8, 1e-3])
 def test_queries_of_any_size_meet_keys_of_fp8(monkeypatch, kernel: str, size: float) -> None:
-    """Those of bfloat16 become float16 there, and what is beyond a million becomes a million."""
-    batch = Batch(lengths=[70], dtype=torch.bfloat16, stored=torch.float8_e4m3fn)
+    """Those of bfloat16 become float16 there, and what is beyond a million becomes a million. Keys are such
+    that the logits of small ones matter."""
+    scales = (max(1.0, 2 / size), 1.0)
+    batch = Batch(lengths=[70], dtype=torch.bfloat16, stored=torch.float8_e4m3fn, scales=scales)
 
     def queries(self, *shape: int) -> torch.Tensor:
         return (torch.randn(*shape, 4, DIM) * size).bfloat16()

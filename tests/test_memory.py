@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,9 +18,10 @@ from sts_sglang.core.channels import Channels
 from sts_sglang.core.round import Cache, Draft, RoundState
 from sts_sglang.core.selectors import compare as selectors
 from sts_sglang.core.verifier import TargetShape
-from sts_sglang.headmap import HeadCounts, proportional
+from sts_sglang.headmap import HeadCounts, ModelPaths, of_config, proportional
 from sts_sglang.host import bind, reserve, serves
 from sts_sglang.host.bind import _simulated, check_graphs
+from sts_sglang.tools.demo import MODELS
 
 TARGET, DRAFT = HeadCounts(32, 32, 8), HeadCounts(16, 32, 8)  # Llama 8B and 1B
 KV_BYTES = 32 * 8 * 128 * 2 * 2 + 16 * 8 * 64 * 2 * 2
@@ -95,6 +98,28 @@ def test_what_is_allocated_is_reserved(monkeypatch, model, config, kv):
     assert 0.97 * reserved < taken + shared + stored <= reserved
 
 
+def test_what_a_packaged_map_takes_is_reserved(monkeypatch, model):
+    """More channels than the proportional one has, and heads that keep more than their share."""
+    paths = ModelPaths(str(MODELS / "target"), str(MODELS / "draft"))
+    target, draft = (
+        HeadCounts(c["num_hidden_layers"], c["num_attention_heads"], c["num_key_value_heads"])
+        for c in (json.loads((Path(path) / "config.json").read_text()) for path in paths[:2])
+    )
+    monkeypatch.setattr(serves, "draft_config", lambda *_: model(draft, 32, 131072))
+    args, available = server_args(), 60 << 30
+
+    def reserved() -> int:
+        return reserve.reserved_bytes(StsConfig(), args, model(target, 32, 131072), available)
+
+    unknown = reserved()
+    args.model_path, args.speculative_draft_model_path = paths[:2]
+    head_map = of_config(StsConfig(), target, draft, paths)
+    assert head_map.origin == "packaged standalone.json"
+    capacity = memory.Capacity.of(args.max_running_requests + 1, 131072 + 4 + 4)
+    more = capacity.nbytes(StsConfig(), head_map) - capacity.nbytes(StsConfig(), proportional(target, draft))
+    assert reserved() - unknown == pytest.approx(more, rel=0.01) and more > 0
+
+
 def test_a_draft_that_is_kept_in_more_bytes_than_the_target_is_reserved(monkeypatch, model):
     """SGLang counts its pool in the target's bytes: what it has above them, of every token of the pool."""
     monkeypatch.setattr(serves, "draft_config", lambda *_: model(DRAFT, 64))
@@ -149,6 +174,10 @@ def server_args(graphs: int = 0, kv: str = "auto") -> SimpleNamespace:
     decode = PhaseConfig(backend="full" if graphs else "disabled", bs=[graphs] if graphs else None)
     return SimpleNamespace(
         tp_size=1,
+        model_path="/nowhere",
+        revision=None,
+        speculative_draft_model_path=None,
+        speculative_draft_model_revision=None,
         speculative_eagle_topk=1,
         speculative_num_draft_tokens=4,
         max_running_requests=64,

@@ -24,16 +24,11 @@ GAINS = {"sts": "gain", "sts-draft": "gain, draft too", "sts-tokens": "gain, tok
 GAINS |= {"sts-draft-kv": "gain, head's KV in FP8"}
 
 
-def measured(tp: int = 1) -> list[dict]:
-    """What was measured of targets with an EAGLE-3 head, mixed lengths and stock's KV in FP8 too."""
+def measured(tp: int = 1, kv: str = "auto") -> list[dict]:
+    """What was measured of targets with an EAGLE-3 head, mixed lengths too. kv: of every arm but stock-fp8,
+    which is an opponent of those with "auto"."""
     found = [r for r in rows("serving.jsonl") if r.get("algorithm") == "EAGLE3" and r.get("tp", 1) == tp]
-    return [r for r in found if r["kv"] == "auto" or r["arm"] == "stock-fp8"]
-
-
-def fp8() -> list[dict]:
-    """Those whose KV is in FP8 in every arm."""
-    found = [r for r in rows("serving.jsonl") if r.get("algorithm") == "EAGLE3"]
-    return [r for r in found if r["kv"] == "fp8_e4m3" and r["arm"] != "stock-fp8"]
+    return [r for r in found if ("auto" if r["arm"] == "stock-fp8" else r["kv"]) == kv]
 
 
 def eagle3() -> str:
@@ -47,7 +42,7 @@ def two_gpus() -> str:
 
 def fp8_kv() -> str:
     """The same where KV is in FP8."""
-    return by_kind(fp8())
+    return by_kind(measured(kv="fp8_e4m3"))
 
 
 def by_kind(found: list[dict]) -> str:

@@ -315,7 +315,7 @@ def _search_row(row_ptr, first, last, wanted, ALIGN: tl.constexpr, WORDS: tl.con
         for tile in range(tiles):
             at = (tile * WORDS + tl.arange(0, WORDS)[:, None]) * 32
             low, high = _words(row_ptr, at, last, ALIGN)
-            if (tile == 0) | (tile == tiles - 1):
+            if (tile * 32 * WORDS < first) | (tile == tiles - 1):
                 inside = _inside(at, first, last)
                 low, high = _cleared(low, inside, 0), _cleared(high, inside, 8)
             more = ()

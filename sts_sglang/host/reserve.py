@@ -88,8 +88,7 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
         draft = views.model(drafts)
     requests = server_args.max_running_requests or MAX_REQUESTS
     ranks, whole = server_args.tp_size, (of.counts, draft and draft.counts)
-    # Fingerprints say whose map it is, not how large it is.
-    head_map = headmap.of_config(config, *whole, tp=ranks)
+    head_map = headmap.of_config(config, *whole, views.paths(server_args), ranks)
     of, draft = of.of_rank(ranks), draft and draft.of_rank(ranks)
     rows = (1 + (server_args.speculative_eagle_topk or 1)) * draft.group if draft else 0
     shape, chunk = target_shape(server_args, of, requests), _chunk(server_args)
