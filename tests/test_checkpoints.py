@@ -317,6 +317,8 @@ def test_scales_are_numbers_above_zero(launched, pair, tmp_path, model, value, d
     given = {model: folder, "kv_cache_dtype": "fp8_e4m3", "dtype": "bfloat16"}
     if value is None:
         launched(**given)
+        with pytest.raises(ValueError, match="^--dtype float32: .* is quantized by fp8"):
+            launched(**given | {"dtype": "float32"})
         return
     with pytest.raises(ConfigError) as caught:
         launched(**given)

@@ -804,10 +804,11 @@ def test_a_method_may_be_named_as_sglang_finds_it():
         check(quant_method=method)
         check(quant_method=method.upper())
     check(quant_algo="FP8")
-    check("gptq", bits=4)
+    check("awq", bits=4)
     check("humming", quant_method="other")
+    check("w8a8_fp8", quant_method="compressed_tensors")
     with pytest.raises(Refusal, match=r"quant_method: got 'other'"):
-        check("gptq", quant_method="other")
+        check("awq", quant_method="other")
 
 
 def test_quantized_weights_are_served_in_what_their_method_says(flags):
@@ -821,7 +822,7 @@ def test_quantized_weights_are_served_in_what_their_method_says(flags):
             check(name, torch.bfloat16)
     for name, dtype in (("fp8", torch.bfloat16), ("fp8", torch.float16), (None, torch.float32)):
         check(name, dtype)
-    for name in ("fp8", "gptq"):
+    for name in ("fp8", "awq"):
         with pytest.raises(Refusal) as caught:
             check(name, torch.float32)
         subject = f"--dtype float32: --model-path M is quantized by {name}"

@@ -927,13 +927,14 @@ def _check_named(flag: str, path: str, config: PretrainedConfig, asked: str | No
     method = given.get("quant_method", asked or "")
     known = isinstance(method, str) and (
         method.lower() in methods
+        or (asked and method.replace("_", "-") in methods)  # beside a flag SGLang knows both spellings of one
         or any(kind.override_quantization_method(given, asked) for kind in methods.values())
     )
     if not known:
         problem = f"got {shown(method)}, which SGLang does not know" if method else "there is none"
         raise Refusal(
             f"{flag} {path}: config.json: quantization_config.quant_method: {problem}; give a checkpoint "
-            "whose method SGLang serves, such as fp8, awq, gptq or compressed-tensors"
+            "whose method SGLang serves, such as fp8, awq or compressed-tensors"
         )
 
 
