@@ -12,6 +12,7 @@ import math
 import os
 import re
 import stat
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -44,6 +45,10 @@ _WIDTHS = {
     8: "U64 I64 F64 C64",
 }
 WIDTHS = {dtype: width for width, dtypes in _WIDTHS.items() for dtype in dtypes.split()}
+# Of one number: as struct unpacks it.
+NUMBERS = {"F16": "<e", "BF16": "<f", "F32": "<f", "F64": "<d"}
+# As the names of a layer's scales of keys, of values, and of both end.
+SCALES = (".k_scale", ".v_scale", ".kv_scale", ".k_proj.output_scale", ".v_proj.output_scale")
 # How configurations name the number of layers.
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _OF_A_LAYER = re.compile(r"(?P<stack>(?:[a-z_]+\.)+)(?P<layer>\d+)(?P<part>\..+)")
@@ -111,8 +116,13 @@ def read_config(what: str, folder: Path) -> dict[str, Any]:
     """config.json. Raises ConfigError, one line that starts with `what` and names the file."""
     config = _json(what, folder / "config.json", MAX_CONFIG)
     names = config.get("architectures")
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+    is_list = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    if names is not None and not is_list:
         raise _error(what, "config.json", f"architectures: got {shown(names)}", "a list of names")
+    quantized = config.get("quantization_config")
+    if quantized is not None and not isinstance(quantized, dict):
+        problem = f"quantization_config: got {shown(quantized)}"
+        raise _error(what, "config.json", problem, 'an object such as {"quant_method": "fp8"}')
     return config
 
 
@@ -140,8 +150,31 @@ def read_headers(what: str, folder: Path) -> dict[str, dict[str, Tensor]]:
 
 def check_folder(what: str, folder: Path) -> dict[str, Tensor]:
     """Every tensor of the folder's safetensors by name; none when it holds no such files. Raises as above."""
-    headers = read_headers(what, folder).values()
-    return {name: tensor for tensors in headers for name, tensor in tensors.items()}
+    return by_name(read_headers(what, folder))
+
+
+def by_name(headers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Every tensor of all files."""
+    return {name: tensor for tensors in headers.values() for name, tensor in tensors.items()}
+
+
+def check_scales(what: str, folder: Path, headers: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """That the scales of keys and values are such by which can be divided. Raises ConfigError."""
+    for file, tensors in headers.items():
+        for name, tensor in tensors.items():
+            if not name.endswith(SCALES) or math.prod(tensor.shape) != 1 or tensor.dtype not in NUMBERS:
+                continue
+            value = _number(what, folder / file, tensor)
+            if not (math.isfinite(value) and value > 0):
+                raise _error(what, file, f"tensor {quoted(name)}: got {value}", "a finite number above 0")
+
+
+def _number(what: str, path: Path, tensor: Tensor) -> float:
+    with _open(what, path) as file:
+        file.seek(tensor.begin)
+        content = file.read(tensor.end - tensor.begin)
+    # A bfloat16 is the upper half of a float32.
+    return struct.unpack(NUMBERS[tensor.dtype], b"\0\0" * (tensor.dtype == "BF16") + content)[0]
 
 
 def safetensors(folder: Path) -> list[Path]:

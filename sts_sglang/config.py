@@ -741,7 +741,7 @@ def _request_params(custom_params: Mapping[str, object] | None) -> Mapping[str, 
 def _check_key(field: str, key: object, allowed: tuple[str, ...]) -> None:
     if isinstance(key, str) and key in allowed:
         return
-    nearest = difflib.get_close_matches(key[:40] if isinstance(key, str) else "", allowed, n=1, cutoff=0.4)
+    nearest = difflib.get_close_matches(key[:40] if isinstance(key, str) else "", allowed, n=1, cutoff=0.7)
     hint = f", did you mean {nearest[0]!r}?" if nearest else ""
     raise not_allowed(field, f"unknown key {shown(key, 48)}{hint}", ", ".join(allowed))
 

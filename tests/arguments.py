@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from sglang.srt.server_args import ServerArgs
 
+from sts_sglang import headmap
 from sts_sglang.config import StsConfig
 from sts_sglang.host import compat, serves
 from sts_sglang.host.releases import release
@@ -36,6 +37,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, config: StsConfig | None = None, *
 
     with monkeypatch.context() as patched:
         patched.setattr(ServerArgs, name, checked)
+        patched.setitem(serves.RANKS, "cpu", headmap.RANKS)  # as in tests/tp_on_cpu.py
         made = ServerArgs(**arguments)
         release.resolve(made)
     return Resolved(made)

@@ -141,6 +141,12 @@ CONFIGS = {
     "huge": (text("config.json", " " * (5 << 20)), "config.json: 5242880 bytes"),
     "architectures of numbers": (configured(architectures=[1]), "architectures: got [1]"),
     "a name as architectures": (configured(architectures="LlamaForCausalLM"), "architectures: got 'Llama"),
+    "no name as architectures": (configured(architectures=[]), "architectures: got []"),
+    "a method as quantization": (
+        configured(quantization_config="fp8"),
+        "quantization_config: got 'fp8'; allowed: an object such as",
+    ),
+    "quantization as a list": (configured(quantization_config=[1]), "quantization_config: got [1]"),
 }
 NUMBERS = {
     "layers as text": (configured(num_hidden_layers="2"), "num_hidden_layers: got '2'"),
@@ -280,6 +286,46 @@ def launched(pair, monkeypatch):
     yield start
     os.environ.clear()
     os.environ.update(saved)
+
+
+# What is written of a scale; None: what can be divided by.
+SCALES = {
+    "negative": (-0.5, torch.float32),
+    "zero": (0.0, torch.bfloat16),
+    "not a number": (float("nan"), torch.float32),
+    "infinite": (float("inf"), torch.float16),
+    "whole": (None, torch.float32),
+    "bfloat16": (None, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("model", ["target", "draft"])
+@pytest.mark.parametrize(("value", "dtype"), SCALES.values(), ids=SCALES)
+def test_scales_are_numbers_above_zero(launched, pair, tmp_path, model, value, dtype):
+    """Where SGLang reads them."""
+    names = [f"model.layers.0.self_attn.{scale}" for scale in ("k_scale", "v_proj.output_scale")]
+    scales = {name: torch.tensor(0.25 if value is None else value, dtype=dtype) for name in names}
+
+    def damage(folder: Path) -> None:
+        weights(lambda w: w.update(scales))(folder)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    config = json.loads((pair[model] / "config.json").read_text())
+    launched(**{model: copied(pair[model], tmp_path / "plain", damage)}, kv_cache_dtype="fp8_e4m3")
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    folder = copied(pair[model], tmp_path / "quantized", damage)
+    given = {model: folder, "kv_cache_dtype": "fp8_e4m3", "dtype": "bfloat16"}
+    if value is None:
+        launched(**given)
+        with pytest.raises(ValueError, match="^--dtype float32: .* is quantized by fp8"):
+            launched(**given | {"dtype": "float32"})
+        return
+    with pytest.raises(ConfigError) as caught:
+        launched(**given)
+    message = str(caught.value)
+    assert message.startswith(("--model-path ", "--speculative-draft-model-path ")[model == "draft"])
+    said = f"{folder}: model.safetensors: tensor '{names[0]}': got {value}; allowed: a finite number above 0"
+    assert said in message
 
 
 @pytest.mark.parametrize("draft", ["draft", "eagle", "eagle3"])

@@ -258,6 +258,7 @@ def test_which_layers_verify_densely():
 @pytest.mark.parametrize(
     ("source", "words"),
     [
+        ('{"share_heads": 1}', ("unknown key 'share_heads'; allowed: ",)),
         ('{"kepp": 1}', ("'kepp'", "did you mean 'keep'?", "policy, keep, budget")),
         ('{"zzzzzz": 1}', ("'zzzzzz'; allowed", "policy, keep, budget")),
         ('{"' + "k" * 60_000 + '": 1}', ("unknown key",)),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import re
+import runpy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,6 +17,8 @@ os.environ.setdefault("SGLANG_PLATFORM", "sts_cpu")
 
 import pytest
 import torch
+from sglang.srt.distributed import parallel_state
+from sglang.srt.layers.quantization import QUANTIZATION_METHODS
 from sglang.srt.server_args import ServerArgs
 
 from sts_sglang.config import CHAIN_FLAGS, ConfigError, StsConfig
@@ -763,6 +767,89 @@ def test_unfit_draft_is_refused(launch, flags, algorithm, draft, problem, remedy
     assert problem in str(caught.value)
 
 
+# Changes of config.json that SGLang and transformers end on in a traceback, and what is said instead.
+UNREAD = {
+    "heads that do not divide": ({"num_attention_heads": 3, "hidden_size": 128}, "is not a multiple"),
+    "unknown type": ({"model_type": "foo"}, "model type `foo`"),
+    "no architectures": ({"architectures": None}, "config.json: architectures: got None"),
+    "an unknown method": (
+        {"quantization_config": {"quant_method": "junk"}},
+        "config.json: quantization_config.quant_method: got 'junk'",
+    ),
+    "no method": (
+        {"quantization_config": {"bits": 4}},
+        "config.json: quantization_config.quant_method: there is none",
+    ),
+    "a number for a method": (
+        {"quantization_config": {"quant_method": 5}},
+        "config.json: quantization_config.quant_method: got 5",
+    ),
+}
+
+
+@pytest.mark.parametrize("model", ["target", "draft"])
+@pytest.mark.parametrize(("changes", "problem"), UNREAD.values(), ids=UNREAD)
+def test_a_configuration_that_cannot_be_read_is_refused(launch, flags, model, changes, problem):
+    plain = {key: value for key, value in LLAMA.items() if key != "head_dim"}
+    with pytest.raises(Refusal) as caught:
+        launch(**{model: plain | changes})
+    flag = "--model-path" if model == "target" else "--speculative-draft-model-path"
+    check_message(caught, flags, f"{flag} /", "give a ")
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["/no/such/model", "."])
+def test_a_draft_that_is_not_there_is_refused(launch, flags, tmp_path, path):
+    path = str(tmp_path) if path == "." else path
+    with pytest.raises(Refusal) as caught:
+        launch(speculative_draft_model_path=path)
+    subject = f"--speculative-draft-model-path {path}: its configuration cannot be read"
+    check_message(caught, flags, subject, "give a folder or hub name")
+
+
+def test_what_an_override_makes_whole_is_served(launch):
+    """As SGLang takes it: of target and draft."""
+    override = json.dumps({"architectures": LLAMA["architectures"]})
+    bare = {**LLAMA, "architectures": None}
+    launch(target=bare, draft=bare, json_model_override_args=override)
+
+
+def test_a_method_may_be_named_as_sglang_finds_it():
+    """By a flag, by what ModelOpt calls it, or by what a method sees in the rest."""
+
+    def check(asked=None, **given):
+        config = SimpleNamespace(architectures=["LlamaForCausalLM"], quantization_config=given)
+        validate._check_named("--model-path", "M", config, asked)
+
+    for method in QUANTIZATION_METHODS:
+        check(quant_method=method)
+        check(quant_method=method.upper())
+    check(quant_algo="FP8")
+    check("awq", bits=4)
+    check("humming", quant_method="other")
+    check("w8a8_fp8", quant_method="compressed_tensors")
+    with pytest.raises(Refusal, match=r"quant_method: got 'other'"):
+        check("awq", quant_method="other")
+
+
+def test_quantized_weights_are_served_in_what_their_method_says(flags):
+    def check(name, dtype):
+        model = SimpleNamespace(quantization=name, dtype=dtype, model_path="M")
+        for models in ((model, None), (SimpleNamespace(quantization=None), model)):
+            validate._check_quantized_dtype(*models)
+
+    for name in QUANTIZATION_METHODS:  # every one answers
+        with contextlib.suppress(Refusal):
+            check(name, torch.bfloat16)
+    for name, dtype in (("fp8", torch.bfloat16), ("fp8", torch.float16), (None, torch.float32)):
+        check(name, dtype)
+    for name in ("fp8", "awq"):
+        with pytest.raises(Refusal) as caught:
+            check(name, torch.float32)
+        subject = f"--dtype float32: --model-path M is quantized by {name}"
+        check_message(caught, flags, subject, "use --dtype ")
+
+
 def test_draft_lists_cover_the_served_algorithms():
     assert tuple(DRAFTS) == validate.ALGORITHMS
 
@@ -842,6 +929,21 @@ def test_device(launch, flags, monkeypatch):
     with pytest.raises(Refusal) as caught:
         validate.check_device(args, config)
     check_message(caught, flags, "--device cpu", "set SGLANG_PLATFORM=sts_cpu")
+
+
+def test_a_cpu_serves_one_rank(launch, flags, monkeypatch):
+    """More of them the tests run themselves (tests/tp_on_cpu.py)."""
+    args = launch(tp_size=2)
+    with pytest.raises(Refusal) as caught:
+        validate.check_device(args, StsConfig())
+    check_message(caught, flags, "--tp-size 2: sts serves one rank on", "use --tp-size 1, or GPUs")
+    args.device = "cuda"
+    validate.check_device(args, StsConfig())
+    args.device = "cpu"
+    monkeypatch.setattr(parallel_state, "init_model_parallel_group", None)  # and back from what it becomes
+    monkeypatch.setitem(validate.RANKS, "cpu", validate.RANKS["cpu"])
+    runpy.run_module("tests.tp_on_cpu", run_name="imported")
+    validate.check_device(args, StsConfig())
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])

@@ -8,6 +8,9 @@ import functools
 
 from sglang.srt.distributed import parallel_state
 
+from sts_sglang import headmap
+from sts_sglang.host import serves
+
 _made = parallel_state.init_model_parallel_group
 
 
@@ -17,6 +20,8 @@ def without_nccl(*args, **kwargs):
 
 
 parallel_state.init_model_parallel_group = without_nccl
+# Without the above, ranks on a CPU end in SGLang's errors, so that a launch refuses them.
+serves.RANKS["cpu"] = headmap.RANKS
 
 if __name__ == "__main__":
     import runpy

@@ -57,6 +57,9 @@ OTHERWISE = "or use another --attention-backend"
 KERNELS = {"cpu": ("auto", "torch"), "cuda": ("auto", "triton", "flashinfer", "torch")}
 DENSE = {"cpu": ("auto", "torch"), "cuda": ("auto", "fa3", "flashinfer", "torch")}
 PREFILL_ATTEND = {"cpu": ("auto", "ops"), "cuda": ("auto", "ops", "fa3")}
+# How many ranks. On a CPU more of them are run by the tests alone, which add what SGLang lacks there
+# (tests/tp_on_cpu.py).
+RANKS = {"cpu": (1,), "cuda": headmap.RANKS}
 
 _OTHER_WINDOWS = ("sliding_window_size", "window_size")
 _HEADS_READ = {
@@ -225,8 +228,13 @@ def check_raw(server_args: ServerArgs) -> None:
     _check_pages(server_args)
     _check_config_files(server_args)
     if (config := _target_config(server_args)) is not None:
+        _check_named("--model-path", server_args.model_path, config, server_args.quantization)
         _check_config("--model-path", server_args.model_path, config, TARGETS)
     _check_draft_given(server_args, config)
+    if (config := _draft_config(server_args)) is not None:
+        asked = server_args.speculative_draft_model_quantization or server_args.quantization
+        path = server_args.speculative_draft_model_path
+        _check_named("--speculative-draft-model-path", path, config, None if asked == "unquant" else asked)
 
 
 def check_resolved(server_args: ServerArgs) -> None:
@@ -273,6 +281,9 @@ def check_device(server_args: ServerArgs, config: StsConfig) -> None:
         raise Refusal(f"--device {device}: not served by sts; use --device {' or '.join(KERNELS)}")
     if device == "cpu" and not cpu.selected():
         raise Refusal(f"--device cpu: sts needs its own platform; set SGLANG_PLATFORM={cpu.NAME}")
+    if (ranks := server_args.tp_size) not in RANKS[device]:
+        one = f"--tp-size {ranks}: sts serves one rank on --device {device}"
+        raise Refusal(f"{one}; use --tp-size 1, or GPUs")
     if server_args.enable_torch_compile:
         raise Refusal("--enable-torch-compile: not served by sts (its kernels are no torch ops); remove it")
     _check_kernel(server_args, config)
@@ -441,6 +452,7 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     check_prefill_graphs(server_args, target, draft)
     check_preferred(server_args, config, target)
     _check_kv_dtype(server_args, config, target, draft)
+    _check_quantized_dtype(target, draft)
     _check_heads(server_args.tp_size, target, draft)
     _check_weights(server_args, target, draft)
     config.check_layers(target.num_hidden_layers)
@@ -722,6 +734,28 @@ def _check_kv_dtype(
         )
 
 
+def _check_quantized_dtype(target: ModelConfig, draft: ModelConfig | None) -> None:
+    """Whether quantized weights are served beside activations of the model's dtype: by the method's own word,
+    for which SGLang asks when it loads them."""
+    from sglang.srt.layers.quantization import get_quantization_config
+
+    for flag, model in (("--model-path", target), ("--speculative-draft-model-path", draft)):
+        if model is None or (name := model.quantization) is None:
+            continue
+        try:
+            method = get_quantization_config(name)
+        except ValueError as error:  # on some CPUs some methods
+            raise Refusal(f"{flag} {model.model_path}: {error}; give another checkpoint") from error
+        # Some of them answer as instances alone, and read nothing of one.
+        served = method.__new__(method).get_supported_act_dtypes()
+        if model.dtype not in served:
+            given, *others = (str(dtype).removeprefix("torch.") for dtype in (model.dtype, *served))
+            raise Refusal(
+                f"--dtype {given}: {flag} {model.model_path} is quantized by {name}, which SGLang does not "
+                f"serve in it; use --dtype {' or '.join(others)}"
+            )
+
+
 def _check_heads(ranks: int, target: ModelConfig, draft: ModelConfig | None) -> None:
     """Whether the heads can be shared out; of KV heads there may be fewer than ranks."""
     models = {"--model-path": target, "--speculative-draft-model-path": draft}
@@ -792,7 +826,11 @@ def _check_config_files(server_args: ServerArgs) -> None:
     """Raises `ConfigError` for a damaged config.json, on which SGLang and transformers end in a traceback."""
     served = TARGETS.union(*DRAFTS.values())
     for flag, folder in _folders(server_args):
-        if server_args.decrypted_config_file or not (folder / "config.json").exists():
+        decrypted = {
+            "--model-path": server_args.decrypted_config_file,
+            "--speculative-draft-model-path": server_args.decrypted_draft_config_file,
+        }
+        if decrypted[flag] or not (folder / "config.json").exists():
             continue
         config = checkpoints.read_config(f"{flag} {folder}", folder)
         if served.issuperset(config.get("architectures") or ()):  # others have sizes of other kinds
@@ -801,7 +839,7 @@ def _check_config_files(server_args: ServerArgs) -> None:
 
 def _check_weights(server_args: ServerArgs, target: ModelConfig, draft: ModelConfig | None) -> None:
     """Raises `ConfigError` for damaged weights and for missing tensors: SGLang would leave such parameters as
-    they were allocated."""
+    they were allocated; and for scales of KV that are none, which only quantized models read."""
     formats = {"--model-path": server_args.load_format}
     formats["--speculative-draft-model-path"] = (
         server_args.speculative_draft_load_format or server_args.load_format
@@ -810,7 +848,10 @@ def _check_weights(server_args: ServerArgs, target: ModelConfig, draft: ModelCon
     for flag, folder in _folders(server_args):
         if formats[flag] not in ("auto", "safetensors"):
             continue
-        tensors = checkpoints.check_folder(f"{flag} {folder}", folder)
+        headers = checkpoints.read_headers(f"{flag} {folder}", folder)
+        if models[flag].quantization is not None:
+            checkpoints.check_scales(f"{flag} {folder}", folder, headers)
+        tensors = checkpoints.by_name(headers)
         # ModelOpt's checkpoints say in a file of their own that their tensors are packed.
         if tensors and not (folder / "hf_quant_config.json").exists():
             config = models[flag].hf_config.to_dict()
@@ -819,28 +860,54 @@ def _check_weights(server_args: ServerArgs, target: ModelConfig, draft: ModelCon
 
 def _target_config(server_args: ServerArgs) -> PretrainedConfig | None:
     """The target's Hugging Face config; None if it cannot be read yet."""
+    if _comes_later(server_args):
+        return None
+    path = server_args.model_path
+    try:
+        return _read_config(server_args, path, server_args.revision, server_args.decrypted_config_file)
+    except (OSError, ValueError) as error:
+        if not os.path.isdir(path):
+            return None  # SGLang fails on it next, and says why
+        raise _unreadable("--model-path", path, error) from error
+    except Exception as error:  # transformers raises of everything for values of another type
+        raise _unreadable("--model-path", path, error) from error
+
+
+def _draft_config(server_args: ServerArgs) -> PretrainedConfig | None:
+    """The same of a draft that is given. SGLang reads it in the same way while it resolves the arguments, and
+    has no words of its own for what cannot be read."""
+    path = server_args.speculative_draft_model_path
+    if path is None or _comes_later(server_args):
+        return None
+    revision, file = server_args.speculative_draft_model_revision, server_args.decrypted_draft_config_file
+    try:
+        return _read_config(server_args, path, revision, file)
+    except Exception as error:
+        raise _unreadable("--speculative-draft-model-path", path, error) from error
+
+
+def _comes_later(server_args: ServerArgs) -> bool:
+    """Whether there is no model to read, or none before SGLang has downloaded it from ModelScope."""
     from sglang.srt.environ import envs
+
+    return server_args.model_path.lower() in ("none", "dummy") or envs.SGLANG_USE_MODELSCOPE.get()
+
+
+def _read_config(
+    server_args: ServerArgs, path: str, revision: str | None, file: str | None
+) -> PretrainedConfig:
+    """file: that stands for the model's config.json. Raises of everything."""
     from sglang.srt.utils.hf_transformers_utils import get_config
 
-    placeholder = server_args.model_path.lower() in ("none", "dummy")
-    if placeholder or envs.SGLANG_USE_MODELSCOPE.get():  # ModelScope: SGLang downloads the model later
-        return None
-    file = (server_args.decrypted_config_file or "").strip()
-    try:
-        return get_config(
-            server_args.model_path,
-            trust_remote_code=server_args.trust_remote_code,
-            revision=server_args.revision,
-            model_override_args=json.loads(server_args.json_model_override_args),
-            model_config_parser=server_args.model_config_parser,
-            **({"_configuration_file": file} if file else {}),
-        )
-    except (OSError, ValueError) as error:
-        if not os.path.isdir(server_args.model_path):
-            return None  # SGLang fails on it next, and says why
-        raise _unreadable("--model-path", server_args.model_path, error) from error
-    except Exception as error:  # transformers raises of everything for values of another type
-        raise _unreadable("--model-path", server_args.model_path, error) from error
+    file = (file or "").strip()
+    return get_config(
+        path,
+        trust_remote_code=server_args.trust_remote_code,
+        revision=revision,
+        model_override_args=json.loads(server_args.json_model_override_args),
+        model_config_parser=server_args.model_config_parser,
+        **({"_configuration_file": file} if file else {}),
+    )
 
 
 def _unreadable(flag: str, path: str, error: Exception) -> Refusal:
@@ -848,6 +915,37 @@ def _unreadable(flag: str, path: str, error: Exception) -> Refusal:
         f"{flag} {path}: its configuration cannot be read ({quoted(error, 300)}); give a folder or hub "
         "name that transformers loads"
     )
+
+
+def _check_named(flag: str, path: str, config: PretrainedConfig, asked: str | None) -> None:
+    """Whether a configuration names what SGLang looks for first: architectures, and how weights are
+    quantized.
+    asked: the method that a flag names. Raises `Refusal`."""
+    if not config.architectures:
+        raise Refusal(
+            f"{flag} {path}: config.json: architectures: got {shown(config.architectures)}, and SGLang "
+            "chooses a model's class by it; give a list with the name of one"
+        )
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return
+    from sglang.srt.layers.quantization import QUANTIZATION_METHODS as methods
+
+    given = dict(given) if isinstance(given, dict) else given.to_dict()
+    if "quant_method" not in given and given.get("quant_algo"):
+        return  # ModelOpt's way
+    method = given.get("quant_method", asked or "")
+    known = isinstance(method, str) and (
+        method.lower() in methods
+        or (asked and method.replace("_", "-") in methods)  # beside a flag SGLang knows both spellings of one
+        or any(kind.override_quantization_method(given, asked) for kind in methods.values())
+    )
+    if not known:
+        problem = f"got {shown(method)}, which SGLang does not know" if method else "there is none"
+        raise Refusal(
+            f"{flag} {path}: config.json: quantization_config.quant_method: {problem}; give a checkpoint "
+            "whose method SGLang serves, such as fp8, awq or compressed-tensors"
+        )
 
 
 def _check_config(flag: str, path: str, config: PretrainedConfig, served: frozenset[str]) -> None:
