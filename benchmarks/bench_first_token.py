@@ -21,8 +21,7 @@ import statistics
 import time
 
 from benchmarks import bench_serving
-from benchmarks.harness import end_orderly_when_terminated
-from sts_sglang.tools.local_server import LocalServer
+from sts_sglang.tools.local_server import LocalServer, stop_when_terminated
 
 DENSE = "dense"
 
@@ -115,7 +114,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    end_orderly_when_terminated()
+    stop_when_terminated()
     options = parse()
     bench_serving.prepare(options)
     run(options)

@@ -36,9 +36,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import bench_serving
-from benchmarks.harness import end_orderly_when_terminated
 from benchmarks.serving_arms import ARMS_OF
-from sts_sglang.tools.local_server import LocalServer, sparse_between
+from sts_sglang.tools.local_server import LocalServer, sparse_between, stop_when_terminated
 
 SHARED, RANDOM = "generated-shared-prefix", "random-ids"
 QUESTION = 128  # tokens that the requests of a group differ in
@@ -158,7 +157,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    end_orderly_when_terminated()
+    stop_when_terminated()
     options = parse(argv)
     bench_serving.prepare(options, words=True)
     for arm in options.arms.split(","):

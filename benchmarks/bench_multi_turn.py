@@ -36,10 +36,10 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.harness import check_arms, commit, end_orderly_when_terminated
+from benchmarks.harness import check_arms, commit
 from sts_sglang.host.serves import CHAIN_FLAGS
 from sts_sglang.tools.demo import shipped_pair
-from sts_sglang.tools.local_server import LocalServer, sparse_between
+from sts_sglang.tools.local_server import LocalServer, sparse_between, stop_when_terminated
 
 HISTORY = {"sts-cold": "off", "sts-warm": "warm", "sts-blend": "blend"}
 ARMS = ("stock", "stock-spec", *HISTORY)
@@ -242,7 +242,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    end_orderly_when_terminated()
+    stop_when_terminated()
     options = parse(argv)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     arms = options.arms.split(",")

@@ -53,12 +53,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks import bound, dummy_models
-from benchmarks.harness import check_arms, commit, end_orderly_when_terminated, read_rate
+from benchmarks.harness import check_arms, commit, read_rate
 from benchmarks.serving_arms import ARMS_OF, Arm, arm_args, check_kept, launched
 from benchmarks.shapes import Shape
 from sts_sglang.evaluate.pair import NONE
 from sts_sglang.headmap import RANKS
-from sts_sglang.tools.local_server import LocalServer, sparse_between
+from sts_sglang.tools.local_server import LocalServer, sparse_between, stop_when_terminated
 
 
 def prompt(request: int, context: int, vocab: int, shared: int = 0) -> list[int]:
@@ -290,7 +290,7 @@ def check_configs(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    end_orderly_when_terminated()
+    stop_when_terminated()
     options = parse(argv)
     prepare(options)
     rows = []

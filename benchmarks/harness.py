@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -76,11 +75,6 @@ def check_arms(p: argparse.ArgumentParser, given: str, arms: tuple[str, ...]) ->
     """End with a usage error where a comma separated list names an arm that there is not."""
     if unknown := set(given.split(",")) - set(arms):
         p.error(f"--arms: no {', '.join(sorted(unknown))}; there are {', '.join(arms)}")
-
-
-def end_orderly_when_terminated() -> None:
-    """On SIGTERM as on Ctrl-C: servers that were started are stopped, and hold no device memory."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def microseconds(calls: list[Callable[[], Any]], replays: int = REPLAYS) -> float:

@@ -31,10 +31,9 @@ from types import ModuleType
 from typing import NamedTuple
 
 from benchmarks import bench_serving
-from benchmarks.harness import end_orderly_when_terminated
 from benchmarks.serving_arms import ARMS_OF
 from sts_kernels import kept, page_scores, pages, select, tokens
-from sts_sglang.tools.local_server import LocalServer
+from sts_sglang.tools.local_server import LocalServer, stop_when_terminated
 
 WAITS = (
     "cudaStreamSynchronize",
@@ -192,7 +191,7 @@ def summary(events: list[dict], top: int, rounds_of: Callable[[Counter, Counter]
 
 
 def main(argv: list[str] | None = None) -> None:
-    end_orderly_when_terminated()
+    stop_when_terminated()
     p = argparse.ArgumentParser(
         description=__doc__,
         epilog="further options, --dummy, --arms, --out and others, are those of benchmarks.bench_serving",

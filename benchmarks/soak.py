@@ -36,10 +36,10 @@ import psutil
 import torch
 
 from benchmarks.bench_serving import origin
-from benchmarks.harness import commit, end_orderly_when_terminated
+from benchmarks.harness import commit
 from sts_sglang.config import CHAIN_FLAGS, StsConfig
 from sts_sglang.tools.demo import Pair, shipped_pair
-from sts_sglang.tools.local_server import LocalServer
+from sts_sglang.tools.local_server import LocalServer, stop_when_terminated
 from sts_sglang.tools.tiny_pair import make_pair
 
 GPU = torch.cuda.is_available()
@@ -328,7 +328,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    end_orderly_when_terminated()
+    stop_when_terminated()
     options = parse(argv)
     with tempfile.TemporaryDirectory() as folder:
         made = make_pair(folder) if options.pair == "tiny" else None

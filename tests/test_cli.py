@@ -16,6 +16,7 @@ from sts_sglang import cli
 from sts_sglang.config import StsConfig
 from sts_sglang.evaluate import pair
 from sts_sglang.host import compat
+from sts_sglang.tools import demo
 from sts_sglang.tools.demo import MODELS
 from sts_sglang.tools.local_server import LocalServer
 
@@ -184,5 +185,26 @@ def test_sigterm_ends_the_server_that_evaluate_is_starting(tmp_path, capsys, mon
     finally:
         signal.signal(signal.SIGTERM, before)
     assert code == 130 and capsys.readouterr().err.endswith("interrupted\n")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(started[0].pid, 0)
+
+
+def test_sigterm_ends_the_server_that_the_demo_is_starting(tmp_path, monkeypatch) -> None:
+    (tmp_path / "never_ready.py").write_text("import time\ntime.sleep(600)")
+    started = []
+
+    def start(model, log, *_, **__) -> LocalServer:
+        env = {"PYTHONPATH": str(tmp_path)}
+        started.append(LocalServer("m", log, module="never_ready", env=env, start_seconds=30))
+        return started[0]
+
+    monkeypatch.setattr(demo, "LocalServer", start)
+    monkeypatch.setattr(LocalServer, "get", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("not on SIGTERM as on Ctrl-C"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            demo.main([])
+    finally:
+        signal.signal(signal.SIGTERM, before)
     with pytest.raises(ProcessLookupError):
         os.killpg(started[0].pid, 0)

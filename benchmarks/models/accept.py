@@ -17,7 +17,7 @@ from exam import SHIPPED, heldout, score
 from tasks import EXAM, Writer
 from tqdm import tqdm
 
-from sts_sglang.tools.local_server import LocalServer
+from sts_sglang.tools.local_server import LocalServer, stop_when_terminated
 
 DRAFTS = {"STANDALONE": "draft", "EAGLE3": "eagle3"}
 SPECULATION = [
@@ -82,6 +82,7 @@ def measure(running: LocalServer, writer: Writer, name: str, length: int, items:
 
 
 def main() -> None:
+    stop_when_terminated()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -36,7 +36,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.harness import end_orderly_when_terminated
 from benchmarks.quality import items, report
 from benchmarks.quality.arms import ALONE, ARMS, ROOT, Arm, Plan, Suite, own_arm, served_by
 from benchmarks.quality.measure import run_arm, try_dense
@@ -45,7 +44,7 @@ from sts_sglang.config import ConfigError, StsConfig
 from sts_sglang.evaluate import pair as pairs
 from sts_sglang.evaluate.items import NoRoom, Plain, Source, TooShort
 from sts_sglang.tools.demo import MODELS
-from sts_sglang.tools.local_server import LocalServer
+from sts_sglang.tools.local_server import LocalServer, stop_when_terminated
 
 OUT = ROOT / "benchmarks" / "results" / "quality"
 QUICK = {"items": 4, "lengths": [4096], "text_lengths": [4096], "keeps": [0.05, 0.1, 0.25]}
@@ -195,7 +194,7 @@ def check_room(plan: Plan, suite: Suite) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    end_orderly_when_terminated()
+    stop_when_terminated()
     options = parse(argv)
     known = known_pair(options)
     name, suite = suite_of(options, known)

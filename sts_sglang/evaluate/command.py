@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -112,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0, or 1 where no keep passes. Raises ConfigError, one line that names the flag."""
     from sts_sglang.evaluate import gate
     from sts_sglang.evaluate.items import LOSS, NoRoom, TooShort
+    from sts_sglang.tools.local_server import stop_when_terminated
 
     try:
         plan = plan_of(args)
@@ -120,8 +120,7 @@ def run(args: argparse.Namespace) -> int:
     except TooShort as error:
         named = quoted(" ".join(args.text), 200)[1:-1] if args.text else ""
         raise ConfigError(f"{f'--text {named}'.rstrip()}: {error}") from None
-    # As on Ctrl-C: the server that was started is stopped.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop_when_terminated()
     with tempfile.TemporaryDirectory(prefix="sts-evaluate-") as spare:
         out = _folder(args.out) if args.out else None
         _say(f"the gate: {gate.GATE}")

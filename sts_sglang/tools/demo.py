@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from sts_sglang.tools.local_server import LocalServer
+from sts_sglang.tools.local_server import LocalServer, stop_when_terminated
 
 MODELS = Path(__file__).parents[1] / "models"
 FACTS = {"amber lantern": "48213", "stone harbor": "90417", "quiet meadow": "15526"}
@@ -89,11 +89,12 @@ def converse(server: LocalServer, text: str, max_tokens: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of the demo."""
-    parser = argparse.ArgumentParser(prog="sts-sglang demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m sts_sglang.tools.demo", description=__doc__)
     parser.add_argument("--characters", type=int, default=40000, help="length of the document (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=24, help="length of an answer (%(default)s)")
     parser.add_argument("--sts-config", help="inline JSON or a path, as for the server")
     args = parser.parse_args(argv)
+    stop_when_terminated()
     with tempfile.TemporaryDirectory() as folder:
         pair = shipped_pair()
         print(f"Models: the trained pair in {MODELS}, a target of 7M parameters and a draft of 1M.")

@@ -18,6 +18,11 @@ from pathlib import Path
 ATTEMPTS = 3  # at a port that somebody else takes meanwhile
 
 
+def stop_when_terminated() -> None:
+    """On SIGTERM as on Ctrl-C: who has a server in a `with` block stops it, and it holds no device memory."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 class LocalServer:
     """`with LocalServer(model, log, *args) as server:` listens on 127.0.0.1 and a free port.
 
