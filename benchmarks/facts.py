@@ -102,7 +102,8 @@ def _heads() -> dict[str, str]:
         own = [r for r in tables.rows(f"{name}_heads.jsonl") if r["provider"] == provider]
         us = {(r["dim"], r["group"]): r["us"] for r in own}
         rates = {(r["dim"], r["group"]): r["gbps"] for r in own}
-        odd = [us[dim, group] / us[dim, 4 if group == 3 else 8] for dim, group in us if group in (3, 5, 6, 7)]
+        power = {group: 1 << (group - 1).bit_length() for _, group in us}
+        odd = [us[dim, group] / us[dim, power[group]] for dim, group in us if group != power[group]]
         padded = [rates[96, group] / rates[128, group] for dim, group in rates if dim == 96]
         found |= {f"odd_{name}": f"{100 * max(0, max(odd) - 1):.0f} %"}
         found |= {f"padded_{name}": f"{100 * min(padded):.0f} to {100 * max(padded):.0f} %"}

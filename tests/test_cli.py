@@ -164,32 +164,10 @@ def test_what_ends_a_command_is_no_verdict(error, code, capsys, monkeypatch) -> 
     assert ("Traceback" in err and "RuntimeError: why" in err) == (code == 70)
 
 
-def test_sigterm_ends_the_server_that_evaluate_is_starting(tmp_path, capsys, monkeypatch) -> None:
-    (tmp_path / "never_ready.py").write_text("import time\ntime.sleep(600)")
-    started = []
-
-    def start(models, log, **_) -> LocalServer:
-        env = {"PYTHONPATH": str(tmp_path)}
-        started.append(LocalServer("m", log, module="never_ready", env=env, start_seconds=30))
-        return started[0]
-
-    def terminate(*_, **__) -> None:
-        signal.raise_signal(signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("not on SIGTERM as on Ctrl-C"))
-    monkeypatch.setattr(pair, "start", start)
-    monkeypatch.setattr(LocalServer, "get", terminate)
-    try:
-        size = ["--tasks", "text", "--lengths", "512", "--items", "1"]
-        code = cli.main(["evaluate", "--target", str(MODELS / "target"), "--device", "cpu", *size])
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert code == 130 and capsys.readouterr().err.endswith("interrupted\n")
-    with pytest.raises(ProcessLookupError):
-        os.killpg(started[0].pid, 0)
-
-
-def test_sigterm_ends_the_server_that_the_demo_is_starting(tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def terminated_start(tmp_path, monkeypatch):
+    """In place of what makes a server: it is never ready, SIGTERM comes while it is waited for, and it must
+    be gone in the end."""
     (tmp_path / "never_ready.py").write_text("import time\ntime.sleep(600)")
     started = []
 
@@ -198,13 +176,24 @@ def test_sigterm_ends_the_server_that_the_demo_is_starting(tmp_path, monkeypatch
         started.append(LocalServer("m", log, module="never_ready", env=env, start_seconds=30))
         return started[0]
 
-    monkeypatch.setattr(demo, "LocalServer", start)
     monkeypatch.setattr(LocalServer, "get", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("not on SIGTERM as on Ctrl-C"))
     try:
-        with pytest.raises(KeyboardInterrupt):
-            demo.main([])
+        yield start
     finally:
         signal.signal(signal.SIGTERM, before)
     with pytest.raises(ProcessLookupError):
         os.killpg(started[0].pid, 0)
+
+
+def test_sigterm_ends_the_server_that_evaluate_is_starting(terminated_start, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(pair, "start", terminated_start)
+    size = ["--tasks", "text", "--lengths", "512", "--items", "1"]
+    code = cli.main(["evaluate", "--target", str(MODELS / "target"), "--device", "cpu", *size])
+    assert code == 130 and capsys.readouterr().err.endswith("interrupted\n")
+
+
+def test_sigterm_ends_the_server_that_the_demo_is_starting(terminated_start, monkeypatch) -> None:
+    monkeypatch.setattr(demo, "LocalServer", terminated_start)
+    with pytest.raises(KeyboardInterrupt):
+        demo.main([])

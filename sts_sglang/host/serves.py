@@ -333,12 +333,16 @@ def _check_graphs(server_args: ServerArgs, config: StsConfig) -> None:
             )
 
 
+def _by_flag(target: ModelConfig, draft: ModelConfig | None) -> dict[str, ModelConfig]:
+    """The models that a launch has, by the flags that name them."""
+    models = {"--model-path": target}
+    return models if draft is None else {**models, "--speculative-draft-model-path": draft}
+
+
 def check_prefill_graphs(server_args: ServerArgs, target: ModelConfig, draft: ModelConfig | None) -> None:
     """Whether every query of the models reaches attention in a prefill graph. Raises `Refusal`."""
     graphs = views.prefill_graphs(server_args)
-    for flag, model in (("--model-path", target), ("--speculative-draft-model-path", draft)):
-        if not graphs.captured or model is None:
-            continue
+    for flag, model in _by_flag(target, draft).items() if graphs.captured else ():
         normed = getattr(model.hf_text_config, "use_qk_norm", False)
         if normed and ROW_A_HEAD.intersection(model.hf_config.architectures or ()):
             raise Refusal(
@@ -739,8 +743,8 @@ def _check_quantized_dtype(target: ModelConfig, draft: ModelConfig | None) -> No
     for which SGLang asks when it loads them."""
     from sglang.srt.layers.quantization import get_quantization_config
 
-    for flag, model in (("--model-path", target), ("--speculative-draft-model-path", draft)):
-        if model is None or (name := model.quantization) is None:
+    for flag, model in _by_flag(target, draft).items():
+        if (name := model.quantization) is None:
             continue
         try:
             method = get_quantization_config(name)
@@ -758,8 +762,7 @@ def _check_quantized_dtype(target: ModelConfig, draft: ModelConfig | None) -> No
 
 def _check_heads(ranks: int, target: ModelConfig, draft: ModelConfig | None) -> None:
     """Whether the heads can be shared out; of KV heads there may be fewer than ranks."""
-    models = {"--model-path": target, "--speculative-draft-model-path": draft}
-    whole = {flag: views.model(model).counts for flag, model in models.items() if model is not None}
+    whole = {flag: views.model(model).counts for flag, model in _by_flag(target, draft).items()}
     for flag, counts in whole.items():
         if not counts.shared_evenly(ranks):
             fitting = [str(n) for n in headmap.RANKS if all(own.shared_evenly(n) for own in whole.values())]
@@ -844,7 +847,7 @@ def _check_weights(server_args: ServerArgs, target: ModelConfig, draft: ModelCon
     formats["--speculative-draft-model-path"] = (
         server_args.speculative_draft_load_format or server_args.load_format
     )
-    models = {"--model-path": target, "--speculative-draft-model-path": draft}
+    models = _by_flag(target, draft)
     for flag, folder in _folders(server_args):
         if formats[flag] not in ("auto", "safetensors"):
             continue
@@ -865,11 +868,9 @@ def _target_config(server_args: ServerArgs) -> PretrainedConfig | None:
     path = server_args.model_path
     try:
         return _read_config(server_args, path, server_args.revision, server_args.decrypted_config_file)
-    except (OSError, ValueError) as error:
-        if not os.path.isdir(path):
-            return None  # SGLang fails on it next, and says why
-        raise _unreadable("--model-path", path, error) from error
     except Exception as error:  # transformers raises of everything for values of another type
+        if isinstance(error, (OSError, ValueError)) and not os.path.isdir(path):
+            return None  # SGLang fails on it next, and says why
         raise _unreadable("--model-path", path, error) from error
 
 
