@@ -42,6 +42,7 @@ from sts_kernels.split_kv import (
     merge,
     padded,
     plan_whole,
+    read,
     starts_early,
     store_head,
 )
@@ -406,9 +407,8 @@ def _draft_kernel(
         owner = cols // (step + 1)
         slots = tl.load(row_ptr + length + owner * num_steps + cols % (step + 1), mask=ok, other=0)
         seen = ok[None, :] & in_step[:, None] & (owner[None, :] == branch[:, None])  # [ROWS, SCRATCH]
-        peak, norm, acc = attend(
-            q, k_ptr, v_ptr, slots, ok, seen, h * stride_head, stride_slot, dims, scale, peak, norm, acc, D
-        )
+        k, v = read(k_ptr, v_ptr, slots, ok, h * stride_head, stride_slot, dims, D)
+        peak, norm, acc = attend(q, k, v, seen, scale, peak, norm, acc)
     if EARLY:
         gdc_launch_dependents()
     base = (h * tl.num_programs(0) + program).to(tl.int64) * ROWS

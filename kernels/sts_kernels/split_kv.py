@@ -210,26 +210,34 @@ def meet_keys(q, scale, k_ptr):
 
 
 @triton.jit
-def attend(
-    q,  # [ROWS, D], see `meet_keys`
+def read(
     k_ptr,  # [slots, H_kv, D]
-    v_ptr,  # [slots, H_kv, D], both of the dtype of q or of fp8
+    v_ptr,  # [slots, H_kv, D]
     slots,  # int32 [BLOCK]
     ok,  # bool [BLOCK], which slots there are
-    seen,  # bool [ROWS, BLOCK] or [1, BLOCK], which of them a row attends to
     head_offset,  # of the KV head in a slot
     stride_slot,
     dims,  # 0 to D, padded to a power of two
+    D: tl.constexpr,
+):
+    """Keys and values [BLOCK, D] of a block of slots, 0 where there are none."""
+    offs = slots.to(tl.int64)[:, None] * stride_slot + head_offset + dims[None, :]
+    k = tl.load(k_ptr + offs, mask=in_tile(ok, dims, D), other=0.0)
+    return k, tl.load(v_ptr + offs, mask=in_tile(ok, dims, D), other=0.0)
+
+
+@triton.jit
+def attend(
+    q,  # [ROWS, D], see `meet_keys`
+    k,  # [BLOCK, D]
+    v,  # [BLOCK, D], both of the dtype of q or of fp8
+    seen,  # bool [ROWS, BLOCK] or [1, BLOCK], which of them a row attends to
     scale,  # of logits, LOG2E and that of the keys included
     peak,  # float32 [ROWS], largest logit so far
     norm,  # float32 [ROWS], sum of exp2(logit - peak) so far
     acc,  # float32 [ROWS, D], the same sum of values
-    D: tl.constexpr,
 ):
-    """One step of online softmax: `peak`, `norm` and `acc` after a block of slots."""
-    kv_offs = slots.to(tl.int64) * stride_slot + head_offset
-    k = tl.load(k_ptr + kv_offs[:, None] + dims[None, :], mask=in_tile(ok, dims, D), other=0.0)  # [BLOCK, D]
-    v = tl.load(v_ptr + kv_offs[:, None] + dims[None, :], mask=in_tile(ok, dims, D), other=0.0)  # [BLOCK, D]
+    """One step of online softmax: `peak`, `norm` and `acc` after a block of keys and values."""
     k, v = k.to(q.dtype), v.to(q.dtype)
     s = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))  # [ROWS, BLOCK]
     new_peak = tl.maximum(peak, tl.max(s, 1))

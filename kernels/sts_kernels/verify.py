@@ -27,6 +27,7 @@ from sts_kernels.split_kv import (
     merge,
     padded,
     plan_lists,
+    read,
     splits,
     starts_early,
     store_head,
@@ -119,7 +120,6 @@ def sparse_attention(
         contexts.table.stride(0),
         tail_mask.stride(0),
         TAIL=tail,
-        TAIL_P2=max(16, triton.next_power_of_2(tail)),
         BLOCK=KNOBS.block,
         num_warps=KNOBS.num_warps,
         num_stages=KNOBS.num_stages,
@@ -171,7 +171,6 @@ def _verify_kernel(
     ROWS: tl.constexpr,  # T * group, padded to a power of two of at least 16
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
-    TAIL_P2: tl.constexpr,  # padded to a power of two of at least 16
     EARLY: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -204,41 +203,22 @@ def _verify_kernel(
     norm = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D_P2], tl.float32)
 
-    # Lists are parted by tokens, not by whole blocks, since what a block masks costs no read.
-    for block in range(0, total, BLOCK):
+    # The tail ends the last part's list, so that it is on its way with the blocks before it. Lists are parted
+    # by tokens, not by whole blocks, since what a block masks costs no read.
+    tail = tl.where((kind & LAST_PART) != 0, TAIL, 0)
+    for block in range(0, total + tail, BLOCK):
         offs = block + tl.arange(0, BLOCK)
-        ok = offs < total
-        slots = tl.load(list_ptr + offs, mask=ok, other=0)  # [BLOCK]
-        seen = ok[None, :]
-        peak, norm, acc = attend(
-            q, k_ptr, v_ptr, slots, ok, seen, h * stride_head, stride_slot, dims, scale, peak, norm, acc, D
-        )
-    if (kind & LAST_PART) != 0:
-        # The tail: each row attends to what its row of the mask allows.
-        cols = tl.arange(0, TAIL_P2)
-        ok = cols < TAIL
-        slots = tl.load(row_ptr + length + cols, mask=ok, other=0)  # [TAIL_P2]
-        seen = tl.load(
-            mask_ptr + b * stride_mask + row_token[:, None] * TAIL + cols[None, :],
-            mask=row_ok[:, None] & ok[None, :],
-            other=0,
-        )  # [ROWS, TAIL_P2]
-        peak, norm, acc = attend(
-            q,
-            k_ptr,
-            v_ptr,
-            slots,
-            ok,
-            seen != 0,
-            h * stride_head,
-            stride_slot,
-            dims,
-            scale,
-            peak,
-            norm,
-            acc,
-            D,
-        )
+        col = offs - total  # of the tail
+        listed, in_tail = col < 0, (col >= 0) & (col < tail)
+        slot_ptr = tl.where(listed, list_ptr + offs, row_ptr + length + col)
+        slots = tl.load(slot_ptr, mask=listed | in_tail, other=0)  # [BLOCK]
+        seen = tl.broadcast_to(listed[None, :], [ROWS, BLOCK])
+        if block + BLOCK > total:  # a row attends to what its row of the mask allows
+            mask_offs = b * stride_mask + row_token[:, None] * TAIL + col[None, :]
+            allowed = tl.load(mask_ptr + mask_offs, mask=row_ok[:, None] & in_tail[None, :], other=0)
+            seen = seen | (allowed != 0)
+        k, v = read(k_ptr, v_ptr, slots, listed | in_tail, h * stride_head, stride_slot, dims, D)
+        peak, norm, acc = attend(q, k, v, seen, scale, peak, norm, acc)
     if EARLY:
         gdc_launch_dependents()
     if ((kind & FIRST_PART) != 0) & (req > 0):  # row 0 pads the batches of CUDA graphs
