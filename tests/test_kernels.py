@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import sts_kernels
-from sts_kernels import Ops, draft_attention, ops, select, spread, torch_ops, triton_ops, verify
+from sts_kernels import Ops, draft_attention, ops, select, split_kv, spread, torch_ops, triton_ops, verify
 from sts_kernels import history as history_kernels
 from sts_kernels.layout import (
     IMPORTANCE_SCALE,
@@ -731,6 +731,20 @@ def test_verify_in_any_number_of_splits(monkeypatch, splits: int, block: int) ->
     q, lists, out, attended = run_verify("triton", batch, [5, -1, 66, -1])
     check_verify(batch, q, lists, out, chain(4))
     assert attended == [2 * (5 + 1 + 66 + 130), 2 * sum(LENGTHS)]
+
+
+@pytest.mark.parametrize("pairs", [8, 64, 192, 512])
+def test_long_lists_are_parted_in_batches_of_any_size(pairs: int) -> None:
+    """Lists of one length have as many parts each; of unequal ones, no part is longer than their mean."""
+    programs, most = split_kv.splits(pairs, 32768, verify.KNOBS)
+    channels = torch.zeros(1, 1, dtype=torch.int32)
+    lens = torch.full((pairs,), 32768)
+    for shares in ([1.0] * 8, [0.3, 0.3, 0.5, 0.5, 0.9, 1.0, 1.5, 3.0]):
+        counts = (torch.tensor(shares).repeat(pairs // 8) * 3200).int()[:, None]
+        lists = Lists(torch.empty(0), torch.zeros(pairs, 1, dtype=torch.int64), counts)
+        plan = ops("torch").plan_lists(lists, channels, lens, programs=programs, most=most).of(0)
+        parts = int(plan.ends[-1])
+        assert plan.work[:parts, 2].max() <= 3200 and (parts % pairs == 0 or len(set(shares)) > 1)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -46,10 +46,14 @@ class SplitKnobs:
 
 
 def splits(pairs: int, max_context: int, knobs: SplitKnobs) -> tuple[int, int]:
-    """Programs that share the lists of so many (request, KV head) pairs, and those that share one at most."""
+    """Programs that share the lists of so many (request, KV head) pairs, and those that share one at most.
+
+    Half a program more than there are pairs, however many these are: a list longer than the mean can be cut
+    then, which would else be read long after all others, and lists of one length stay whole.
+    """
     most = max(1, min(max_context // knobs.least, MOST_PARTS))
     each = max(1, min(knobs.programs // max(1, pairs), most))
-    return each * pairs, min(each * knobs.uneven, most)
+    return max(each * pairs, pairs + pairs // 2), min(each * knobs.uneven, most)
 
 
 def padded(size: int) -> int:

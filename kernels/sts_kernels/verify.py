@@ -38,6 +38,7 @@ from sts_kernels.split_kv import (
 class VerifyKnobs(SplitKnobs):
     """block: slots that a program reads at a time. The rest: see SplitKnobs."""
 
+    programs: int = 396
     block: int = 32
 
 
