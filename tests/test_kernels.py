@@ -1057,8 +1057,9 @@ with compile_only() as compiled:
         ops("triton").score_columns(eight, keeps, rule, room)
         sizes = ops("triton").size_lists(eight, i(9), keeps, rule, room, i(9), split=more[0], full=more[1])
     kept = Kept(like(9 * 9000), i(9, 128), like(9, 128), i(9), i(9), i(9), i(9, 4))
-    ops("triton").size_kept(eight, sizes, kept, room, i(13), every=16, percent=80)
+    found = ops("triton").size_kept(eight, sizes, kept, room, i(13), every=16, percent=80)
     ops("triton").list_kept(kept, eight, Lists(like(9000), sizes.starts, sizes.counts), like(9000))
+    ops("triton").keep_selected(kept, eight, found, Lists(like(9000), i(8, 128), like(8, 128)))
     for channels, columns, bs in ((128, 65536, 8), (8, 4096, 2)):
         ops("triton").spread_importance(Scores(like(channels, columns, dtype=f16), i(bs)), i(bs), factor=0.5)
     ops("triton").blend_history(
@@ -1092,7 +1093,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
         *("_verify_kernel", "_verify_merge_kernel"),
         *("_claim_kernel", "_remember_kernel"),
         *("_lists_kernel", "_plan_kernel"),
-        *("_size_kept_kernel", "_list_kept_kernel"),
+        *("_size_kept_kernel", "_list_kept_kernel", "_keep_selected_kernel"),
         *("_edges_kernel", "_spread_kernel", "_sizes_kernel", "_columns_kernel"),
         *("_claim_pages_kernel", "_tag_kernel", "_sketch_kernel"),
         *("_known_kernel", "_page_sizes_kernel", "_list_pages_kernel"),

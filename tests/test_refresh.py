@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sts_kernels import ops
-from sts_kernels.layout import KEPT_TOKENS, WHOLE, Contexts, Count, Kept, Lists, Room, Sizes
+from sts_kernels.layout import KEPT_TOKENS, WHOLE, Contexts, Count, Kept, KeptSizes, Lists, Room, Sizes
 from sts_sglang.config import MOST_REFRESH, ConfigError, StsConfig
 from tests.test_backends import DIM, KV_HEADS, LAYERS, Q_HEADS, SCALE, TOKENS, Rig
 
@@ -53,8 +54,10 @@ def sizes_by_loops(
     starts = (torch.arange(len(known)) * ENTRIES)[:, None].repeat(1, CHANNELS)
     lists, totals = torch.full_like(counts, WHOLE), torch.zeros(len(Count), dtype=torch.int64)
     scored, old = contexts.lens.clone(), torch.zeros_like(contexts.lens)
+    keep_at = sizes.starts.clone()
     for b, (row, length) in enumerate(zip(contexts.reqs.tolist(), contexts.lens.tolist(), strict=True)):
         made, rounds = int(kept.lens[row]), int(kept.rounds[row])
+        keep_at[b] += (row - b) * ENTRIES
         there = row > 0 and made > 0 and int(known[b]) >= 0 and 0 <= length - made <= KEPT_TOKENS
         fresh, fresh_rounds, since, since_rounds = kept.accepted[row].tolist()
         if there and rounds == 1:
@@ -85,6 +88,7 @@ def sizes_by_loops(
             scored[b], counts[b] = 0, WHOLE
             known[b] = sparse[b] = -1
     written = {**kept._asdict(), "known": known, "sparse": sparse, "starts_": starts, "counts_": counts}
+    written |= {"goes": old > 0, "keep_at": keep_at}
     return {**written, "lists": lists, "scored": scored, "kept_lens": old, "totals": totals}
 
 
@@ -126,6 +130,7 @@ def test_who_is_scored_follows_the_definition(
         written = {**own._asdict(), "known": found.sizes.known, "sparse": found.sizes.sparse}
         written |= {"starts_": found.starts, "counts_": found.sizes.counts, "lists": found.counts}
         written |= {"scored": found.scored, "kept_lens": found.kept, "totals": totals}
+        written |= {"goes": found.goes, "keep_at": found.keep_at}
         for name, right in expected.items():
             assert written[name].tolist() == right.tolist(), name
         kept_rounds += int(totals[Count.KEPT_ROUNDS])
@@ -171,6 +176,58 @@ def test_slots_are_those_that_positions_have_now(kernel: str) -> None:
     ops(kernel).list_kept(*args)
     assert torch.equal(args[2].indices.cpu(), expected)
     assert torch.equal(args[3].cpu(), drafted)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("channels", [1, CHANNELS, 64])
+def test_what_is_selected_is_kept_of_those_alone_that_were_scored(kernel: str, channels: int) -> None:
+    """Wherever they stand in the batch; the lists of all are those of either kind. Nothing is written of
+    other rows, nor of what is larger than the batch, and nothing is read of what nobody made."""
+    torch.manual_seed(channels)
+    poison = -(1 << 30)
+
+    def some(*size: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.randint(WHOLE, 1 << 29, size, dtype=dtype)
+
+    for bs, pads in ((0, 0), (1, 0), (1, 1), (7, 0), (33, 3)):
+        reqs = torch.cat([torch.randperm(ROWS - 1)[: bs - pads] + 1, torch.zeros(pads, dtype=torch.int64)])
+        scored, shape = torch.rand(bs) < 0.5, (bs, channels)
+        scored[bs - pads :] = True
+        lens = torch.randint(1, 4000, (bs,))
+        own = Sizes(*(torch.full((bs,), poison) for _ in range(3)), some(*shape), some(*shape).int())
+        own.counts[bs - pads :] = WHOLE
+        made = some(*shape), some(*shape).int(), lens * scored, lens * ~scored, ~scored, some(*shape)
+        for part in (own.starts, own.counts, made[5]):
+            part[~scored] = poison
+        made[0][scored], made[1][scored] = poison, poison
+        kept = Kept(
+            torch.zeros(0, dtype=torch.int32),
+            some(ROWS, channels),
+            some(ROWS, channels).int(),
+            *(torch.full((ROWS,), poison) for _ in range(3)),
+            torch.full((ROWS, 4), poison),
+        )
+        room = torch.full((bs + 2, channels), poison)  # of larger batches too
+        lists, written = (
+            Lists(torch.zeros(0, dtype=torch.int32), room, room.int()),
+            Kept(*map(torch.clone, kept)),
+        )
+        for b, row in enumerate(reqs.tolist()):
+            if scored[b]:
+                written.starts[row], written.counts[row] = made[5][b], own.counts[b]
+        right = [
+            torch.where(scored[:, None], *pair) for pair in ((own.starts, made[0]), (own.counts, made[1]))
+        ]
+        kept, lists = on(kernel, kept), on(kernel, lists)
+        contexts = Contexts(torch.zeros(ROWS, 1, dtype=torch.int32), reqs, lens)
+        few = Lists(lists.indices, lists.starts[:bs], lists.counts[:bs])
+        ops(kernel).keep_selected(kept, on(kernel, contexts), on(kernel, KeptSizes(own, *made)), few)
+        rows = slice(1 if pads else 0, None)  # who of the pads comes last is nobody's business
+        for name in Kept._fields:
+            assert torch.equal(getattr(kept, name)[rows].cpu(), getattr(written, name)[rows]), name
+        assert (kept.counts[0] == WHOLE).all() or not pads
+        for found, expected in zip(lists[1:], right, strict=True):
+            assert torch.equal(found[:bs].cpu(), expected) and (found[bs:] == poison).all()
 
 
 CONFIG = {"policy": "fixed", "budget": 7, "sink": 2, "recent": 4, "draft": "all"}  # forced + 1
@@ -243,6 +300,46 @@ class Requests(Rig):
 
     def totals(self) -> tuple[int, int]:
         return tuple(self.runtime.state.totals[[Count.SCORED_ROUNDS, Count.KEPT_ROUNDS]].tolist())
+
+
+class Beside(TorchDispatchMode):
+    """Notes what torch does beside the ops that it wraps, views apart: a launch each on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.within = [], False
+
+    def ops(self) -> SimpleNamespace:
+        own = {name: getattr(ops("torch"), name) for name in ops("triton").__all__}
+        return SimpleNamespace(**{name: self._wrapped(op) for name, op in own.items()})
+
+    def _wrapped(self, op):
+        def run(*args, **kwargs):
+            self.within = True
+            found = op(*args, **kwargs)
+            self.within = False
+            return found
+
+        return run
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.within and not func.is_view:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_keeping_launches_ops_alone() -> None:
+    """No index, no comparison beside them: each is a launch, and a round has few of its own."""
+    rig, beside, rows, lens = Requests({"draft": "every", "draft_refresh": 3}), Beside(), [2, 1], [40, 61]
+    rig.prefill(rows, lens)
+    runtime, out = rig.runtime, torch.zeros(2, DIM)
+    runtime.refresh.ops = runtime.selector.ops = beside.ops()
+    contexts = runtime.contexts(torch.tensor(rows), torch.tensor(lens))
+    with beside:
+        parted = runtime.refresh.part(contexts)
+        parted.join(out, out)
+        runtime.select_early(contexts, parted)
+    assert beside.found == ["aten.where.self"]  # of join, in each layer
 
 
 @pytest.mark.parametrize("topk", [1, 2])

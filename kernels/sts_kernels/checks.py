@@ -17,6 +17,7 @@ from sts_kernels.layout import (
     Directions,
     History,
     Kept,
+    KeptSizes,
     KvPool,
     Lists,
     Members,
@@ -106,6 +107,21 @@ def check_kept_lists(kept: Kept, contexts: Contexts, lists: Lists) -> None:
     op, channels = "list_kept", kept.counts.shape[1]
     _check_kept(op, kept, channels)
     _check_lists(op, lists, (contexts.lens.numel(), channels))
+
+
+def check_kept_selected(kept: Kept, contexts: Contexts, found: KeptSizes, lists: Lists) -> None:
+    """Arguments of keep_selected."""
+    op, channels = "keep_selected", kept.counts.shape[1]
+    _check_kept(op, kept, channels)
+    shape = contexts.lens.numel(), channels
+    _check_lists(op, lists, shape)
+    own = found.sizes
+    for name, dtype, parts in (
+        ("starts", torch.int64, (lists.starts, found.starts, found.keep_at, own.starts)),
+        ("counts", torch.int32, (lists.counts, found.counts, own.counts)),
+    ):
+        ok = all(p.shape == shape and p.dtype == dtype and p.is_contiguous() for p in parts)
+        expect(op, ok, f"{name} of lists and found must be contiguous {dtype} {shape}")
 
 
 def _check_kept(op: str, kept: Kept, channels: int) -> None:

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sts_kernels.checks import check_kept, check_kept_lists
+from sts_kernels.checks import check_kept, check_kept_lists, check_kept_selected
 from sts_kernels.layout import KEPT_TOKENS, SHIFT, WHOLE, Contexts, Count, Kept, KeptSizes, Lists, Room, Sizes
 
 
@@ -47,7 +47,9 @@ def size_kept(
         torch.empty_like(sizes.counts),
     )
     lists = torch.empty_like(sizes.starts), torch.empty_like(sizes.counts)
-    made = KeptSizes(found, *lists, torch.empty_like(lens), torch.empty_like(lens))
+    own_lens = torch.empty_like(lens), torch.empty_like(lens)
+    goes = torch.empty_like(lens, dtype=torch.bool)
+    made = KeptSizes(found, *lists, *own_lens, goes, torch.empty_like(sizes.starts))
     if bs == 0:
         return made
     wide = triton.next_power_of_2(room.channels)
@@ -57,6 +59,7 @@ def size_kept(
         sizes.known,
         sizes.sparse,
         sizes.budgets,
+        sizes.starts,
         sizes.counts,
         *kept[2:],
         found.known,
@@ -106,6 +109,30 @@ def list_kept(kept: Kept, contexts: Contexts, lists: Lists, draft_indices: torch
     )
 
 
+def keep_selected(kept: Kept, contexts: Contexts, found: KeptSizes, lists: Lists) -> None:
+    """Kernel of `sts_kernels.torch_ops.keep_selected` (see there); graph-safe, no host sync."""
+    check_kept_selected(kept, contexts, found, lists)
+    bs, channels = lists.counts.shape
+    if bs == 0:
+        return
+    _keep_selected_kernel[(bs,)](
+        contexts.reqs,
+        found.scored,
+        found.sizes.starts,
+        found.sizes.counts,
+        found.keep_at,
+        found.starts,
+        found.counts,
+        kept.starts,
+        kept.counts,
+        lists.starts,
+        lists.counts,
+        channels,
+        C=triton.next_power_of_2(channels),
+        num_warps=1,
+    )
+
+
 @triton.jit
 def _size_kept_kernel(
     lens_ptr,  # int [bs]
@@ -113,6 +140,7 @@ def _size_kept_kernel(
     known_ptr,  # int64 [bs], from here on of Sizes
     sparse_ptr,  # int64 [bs]
     budgets_ptr,  # int64 [bs]
+    start_ptr,  # int64 [bs, channels]
     count_ptr,  # int32 [bs, channels]
     selected_ptr,  # int32 [rows, channels], from here on of Kept
     made_ptr,  # int64 [rows]
@@ -126,6 +154,8 @@ def _size_kept_kernel(
     kept_count_ptr,  # int32 [bs, channels]
     scored_lens_ptr,  # int [bs]
     kept_lens_ptr,  # int [bs]
+    goes_ptr,  # bool [bs]
+    keep_at_ptr,  # int64 [bs, channels]
     totals_ptr,  # int64 [by Count]
     bs,
     channels,
@@ -177,6 +207,7 @@ def _size_kept_kernel(
         tl.store(sparse_out_ptr + b, tl.where(stays, -1, sparse), mask=there)
         tl.store(scored_lens_ptr + b, tl.where(stays, 0, length), mask=there)
         tl.store(kept_lens_ptr + b, tl.where(goes, length, 0), mask=there)
+        tl.store(goes_ptr + b, goes, mask=there)
         wanted = real & (known >= 0) & (budget < length)
         scored_rounds += tl.sum((wanted & (stays == 0)).to(tl.int64), 0)
         kept_rounds += tl.sum((stays & (sparse >= 0)).to(tl.int64), 0)
@@ -187,11 +218,13 @@ def _size_kept_kernel(
         listed = (goes & (sparse >= 0))[:, None] & (selected >= 0)
         room = tl.where(listed, selected + since[:, None], 0)  # int64 [B, C]
         start = (b.to(tl.int64) * entries)[:, None] + tl.cumsum(room, 1) - room
+        own_start = tl.load(start_ptr + place, mask=inside, other=0)
         own_count = tl.load(count_ptr + place, mask=inside, other=0)
         kept_count = tl.where(listed, room, WHOLE).to(tl.int32)
         tl.store(kept_start_ptr + place, start, mask=inside)
         tl.store(kept_count_ptr + place, kept_count, mask=inside)
         tl.store(count_out_ptr + place, tl.where(stays[:, None], WHOLE, own_count), mask=inside)
+        tl.store(keep_at_ptr + place, own_start + ((req - b) * entries)[:, None], mask=inside)
     tl.store(totals_ptr + SCORED_ROUNDS, tl.load(totals_ptr + SCORED_ROUNDS) + scored_rounds)
     tl.store(totals_ptr + KEPT_ROUNDS, tl.load(totals_ptr + KEPT_ROUNDS) + kept_rounds)
 
@@ -236,3 +269,34 @@ def _list_kept_kernel(
         draft_slot = tl.load(row_ptr + key, mask=here, other=0)
         tl.store(indices_ptr + start + entry, slot, mask=here)
         tl.store(draft_ptr + start + entry, draft_slot, mask=here)
+
+
+@triton.jit
+def _keep_selected_kernel(
+    reqs_ptr,  # int [bs]
+    scored_ptr,  # int [bs], above 0: of who is scored
+    own_start_ptr,  # int64 [bs, channels], and the next two: of what was selected
+    own_count_ptr,  # int32 [bs, channels]
+    keep_at_ptr,  # int64 [bs, channels]
+    old_start_ptr,  # int64 [bs, channels], and the next one: of what is kept from an earlier round
+    old_count_ptr,  # int32 [bs, channels]
+    first_ptr,  # int64 [rows, channels], from here on written, two of Kept first
+    number_ptr,  # int32 [rows, channels]
+    start_ptr,  # int64 [bs, channels]
+    count_ptr,  # int32 [bs, channels]
+    channels,
+    C: tl.constexpr,  # channels, padded to a power of two
+):
+    b, c = tl.program_id(0), tl.arange(0, C)
+    inside, place = c < channels, b * channels + c
+    req = tl.load(reqs_ptr + b).to(tl.int64)
+    scored = tl.load(scored_ptr + b) > 0
+    own = inside & scored
+    own_count = tl.load(own_count_ptr + place, mask=own)
+    tl.store(first_ptr + req * channels + c, tl.load(keep_at_ptr + place, mask=own), mask=own)
+    tl.store(number_ptr + req * channels + c, own_count, mask=own)
+    own_start = tl.load(own_start_ptr + place, mask=own)
+    old_start = tl.load(old_start_ptr + place, mask=inside)
+    old_count = tl.load(old_count_ptr + place, mask=inside)
+    tl.store(start_ptr + place, tl.where(scored, own_start, old_start), mask=inside)
+    tl.store(count_ptr + place, tl.where(scored, own_count, old_count), mask=inside)

@@ -284,6 +284,8 @@ class KeptSizes(NamedTuple):
     sizes: of those that are scored; the others are neither known nor sparse there, and have no lists. starts:
     int64 and counts: int32 [bs, channels], of the lists that are kept, or WHOLE. scored, kept: int [bs],
     tokens of the contexts of those that are scored, and of those that go by what is kept, 0 for the others.
+    goes: bool [bs], the latter. keep_at: int64 [bs, channels], where in Kept.positions the lists of those
+    that are scored start, as sizes.starts says it of the round's own.
     """
 
     sizes: Sizes
@@ -291,6 +293,8 @@ class KeptSizes(NamedTuple):
     counts: torch.Tensor
     scored: torch.Tensor
     kept: torch.Tensor
+    goes: torch.Tensor
+    keep_at: torch.Tensor
 
 
 class PageSizes(NamedTuple):

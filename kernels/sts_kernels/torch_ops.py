@@ -27,6 +27,7 @@ from sts_kernels.checks import (
     check_join,
     check_kept,
     check_kept_lists,
+    check_kept_selected,
     check_page_lists,
     check_page_scores,
     check_page_sizes,
@@ -368,8 +369,8 @@ def size_kept(
     listed = (goes & (sizes.sparse >= 0))[:, None] & (selected != WHOLE)
     counts = torch.where(listed, selected + since[:, None], WHOLE).to(torch.int32)
     entries = counts.clamp(min=0).long()
-    places = torch.arange(lens.numel(), device=lens.device)[:, None] * room.entries
-    starts = places + entries.cumsum(1) - entries
+    places = torch.arange(lens.numel(), device=lens.device)
+    starts = (places * room.entries)[:, None] + entries.cumsum(1) - entries
     of_scored = Sizes(
         known=torch.where(stays, -1, sizes.known),
         sparse=torch.where(stays, -1, sizes.sparse),
@@ -378,7 +379,9 @@ def size_kept(
         counts=torch.where(stays[:, None], WHOLE, sizes.counts),
     )
     scored, of_kept = torch.where(stays, 0, lens), torch.where(goes, lens, 0)
-    return KeptSizes(of_scored, starts, counts, scored, of_kept)
+    # Lists lie in Kept.positions as they do in the buffers of a round, by row in place of place.
+    keep_at = sizes.starts + ((reqs.long() - places) * room.entries)[:, None]
+    return KeptSizes(of_scored, starts, counts, scored, of_kept, goes, keep_at)
 
 
 def list_kept(kept: Kept, contexts: Contexts, lists: Lists, draft_indices: torch.Tensor) -> None:
@@ -407,6 +410,27 @@ def list_kept(kept: Kept, contexts: Contexts, lists: Lists, draft_indices: torch
             lists.indices[entries] = slots[chosen].to(lists.indices.dtype)
             keys = torch.where(chosen > 0, chosen, length) - SHIFT
             draft_indices[entries] = slots[keys].to(draft_indices.dtype)
+
+
+def keep_selected(kept: Kept, contexts: Contexts, found: KeptSizes, lists: Lists) -> None:
+    """Note where the selections of those that were scored are kept and how long they are, and put the lists
+    of the whole batch together.
+
+    Args:
+        kept: starts and counts are written of those that were scored: found.keep_at and found.sizes.counts.
+        found: of `size_kept`, after `select_tokens` listed at found.keep_at and maybe cut found.sizes.counts.
+        lists: starts and counts are written: of those that were scored what found.sizes has, of the others
+            what found itself has.
+
+    Raises:
+        ValueError: a dtype or shape is not the one in `Kept`, `KeptSizes` or `Lists`.
+    """
+    check_kept_selected(kept, contexts, found, lists)
+    scored = found.scored > 0
+    rows, own = contexts.reqs[scored], found.sizes
+    kept.starts[rows], kept.counts[rows] = found.keep_at[scored], own.counts[scored]
+    lists.starts.copy_(torch.where(scored[:, None], own.starts, found.starts))
+    lists.counts.copy_(torch.where(scored[:, None], own.counts, found.counts))
 
 
 # ---- what is done to scores before they select

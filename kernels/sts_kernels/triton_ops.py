@@ -3,7 +3,7 @@
 from sts_kernels.draft_attention import draft_attention, plan_contexts
 from sts_kernels.headwise import headwise_lists
 from sts_kernels.history import blend_history
-from sts_kernels.kept import list_kept, size_kept
+from sts_kernels.kept import keep_selected, list_kept, size_kept
 from sts_kernels.page_scores import plan_pages, score_pages
 from sts_kernels.pages import join_pages, list_pages, size_pages, sketch_pages, tag_pages
 from sts_kernels.prefill import block_attention, block_slots, list_blocks, pool_blocks, score_blocks
@@ -21,6 +21,7 @@ __all__ = [
     "draft_attention",
     "headwise_lists",
     "join_pages",
+    "keep_selected",
     "list_blocks",
     "list_kept",
     "list_pages",

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from sts_kernels import Ops
-from sts_kernels.layout import Contexts, Lists, Sizes
+from sts_kernels.layout import Contexts, KeptSizes, Lists
 from sts_sglang.core.round import RoundState
 from sts_sglang.core.selectors.draft import DraftSelector
 
@@ -23,20 +23,20 @@ from sts_sglang.core.selectors.draft import DraftSelector
 class Parted(NamedTuple):
     """The requests of a round.
 
-    scored, kept: contexts of those that are scored, and of those that go by what is kept; the others of the
-    batch have no tokens there. sizes: of the former. lists: of the latter. elsewhere: bool [bs], the latter,
-    where some of them are scored too.
+    found: who is which, and lists. scored, kept: contexts of those that are scored, and of those that go by
+    what is kept; the others of the batch have no tokens there. lists: of the latter. elsewhere: bool [bs],
+    the latter, where some of them are scored too.
     """
 
+    found: KeptSizes
     scored: Contexts
     kept: Contexts
-    sizes: Sizes
     lists: Lists
     elsewhere: torch.Tensor | None
 
     def join(self, of_scored: torch.Tensor, of_kept: torch.Tensor) -> torch.Tensor:
         """Rows [bs * W, ..]: of those that go by what is kept the latter, of the others the former."""
-        goes, bs = (self.kept.lens > 0)[:, None], self.kept.lens.numel()
+        goes, bs = self.found.goes[:, None], self.found.goes.numel()
         return torch.where(goes, of_kept.view(bs, -1), of_scored.view(bs, -1)).view(of_scored.shape)
 
 
@@ -68,26 +68,17 @@ class Refresh:
         lists = Lists(state.indices, found.starts, found.counts)
         self.ops.list_kept(state.kept, contexts, lists, state.draft_indices)
         scored, kept = (contexts._replace(lens=lens) for lens in (found.scored, found.kept))
-        return Parted(scored, kept, found.sizes, lists, found.kept > 0 if self.first_too else None)
+        return Parted(found, scored, kept, lists, found.goes if self.first_too else None)
 
     def select(self, parted: Parted, contexts: Contexts) -> Lists:
-        """Once those that are scored were: the lists of all."""
-        state, sizes, kept = self.state, parted.sizes, self.state.kept
-        reqs, entries = contexts.reqs.long(), state.room.entries
-        places = torch.arange(reqs.numel(), device=reqs.device)
-        starts = sizes.starts + ((reqs - places) * entries)[:, None]  # the same, by row in place of place
-        own = Lists(kept.positions, starts, sizes.counts)
-        listed = contexts._replace(table=state.positions, reqs=torch.zeros_like(reqs))
-        self.selector.list_best(sizes, contexts, listed, own)
-        stays = (parted.scored.lens == 0)[:, None]
-        kept.starts[reqs] = torch.where(stays, kept.starts[reqs], starts)
-        kept.counts[reqs] = torch.where(stays, kept.counts[reqs], own.counts)
-        self.ops.list_kept(
-            kept, contexts, Lists(state.indices, sizes.starts, own.counts), state.draft_indices
-        )
-        _, starts, counts = parted.lists
-        return Lists(
-            state.indices,
-            torch.where(stays, starts, sizes.starts),
-            torch.where(stays, counts, own.counts),
-        )
+        """Once those that are scored were: the lists of all, where the other graphs of the round find
+        them."""
+        state, found = self.state, parted.found
+        lists = state.kept_lists(contexts.lens.numel())
+        listed = contexts._replace(table=state.positions.expand(contexts.table.shape[0], -1))
+        own = Lists(state.kept.positions, found.keep_at, found.sizes.counts)
+        self.selector.list_best(found.sizes, contexts, listed, own)
+        self.ops.keep_selected(state.kept, contexts, found, lists)
+        now = Lists(state.indices, found.sizes.starts, found.sizes.counts)
+        self.ops.list_kept(state.kept, contexts, now, state.draft_indices)
+        return lists

@@ -147,7 +147,7 @@ class RoundState:
         self.kept, self.positions = None, torch.zeros(1, 0, dtype=torch.int32, device=device)
         if config.keeps_selections:
             self.kept = _nothing_kept(requests, self.room, device)
-            # A table by which a list of slots is one of positions.
+            # The row of a table by which a list of slots is one of positions.
             self.positions = torch.arange(cache.table.shape[1], dtype=torch.int32, device=device)[None]
         split = head_map.split()
         self.split = None if split is None else torch.tensor(split, dtype=torch.float64, device=device)
@@ -232,7 +232,7 @@ class RoundState:
         self.counts[: lists.counts.shape[0]].copy_(lists.counts)
 
     def kept_lists(self, bs: int) -> Lists:
-        """What `keep_lists` was given for this round's batch."""
+        """Those lists of this round's batch, which `keep_lists` or `Refresh.select` writes."""
         return Lists(self.indices, self.starts[:bs], self.counts[:bs])
 
     def last_round(self, row: int) -> LastRound | None:

@@ -249,8 +249,9 @@ class Runtime:
 
     def select_early(self, contexts: Contexts, parted: Parted | None) -> Lists:
         """Select after the first draft step, for the steps after it and for verify."""
-        lists = self._select(contexts) if parted is None else self.refresh.select(parted, contexts)
-        self.state.keep_lists(lists)
+        if parted is not None:
+            return self.refresh.select(parted, contexts)
+        self.state.keep_lists(self._select(contexts))
         return self.state.kept_lists(contexts.lens.numel())
 
     # ---- verify
