@@ -230,6 +230,19 @@ def test_what_is_selected_is_kept_of_those_alone_that_were_scored(kernel: str, c
             assert torch.equal(found[:bs].cpu(), expected) and (found[bs:] == poison).all()
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_lists_that_a_kernel_would_miss_are_refused(kernel: str) -> None:
+    torch.manual_seed(0)
+    kept, i = some_kept(random.Random(0), {1: 500}), torch.zeros(1, CHANNELS, dtype=torch.int64)
+    lens = torch.ones(1, dtype=torch.int64)
+    found = KeptSizes(Sizes(lens, lens, lens, i, i.int()), i, i.int(), lens, lens, lens > 0, i)
+    contexts = Contexts(torch.zeros(ROWS, 1, dtype=torch.int32), lens, lens)
+    apart = torch.zeros(1, 2 * CHANNELS, dtype=torch.int64)[:, ::2]
+    for starts, counts in ((apart, i.int()), (i, i), (i.int(), i.int()), (i[:, :1], i[:, :1].int())):
+        with pytest.raises(ValueError, match="^keep_selected: (lists.)?(starts|counts) "):
+            ops(kernel).keep_selected(kept, contexts, found, Lists(kept.positions, starts, counts))
+
+
 CONFIG = {"policy": "fixed", "budget": 7, "sink": 2, "recent": 4, "draft": "all"}  # forced + 1
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sts_kernels.layout import Lists, Plan
+from sts_kernels.layout import Contexts, Lists, Plan
 from sts_sglang.backends.bindable import Bindable
 from sts_sglang.backends.torch_dense import TorchBackend, chain_mask
 from sts_sglang.core.block_selectors import BlockCall
@@ -31,7 +31,9 @@ class CarryLastRow(Bindable):
     _rows: torch.Tensor | None = None
     _queries: list[torch.Tensor] | None = None
     _prefill = False
-    # Of the running sparse draft-extend: what the round selected, how to part it, and the mask of its rows.
+    # Of the running sparse draft-extend: its requests before their rows, what the round selected, how to part
+    # it, and the mask of the rows.
+    _contexts: Contexts | None = None
     _lists: Lists | None = None
     _plan: Plan | None = None
     _seen: torch.Tensor | None = None
@@ -91,16 +93,16 @@ class CarryLastRow(Bindable):
     def _extend_sparsely(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
         """All T rows of a request: to what the round selected, and to each other."""
         runtime, of, tokens = self.runtime, views.layer(layer), views.accepted(fb).width
-        _, reqs, lens = views.requests_of(fb)
-        committed = (lens - tokens).clamp(min=0)  # rows that pad a graph have a length of 1
         if of.number == 0:
+            _, reqs, lens = views.requests_of(fb)
+            committed = (lens - tokens).clamp(min=0)  # rows that pad a graph have a length of 1
+            self._contexts = runtime.contexts(reqs, committed)
             self._lists = runtime.state.kept_lists(committed.numel())
             self._plan = runtime.plan_draft(self._lists, committed)
-            self._seen = chain_mask(tokens, q.device)
-        rows = q.view(committed.numel(), -1, of.q_heads, of.head_dim)
-        seen = self._seen.expand(rows.shape[0], -1, -1)
-        pool, contexts = runtime.draft.pools.layer(of.number), runtime.contexts(reqs, committed)
-        call = LayerCall(of.number, rows, pool, contexts, seen, of.scale)
+            self._seen = chain_mask(tokens, q.device).expand(committed.numel(), -1, -1)
+        rows = q.view(self._contexts.lens.numel(), tokens, of.q_heads, of.head_dim)
+        pool = runtime.draft.pools.layer(of.number)
+        call = LayerCall(of.number, rows, pool, self._contexts, self._seen, of.scale)
         return runtime.attend_draft(call, self._lists, self._plan).view(-1, of.q_heads * of.v_head_dim)
 
 
