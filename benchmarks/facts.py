@@ -17,7 +17,7 @@ from benchmarks.tables import answers, eagle3, recall, serving
 
 def facts() -> dict[str, str]:
     """By name. Raises SystemExit where a file is missing that a sentence needs."""
-    found = {**_speed(), **_eagle3(), **_every(), **_heads(), **_selection(), **_recall()}
+    found = {**_speed(), **_eagle3(), **_every(), **_fp8(), **_heads(), **_selection(), **_recall()}
     makers = {
         "quality": _answers,
         "quality_parity": _parity,
@@ -42,6 +42,8 @@ def facts() -> dict[str, str]:
         "quality_prefill_16k": partial(
             _each, "prefill16", *[{"prefill": [0.25], "prefill-draft-sparse": [0.25]}] * 2
         ),
+        "quality_smollm2_eagle3_draft": partial(_beside_dense, "smol_e3_draft"),
+        "quality_smollm2_plain_draft": partial(_beside_dense, "smol_plain_draft"),
         "quality_smollm2_prefill": partial(_each, "smol_prefill", {"prefill": [0.1, 0.25]}, {}),
     }
     for folder, make in makers.items():
@@ -81,12 +83,16 @@ def _speed() -> dict[str, str]:
 
 
 def _eagle3() -> dict[str, str]:
-    """Of trees, of the head's KV in FP8 over the same in its own dtype, and of all KV in FP8, over stock."""
+    """Of trees and of sparse drafts over stock, of the head's KV in FP8 over the same in its own dtype, and
+    of all KV in FP8, over stock."""
     trees = [r for r in eagle3.measured() if r.get("topk", 1) > 1]
     chains, fp8, long, wide = eagle3.chains(), eagle3.measured(kv="fp8_e4m3"), (128_000, 1), (32_000, 8)
     over = partial(serving.gain, over="stock-spec-captured")
     return {
         "tree_128000": f"{over(trees, 'sts', long):.2f}x",
+        "sparse_128000": f"{over(chains, 'sts-draft', long):.2f}x",
+        "sparse_32000": f"{over(chains, 'sts-draft', wide):.2f}x",
+        "sparse_most": f"{over(chains, 'sts-draft', (32_000, 24)):.2f}x",
         "head_fp8_128000": f"{serving.gain(chains, 'sts-draft-kv', long, 'sts'):.2f}x",
         "head_fp8_32000": f"{serving.gain(chains, 'sts-draft-kv', wide, 'sts'):.2f}x",
         "fp8_128000": f"{over(fp8, 'sts', long):.2f}x",
@@ -115,6 +121,21 @@ def _selection() -> dict[str, str]:
     found = [r for r in tables.timings("select") if r["provider"] == "triton" and r["keep"] == 0.1]
     us = {(r["context"], r["batch"], r.get("channels", 128)): f"{r['us']:.0f}" for r in found}
     return {"select_few": us[131_072, 1, 8], "select_many": us[131_072, 1, 128]}
+
+
+def _fp8() -> dict[str, str]:
+    """Microseconds of the first step of a draft whose KV is in FP8, heads of 64, 32,768 x 8, and in bf16."""
+    found = tables.rows("draft_fp8.jsonl"), tables.rows("draft_heads.jsonl")
+    wanted = {
+        "provider": "triton+importance",
+        "context": 32_768,
+        "batch": 8,
+        "dim": 64,
+        "group": 4,
+        "step": 0,
+    }
+    own = [next(r["us"] for r in rows if wanted.items() <= r.items()) for rows in found]
+    return dict(zip(("draft_fp8_us", "draft_bf16_us"), (f"{us:.0f}" for us in own), strict=True))
 
 
 def _every() -> dict[str, str]:
@@ -227,6 +248,19 @@ def _each(name: str, texts: Shown, answers: Shown, found: Results) -> dict[str, 
         **all_of("text", texts, found.loss_change, found.lengths(loss=True), 2),
         **all_of("answers", answers, found.difference, found.lengths(), 1),
     }
+
+
+def _beside_dense(name: str, found: Results) -> dict[str, str]:
+    """By NAME_answers_KEEP and NAME_text_KEEP, at every length: what a draft that is sparse in `all` changes
+    against a dense one at that keep."""
+    shown: dict[str, str] = {}
+    for keep in (0.1, 0.25):
+        arms = ("map-all", keep), ("map-dense", keep)
+        answers = [signed(found.difference(*arms, n)).strip("*") for n in found.lengths()]
+        texts = [signed(found.loss_change(*arms, n), digits=2).strip("*") for n in found.lengths(loss=True)]
+        shown |= {f"{name}_answers_{100 * keep:.0f}": listed(answers)}
+        shown |= {f"{name}_text_{100 * keep:.0f}": listed(texts)}
+    return shown
 
 
 def _pretrained_alone(found: Results) -> dict[str, str]:

@@ -29,6 +29,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "two-gpus": eagle3.two_gpus,
     "fp8-kv": eagle3.fp8_kv,
     "heads": kernels.heads,
+    "verify-h200": kernels.verify_h200,
+    "sparse-drafts": answers.sparse_drafts,
     "load": load.load,
     "alone": serving.alone,
     "round": kernels.round_time,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import dummy_models
 from sts_kernels.layout import KEPT_TOKENS, PAGE
-from sts_sglang.config import StsConfig
+from sts_sglang.config import LEAST_STEPS, StsConfig
 from sts_sglang.evaluate.pair import NONE
 
 
@@ -34,6 +34,7 @@ ARMS = {
     "stock-fp8": Arm(None, module="benchmarks.captured_stock", args=("--kv-cache-dtype", "fp8_e4m3")),
     "sts-dense": Arm({"dense_layers": "all"}),
     "sts": Arm({}),
+    "sts-draft-dense": Arm({"draft": "dense"}),
     "sts-draft": Arm({"draft": "all"}),
     "sts-draft-refresh": Arm({"draft": "all", "draft_refresh": 4}),
     "sts-draft-every": Arm({"draft": "every"}),
@@ -75,7 +76,9 @@ def sts_config(arm: Arm, options: argparse.Namespace) -> dict:
 
 def launched(arm: Arm, options: argparse.Namespace) -> StsConfig:
     """The configuration that an sts arm launches with. Raises `ConfigError` for one that it could not."""
-    return StsConfig.parse(sts_config(arm, options)).for_launch(arm.drafts)
+    chain = arm.drafts and options.algorithm == "EAGLE3" and options.topk == 1
+    by_head = chain and options.steps >= LEAST_STEPS
+    return StsConfig.parse(sts_config(arm, options)).for_launch(arm.drafts, head_drafts=by_head)
 
 
 def layers_of(target: Path) -> int:

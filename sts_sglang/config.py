@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sts_kernels.layout import Rule
 
 BACKEND = "sts"  # the name that a launch asks for
+LEAST_STEPS = 3  # of a draft some of whose passes are sparse: of the two decode steps one is dense
 CHAIN_FLAGS = "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
 ENV = "STS_CONFIG"
 MAX_SOURCE = 64 * 1024  # bytes of a file, characters of a string
@@ -45,7 +46,7 @@ DenseName = Literal["auto", "fa3", "flashinfer", "torch"]
 HistoryMode = Literal["off", "warm", "blend"]
 SelectorName = Literal["auto", "draft", "tokens", "pages", "joined", "quest", "recent", "random", "oracle"]
 VerifyMode = Literal["sparse", "dense"]
-DraftMode = Literal["dense", "steps", "all", "every"]
+DraftMode = Literal["auto", "dense", "steps", "all", "every"]
 DraftKv = Literal["auto", "model", "fp8_e4m3"]
 RequestKeep = Literal["any", "at_most", "off"]
 PrefillMode = Literal["dense", "sparse"]
@@ -310,11 +311,12 @@ class StsConfig:
     the rest."""
     verify: VerifyMode = "sparse"
     """`dense`: draft and score as ever but attend to everything, which is stock's output."""
-    draft: DraftMode = "dense"
+    draft: DraftMode = "auto"
     """What the draft itself attends to sparsely. `steps`: a round scores and selects the context in its first
     draft step; the steps after it attend to the selection, as verify does, and score nothing. `all`: so does
     draft-extend. `every`: and the first step, to the selection of the round before it and what came since; it
-    then scores by the keys of the draft heads that speak, and reads no values."""
+    then scores by the keys of the draft heads that speak, and reads no values. `auto`: `all` where an EAGLE-3
+    head drafts a chain of three steps or more and its choice is all there is, else `dense`."""
     draft_refresh: int | Literal["adaptive"] = 1
     """With a sparse draft: every how many rounds of a request its context is scored and selected from anew.
     The rounds in between go by the latest selection and all tokens that came since, in the first draft step
@@ -421,8 +423,8 @@ class StsConfig:
         """What needs the scores of every round, or lists as long as the budget says."""
         unserved = [
             (
-                self.draft == "dense",
-                "a dense draft, which scores in every round anyway",
+                not self.sparse_draft,
+                f"draft {self.draft!r}, which may be dense and score in every round anyway",
                 "or draft 'steps' or 'all' of a launch with a draft",
             ),
             (
@@ -447,13 +449,19 @@ class StsConfig:
                 problem = f"got {getattr(self, field)!r} with {what}"
                 raise not_allowed(f"sts_config.{field}", problem, f"{other}, {instead}")
 
-    def for_launch(self, drafts: bool, directions: bool = False) -> StsConfig:
-        """With the selector and the keep that `auto` stands for, with or without a draft, and with or without
-        directions of keys in the head map. Raises `ConfigError` for what needs a draft."""
+    def for_launch(self, drafts: bool, directions: bool = False, head_drafts: bool = False) -> StsConfig:
+        """With the selector, the keep and the draft that `auto` stands for, with or without a draft, and with
+        or without directions of keys in the head map. Raises `ConfigError` for what needs a draft.
+
+        head_drafts: whether an EAGLE-3 head drafts a chain of so many steps that some can be sparse.
+        """
         if not drafts:
             self._check_alone()
         own = "draft" if drafts else "tokens" if directions else "pages"
         chosen = replace(self, selector=own) if self.selector == "auto" else self
+        if self.draft == "auto":
+            sparse = head_drafts and chosen.by_draft and self.stand_aside in ("auto", 0)
+            chosen = replace(chosen, draft="all" if sparse else "dense")
         return replace(chosen, keep=chosen.share)
 
     def _check_alone(self) -> None:
@@ -533,8 +541,8 @@ class StsConfig:
 
     @property
     def sparse_draft(self) -> bool:
-        """Whether a pass of the draft attends to a selection."""
-        return self.draft != "dense"
+        """Whether a pass of the draft attends to a selection; of a launch, which knows what `auto` is."""
+        return self.draft not in ("auto", "dense")
 
     @property
     def keeps_selections(self) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.quality.arms import Arm, Dense, Plan, Suite, common, header, start
+from benchmarks.quality.cells import packed
 from sts_sglang.evaluate import asking
 from sts_sglang.evaluate.asking import DENSE, Asked, Cell, Client
 from sts_sglang.evaluate.items import GOOD_ENOUGH
@@ -127,18 +128,12 @@ def run_arm(
         client = Client(server, None if arm.config is None else arm.sweep)
         for cell in todo:
             for found in measure(client, suite, name, plan, cell, bar):
-                row = asdict(found)
-                row |= {what: [whole(value) for value in row[what]] for what in ("depth", "score")}
+                row = packed(asdict(found))
                 if name not in WORD_FOR_WORD:
                     del row["out"]
                 file.write(json.dumps(row, separators=(",", ":")) + "\n")
             file.flush()
     say(f"{name}: {time.monotonic() - started:.0f} s")
-
-
-def whole(value: float) -> float:
-    """An int where there is nothing behind the point: `1.0` takes a tenth of the result files."""
-    return int(value) if value == int(value) else value
 
 
 def finished(path: Path, expected: dict) -> set[tuple[str, int]]:

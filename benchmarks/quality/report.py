@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import pictures
+from benchmarks.quality.cells import unpacked
 from sts_sglang.evaluate.stats import ENOUGH, Interval, interval, macro_interval
 
 DENSE = 1.0
@@ -61,7 +62,7 @@ class Results:
             for line in path.read_text().splitlines():
                 row = json.loads(line)
                 if "task" in row:
-                    self.cells[row["arm"], row["task"], row["length"], row["keep"]] = row
+                    self.cells[row["arm"], row["task"], row["length"], row["keep"]] = unpacked(row)
                 else:
                     self.headers[row["arm"]] = row
         if not self.cells:

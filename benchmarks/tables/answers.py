@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable
 from functools import cache
@@ -77,6 +78,56 @@ def pretrained_tokens() -> str:
         for draft, name in (DRAFTS[0], ("looking", "its STANDALONE draft (b)"), DRAFTS[1])
     ]
     return "\n\n".join(parts)
+
+
+SPARSE_DRAFTS = {  # by folder: whose, the arm with a dense draft, and those with a sparse one
+    "quality_smollm2_eagle3_draft": (
+        "SmolLM2, EAGLE-3 head (c)",
+        "map-dense",
+        {"steps": "map-steps", "all": "map-all", "every": "map-every"},
+    ),
+    "quality_smollm2_plain_draft": (
+        "SmolLM2, STANDALONE (a)",
+        "map-dense",
+        {"steps": "map-steps", "all": "map-all", "every": "map-every"},
+    ),
+    "quality_eagle3_draft": (
+        "shipped target, EAGLE-3 head",
+        "sts",
+        {"all": "sts-draft", "every": "sts-draft-every"},
+    ),
+}
+
+
+def sparse_drafts() -> str:
+    """What a sparse draft changes against a dense one, at the same keep of verify."""
+    each = {name: found for name in SPARSE_DRAFTS if (found := answers(tables.RESULTS / name)) is not None}
+    if not each:
+        return MISSING
+    asked = sorted({n for found in each.values() for n in found.lengths()})
+    texts = sorted({n for found in each.values() for n in found.lengths(loss=True)})
+    lines, notes = [], []
+    for name, found in each.items():
+        whose, dense, sparse = SPARSE_DRAFTS[name]
+        for keep, (mode, arm) in itertools.product([k for k in found.keeps if k <= 0.25], sparse.items()):
+            arms = (arm, keep), (dense, keep)
+            cells = [signed(found.difference(*arms, n)) for n in asked]
+            cells += [signed(found.loss_change(*arms, n), digits=2) for n in texts]
+            lines.append([whose, percent(keep), f"`{mode}`", *cells])
+        first = found.headers[dense]
+        notes.append(f"{whose}: {first['items']} items a task, {first['device']}, commit {first['commit']}")
+    head = [
+        "drafts",
+        "keep",
+        "`draft`",
+        *(f"answers, {n:,}" for n in asked),
+        *(f"text, {n:,}" for n in texts),
+    ]
+    note = (
+        "Points of accuracy, mean over tasks, and percent of the loss, against the same keep with a dense "
+        f"draft, item by item; 95 % intervals, bold excludes 0. {'; '.join(notes)}; calibrated maps."
+    )
+    return table(head, lines) + "\n\n" + note
 
 
 def prefill() -> str:

@@ -108,6 +108,36 @@ def verify_grid(newest: dict[tuple, dict]) -> str:
     )
 
 
+NEWER = {  # providers of one shape, and what keys are stored as
+    "sts": ("triton", None),
+    "lists of unequal length": ("triton-split", None),
+    "FlashInfer head-wise": ("fi-headwise", None),
+    "FA3 dense": ("fa3-dense", None),
+    "sts, FP8": ("triton", "float8_e4m3fn"),
+    "FlashInfer head-wise, FP8": ("fi-headwise", "float8_e4m3fn"),
+}
+
+
+def verify_h200() -> str:
+    """The same on an H200, of batches and of KV in FP8."""
+    found = rows("verify_h200.jsonl")
+    if not found:
+        return MISSING
+    us = {(r["context"], r["batch"], r["provider"], r.get("stored")): r for r in found}
+    shapes = sorted({key[:2] for key in us}, reverse=True)
+    lines = []
+    for shape in shapes:
+        own = [us.get((*shape, *how)) for how in NEWER.values()]
+        cells = [f"{r['us']:.0f}" if r else "–" for r in own]
+        lines.append([f"{shape[0]:,} x {shape[1]}", *cells, f"{own[0]['gbps']:,}"])
+    note = (
+        f"Microseconds of one layer, as above. {gpus(found)}, commit {commits(found)}. *Lists of unequal "
+        f"length*: as many tokens in lists of 0.3 to 3 times their mean, as a calibrated map splits a "
+        f"budget. The last column is what the first reads."
+    )
+    return table(["context x requests", *NEWER, "GB/s"], lines) + "\n\n" + note
+
+
 def heads() -> str:
     """Microseconds of verify and of a draft step by query heads a KV head, and by head."""
     found = [*rows("verify_heads.jsonl"), *rows("draft_heads.jsonl")]
