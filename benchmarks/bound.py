@@ -49,7 +49,7 @@ def round_bytes(row: dict) -> dict[str, float] | None:
     The draft passes over its context in `steps` - 1 decode steps and in draft-extend; where it is sparse
     (`sparse_draft`: "steps", "all" or "every") the first step alone, of `scored_share` of the rounds where
     selections are kept, and draft-extend with "steps", read all of it; with "every" what scores reads keys
-    alone.
+    alone, and with "extend" all steps read all of it.
     """
     target, draft = row.get("target"), row.get("draft")
     if target is None or row["shared"] or (row["drafts"] and draft is None):
@@ -60,7 +60,8 @@ def round_bytes(row: dict) -> dict[str, float] | None:
     found = {"weights": target["weights"], "target": kept * context * kv_bytes(target, value)}
     if row["drafts"]:
         passes = row["steps"]
-        dense = min(passes, {"steps": 2, "all": 1, "every": 0}.get(row.get("sparse_draft"), passes))
+        read = {"extend": passes - 1, "steps": 2, "all": 1, "every": 0}  # by so many passes
+        dense = min(passes, read.get(row.get("sparse_draft"), passes))
         scored = row.get("scored_share", 1)
         # Keys without values, beside the step that attends sparsely; else the scoring step is a dense one.
         alone = scored / 2 if row.get("sparse_draft") == "every" else 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import dummy_models
 from sts_kernels.layout import KEPT_TOKENS, PAGE
-from sts_sglang.config import LEAST_STEPS, StsConfig
+from sts_sglang.config import StsConfig
 from sts_sglang.evaluate.pair import NONE
 
 
@@ -34,7 +34,7 @@ ARMS = {
     "stock-fp8": Arm(None, module="benchmarks.captured_stock", args=("--kv-cache-dtype", "fp8_e4m3")),
     "sts-dense": Arm({"dense_layers": "all"}),
     "sts": Arm({}),
-    "sts-draft-dense": Arm({"draft": "dense"}),
+    "sts-extend": Arm({"draft": "extend"}),
     "sts-draft": Arm({"draft": "all"}),
     "sts-draft-refresh": Arm({"draft": "all", "draft_refresh": 4}),
     "sts-draft-every": Arm({"draft": "every"}),
@@ -76,9 +76,7 @@ def sts_config(arm: Arm, options: argparse.Namespace) -> dict:
 
 def launched(arm: Arm, options: argparse.Namespace) -> StsConfig:
     """The configuration that an sts arm launches with. Raises `ConfigError` for one that it could not."""
-    chain = arm.drafts and options.algorithm == "EAGLE3" and options.topk == 1
-    by_head = chain and options.steps >= LEAST_STEPS
-    return StsConfig.parse(sts_config(arm, options)).for_launch(arm.drafts, head_drafts=by_head)
+    return StsConfig.parse(sts_config(arm, options)).for_launch(arm.drafts)
 
 
 def layers_of(target: Path) -> int:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from sts_kernels.layout import Rule
 
 BACKEND = "sts"  # the name that a launch asks for
-LEAST_STEPS = 3  # of a draft some of whose passes are sparse: of the two decode steps one is dense
 CHAIN_FLAGS = "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
 ENV = "STS_CONFIG"
 MAX_SOURCE = 64 * 1024  # bytes of a file, characters of a string
@@ -46,7 +45,7 @@ DenseName = Literal["auto", "fa3", "flashinfer", "torch"]
 HistoryMode = Literal["off", "warm", "blend"]
 SelectorName = Literal["auto", "draft", "tokens", "pages", "joined", "quest", "recent", "random", "oracle"]
 VerifyMode = Literal["sparse", "dense"]
-DraftMode = Literal["auto", "dense", "steps", "all", "every"]
+DraftMode = Literal["dense", "extend", "steps", "all", "every"]
 DraftKv = Literal["auto", "model", "fp8_e4m3"]
 RequestKeep = Literal["any", "at_most", "off"]
 PrefillMode = Literal["dense", "sparse"]
@@ -56,7 +55,7 @@ PrefillDraft = Literal["dense", "sparse"]
 
 # What goes by the scores that a draft leaves.
 BY_SCORES = [("history", name) for name in ("warm", "blend")]
-BY_SCORES += [("draft", name) for name in ("steps", "all", "every")]
+BY_SCORES += [("draft", name) for name in ("extend", "steps", "all", "every")]
 
 # A share of a token below this is float error (0.1 * 30 = 3.0000000000000004), not a token.
 # It exceeds the error of keep * context for every context up to 2**33 tokens.
@@ -311,12 +310,12 @@ class StsConfig:
     the rest."""
     verify: VerifyMode = "sparse"
     """`dense`: draft and score as ever but attend to everything, which is stock's output."""
-    draft: DraftMode = "auto"
-    """What the draft itself attends to sparsely. `steps`: a round scores and selects the context in its first
-    draft step; the steps after it attend to the selection, as verify does, and score nothing. `all`: so does
-    draft-extend. `every`: and the first step, to the selection of the round before it and what came since; it
-    then scores by the keys of the draft heads that speak, and reads no values. `auto`: `all` where an EAGLE-3
-    head drafts a chain of three steps or more and its choice is all there is, else `dense`."""
+    draft: DraftMode = "dense"
+    """What the draft itself attends to sparsely. `extend`: draft-extend alone, to what its round selected by
+    all of its steps. `steps`: a round scores and selects the context in its first draft step; the steps after
+    it attend to the selection, as verify does, and score nothing. `all`: so does draft-extend. `every`: and
+    the first step, to the selection of the round before it and what came since; it then scores by the keys of
+    the draft heads that speak, and reads no values."""
     draft_refresh: int | Literal["adaptive"] = 1
     """With a sparse draft: every how many rounds of a request its context is scored and selected from anew.
     The rounds in between go by the latest selection and all tokens that came since, in the first draft step
@@ -423,8 +422,8 @@ class StsConfig:
         """What needs the scores of every round, or lists as long as the budget says."""
         unserved = [
             (
-                not self.sparse_draft,
-                f"draft {self.draft!r}, which may be dense and score in every round anyway",
+                not self.sparse_steps,
+                "a draft whose steps are dense, which score in every round anyway",
                 "or draft 'steps' or 'all' of a launch with a draft",
             ),
             (
@@ -449,19 +448,13 @@ class StsConfig:
                 problem = f"got {getattr(self, field)!r} with {what}"
                 raise not_allowed(f"sts_config.{field}", problem, f"{other}, {instead}")
 
-    def for_launch(self, drafts: bool, directions: bool = False, head_drafts: bool = False) -> StsConfig:
-        """With the selector, the keep and the draft that `auto` stands for, with or without a draft, and with
-        or without directions of keys in the head map. Raises `ConfigError` for what needs a draft.
-
-        head_drafts: whether an EAGLE-3 head drafts a chain of so many steps that some can be sparse.
-        """
+    def for_launch(self, drafts: bool, directions: bool = False) -> StsConfig:
+        """With the selector and the keep that `auto` stands for, with or without a draft, and with or without
+        directions of keys in the head map. Raises `ConfigError` for what needs a draft."""
         if not drafts:
             self._check_alone()
         own = "draft" if drafts else "tokens" if directions else "pages"
         chosen = replace(self, selector=own) if self.selector == "auto" else self
-        if self.draft == "auto":
-            sparse = head_drafts and chosen.by_draft and self.stand_aside in ("auto", 0)
-            chosen = replace(chosen, draft="all" if sparse else "dense")
         return replace(chosen, keep=chosen.share)
 
     def _check_alone(self) -> None:
@@ -541,8 +534,13 @@ class StsConfig:
 
     @property
     def sparse_draft(self) -> bool:
-        """Whether a pass of the draft attends to a selection; of a launch, which knows what `auto` is."""
-        return self.draft not in ("auto", "dense")
+        """Whether a pass of the draft attends to a selection."""
+        return self.draft != "dense"
+
+    @property
+    def sparse_steps(self) -> bool:
+        """Whether decode steps of the draft attend to the selection of their round, made after the first."""
+        return self.draft in ("steps", "all", "every")
 
     @property
     def keeps_selections(self) -> bool:
@@ -552,7 +550,7 @@ class StsConfig:
     @property
     def sparse_extend(self) -> bool:
         """Whether draft-extend attends to the selection of its round."""
-        return self.draft in ("all", "every")
+        return self.draft in ("extend", "all", "every")
 
     @property
     def refresh(self) -> tuple[int, int | None]:

@@ -49,7 +49,7 @@ class Rule:
     history_decay: float = 0.9
     spread: float = 0.5  # part of a token's score that the next one has at least
     # "steps": draft steps after the first attend to the selection; "all": so does the draft-extend of what
-    # was accepted; "every": and the first step, to the selection before.
+    # was accepted; "every": and the first step, to the selection before. "extend": draft-extend alone.
     draft: str = "dense"
     refresh: int = 1  # rounds that go by one selection of a sparse draft, that which made it included
     # "tokens": by keys in short, on `directions`, a head map's field; "pages": by mean and deviation of the
@@ -267,7 +267,7 @@ class Oracle:
         seen = causal.repeat(config.num_hidden_layers, config.num_attention_heads, 1, 1)
         if self.draft is not None:
             draft_seen = causal.expand(self.draft.layers, self.draft.heads, -1, -1)
-            sparse = rule.draft in ("all", "every") or rule.prefill_draft
+            sparse = rule.draft in ("extend", "all", "every") or rule.prefill_draft
             draft_seen = draft_seen.clone() if sparse else draft_seen
         tokens = list(prompt)
         if rule.prefill_keep is not None:
@@ -366,7 +366,8 @@ class Oracle:
         branch_nodes, branch_tokens = list(range(k)), chosen.tolist()
         parent_rows = [length - 1] * k
         kept, scored, allowed = length - 1 + (1 if rule.drop_carried else 0), None, True
-        keeps = rule.draft != "dense" and trace.made > 0 and trace.used < rule.refresh
+        early = rule.draft not in ("dense", "extend")  # selects after its first step
+        keeps = early and trace.made > 0 and trace.used < rule.refresh
         whole = [length - 1]  # rows that score the whole context, whatever they attended to themselves
         if keeps or (rule.draft == "every" and trace.made > 0):
             trace.used += 1
@@ -388,7 +389,7 @@ class Oracle:
             if states is not None:
                 states = torch.cat([states, out[parent_rows]])
             logits, out, attention = self.draft(ids, states, positions, mask)
-            if rule.draft != "dense" and step == 0 and not keeps:
+            if early and step == 0 and not keeps:
                 for place in whole:
                     for found, row in zip(attention, self.draft.dense_row(place), strict=True):
                         found[:, place] = row
@@ -404,6 +405,10 @@ class Oracle:
             branch_nodes = [base + int(f) for f in flat]
             branch_tokens = nexts.flatten()[flat].tolist()
             parent_rows = [first + int(f) // k for f in flat]
+        if rule.draft == "extend":
+            for found, row in zip(attention, self.draft.dense_row(length - 1), strict=True):
+                found[:, length - 1] = row
+            allowed = self._allowed([a[:, kept:] for a in attention], length, rule, trace)
         best = sorted(sorted(range(len(candidates)), key=lambda c: -candidates[c][0])[: rule.num_tokens - 1])
         node = {-1: 0, **{c: n + 1 for n, c in enumerate(best)}}
         return Tree(

@@ -89,28 +89,6 @@ def test_defaults():
     )
 
 
-@pytest.mark.parametrize(
-    "given, head_drafts, draft",
-    [
-        ({}, True, "all"),
-        ({}, False, "dense"),
-        ({"selector": "draft", "history": "blend", "stand_aside": 0}, True, "all"),
-        ({"draft": "dense"}, True, "dense"),
-        ({"draft": "every"}, True, "every"),
-        ({"draft": "steps"}, False, "steps"),
-        ({"selector": "tokens"}, True, "dense"),
-        ({"selector": "joined"}, True, "dense"),
-        ({"stand_aside": 4096}, True, "dense"),
-    ],
-)
-def test_a_draft_is_sparse_by_default_where_a_head_drafts_a_chain_alone(given, head_drafts, draft):
-    """By what was measured. What else was asked for is served as it was: by the target's own queries, or
-    standing aside, which a sparse draft bars."""
-    config = StsConfig(**given)
-    assert config.for_launch(True, head_drafts=head_drafts).draft == draft
-    assert config.sparse_draft == (config.draft in ("steps", "all", "every"))
-
-
 def test_what_a_launch_keeps_depends_on_who_selects():
     found = {
         (selector, drafts): StsConfig(selector=selector).for_launch(drafts, directions=True).keep
@@ -201,7 +179,7 @@ BAD_VALUES = {
     ),
     "page_share": ([0, 1, -0.5, True, "half", None], "a number between 0 and 1"),
     "verify": (["full", "", None, True], "sparse | dense"),
-    "draft": (["sparse", "", None, False], "auto | dense | steps | all | every"),
+    "draft": (["sparse", "", None, False], "dense | extend | steps | all | every"),
     "draft_refresh": ([0, -1, 257, 4.0, True, "4", "auto", None], "an integer from 1 to 256, or 'adaptive'"),
     "prefill": (["all", "", None, True], "dense | sparse"),
     "prefill_keep": ([0, -0.1, 1.01, True, "0.5", None, math.nan], "a number above 0 and at most 1"),
@@ -659,4 +637,4 @@ WRITTEN_BEFORE = (
 
 
 def test_configurations_of_before_are_read_as_before():
-    assert StsConfig.parse(WRITTEN_BEFORE) == StsConfig(keep=0.1, draft="dense")
+    assert StsConfig.parse(WRITTEN_BEFORE) == StsConfig(keep=0.1)

@@ -536,9 +536,9 @@ def test_what_a_sparse_first_step_cannot_go_with_is_refused() -> None:
     [
         (
             {},
-            "draft 'auto', which may be dense and score in every round anyway; allowed: 1, or draft 'steps'",
+            "a dense draft, which scores in every round anyway; allowed: 1, or draft 'steps' or 'all' of a "
+            "launch with a draft",
         ),
-        ({"draft": "dense"}, "draft 'dense', .* or draft 'steps' or 'all' of a launch with a draft"),
         ({"draft": "all", "selector": "joined"}, "selector 'joined', .*; allowed: 1, or another one"),
         ({"draft": "all", "kernel": "flashinfer"}, "kernel 'flashinfer', .*; allowed: 1, or another kernel"),
         ({"draft": "steps", "inspect_dir": "."}, "an inspect_dir and history 'off', .*, or no inspect_dir"),

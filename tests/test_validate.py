@@ -199,26 +199,6 @@ def test_what_selects_is_settled_at_launch(launch, head_map):
         launch(config=StsConfig(**few), **ALONE)
 
 
-HEAD = {"speculative_algorithm": "eagle3", "draft": EAGLE3}
-TWO_STEPS = {"speculative_num_steps": 2, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 3}
-
-
-@pytest.mark.parametrize(
-    ("given", "draft"),
-    [
-        ({**HEAD, **CHAIN}, "all"),
-        ({**HEAD, **TREE}, "dense"),
-        ({**HEAD, **TWO_STEPS}, "dense"),
-        (HEAD, "dense"),  # SGLang chooses a tree
-        ({**HEAD, **CHAIN, "speculative_algorithm": "EAGLE", "draft": EAGLE}, "dense"),
-        (CHAIN, "dense"),
-        (ALONE, "dense"),
-    ],
-)
-def test_whether_a_draft_is_sparse_is_settled_at_launch(launch, given, draft):
-    assert validate.check_all(launch(**given), StsConfig()).draft == draft
-
-
 def test_tokens_are_selected_only_on_directions_of_these_heads(launch, head_map):
     """Said by the launcher, in one line."""
     tokens = StsConfig(selector="tokens")

@@ -159,7 +159,7 @@ def plan_of(options: argparse.Namespace, known: pairs.Known, name: str, suite: S
         if known.positions and max(size[flag]) > known.positions:
             said = f"--{flag.replace('_', '-')}: {max(size[flag])}"
             raise SystemExit(f"{said}, the models have positions for {known.positions}")
-    config = {"budget": 0, "stand_aside": 0, "draft": "dense", **json.loads(options.sts_config)}
+    config = {"budget": 0, "stand_aside": 0, **json.loads(options.sts_config)}
     if config.get("prefill", "dense") != "dense":
         raise SystemExit("--sts-config: prefill is said by an arm (--arms prefill, or one of --arm)")
     device = options.device

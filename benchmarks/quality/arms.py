@@ -53,6 +53,7 @@ ARMS = {
     "sts-warm": Arm({"history": "warm"}, "history in a request's first verify"),
     "sts-blend": Arm({"history": "blend"}, "history in every verify"),
     "sts-no-spread": Arm({"spread": 0}, "no token passes importance on to the next"),
+    "sts-extend": Arm({"draft": "extend"}, "draft-extend alone attends to the selection"),
     "sts-steps": Arm({"draft": "steps"}, "draft steps after the first attend to the selection"),
     "sts-draft": Arm({"draft": "all"}, "so does draft-extend"),
     "sts-draft-refresh": Arm({"draft": "all", "draft_refresh": 4}, "and is scored in every 4th round"),

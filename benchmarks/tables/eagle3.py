@@ -7,32 +7,31 @@ import statistics
 from benchmarks.bound import times_bound
 from benchmarks.quality.report import table
 from benchmarks.shapes import Shape
-from benchmarks.tables import MISSING, commits, gpus, serving, spread
+from benchmarks.tables import MISSING, commits, gpus, rows, serving, spread
 from benchmarks.tables.serving import columns, gain, newest, null_result, of_an_8b
 
 ARMS = {
     "stock": "stock FA3, no speculation",
     "stock-spec-captured": "stock FA3 + EAGLE-3, draft-extend captured",
     "stock-fp8": "the same, KV in FP8",
-    "sts": "sts, draft dense",
-    "sts-draft": "sts, draft sparse",
+    "sts": "sts, `keep` 0.1",
+    "sts-draft": "sts, draft sparse too",
     "sts-draft-kv": "sts, the head's KV in FP8",
     "sts-tokens": "sts, token scores",
 }
 GAINS = {
     "sts": "gain",
-    "sts-draft": "gain, draft sparse",
+    "sts-draft": "gain, draft too",
     "sts-tokens": "gain, token scores",
     "sts-draft-kv": "gain, head's KV in FP8",
 }
-BOUNDED = {"stock-spec-captured": "stock", "sts": "draft dense", "sts-draft": "draft sparse"}  # by bytes
-FRONT_ARMS = ("sts-draft", "sts", "sts-tokens")  # whose gains the README shows, the default first
+FRONT_ARMS = ("sts", "sts-draft", "sts-tokens")  # whose gains the README shows
 
 
 def measured(tp: int = 1, kv: str = "auto") -> list[dict]:
     """What was measured of targets with an EAGLE-3 head, mixed lengths too. kv: of every arm but stock-fp8,
     which is an opponent of those with "auto"."""
-    found = [r for r in serving.served() if r.get("algorithm") == "EAGLE3" and r.get("tp", 1) == tp]
+    found = [r for r in rows("serving.jsonl") if r.get("algorithm") == "EAGLE3" and r.get("tp", 1) == tp]
     return [r for r in found if ("auto" if r["arm"] == "stock-fp8" else r["kv"]) == kv]
 
 
@@ -75,30 +74,28 @@ def title(row: dict) -> str:
 
 
 def by_shape(found: list[dict], alone: list[dict]) -> str:
-    """By shape: arms, what sts keeps, gains over captured stock, and how near a round is to its bytes.
+    """By shape: arms, what sts keeps, gains over captured stock, and how near sts is to its bytes.
 
     alone: rows of the target without a draft."""
     there = {r["arm"] for r in (*found, *alone)}
     arms = {arm: name for arm, name in columns(ARMS, found).items() if arm in there}
     gains, lines = {arm: name for arm, name in GAINS.items() if arm in there}, []
-    bounded = {arm: name for arm, name in BOUNDED.items() if arm in there}
     shapes = sorted({Shape.of(r) for r in found}, key=lambda s: (s.shortest or 0, -s.context, -s.requests))
     for shape in shapes:
         of_shape = [r for r in (*found, *alone) if Shape.of(r) == shape]
         key = (shape.context, shape.requests)
         own = {arm: newest(of_shape, key, arm)[0] for arm in arms}
         cells = [spread([r["tokens_per_s"] for r in some]) if some else "–" for some in own.values()]
-        kept = {r["keep_ratio"] for arm in ("sts", "sts-draft") for r in own.get(arm, [])}
+        kept = {r["keep_ratio"] for r in own["sts"]}
         cells.append(f"{100 * max(kept):.0f} %" if kept else "–")
         for arm in gains:
             gained = gain(of_shape, arm, key, "stock-spec-captured")
             cells.append(f"**{gained:.2f}x**" if gained else "–")
-        for arm in bounded:
+        for arm in ("stock-spec-captured", "sts"):
             times = times_bound(own[arm])
             cells.append(f"{times:.2f}x" if times else "–")
         lines.append([shape.shown(), *cells])
-    bytes_of = [f"{name}, bytes" for name in bounded.values()]
-    head = ["context x requests", *arms.values(), "kept", *gains.values(), *bytes_of]
+    head = ["context x requests", *arms.values(), "kept", *gains.values(), "stock, bytes", "sts, bytes"]
     return table(head, lines)
 
 
@@ -124,13 +121,13 @@ def chains() -> list[dict]:
 
 def front() -> str:
     """The README's few rows: captured stock and sts with an EAGLE-3 head, where one was measured, and what
-    a dense draft, token scores and a STANDALONE draft bring."""
+    the sparse draft, token scores and a STANDALONE draft bring."""
     heads, drafts = chains(), serving.drafted()
     if not heads:
         return serving.front()
     lines, shown = [], []
     for shape in serving.FRONT:
-        own = newest(heads, shape, "stock-spec-captured", "sts-draft")
+        own = newest(heads, shape, "stock-spec-captured", "sts")
         shown += [r for of_arm in own for r in of_arm]
         speeds = [f"{statistics.median(r['tokens_per_s'] for r in some):,.0f}" for some in own if some]
         gained = [gain(heads, arm, shape, "stock-spec-captured") for arm in FRONT_ARMS]
@@ -148,6 +145,6 @@ def front() -> str:
     low, high = min(ends), max(ends)
     if low == low:
         note += f" **At 2,000 tokens sts brings next to nothing: {low:.2f}x to {high:.2f}x over all runs.**"
-    dense, sparse, tokens = '`"draft": "dense"`', '`"draft": "all"`', '`"selector": "tokens"`'
-    head = ["context x requests", "EAGLE-3: stock", "sts", "gain", dense, tokens]
+    sparse, tokens = '`"draft": "all"`', '`"selector": "tokens"`'
+    head = ["context x requests", "EAGLE-3: stock", "sts", "gain", sparse, tokens]
     return table([*head, "STANDALONE: gain", sparse], lines) + "\n\n" + note

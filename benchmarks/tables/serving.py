@@ -33,19 +33,9 @@ def columns(arms: dict[str, str], found: list[dict]) -> dict[str, str]:
     return arms | {arm: name for arm, name in MORE.items() if arm in there}
 
 
-def served() -> list[dict]:
-    """All rows, by what their draft did: "sts" has a dense draft, "sts-draft" one that is sparse after the
-    first step, whichever of the two was the default when they were measured."""
-    found = rows("serving.jsonl")
-    for r in found:
-        if r["arm"] in ("sts", "sts-draft-dense"):
-            r["arm"] = "sts" if r.get("sparse_draft", "dense") == "dense" else "sts-draft"
-    return found
-
-
 def measured() -> list[dict]:
     """Contexts of one length, with KV in the model's dtype."""
-    found = served()
+    found = rows("serving.jsonl")
     return [r for r in found if r.get("kv", "auto") == "auto" and Shape.of(r).shortest is None]
 
 

@@ -23,8 +23,8 @@ class CarryLastRow(Bindable):
     """Mixin of a dense backend for the draft's prefill and draft-extend (see dense.of_draft_extend).
 
     Keeps the query of each request's last accepted token: that row is the bonus token's, verify row 0
-    of the next round. With `draft` "all" or "every", draft-extend attends to the round's selection; with
-    `prefill_draft` "sparse" a prefill attends to blocks of keys.
+    of the next round. With `draft` "extend", "all" or "every", draft-extend attends to the round's selection;
+    with `prefill_draft` "sparse" a prefill attends to blocks of keys.
     """
 
     # Of the running forward: each request's row, the queries so far, and whether it is a prefill.

@@ -103,7 +103,7 @@ class Runtime:
     def scoring_steps(self) -> int:
         """Draft decode steps of a round that score the context. The last of `num_steps` tokens is drafted by
         the step before it and never runs, so there is one step less."""
-        return 1 if self.config.sparse_draft else self.draft.num_steps - 1
+        return 1 if self.config.sparse_steps else self.draft.num_steps - 1
 
     @property
     def pooling(self) -> Pooling:
@@ -265,10 +265,12 @@ class Runtime:
         if self.sketches is not None:
             most = 1 if self.draft is None else self.draft.num_steps + 1
             self.sketches.begin_verify(contexts, most, tokens)
-        if self.config.sparse_draft:
+        if self.config.sparse_steps:
             lists = self.state.kept_lists(contexts.lens.numel())
         else:
             lists = self._select(contexts)
+            if self.config.sparse_extend:
+                self.state.keep_lists(lists)
         lists = self.selector.begin(lists, contexts)
         self.verifier.begin(lists, self.selector.channels, contexts.lens)
         return lists

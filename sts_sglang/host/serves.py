@@ -19,7 +19,6 @@ from sts_sglang import checkpoints, cpu, headmap
 from sts_sglang.config import (
     BACKEND,
     CHAIN_FLAGS,
-    LEAST_STEPS,
     StsConfig,
     check_request,
     one_line,
@@ -220,12 +219,6 @@ def speculates(server_args: ServerArgs) -> bool:
     return server_args.speculative_algorithm is not None
 
 
-def head_drafts(server_args: ServerArgs) -> bool:
-    """Whether an EAGLE-3 head drafts a chain of so many steps that some can be sparse."""
-    steps, topk = server_args.speculative_num_steps or 0, server_args.speculative_eagle_topk
-    return server_args.speculative_algorithm == "EAGLE3" and topk == 1 and steps >= LEAST_STEPS
-
-
 def check_raw(server_args: ServerArgs) -> None:
     """Check the arguments as given, before `ServerArgs.__post_init__`. Raises `Refusal`."""
     _check_backends(server_args)
@@ -296,7 +289,7 @@ def check_device(server_args: ServerArgs, config: StsConfig) -> None:
     _check_kernel(server_args, config)
     _check_graphs(server_args, config)
     steps = server_args.speculative_num_steps
-    if config.sparse_draft and (steps or 0) < LEAST_STEPS:
+    if config.sparse_steps and (steps or 0) < 3:
         raise Refusal(
             f"sts_config.draft: {config.draft!r} with --speculative-num-steps {steps}: the draft runs "
             f"{max(0, (steps or 0) - 1)} steps, and the first is dense; use {CHAIN_FLAGS} or more steps"
@@ -451,8 +444,7 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     check_resolved(server_args)
     asked, drafts = config, speculates(server_args)
     # Whether the map has directions is known below; tokens ask for no more than pages do.
-    by_head = head_drafts(server_args)
-    config = asked.for_launch(drafts, directions=True, head_drafts=by_head)
+    config = asked.for_launch(drafts, directions=True)
     check_device(server_args, config)
     check_history(server_args, config)
     check_prefill(server_args, config)
@@ -475,7 +467,7 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     models = models if models.are_folders() else None
     counts = views.model(target).counts, draft and views.model(draft).counts
     head_map = headmap.of_config(config, *counts, models, server_args.tp_size)
-    config = asked.for_launch(drafts, head_map.directions is not None, by_head)
+    config = asked.for_launch(drafts, head_map.directions is not None)
     if config.head_map or models is not None:  # else a packaged map may yet be found
         headmap.check_directions(config, head_map, target.head_dim)
     return headmap.pinned(config, head_map)
