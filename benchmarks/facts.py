@@ -42,8 +42,14 @@ def facts() -> dict[str, str]:
         "quality_prefill_16k": partial(
             _each, "prefill16", *[{"prefill": [0.25], "prefill-draft-sparse": [0.25]}] * 2
         ),
-        "quality_smollm2_eagle3_draft": partial(_beside_dense, "smol_e3_draft"),
-        "quality_smollm2_plain_draft": partial(_beside_dense, "smol_plain_draft"),
+        "quality_smollm2_eagle3_draft": partial(
+            _beside_dense, {"smol_e3_draft": ("map-all", 0.1, True)}, "map-dense"
+        ),
+        "quality_smollm2_plain_draft": lambda found: {
+            **_beside_dense({"smol_plain_draft": ("map-all", 0.1, True)}, "map-dense", found),
+            **_beside_dense({"smol_plain_draft": ("map-all", 0.25, False)}, "map-dense", found),
+        },
+        "quality_eagle3_draft": _sparse_head,
         "quality_smollm2_prefill": partial(_each, "smol_prefill", {"prefill": [0.1, 0.25]}, {}),
     }
     for folder, make in makers.items():
@@ -250,17 +256,32 @@ def _each(name: str, texts: Shown, answers: Shown, found: Results) -> dict[str, 
     }
 
 
-def _beside_dense(name: str, found: Results) -> dict[str, str]:
-    """By NAME_answers_KEEP and NAME_text_KEEP, at every length: what a draft that is sparse in `all` changes
-    against a dense one at that keep."""
+def _beside_dense(named: dict[str, tuple[str, float, bool]], dense: str, found: Results) -> dict[str, str]:
+    """What drafts that are sparse change against a dense one, at every length.
+
+    named: by name the arm, the keep, and whether text is told too: NAME_answers_KEEP, and NAME_text_KEEP.
+    """
     shown: dict[str, str] = {}
-    for keep in (0.1, 0.25):
-        arms = ("map-all", keep), ("map-dense", keep)
+    for name, (arm, keep, text) in named.items():
+        arms, percent = ((arm, keep), (dense, keep)), f"{100 * keep:.0f}"
         answers = [signed(found.difference(*arms, n)).strip("*") for n in found.lengths()]
-        texts = [signed(found.loss_change(*arms, n), digits=2).strip("*") for n in found.lengths(loss=True)]
-        shown |= {f"{name}_answers_{100 * keep:.0f}": listed(answers)}
-        shown |= {f"{name}_text_{100 * keep:.0f}": listed(texts)}
+        shown |= {f"{name}_answers_{percent}": listed(answers)}
+        if text:
+            rises = [signed(found.loss_change(*arms, n), digits=2) for n in found.lengths(loss=True)]
+            shown |= {f"{name}_text_{percent}": listed([rise.strip("*") for rise in rises])}
     return shown
+
+
+def _sparse_head(found: Results) -> dict[str, str]:
+    """Of the shipped head, and how many of its tokens are accepted in answers."""
+    length = found.lengths()[0]
+
+    def accepted(arm: str) -> str:
+        return f"{found.accept_length(arm, 0.1, length, found.tasks):.2f}"
+
+    told = {"e3_draft": ("sts-draft", 0.1, True), "e3_extend": ("sts-extend", 0.1, True)}
+    lengths = {"e3_draft_accept": accepted("sts-draft"), "e3_dense_accept": accepted("sts")}
+    return {**_beside_dense(told, "sts", found), **lengths}
 
 
 def _pretrained_alone(found: Results) -> dict[str, str]:

@@ -64,6 +64,7 @@ def test_auto_is_256_mib_of_a_layer_where_the_targets_queries_select(config, dev
         ({"verify": "dense"}, "verify 'dense'"),
         ({"history": "blend"}, "history 'blend'"),
         ({"draft": "steps"}, "draft 'steps'"),
+        ({"draft": "extend"}, "draft 'extend'"),
         ({"inspect_dir": "d"}, "inspect_dir 'd'"),
     ],
 )

@@ -563,11 +563,15 @@ def test_draft_steps_attend_to_their_own_branch():
             torch.testing.assert_close(found, weights @ values, rtol=1e-5, atol=1e-5)
 
 
-def test_a_sparse_draft_extend_attends_to_the_selection_and_to_itself():
+@pytest.mark.parametrize("draft", ["all", "extend"])
+def test_a_sparse_draft_extend_attends_to_the_selection_and_to_itself(draft: str):
     """Rows of a request, and those that pad a CUDA graph, whose length is below the rows they have."""
-    rig = Rig({"keep": 0.3, "budget": 0, "sink": 2, "recent": 4, "draft": "all"})
+    rig = Rig({"keep": 0.3, "budget": 0, "sink": 2, "recent": 4, "draft": draft})
     rig.draft_extend(CONTEXT - TOKENS, TOKENS, torch.randn(TOKENS, Q_HEADS * DIM))
     rig.draft_steps(CONTEXT, {0: torch.randn(1, Q_HEADS * DIM)})
+    if draft == "extend":  # all steps score, and verify selects
+        assert rig.runtime.scoring_steps == 2 and rig.runtime.state.counts[0].max() < 0
+        rig.target.init_forward_metadata(rig.verify_batch(CONTEXT))
     state, layer = rig.runtime.state, rig.layer(0)
     for length in (CONTEXT, 1 - TOKENS):
         if length < 0:

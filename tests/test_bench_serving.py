@@ -297,7 +297,7 @@ def test_the_bytes_of_a_round_are_weights_and_what_attention_is_over(tmp_path):
     assert bound.round_bytes(row) == dense
     halves = bound.round_bytes({**row, "kv": "fp8_e4m3"})
     assert halves == {"weights": weights, "target": dense["target"] / 2, "draft": dense["draft"] / 2}
-    for mode, passes in {"dense": 3, "steps": 2.25, "all": 1.5}.items():
+    for mode, passes in {"dense": 3, "extend": 2.25, "steps": 2.25, "all": 1.5}.items():
         sparse = bound.round_bytes({**row, "keep_ratio": 0.25, "sparse_draft": mode})
         assert (sparse["target"], sparse["draft"]) == (550 * token, passes * 2200 * of_head)
     # Every pass a quarter, and the keys of all tokens, in as many rounds as score.

@@ -64,6 +64,7 @@ SERVERS = {
     "sparse-draft-bfloat16": sts("STANDALONE", LONG, draft="all"),
     "refresh-bfloat16": sts("STANDALONE", LONG, draft="all", draft_refresh=4),
     "refresh-adaptive-bfloat16": sts("EAGLE3", LONG, draft="all", draft_refresh="adaptive"),
+    "extend-bfloat16": sts("EAGLE3", CHAIN, draft="extend"),
     "every-pass-bfloat16": sts("STANDALONE", LONG, draft="every", draft_kv="fp8_e4m3"),
     "draft-kv-bfloat16": sts("EAGLE3", CHAIN, draft_kv="fp8_e4m3"),
     "draft-kv-sparse-bfloat16": sts("STANDALONE", LONG, draft="all", draft_kv="fp8_e4m3"),

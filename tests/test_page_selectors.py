@@ -121,7 +121,7 @@ def test_pages_alone(chunks) -> None:
     assert counted(rig) == [4, 0]
 
 
-@pytest.mark.parametrize("more", [{}, {"draft": "steps"}], ids=["dense-draft", "sparse-draft"])
+@pytest.mark.parametrize("more", [{}, {"draft": "steps"}, {"draft": "extend"}], ids=str)
 def test_pages_joined_with_the_draft(more) -> None:
     rig = Request({"selector": "joined", "page_share": 0.8, **more})
     length = PROMPT

@@ -219,6 +219,7 @@ def test_tokens_are_selected_only_on_directions_of_these_heads(launch, head_map)
         ("policy", "top_p"),
         ("history", "warm"),
         ("history", "blend"),
+        ("draft", "extend"),
         ("draft", "steps"),
         ("draft", "all"),
     ],
@@ -1025,7 +1026,8 @@ def test_rows_that_page_scores_cannot_hold_are_refused_with_them(launch, flags, 
 def test_a_sparse_draft_needs_a_step_after_the_first(launch, flags):
     args = launch()
     args.speculative_num_steps = 2
-    validate.check_device(args, StsConfig())
+    for draft in ("dense", "extend"):
+        validate.check_device(args, StsConfig(draft=draft))
     with pytest.raises(Refusal) as caught:
         validate.check_device(args, StsConfig(draft="steps"))
     check_message(caught, flags, "sts_config.draft: 'steps' with --speculative-num-steps 2", CHAIN_FLAGS)

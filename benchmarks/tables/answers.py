@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks import tables
 from benchmarks.quality.report import DENSE, Results, percent, points, signed, table
-from benchmarks.tables import MISSING, rows
+from benchmarks.tables import MISSING, commits, rows
 
 QUALITY = {
     "sts": "sts",
@@ -94,7 +94,7 @@ SPARSE_DRAFTS = {  # by folder: whose, the arm with a dense draft, and those wit
     "quality_eagle3_draft": (
         "shipped target, EAGLE-3 head",
         "sts",
-        {"all": "sts-draft", "every": "sts-draft-every"},
+        {"extend": "sts-extend", "all": "sts-draft", "every": "sts-draft-every"},
     ),
 }
 
@@ -115,7 +115,8 @@ def sparse_drafts() -> str:
             cells += [signed(found.loss_change(*arms, n), digits=2) for n in texts]
             lines.append([whose, percent(keep), f"`{mode}`", *cells])
         first = found.headers[dense]
-        notes.append(f"{whose}: {first['items']} items a task, {first['device']}, commit {first['commit']}")
+        run = f"{first['device']}, commit {commits(found.headers.values())}"
+        notes.append(f"{whose}: {first['items']} items a task, {run}")
     head = [
         "drafts",
         "keep",
