@@ -262,6 +262,8 @@ def _beside_dense(named: dict[str, tuple[str, float, bool]], dense: str, found: 
     named: by name the arm, the keep, and whether text is told too: NAME_answers_KEEP, and NAME_text_KEEP.
     """
     shown: dict[str, str] = {}
+    if absent := {arm for arm, *_ in named.values()} - set(found.arms):
+        raise SystemExit(f"a draft is missing that a sentence speaks of: {', '.join(sorted(absent))}")
     for name, (arm, keep, text) in named.items():
         arms, percent = ((arm, keep), (dense, keep)), f"{100 * keep:.0f}"
         answers = [signed(found.difference(*arms, n)).strip("*") for n in found.lengths()]
@@ -280,7 +282,8 @@ def _sparse_head(found: Results) -> dict[str, str]:
         return f"{found.accept_length(arm, 0.1, length, found.tasks):.2f}"
 
     told = {"e3_draft": ("sts-draft", 0.1, True), "e3_extend": ("sts-extend", 0.1, True)}
-    lengths = {"e3_draft_accept": accepted("sts-draft"), "e3_dense_accept": accepted("sts")}
+    arms = {"e3_draft": "sts-draft", "e3_extend": "sts-extend", "e3_dense": "sts"}
+    lengths = {f"{name}_accept": accepted(arm) for name, arm in arms.items()}
     return {**_beside_dense(told, "sts", found), **lengths}
 
 

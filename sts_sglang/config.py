@@ -317,10 +317,10 @@ class StsConfig:
     the first step, to the selection of the round before it and what came since; it then scores by the keys of
     the draft heads that speak, and reads no values."""
     draft_refresh: int | Literal["adaptive"] = 1
-    """With a sparse draft: every how many rounds of a request its context is scored and selected from anew.
-    The rounds in between go by the latest selection and all tokens that came since, in the first draft step
-    too. adaptive: when they bring less than 80 % of the tokens that rounds which score bring, and in every
-    16th."""
+    """With a draft whose steps are sparse: every how many rounds of a request its context is scored and
+    selected from anew. The rounds in between go by the latest selection and all tokens that came since, in
+    the first draft step too. adaptive: when they bring less than 80 % of the tokens that rounds which score
+    bring, and in every 16th."""
     prefill: PrefillMode = "dense"
     """`sparse`: every block of 128 new tokens of a long prompt attends to the blocks of 128 keys that some of
     its own queries give the most attention, in every layer and KV head anew; or the draft's, see

@@ -993,7 +993,7 @@ from benchmarks import (
     bench_draft_attention, bench_pages, bench_prefill, bench_select, bench_tokens, bench_verify
 )
 from benchmarks.harness import compile_only
-from sts_kernels import ops, tokens
+from sts_kernels import draft_attention, ops, tokens, verify
 from sts_kernels.layout import (
     Contexts, History, Kept, KvPool, Lists, Members, PagedLists, Pooling, QueryBlocks, Room, Rule, Scores
 )
@@ -1007,12 +1007,17 @@ def i(*size):
 shape = {"context": 32768, "batch": 8, "keep": 0.1, "rows": 4, "group": 4, "dim": 128}
 f16, f32 = torch.float16, torch.float32
 with compile_only() as compiled:
-    bench_verify.compile_one(shape, {})
-    bench_verify.compile_one(shape | {"rows": 8, "group": 8}, {})
+    for queries, group, dim in ((4, 4, 128), (8, 4, 64), (8, 8, 128)):
+        before = len(compiled)
+        bench_verify.compile_one(shape | {"rows": queries, "group": group, "dim": dim}, {})
+        held = max(kernel.metadata.shared for name, kernel in compiled[before:])
+        assert held <= verify.shared_bytes(queries * group, dim) <= held + 512, (queries, group, dim)
     bench_verify.compile_one(shape | {"rows": 1, "dtype": f32}, {})
-    bench_draft_attention.compile_one(shape | {"step": 0, "dim": 64}, {})
-    bench_draft_attention.compile_one(shape | {"step": 1, "dim": 64}, {})
-    bench_draft_attention.compile_one(shape | {"step": 0, "group": 8}, {})
+    for step, group, dim in ((0, 4, 64), (1, 4, 64), (0, 8, 128), (0, 32, 128)):
+        before = len(compiled)
+        bench_draft_attention.compile_one(shape | {"step": step, "group": group, "dim": dim}, {})
+        held = max(kernel.metadata.shared for name, kernel in compiled[before:])
+        assert held <= draft_attention.shared_bytes((2 - step) * group, dim) <= held + 512, (group, dim)
     for odd in ({"dim": 96, "group": 5}, {"dim": 64, "group": 7}, {"stored": "float8_e4m3fn"}):
         bench_verify.compile_one(shape | odd, {})
         bench_draft_attention.compile_one(shape | {"step": 0} | odd, {})

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import items, measure, report
 from benchmarks.quality.arms import ALONE, ARMS, Dense, Plan, sts_config
+from benchmarks.quality.cells import packed, unpacked
 from sts_sglang import headmap
 from sts_sglang.config import StsConfig, check_request, request_prefill
 from sts_sglang.evaluate import asking, stats
@@ -550,3 +551,13 @@ def test_oracle_serves_a_tenth_and_scores_forced_text(pair, tmp_path, drafts):
 def test_plans_cover_text_at_its_own_lengths():
     plan = Plan(("qa", "text"), (4096,), (2048, 8192), (0.1,), 3, 2, "cpu", Pair("t", "d", "EAGLE"))
     assert plan.cells() == [("text", 2048), ("qa", 4096), ("text", 8192)]
+
+
+@pytest.mark.parametrize("group", [[0, 1, 2], [1, 0, 2], [0, 0, 1]])
+@pytest.mark.parametrize("tokens", [[5, 5, 5], [5, 4, 5]])
+def test_a_cell_is_read_as_it_was_written(group: list[int], tokens: list[int]):
+    row = {"task": "t", "group": group, "tokens": tokens, "score": [1.0, 0.5, 0.0], "depth": [0.0, 0.25, 1.0]}
+    short = packed(row)
+    assert unpacked(json.loads(json.dumps(short))) == row
+    assert (short["group"] == 3) == (group == [0, 1, 2]) and (short["tokens"] == 5) == (tokens == [5, 5, 5])
+    assert len(json.dumps(short)) < len(json.dumps(row))

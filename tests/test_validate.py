@@ -985,7 +985,8 @@ def heads(head_dim: int, queries: int, keys: int) -> SimpleNamespace:
         ((128, 32, 8), (64, 32, 8), 232448, {}, None),
         ((96, 32, 8), (80, 32, 8), 232448, {}, None),
         ((96, 28, 4), (64, 32, 8), 232448, {"speculative_num_draft_tokens": 128}, "--speculative-num-draft"),
-        # As compiled: 327,680 bytes for 1,024 rows of 128, and 141,824 for a draft of 256.
+        # As compiled: 237,824 bytes for 256 rows of 256, and 141,824 for a draft of 256.
+        ((256, 32, 8), (64, 32, 8), 232448, {"speculative_num_draft_tokens": 64}, "--speculative-num-draft"),
         ((128, 28, 4), (64, 32, 8), 232448, {"speculative_num_draft_tokens": 128}, "--speculative-num-draft"),
         ((128, 28, 4), (64, 32, 8), None, {"speculative_num_draft_tokens": 128}, None),
         ((128, 32, 8), (256, 16, 8), 101376, {}, "--speculative-eagle-topk 1"),

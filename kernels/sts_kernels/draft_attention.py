@@ -63,17 +63,15 @@ class DraftKnobs(SplitKnobs):
 
 KNOBS = DraftKnobs()
 BLOCK = ALIGN  # keys read at a time: a block never has columns of two requests
-# See `split_kv.shared_bytes`; read off kernels that Triton 3.6 compiled.
-BYTES_PER_DIM = (536, 536)
 # exp2(logit - running maximum) is at most 1: scaled to the top of float16, its relative precision is
 # 2**-11 down to 2e-9 of the maximum.
 STORED_SCALE = tl.constexpr(2.0**15)
 
 
 def shared_bytes(rows: int, head_dim: int) -> int:
-    """About the bytes of shared memory that a thread block takes for the `rows` query rows of a (request, KV
-    head), the carried row's among them."""
-    return split_kv.shared_bytes(rows, head_dim, BYTES_PER_DIM)
+    """Bytes of shared memory that a thread block takes for the `rows` query rows of a (request, KV head), the
+    carried row's among them; by kernels that Triton 3.6 compiled, see `verify.shared_bytes`."""
+    return split_kv.shared_bytes(rows, head_dim, per_dim=768 if padded(rows) > 32 else 512, per_row=128)
 
 
 def plan_contexts(lens: torch.Tensor, *, kv_heads: int, max_context: int) -> Plan | None:

@@ -62,14 +62,14 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def shared_bytes(rows: int, head_dim: int, bytes_per_dim: tuple[int, int]) -> int:
-    """About the bytes of shared memory that a thread block takes for so many query rows.
+def shared_bytes(rows: int, head_dim: int, per_dim: int, per_row: int) -> int:
+    """Bytes of shared memory that a thread block takes for so many query rows, or a few hundred less.
 
-    bytes_per_dim: for each dimension of a head, besides 2 for each query row: with 16 rows, and with more.
-    Half precision is assumed.
+    per_dim: for each dimension of a head, of keys and values that are on their way; queries are held beside
+    them. per_row: for each query row, of what it has of a block. Half precision is assumed.
     """
     held = padded(rows)
-    return padded(head_dim) * (bytes_per_dim[held > 16] + 2 * held)
+    return padded(head_dim) * (per_dim + 2 * held) + per_row * held + 512
 
 
 @functools.cache

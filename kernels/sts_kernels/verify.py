@@ -43,14 +43,14 @@ class VerifyKnobs(SplitKnobs):
 
 
 KNOBS = VerifyKnobs()
-# See `split_kv.shared_bytes`; read off kernels that Triton 3.6 compiled.
-BYTES_PER_DIM = (264, 388)
 
 
 def shared_bytes(rows: int, head_dim: int) -> int:
-    """About the bytes of shared memory that a thread block takes for the `rows` query rows of a (request, KV
-    head)."""
-    return split_kv.shared_bytes(rows, head_dim, BYTES_PER_DIM)
+    """Bytes of shared memory that a thread block takes for the `rows` query rows of a (request, KV head); by
+    kernels that Triton 3.6 compiled, which holds three blocks of keys for more than 32 rows, else two."""
+    if padded(rows) > 32:
+        return split_kv.shared_bytes(rows, head_dim, per_dim=384, per_row=32)
+    return split_kv.shared_bytes(rows, head_dim, per_dim=256, per_row=64)
 
 
 def plan_attention(
