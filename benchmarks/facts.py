@@ -282,6 +282,7 @@ def _sparse_head(found: Results) -> dict[str, str]:
         return f"{found.accept_length(arm, 0.1, length, found.tasks):.2f}"
 
     told = {"e3_draft": ("sts-draft", 0.1, True), "e3_extend": ("sts-extend", 0.1, True)}
+    told |= {"e3_blend": ("sts-draft-blend", 0.1, False)}
     arms = {"e3_draft": "sts-draft", "e3_extend": "sts-extend", "e3_dense": "sts"}
     lengths = {f"{name}_accept": accepted(arm) for name, arm in arms.items()}
     return {**_beside_dense(told, "sts", found), **lengths}

@@ -94,7 +94,12 @@ SPARSE_DRAFTS = {  # by folder: whose, the arm with a dense draft, and those wit
     "quality_eagle3_draft": (
         "shipped target, EAGLE-3 head",
         "sts",
-        {"extend": "sts-extend", "all": "sts-draft", "every": "sts-draft-every"},
+        {
+            "extend": "sts-extend",
+            "all": "sts-draft",
+            "all, history blend": "sts-draft-blend",
+            "every": "sts-draft-every",
+        },
     ),
 }
 
