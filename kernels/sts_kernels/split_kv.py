@@ -63,7 +63,7 @@ def padded(size: int) -> int:
 
 
 def shared_bytes(rows: int, head_dim: int, per_dim: int, per_row: int) -> int:
-    """Bytes of shared memory that a thread block takes for so many query rows, or a few hundred less.
+    """Bytes of shared memory that a thread block takes for so many query rows, and a few hundred more.
 
     per_dim: for each dimension of a head, of keys and values that are on their way; queries are held beside
     them. per_row: for each query row, of what it has of a block. Half precision is assumed.
