@@ -43,12 +43,11 @@ def facts() -> dict[str, str]:
             _each, "prefill16", *[{"prefill": [0.25], "prefill-draft-sparse": [0.25]}] * 2
         ),
         "quality_smollm2_eagle3_draft": partial(
-            _beside_dense, {"smol_e3_draft": ("map-all", 0.1, True)}, "map-dense"
+            _each, "smol_e3_draft", *[{"map-all": [0.1]}] * 2, beside="map-dense"
         ),
-        "quality_smollm2_plain_draft": lambda found: {
-            **_beside_dense({"smol_plain_draft": ("map-all", 0.1, True)}, "map-dense", found),
-            **_beside_dense({"smol_plain_draft": ("map-all", 0.25, False)}, "map-dense", found),
-        },
+        "quality_smollm2_plain_draft": partial(
+            _each, "smol_plain_draft", {"map-all": [0.1]}, {"map-all": [0.1, 0.25]}, beside="map-dense"
+        ),
         "quality_eagle3_draft": _sparse_head,
         "quality_smollm2_prefill": partial(_each, "smol_prefill", {"prefill": [0.1, 0.25]}, {}),
     }
@@ -237,14 +236,24 @@ def _changes(name: str, shown: Shown, found: Results, change: Callable, digits: 
     }
 
 
-def _each(name: str, texts: Shown, answers: Shown, found: Results) -> dict[str, str]:
+def _each(
+    name: str, texts: Shown, answers: Shown, found: Results, *, beside: str | None = None
+) -> dict[str, str]:
     """By NAME_text_ARM_KEEP and NAME_answers_ARM_KEEP, at every length: percent of the loss of text, and
-    points of answers."""
+    points of answers, against the arm's own dense verify or, of drafts that are sparse, `beside` another arm
+    at the same keep."""
+    if absent := {*texts, *answers} - set(found.arms):
+        raise SystemExit(f"arms are missing that a sentence speaks of: {', '.join(sorted(absent))}")
 
     def all_of(what: str, shown: Shown, change: Callable, lengths: list[int], digits: int) -> dict[str, str]:
         return {
             f"{name}_{what}_{arm}_{100 * keep:.0f}": listed(
-                [signed(change((arm, keep), (arm, DENSE), n), digits=digits).strip("*") for n in lengths]
+                [
+                    signed(
+                        change((arm, keep), (beside, keep) if beside else (arm, DENSE), n), digits=digits
+                    ).strip("*")
+                    for n in lengths
+                ]
             )
             for arm, keeps in shown.items()
             for keep in keeps
@@ -256,24 +265,6 @@ def _each(name: str, texts: Shown, answers: Shown, found: Results) -> dict[str, 
     }
 
 
-def _beside_dense(named: dict[str, tuple[str, float, bool]], dense: str, found: Results) -> dict[str, str]:
-    """What drafts that are sparse change against a dense one, at every length.
-
-    named: by name the arm, the keep, and whether text is told too: NAME_answers_KEEP, and NAME_text_KEEP.
-    """
-    shown: dict[str, str] = {}
-    if absent := {arm for arm, *_ in named.values()} - set(found.arms):
-        raise SystemExit(f"a draft is missing that a sentence speaks of: {', '.join(sorted(absent))}")
-    for name, (arm, keep, text) in named.items():
-        arms, percent = ((arm, keep), (dense, keep)), f"{100 * keep:.0f}"
-        answers = [signed(found.difference(*arms, n)).strip("*") for n in found.lengths()]
-        shown |= {f"{name}_answers_{percent}": listed(answers)}
-        if text:
-            rises = [signed(found.loss_change(*arms, n), digits=2) for n in found.lengths(loss=True)]
-            shown |= {f"{name}_text_{percent}": listed([rise.strip("*") for rise in rises])}
-    return shown
-
-
 def _sparse_head(found: Results) -> dict[str, str]:
     """Of the shipped head, and how many of its tokens are accepted in answers."""
     length = found.lengths()[0]
@@ -281,11 +272,9 @@ def _sparse_head(found: Results) -> dict[str, str]:
     def accepted(arm: str) -> str:
         return f"{found.accept_length(arm, 0.1, length, found.tasks):.2f}"
 
-    told = {"e3_draft": ("sts-draft", 0.1, True), "e3_extend": ("sts-extend", 0.1, True)}
-    told |= {"e3_blend": ("sts-draft-blend", 0.1, False)}
-    arms = {"e3_draft": "sts-draft", "e3_extend": "sts-extend", "e3_dense": "sts"}
-    lengths = {f"{name}_accept": accepted(arm) for name, arm in arms.items()}
-    return {**_beside_dense(told, "sts", found), **lengths}
+    both = dict.fromkeys(("sts-draft", "sts-extend"), [0.1])
+    changes = _each("e3", both, {**both, "sts-draft-blend": [0.1]}, found, beside="sts")
+    return {**changes, **{f"e3_accept_{arm}": accepted(arm) for arm in ("sts", *both)}}
 
 
 def _pretrained_alone(found: Results) -> dict[str, str]:

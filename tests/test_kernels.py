@@ -1007,16 +1007,17 @@ def i(*size):
 shape = {"context": 32768, "batch": 8, "keep": 0.1, "rows": 4, "group": 4, "dim": 128}
 f16, f32 = torch.float16, torch.float32
 with compile_only() as compiled:
-    for queries, group, dim in ((4, 4, 128), (8, 4, 64), (8, 8, 128)):
+    def shared(bench, odd, *of):  # bytes of the kernels of a call, or of those that are named
         before = len(compiled)
-        bench_verify.compile_one(shape | {"rows": queries, "group": group, "dim": dim}, {})
-        held = max(kernel.metadata.shared for name, kernel in compiled[before:])
+        bench.compile_one(shape | odd, {})
+        return max(kernel.metadata.shared for name, kernel in compiled[before:] if not of or name in of)
+
+    for queries, group, dim in ((4, 4, 128), (8, 4, 64), (8, 8, 128)):
+        held = shared(bench_verify, {"rows": queries, "group": group, "dim": dim})
         assert held <= verify.shared_bytes(queries * group, dim) <= held + 512, (queries, group, dim)
     bench_verify.compile_one(shape | {"rows": 1, "dtype": f32}, {})
     for step, group, dim in ((0, 4, 64), (1, 4, 64), (0, 8, 128), (0, 32, 128)):
-        before = len(compiled)
-        bench_draft_attention.compile_one(shape | {"step": step, "group": group, "dim": dim}, {})
-        held = max(kernel.metadata.shared for name, kernel in compiled[before:])
+        held = shared(bench_draft_attention, {"step": step, "group": group, "dim": dim})
         assert held <= draft_attention.shared_bytes((2 - step) * group, dim) <= held + 512, (group, dim)
     for odd in ({"dim": 96, "group": 5}, {"dim": 64, "group": 7}, {"stored": "float8_e4m3fn"}):
         bench_verify.compile_one(shape | odd, {})
@@ -1033,10 +1034,7 @@ with compile_only() as compiled:
     for odd in (*odds, {"dim": 96, "group": 5}, {"dim": 256, "group": 7}):
         bench_pages.compile_one(shape | odd, {})
         of_tokens = shape | odd | {"context": 65536}
-        before = len(compiled)
-        bench_tokens.compile_one(of_tokens, {})
-        reads = ("_score_tokens_kernel", "_weigh_tokens_kernel")
-        most = max(kernel.metadata.shared for name, kernel in compiled[before:] if name in reads)
+        most = shared(bench_tokens, of_tokens, "_score_tokens_kernel", "_weigh_tokens_kernel")
         assert most <= tokens.shared_bytes(of_tokens["rows"] * of_tokens["group"], of_tokens["dim"]), odd
         chunk = {"cached": 32768, "new": 8192, "keep": 0.25, "group": 4, "dim": 128}
         bench_prefill.compile_one(chunk | odd, {})

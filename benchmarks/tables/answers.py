@@ -80,17 +80,10 @@ def pretrained_tokens() -> str:
     return "\n\n".join(parts)
 
 
+OF_SMOLLM2 = {"steps": "map-steps", "all": "map-all", "every": "map-every"}
 SPARSE_DRAFTS = {  # by folder: whose, the arm with a dense draft, and those with a sparse one
-    "quality_smollm2_eagle3_draft": (
-        "SmolLM2, EAGLE-3 head (c)",
-        "map-dense",
-        {"steps": "map-steps", "all": "map-all", "every": "map-every"},
-    ),
-    "quality_smollm2_plain_draft": (
-        "SmolLM2, STANDALONE (a)",
-        "map-dense",
-        {"steps": "map-steps", "all": "map-all", "every": "map-every"},
-    ),
+    "quality_smollm2_eagle3_draft": ("SmolLM2, EAGLE-3 head (c)", "map-dense", OF_SMOLLM2),
+    "quality_smollm2_plain_draft": ("SmolLM2, STANDALONE (a)", "map-dense", OF_SMOLLM2),
     "quality_eagle3_draft": (
         "shipped target, EAGLE-3 head",
         "sts",

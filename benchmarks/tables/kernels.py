@@ -108,7 +108,7 @@ def verify_grid(newest: dict[tuple, dict]) -> str:
     )
 
 
-NEWER = {  # providers of one shape, and what keys are stored as
+ON_H200 = {  # providers of one shape, and what keys are stored as
     "sts": ("triton", None),
     "lists of unequal length": ("triton-split", None),
     "FlashInfer head-wise": ("fi-headwise", None),
@@ -127,7 +127,7 @@ def verify_h200() -> str:
     shapes = sorted({key[:2] for key in us}, reverse=True)
     lines = []
     for shape in shapes:
-        own = [us.get((*shape, *how)) for how in NEWER.values()]
+        own = [us.get((*shape, *how)) for how in ON_H200.values()]
         cells = [f"{r['us']:.0f}" if r else "–" for r in own]
         lines.append([f"{shape[0]:,} x {shape[1]}", *cells, f"{own[0]['gbps']:,}"])
     note = (
@@ -135,7 +135,7 @@ def verify_h200() -> str:
         f"length*: as many tokens in lists of 0.3 to 3 times their mean, as a calibrated map splits a "
         f"budget. The last column is what the first reads."
     )
-    return table(["context x requests", *NEWER, "GB/s"], lines) + "\n\n" + note
+    return table(["context x requests", *ON_H200, "GB/s"], lines) + "\n\n" + note
 
 
 def heads() -> str:
