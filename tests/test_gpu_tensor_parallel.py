@@ -20,13 +20,12 @@ from sts_sglang.tools.demo import FACTS, MODELS
 from sts_sglang.tools.local_server import LocalServer
 from tests.test_gpu import (
     CHAIN,
-    NEW_TOKENS,
     SPARSE,
     TREE,
     WHOLE,
     ask_all,
+    assert_ties_alone,
     draft,
-    forced_through,
     prompts,  # noqa: F401 (a fixture)
 )
 from tests.tolerances import NEAR_TIES
@@ -119,11 +118,7 @@ def test_full_budget_is_stock_on_one_gpu_but_for_near_ties(servers, stock, promp
     server = servers[name, 2]
     _, grown = counted(server, lambda: ask_all(server, prompts, **WHOLE))  # together: batches change
     assert grown["dense_verifies"] == 0 and grown["selected_tokens"] == grown["available_tokens"] > 0
-    differences = [
-        forced_through(server, ids, answer, TIE, **WHOLE)
-        for ids, answer in zip(prompts, stock(), strict=True)
-    ]
-    assert sum(differences) <= 0.1 * NEW_TOKENS * len(prompts)
+    assert_ties_alone(server, prompts, stock(), TIE, **WHOLE)
 
 
 @pytest.mark.parametrize("name", [name for name in ROADS if name != "history"])
@@ -132,8 +127,7 @@ def test_a_tenth_is_what_one_gpu_says_but_for_near_ties(servers, prompts, name):
     one, two = servers[name, 1], servers[name, 2]
     twins, of_one = counted(one, lambda: ask_all(one, prompts, **TENTH))
     _, of_two = counted(two, lambda: ask_all(two, prompts, **TENTH))
-    for ids, twin in zip(prompts, twins, strict=True):
-        forced_through(two, ids, twin, TIE, **TENTH)
+    assert_ties_alone(two, prompts, twins, TIE, **TENTH)
     for grown in (of_one, of_two):
         assert grown["dense_verifies"] == 0 < grown["sparse_verifies"]
     # Of all heads, whatever GPU has them. Where an answer parts at a tie, verifies of other lengths follow.

@@ -196,6 +196,7 @@ def _size_kept_kernel(
         goes = stays
         if FIRST_TOO:
             goes = stays | (fits & (sparse >= 0))
+        tl.debug_barrier()  # every warp has loaded what is kept of a row before one of them writes there
         tl.store(rounds_ptr + req, tl.where(stays, rounds + 1, 1), mask=there)
         tl.store(last_ptr + req, length, mask=there)
         tl.store(made_ptr + req, tl.where(stays, made, tl.where(sparse >= 0, length, 0)), mask=there)
