@@ -1,5 +1,5 @@
-"""Servers under load: SGLang's own serving client sends requests at random times (Poisson), at several
-rates.
+"""Servers under load: SGLang's own serving client (load_client.py) sends requests at random times (Poisson),
+at several rates.
 
 Arms are those of bench_serving (`--arms`, stock and sts by default); each is a server of its own, and sees
 the same prompts at the same times. Loads (`--dataset`):
@@ -13,8 +13,9 @@ first turn, and each answer and another question of 128 tokens make the next one
 the answer is there. Rates are of conversations, everything else is by turn; what earlier rates left in the
 cache is flushed. A row is one arm at one rate: what the client says, and of every request the time to its
 first token and the mean time of the others, so that goodput (requests a second whose tokens took at most
-`--tpot-ms`) can be worked out for another bound too. A client that fails a request, and an sts arm whose
-counters show no sparse verify or a dense one, end the benchmark.
+`--tpot-ms`) can be worked out for another bound too. A client that fails a request, prefixes that are not in
+the cache when they should be, and an sts arm whose counters show no sparse verify or a dense one, end the
+benchmark.
 
 Example, on a GPU, with the shapes of Llama-3.1-8B and an EAGLE-3 head:
   python -m benchmarks.bench_load --dummy --algorithm EAGLE3 --accept-length 3 --rates 1,2,4,8 \\
@@ -39,8 +40,10 @@ from benchmarks import bench_serving
 from benchmarks.serving_arms import ARMS_OF
 from sts_sglang.tools.local_server import LocalServer, sparse_between, stop_when_terminated
 
+ROOT = Path(__file__).parents[1]
 SHARED, RANDOM = "generated-shared-prefix", "random-ids"
 QUESTION = 128  # tokens that the requests of a group differ in
+CACHED = 0.95  # of the tokens of prompts whose prefixes were prefilled
 SAID = ("duration", "completed", "output_throughput", "request_throughput", "concurrency", "accept_length")
 TIMES = tuple(f"{stat}_{what}_ms" for what in ("ttft", "tpot") for stat in ("median", "p90", "p99"))
 
@@ -50,7 +53,14 @@ def client_args(options: argparse.Namespace, new_tokens: int) -> list[str]:
     # Only its chat clients know turns.
     backend = ["--backend", "sglang"] if options.turns == 1 else ["--backend", "sglang-oai-chat"]
     args = [*backend, "--dataset-name", options.dataset, "--seed", "1", "--disable-tqdm"]
-    args += ["--model", str(options.target), "--tokenizer", str(options.target), "--output-details"]
+    args += [
+        "--model",
+        str(options.target),
+        "--tokenizer",
+        str(options.target),
+        "--output-details",
+        "--cache-report",
+    ]
     if options.dataset == SHARED:
         args += ["--gsp-num-groups", str(options.groups)]
         args += ["--gsp-prompts-per-group", str(options.requests // options.groups)]
@@ -70,11 +80,12 @@ def client(server: LocalServer, options: argparse.Namespace, rate: float, new_to
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "client.jsonl"
-        command = [sys.executable, "-m", "sglang.benchmark.serving", *client_args(options, new_tokens)]
+        command = [sys.executable, "-m", "benchmarks.load_client", *client_args(options, new_tokens)]
         command += ["--host", "127.0.0.1", "--port", str(server.port), "--request-rate", str(rate)]
         command += ["--num-prompts", str(options.requests), "--output-file", str(out)]
         # It keeps prompts in the home folder by their lengths, whatever the tokenizer: not those of others.
         env = {**os.environ, "HOME": folder, "HF_HUB_OFFLINE": "1"}
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))  # wherever this runs
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode or not out.exists():
             raise SystemExit(f"the client ended in an error: {(done.stdout + done.stderr)[-2000:]}")
@@ -82,6 +93,16 @@ def client(server: LocalServer, options: argparse.Namespace, rate: float, new_to
     if failed := [error for error in found["errors"] if error]:
         raise SystemExit(f"{len(failed)} requests failed, the first with: {failed[0][-2000:]}")
     return found
+
+
+def check_cached(found: dict) -> None:
+    """Raises SystemExit where prefixes were not in the cache, and decode alone was not what was measured."""
+    share = sum(found["cached_tokens"]) / sum(found["input_lens"])
+    if share < CACHED:
+        raise SystemExit(
+            f"{share:.0%} of the prompts' tokens were in the prefix cache when they were asked for: take "
+            f"fewer --groups, or a larger pool (--mem-fraction-static, --max-total-tokens)"
+        )
 
 
 def summary(found: dict, bound_ms: float) -> dict:
@@ -115,7 +136,10 @@ def run_arm(arm: str, options: argparse.Namespace) -> list[dict]:
             row = {"arm": arm, "dataset": options.dataset, "context": options.context, "rate": rate}
             row |= {"requests": options.requests, **bench_serving.served(known, options)}
             row |= {"groups": options.groups if options.dataset == SHARED else None, "turns": options.turns}
-            row |= summary(client(server, options, rate, options.new_tokens), options.tpot_ms)
+            found = client(server, options, rate, options.new_tokens)
+            row |= summary(found, options.tpot_ms)
+            if options.dataset == SHARED:
+                check_cached(found)
             if before is not None:
                 delta = sparse_between(before, server.counters())
                 row |= {"sparse_verifies": delta["sparse_verifies"]}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from contextlib import nullcontext
 
 import pytest
 
-from benchmarks import bench_load, bench_serving, dummy_models, tables
+from benchmarks import bench_load, bench_serving, dummy_models, load_client, tables
 from benchmarks.bench_load import client_args, parse, run_arm
 from benchmarks.tables import load
 from sts_sglang.tools.demo import shipped_pair
@@ -69,6 +70,25 @@ TOLD = {
 }
 
 
+def test_prompts_are_the_same_in_every_process():
+    """Whatever the order of the vocabulary."""
+    drawn = []
+    for order in (1, -1):
+        vocabulary = dict([("a", 7), ("b", 3), ("c", 9)][::order])
+        tokenizer = type(
+            "T", (), {"get_vocab": lambda self, v=vocabulary: v, "decode": lambda self, ids: ids}
+        )
+        random.seed(1)
+        drawn.append(load_client.common.gen_prompt(tokenizer(), 50))
+    assert drawn[0] == drawn[1] and set(drawn[0]) == {3, 7, 9}
+
+
+def test_prefixes_that_are_not_cached_end_the_benchmark():
+    bench_load.check_cached({"cached_tokens": [100, 90], "input_lens": [100, 100]})
+    with pytest.raises(SystemExit, match=r"^94% of the prompts' tokens were in the prefix cache .* --groups"):
+        bench_load.check_cached({"cached_tokens": [100, 88], "input_lens": [100, 100]})
+
+
 def test_goodput_counts_requests_whose_tokens_came_in_time():
     assert bench_load.summary(TOLD, 20)["goodput"] == 0.25
     assert bench_load.summary(TOLD, 30.1)["goodput"] == 0.5
@@ -100,27 +120,28 @@ def test_a_table_compares_stock_and_sts_at_every_rate_of_one_run(tmp_path, monke
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert load.load() == "Not measured yet."
     row = {"dataset": "random-ids", "context": 1000, "algorithm": "EAGLE3", "gpu": "G", "sglang": "0"}
-    row |= {"output_throughput": 100, "median_tpot_ms": 5, "p99_ttft_ms": 80, "tpot_bound_ms": 20}
+    row |= {"output_throughput": 100, "median_tpot_ms": 5, "p99_ttft_ms": 80, "duration": 2}
     row |= {"requests": 8, "new_tokens": 64}
-    runs = [("b", "sts", 1, 9.0), ("c", "stock-spec-captured", 1, 0.5), ("c", "sts", 1, 1.0)]
-    runs += [("c", "sts", 2, 1.5), ("c", "stock-spec-captured", 4, 0), ("c", "sts", 4, 2)]
+    runs = [("b", "sts", 1, [9.0]), ("c", "stock-spec-captured", 1, [10.5, 20.5])]
+    runs += [("c", "sts", 1, [9, 9, 11, 12]), ("c", "sts", 2, [1.0])]
+    runs += [("c", "stock-spec-captured", 4, [25]), ("c", "sts", 4, [20, 30])]
     agents = {**row, "commit": "c", "turns": 6, "rate": 1, "dataset": "generated-shared-prefix"}
     lines = [
-        {**row, "commit": commit, "arm": arm, "rate": rate, "goodput": good}
-        for commit, arm, rate, good in runs
+        {**row, "commit": commit, "arm": arm, "rate": rate, "tpots_ms": times}
+        for commit, arm, rate, times in runs
     ]
-    lines += [{**agents, "arm": arm, "goodput": 1.0} for arm in ("sts", "stock-spec-captured")]
+    lines += [{**agents, "arm": arm, "tpots_ms": [1]} for arm in ("sts", "stock-spec-captured")]
     (tmp_path / "load.jsonl").write_text("\n".join(map(json.dumps, lines)))
     shown = load.load().splitlines()
     load_, rest = "1,000 tokens, prompts nobody has seen, EAGLE3", "100 | 100 | 5.00 | 5.00 | 80 | 80"
     assert shown[2:4] == [
-        f"| {load_} | 1 | {rest} | 0.50 | 1.00 | **2.00x** |",
-        f"| {load_} | 4 | {rest} | 0.00 | 2.00 | – |",
+        f"| {load_} | 1 | {rest} | 0.00 | 1.00 | 0.50 | 2.00 |",
+        f"| {load_} | 4 | {rest} | 0.00 | 0.00 | 0.00 | 0.50 |",
     ]
     assert shown[4].startswith(
         "| 1,000 tokens, agents of 6 turns over prefixes that are shared, EAGLE3 | 1 |"
     )
-    assert "at most 20 ms each" in shown[-1] and "commit c;" in shown[-1]
+    assert "10 and 20 ms" in shown[-1] and "commit c;" in shown[-1]
 
 
 def test_dummy_models_have_words_where_prompts_are_text(tmp_path):
