@@ -85,7 +85,9 @@ def client(server: LocalServer, options: argparse.Namespace, rate: float, new_to
         command += ["--num-prompts", str(options.requests), "--output-file", str(out)]
         # It keeps prompts in the home folder by their lengths, whatever the tokenizer: not those of others.
         env = {**os.environ, "HOME": folder, "HF_HUB_OFFLINE": "1"}
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))  # wherever this runs
+        env["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(ROOT), env.get("PYTHONPATH")])
+        )  # wherever this runs
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode or not out.exists():
             raise SystemExit(f"the client ended in an error: {(done.stdout + done.stderr)[-2000:]}")

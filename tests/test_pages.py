@@ -632,6 +632,26 @@ def test_pages_of_an_empty_batch(kernel: str) -> None:
     ops(kernel).join_pages(scores, scores, joined, contexts, sizes, heads, layer=0, sink=4, recent=20)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("lens", [(200, 102), (102, 200), (200, 200), (100, 98)])
+def test_tags_of_a_prefix_that_two_requests_write_anew_do_not_depend_on_who_comes_first(
+    kernel: str, lens: tuple[int, int]
+) -> None:
+    """They part within a page: whoever completes it has the shared slots of it, of two the later one."""
+    prefix, page = 99, 99 // PAGE
+    table = torch.randperm(600)[: 3 * 200].view(3, 200).int()
+    table[2, :prefix] = table[1, :prefix]
+    contexts = Contexts(table, torch.tensor([1, 2]), torch.tensor(lens))
+    tags = torch.randint(-1, 600, (600,), dtype=torch.int32)
+    on = [on_device(t) for t in (contexts, torch.tensor([32, 40]), tags)]
+    ops(kernel).tag_pages(*on, most=200)
+    completes = [row for row, length in zip((1, 2), lens, strict=True) if length >= (page + 1) * PAGE]
+    shared = table[1, page * PAGE : prefix].long()
+    last = int(table[completes[-1], (page + 1) * PAGE - 1]) if completes else NO_PAGE
+    assert on[2][shared].tolist() == [last] * len(shared)
+    assert on[2][table[1, 32 : 32 + PAGE].long()].tolist() == [int(table[1, 32 + PAGE - 1])] * PAGE
+
+
 # ---- on a GPU
 
 

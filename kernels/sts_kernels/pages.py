@@ -273,10 +273,10 @@ def _claim_pages_kernel(
     for block in range(first + program * BLOCK, length, tl.num_programs(1) * BLOCK):
         offs = block + tl.arange(0, BLOCK)
         slots = tl.load(slot_ptr + offs, mask=offs < length, other=0).to(tl.int64)  # [BLOCK]
-        # Slots that are written are this request's alone; those before them others may complete pages over.
-        own, shared = (offs >= before) & (offs < length), (offs < before) & (offs < complete)
-        tl.store(tags_ptr + slots, tl.where(offs < complete, mine, NO_PAGE), mask=own)
-        tl.atomic_min(tags_ptr + slots, tl.full([BLOCK], 0, tl.int32) + mine, mask=shared)
+        # Two requests may have a slot, in whatever order their programs come: the lowest name is left, of
+        # slots that nobody completes a page over NO_PAGE, which is below every tag.
+        claimed = (offs < length) & ((offs >= before) | (offs < complete))
+        tl.atomic_min(tags_ptr + slots, tl.where(offs < complete, mine, NO_PAGE), mask=claimed)
 
 
 @triton.jit

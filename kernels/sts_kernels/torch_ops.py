@@ -590,8 +590,9 @@ def tag_pages(contexts: Contexts, before: torch.Tensor, tags: torch.Tensor, *, m
 
     Args:
         contexts: lens are the lengths after the forward.
-        before: int [bs], the lengths before it: positions [before, lens) are written, each slot by one
-            request. Pages whose last position is among them are completed, and get tags.
+        before: int [bs], the lengths before it: positions [before, lens) are written, some of them maybe
+            in slots that other requests of the batch write too. Pages whose last position is among them are
+            completed, and get tags.
         tags: int32 [slots], NO_PAGE at first; one for all layers. Of requests of one batch that complete a
             page over shared slots, the later in the batch has them. Row 0 of the table writes nothing.
         most: positions that a request writes at most, about; the work is parted by it.
