@@ -17,7 +17,16 @@ from benchmarks.tables import answers, eagle3, recall, serving
 
 def facts() -> dict[str, str]:
     """By name. Raises SystemExit where a file is missing that a sentence needs."""
-    found = {**_speed(), **_eagle3(), **_every(), **_fp8(), **_heads(), **_selection(), **_recall()}
+    found = {
+        **_speed(),
+        **_eagle3(),
+        **_every(),
+        **_fp8(),
+        **_line(),
+        **_heads(),
+        **_selection(),
+        **_recall(),
+    }
     makers = {
         "quality": _answers,
         "quality_parity": _parity,
@@ -62,8 +71,10 @@ def facts() -> dict[str, str]:
 def _speed() -> dict[str, str]:
     found = serving.drafted()
     low, high = serving.null_result(found)
-    long = (32_000, 8)
-    slower = []
+    long, slower = (32_000, 8), []
+    anew = [r for r in found if r["gpu"] == "NVIDIA H200"]
+    over = partial(serving.gain, anew, over="stock-spec-captured")
+    found = [r for r in found if r not in anew]  # cells are compared below, which are of one card then
     for shape in tables.shapes_of(found):
         captured, dense = (
             serving.speeds(found, shape, arm)[0] for arm in ("stock-spec-captured", "sts-dense")
@@ -79,6 +90,8 @@ def _speed() -> dict[str, str]:
     return {
         "gain_32k": f"{serving.gain(found, 'sts', long, 'stock-spec'):.2f}x",
         "gain_32k_draft": f"{serving.gain(found, 'sts-draft', long, 'stock-spec'):.2f}x",
+        **{f"anew_{n}": f"{over('sts', (n, r)):.2f}x" for n, r in ((128_000, 1), long)},
+        **{f"anew_draft_{n}": f"{over('sts-draft', (n, r)):.2f}x" for n, r in ((128_000, 1), long)},
         "null_low": f"{low:.2f}x",
         "null_high": f"{high:.2f}x",
         "idle_least": f"{max(0, 100 * least[0]):.0f} % at {least[1][0]:,} x {least[1][1]}",
@@ -95,6 +108,13 @@ def _eagle3() -> dict[str, str]:
     over = partial(serving.gain, over="stock-spec-captured")
     return {
         "tree_128000": f"{over(trees, 'sts', long):.2f}x",
+        "tree_32000": f"{over(trees, 'sts', wide):.2f}x",
+        "dense_128000": f"{over(chains, 'sts', long):.2f}x",
+        "dense_32000": f"{over(chains, 'sts', wide):.2f}x",
+        "dense_most": f"{over(chains, 'sts', (32_000, 24)):.2f}x",
+        "stock_fp8": _range(
+            [over(chains, "stock-fp8", shape) for shape in (long, wide, (32_000, 24))], suffix="x"
+        ),
         "sparse_128000": f"{over(chains, 'sts-draft', long):.2f}x",
         "sparse_32000": f"{over(chains, 'sts-draft', wide):.2f}x",
         "sparse_most": f"{over(chains, 'sts-draft', (32_000, 24)):.2f}x",
@@ -103,6 +123,20 @@ def _eagle3() -> dict[str, str]:
         "fp8_128000": f"{over(fp8, 'sts', long):.2f}x",
         "fp8_32000": f"{over(fp8, 'sts', wide):.2f}x",
     }
+
+
+def _range(values: list[float], suffix: str) -> str:
+    """Least and most."""
+    return " to ".join(f"{end:.2f}{suffix}" for end in (min(values), max(values)))
+
+
+def _line() -> dict[str, str]:
+    """Of a verify over lists of one length, requests of 32,768 tokens: microseconds that it takes whatever it
+    reads, and how fast it reads then. A line through batches of several sizes."""
+    found = [r for r in tables.rows("verify_h200.jsonl") if r["context"] == 32_768]
+    own = [r for r in found if r["provider"] == "triton" and "stored" not in r]
+    line = statistics.linear_regression([r["us"] * r["gbps"] for r in own], [r["us"] for r in own])
+    return {"verify_fixed": f"{line.intercept:.0f}", "verify_rate": f"{1e-3 / line.slope:.1f}"}
 
 
 def _heads() -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from benchmarks.quality.report import table
 from benchmarks.shapes import Shape
-from benchmarks.tables import MISSING, commits, rows, shapes_of, spread
+from benchmarks.tables import MISSING, commits, gpus, rows, shapes_of, spread
 from sts_sglang.evaluate.pair import NONE
 
 ARMS = {
@@ -96,16 +96,17 @@ def serving() -> str:
     if not found:
         return MISSING
     lines, arms = [], columns(ARMS, found)
-    for shape in shapes_of(found):
-        own = [speeds(found, shape, arm)[0] for arm in arms]
+    for shape, gpu in dict.fromkeys((Shape.of(r), r["gpu"]) for r in found):
+        key, of_gpu = (shape.context, shape.requests), [r for r in found if r["gpu"] == gpu]
+        own = [speeds(of_gpu, key, arm)[0] for arm in arms]
         cells = [spread(s) if s else "–" for s in own]
-        kept = {r["keep_ratio"] for r in found if (r["arm"], r["context"], r["requests"]) == ("sts", *shape)}
+        kept = {r["keep_ratio"] for r in of_gpu if (r["arm"], Shape.of(r)) == ("sts", shape)}
         cells += [f"{100 * max(kept):.0f} %" if kept else "–"]
-        cells += [gains(found, arm, shape) for arm in ("sts", "sts-draft")]
-        lines.append([f"{shape[0]:,} x {shape[1]}", *cells])
+        cells += [gains(of_gpu, arm, key) for arm in ("sts", "sts-draft")]
+        lines.append([shape.shown(), gpu.split()[1], *cells])
     first = found[0]
     note = (
-        f"Tokens per second, median ± half the spread. {first['gpu']}, SGLang {first['sglang']}, commit "
+        f"Tokens per second, median ± half the spread. {gpus(found)}, SGLang {first['sglang']}, commit "
         f"{commits(found)}; shapes of Llama-3.1-8B and 3.2-1B, dummy weights, simulated accept length "
         f"{first['simulated']:g} (the output is meaningless, the work is not), prefix cached. Kept is what "
         f"verify attends to, never less than `budget`, 1,024 tokens. Gains are over stock FA3 + STANDALONE, "
@@ -117,7 +118,7 @@ def serving() -> str:
             shown = ", ".join(f"{g:.3f}x at {n:,} x {r}" for (n, r), g in costs.items())
             note += f" History in every verify (`blend`) makes {name} {shown}."
     return (
-        table(["context x requests", *arms.values(), "kept", "gain", "gain, draft too"], lines)
+        table(["context x requests", "GPU", *arms.values(), "kept", "gain", "gain, draft too"], lines)
         + "\n\n"
         + note
     )
