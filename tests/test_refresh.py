@@ -102,7 +102,8 @@ def test_who_is_scored_follows_the_definition(
 ) -> None:
     rng, kept_rounds = random.Random(every), 0
     torch.manual_seed(every)
-    for bs in (0, 1, 5, 33):
+    # Warps of a GPU come in another order each time.
+    for bs in (0, 1, 5, *[33] * (20 if kernel == "triton" and DEVICE == "cuda" else 1)):
         rows = rng.sample(range(1, ROWS), bs)
         if bs == 33:
             rows[-2:] = [0, 0]  # pads

@@ -78,12 +78,24 @@ def some_serving(tmp_path, monkeypatch):
 
 def test_a_table_holds_medians_spread_and_gain(some_serving):
     assert (
-        "| 1,000 x 2 | 50 ± 0 | 100 ± 7 | 120 ± 0 | – | 150 ± 3 | 50 ± 0 | 12 % | 1.50x (1.25x) | – |"
+        "| 1,000 x 2 | G | 50 ± 0 | 100 ± 7 | 120 ± 0 | – | 150 ± 3 | 50 ± 0 | 12 % | 1.50x (1.25x) | – |"
         in serving.serving()
     )
     assert "makes sts 0.980x at 1,000 x 2" in serving.serving()
     assert kernels.verify() == "Not measured yet."
     assert kernels.round_ops() == "Not measured yet."
+
+
+def test_cards_have_rows_of_their_own(some_serving, tmp_path):
+    """Of one shape, though newer than those of the other card."""
+    row = {"gpu": "NVIDIA H9 80GB", "sglang": "0", "commit": "d", "context": 1000, "requests": 2}
+    arms = {"stock-spec-captured": 500, "sts": 1000}
+    with (tmp_path / "serving.jsonl").open("a") as file:
+        for arm, speed in arms.items():
+            file.write("\n" + json.dumps({**row, "arm": arm, "tokens_per_s": speed, "keep_ratio": 0.1}))
+    shown = serving.serving()
+    assert "| 1,000 x 2 | G | 50 ± 0 | 100 ± 7 | 120 ± 0 |" in shown
+    assert "| 1,000 x 2 | H9 | – | – | 500 ± 0 | – | 1,000 ± 0 | – | 10 % | – (2.00x) | – |" in shown
 
 
 def test_the_front_table_compares_with_the_captured_stock_and_says_the_null_result(some_serving, monkeypatch):
