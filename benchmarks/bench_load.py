@@ -53,14 +53,8 @@ def client_args(options: argparse.Namespace, new_tokens: int) -> list[str]:
     # Only its chat clients know turns.
     backend = ["--backend", "sglang"] if options.turns == 1 else ["--backend", "sglang-oai-chat"]
     args = [*backend, "--dataset-name", options.dataset, "--seed", "1", "--disable-tqdm"]
-    args += [
-        "--model",
-        str(options.target),
-        "--tokenizer",
-        str(options.target),
-        "--output-details",
-        "--cache-report",
-    ]
+    args += ["--model", str(options.target), "--tokenizer", str(options.target)]
+    args += ["--output-details", "--cache-report"]
     if options.dataset == SHARED:
         args += ["--gsp-num-groups", str(options.groups)]
         args += ["--gsp-prompts-per-group", str(options.requests // options.groups)]
@@ -85,9 +79,8 @@ def client(server: LocalServer, options: argparse.Namespace, rate: float, new_to
         command += ["--num-prompts", str(options.requests), "--output-file", str(out)]
         # It keeps prompts in the home folder by their lengths, whatever the tokenizer: not those of others.
         env = {**os.environ, "HOME": folder, "HF_HUB_OFFLINE": "1"}
-        env["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [str(ROOT), env.get("PYTHONPATH")])
-        )  # wherever this runs
+        paths = [str(ROOT), env.get("PYTHONPATH")]  # load_client.py is found wherever this runs
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode or not out.exists():
             raise SystemExit(f"the client ended in an error: {(done.stdout + done.stderr)[-2000:]}")
@@ -139,9 +132,9 @@ def run_arm(arm: str, options: argparse.Namespace) -> list[dict]:
             row |= {"requests": options.requests, **bench_serving.served(known, options)}
             row |= {"groups": options.groups if options.dataset == SHARED else None, "turns": options.turns}
             found = client(server, options, rate, options.new_tokens)
-            row |= summary(found, options.tpot_ms)
             if options.dataset == SHARED:
                 check_cached(found)
+            row |= summary(found, options.tpot_ms)
             if before is not None:
                 delta = sparse_between(before, server.counters())
                 row |= {"sparse_verifies": delta["sparse_verifies"]}

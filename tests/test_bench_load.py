@@ -133,13 +133,16 @@ def test_a_table_compares_stock_and_sts_at_every_rate_of_one_run(tmp_path, monke
     lines += [{**agents, "arm": arm, "tpots_ms": [1]} for arm in ("sts", "stock-spec-captured")]
     (tmp_path / "load.jsonl").write_text("\n".join(map(json.dumps, lines)))
     shown = load.load().splitlines()
-    load_, rest = "1,000 tokens, prompts nobody has seen, EAGLE3", "100 | 100 | 5.00 | 5.00 | 80 | 80"
+    load_, rest = (
+        "1,000 tokens, prompts nobody has seen, EAGLE3, 8 x 64 tokens",
+        "100 | 100 | 5.00 | 5.00 | 80 | 80",
+    )
     assert shown[2:4] == [
         f"| {load_} | 1 | {rest} | 0.00 | 1.00 | 0.50 | 2.00 |",
         f"| {load_} | 4 | {rest} | 0.00 | 0.00 | 0.00 | 0.50 |",
     ]
     assert shown[4].startswith(
-        "| 1,000 tokens, agents of 6 turns over prefixes that are shared, EAGLE3 | 1 |"
+        "| 1,000 tokens, agents of 6 turns over prefixes that are shared, EAGLE3, 8 x 64 tokens | 1 |"
     )
     assert "10 and 20 ms" in shown[-1] and "commit c;" in shown[-1]
 

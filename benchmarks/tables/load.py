@@ -20,7 +20,8 @@ def load() -> str:
             continue
         dataset, context, algorithm, turns, rate = key
         loads = LOADS[dataset] if turns == 1 else f"agents of {turns} turns over {LOADS[dataset]}"
-        cells = [f"{context:,} tokens, {loads}, {algorithm}", f"{rate:g}"]
+        asked = f"{own[0]['requests']} x {own[0]['new_tokens']} tokens"
+        cells = [f"{context:,} tokens, {loads}, {algorithm}, {asked}", f"{rate:g}"]
         for what, digits in (("output_throughput", 0), ("median_tpot_ms", 2), ("p99_ttft_ms", 0)):
             cells += [f"{row[what]:,.{digits}f}" for row in own]
         for bound in BOUNDS:
@@ -34,8 +35,9 @@ def load() -> str:
     head += [f"{what}: {name}" for what in measures for name in ARMS.values()]
     first = shown[0]
     note = (
-        f"SGLang's own serving client, Poisson arrivals. Goodput: requests a second whose tokens after the "
-        f"first took at most {' and '.join(map(str, BOUNDS))} ms each, in the mean of the request. "
+        f"SGLang's own serving client, Poisson arrivals, so many requests (agents) with so many new tokens "
+        f"(a turn). Goodput: requests a second whose tokens after the first took at most "
+        f"{' and '.join(map(str, BOUNDS))} ms each, in the mean of the request. "
         f"{gpus(shown)}, SGLang {first['sglang']}, commit {commits(shown)}; dummy weights, stock with FA3 "
         f"and its draft-extend captured."
     )
