@@ -307,7 +307,8 @@ def _sparse_head(found: Results) -> dict[str, str]:
         return f"{found.accept_length(arm, 0.1, length, found.tasks):.2f}"
 
     both = dict.fromkeys(("sts-draft", "sts-extend"), [0.1])
-    changes = _each("e3", both, {**both, "sts-draft-blend": [0.1]}, found, beside="sts")
+    more = dict.fromkeys(("sts-draft-blend", "all-spread-75", "all-spread-90"), [0.1])
+    changes = _each("e3", both, {**both, **more}, found, beside="sts")
     return {**changes, **{f"e3_accept_{arm}": accepted(arm) for arm in ("sts", *both)}}
 
 
