@@ -36,10 +36,12 @@ from sts_kernels.split_kv import (
 
 @dataclass(frozen=True)
 class VerifyKnobs(SplitKnobs):
-    """block: slots that a program reads at a time. The rest: see SplitKnobs."""
+    """block: slots that a program reads at a time. merge_warps: of a program that merges the parts of a row.
+    The rest: see SplitKnobs."""
 
     programs: int = 396
     block: int = 32
+    merge_warps: int = 4
 
 
 KNOBS = VerifyKnobs()
@@ -133,6 +135,7 @@ def sparse_attention(
         out,
         pool.v_scale,
         SPLITS_P2=triton.next_power_of_2(plan.most),
+        num_warps=KNOBS.merge_warps,
         **shape,
         **early,
     )
