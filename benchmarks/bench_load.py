@@ -10,12 +10,12 @@ the same prompts at the same times. Loads (`--dataset`):
                            and decode
 With `--turns N` the requests of the former are conversations of agents: the prompt and its question are the
 first turn, and each answer and another question of 128 tokens make the next one, which is asked as soon as
-the answer is there. Rates are of conversations, everything else is by turn; what earlier rates left in the
-cache is flushed. A row is one arm at one rate: what the client says, and of every request the time to its
-first token and the mean time of the others, so that goodput (requests a second whose tokens took at most
-`--tpot-ms`) can be worked out for another bound too. A client that fails a request, prefixes that are not in
-the cache when they should be, and an sts arm whose counters show no sparse verify or a dense one, end the
-benchmark.
+the answer is there, and prefilled then. Rates are of conversations, everything else is by turn; what earlier
+rates left in the cache is flushed. A row is one arm at one rate: what the client says, and of every request
+the time to its first token and the mean time of the others, so that goodput (requests a second whose tokens
+took at most `--tpot-ms`) can be worked out for another bound too. A client that fails a request, prefixes
+that are not in the cache when they should be, and an sts arm whose counters show no sparse verify or a dense
+one, end the benchmark.
 
 Example, on a GPU, with the shapes of Llama-3.1-8B and an EAGLE-3 head:
   python -m benchmarks.bench_load --dummy --algorithm EAGLE3 --accept-length 3 --rates 1,2,4,8 \\
@@ -43,7 +43,7 @@ from sts_sglang.tools.local_server import LocalServer, sparse_between, stop_when
 ROOT = Path(__file__).parents[1]
 SHARED, RANDOM = "generated-shared-prefix", "random-ids"
 QUESTION = 128  # tokens that the requests of a group differ in
-CACHED = 0.95  # of the tokens of prompts whose prefixes were prefilled
+CACHED = 0.95  # of the tokens of prompts that were prefilled
 SAID = ("duration", "completed", "output_throughput", "request_throughput", "concurrency", "accept_length")
 TIMES = tuple(f"{stat}_{what}_ms" for what in ("ttft", "tpot") for stat in ("median", "p90", "p99"))
 
@@ -90,9 +90,11 @@ def client(server: LocalServer, options: argparse.Namespace, rate: float, new_to
     return found
 
 
-def check_cached(found: dict) -> None:
-    """Raises SystemExit where prefixes were not in the cache, and decode alone was not what was measured."""
-    share = sum(found["cached_tokens"]) / sum(found["input_lens"])
+def check_cached(found: dict, turns: int) -> None:
+    """Raises SystemExit where the prompts of first turns were not in the cache. Of a conversation the client
+    tells its turns one after the other, each with the length of the first."""
+    cached, asked = (sum(found[what][::turns]) for what in ("cached_tokens", "input_lens"))
+    share = cached / asked
     if share < CACHED:
         raise SystemExit(
             f"{share:.0%} of the prompts' tokens were in the prefix cache when they were asked for: take "
@@ -126,14 +128,14 @@ def run_arm(arm: str, options: argparse.Namespace) -> list[dict]:
         for number, rate in enumerate(options.rates):
             if options.dataset == SHARED and (number == 0 or options.turns > 1):
                 server.flush()
-                client(server, options, float("inf"), 1)  # prefilled
+                client(server, options, float("inf"), min(bench_serving.WARM_TOKENS, options.new_tokens))
             before = None if known.config is None else server.counters()
             row = {"arm": arm, "dataset": options.dataset, "context": options.context, "rate": rate}
             row |= {"requests": options.requests, **bench_serving.served(known, options)}
             row |= {"groups": options.groups if options.dataset == SHARED else None, "turns": options.turns}
             found = client(server, options, rate, options.new_tokens)
             if options.dataset == SHARED:
-                check_cached(found)
+                check_cached(found, options.turns)
             row |= summary(found, options.tpot_ms)
             if before is not None:
                 delta = sparse_between(before, server.counters())

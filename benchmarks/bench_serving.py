@@ -60,6 +60,8 @@ from sts_sglang.evaluate.pair import NONE
 from sts_sglang.headmap import RANKS
 from sts_sglang.tools.local_server import LocalServer, sparse_between, stop_when_terminated
 
+WARM_TOKENS = 64  # of an answer before any is timed
+
 
 def prompt(request: int, context: int, vocab: int, shared: int = 0) -> list[int]:
     """A request's prompt; a shorter one begins like a longer one, and all alike for `shared` tokens."""
@@ -74,12 +76,14 @@ def ask(server: LocalServer, ids: list[int], new_tokens: int) -> dict:
 
 
 def run_shape(server: LocalServer, shape: Shape, options: argparse.Namespace) -> list[dict]:
-    """One shape on a running server: prefill, then the measured batch, `passes` times."""
+    """One shape on a running server: prefill, a few rounds of the batch that are not timed, since what is
+    compiled at first use would be, then the measured batch, `passes` times."""
     prompts = prompts_of(shape, options)
     for ids in prompts:
         ask(server, ids, 1)
     rows = []
     with ThreadPoolExecutor(shape.requests) as pool:
+        list(pool.map(lambda ids: ask(server, ids, min(WARM_TOKENS, options.new_tokens)), prompts))
         for _ in range(options.passes):
             started = time.monotonic()
             answers = list(pool.map(lambda ids: ask(server, ids, options.new_tokens), prompts))

@@ -84,9 +84,12 @@ def test_prompts_are_the_same_in_every_process():
 
 
 def test_prefixes_that_are_not_cached_end_the_benchmark():
-    bench_load.check_cached({"cached_tokens": [100, 90], "input_lens": [100, 100]})
-    with pytest.raises(SystemExit, match=r"^94% of the prompts' tokens were in the prefix cache .* --groups"):
-        bench_load.check_cached({"cached_tokens": [100, 88], "input_lens": [100, 100]})
+    bench_load.check_cached({"cached_tokens": [100, 90], "input_lens": [100, 100]}, 1)
+    missing = r"^94% of the prompts' tokens were in the prefix cache .* --groups"
+    for turns in (1, 2):  # what later turns find says nothing of the first ones
+        found = {"cached_tokens": [100, 150, 88, 150][:: 3 - turns], "input_lens": [100] * 2 * turns}
+        with pytest.raises(SystemExit, match=missing):
+            bench_load.check_cached(found, turns)
 
 
 def test_goodput_counts_requests_whose_tokens_came_in_time():
@@ -121,7 +124,7 @@ def test_a_table_compares_stock_and_sts_at_every_rate_of_one_run(tmp_path, monke
     assert load.load() == "Not measured yet."
     row = {"dataset": "random-ids", "context": 1000, "algorithm": "EAGLE3", "gpu": "G", "sglang": "0"}
     row |= {"output_throughput": 100, "median_tpot_ms": 5, "p99_ttft_ms": 80, "duration": 2}
-    row |= {"requests": 8, "new_tokens": 64}
+    row |= {"requests": 8, "new_tokens": 64, "turns": 1, "groups": None}
     runs = [("b", "sts", 1, [9.0]), ("c", "stock-spec-captured", 1, [10.5, 20.5])]
     runs += [("c", "sts", 1, [9, 9, 11, 12]), ("c", "sts", 2, [1.0])]
     runs += [("c", "stock-spec-captured", 4, [25]), ("c", "sts", 4, [20, 30])]

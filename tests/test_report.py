@@ -164,7 +164,7 @@ def test_heads_have_a_table_of_their_own_and_stand_beside_drafts_on_the_front(
     assert "| 1,000 x 2 | 333 ± 0 | 999 ± 0 | 10 % | **3.00x** |" in eagle3.fp8_kv()
     assert eagle3.two_gpus() == "Not measured yet."
     assert (serving.serving(), report.break_even()) == of_drafts
-    assert "| 1,000 x 2 | 100 | 160 | **1.60x** | – | – | **1.25x** | – |" in eagle3.front()
+    assert "| 1,000 x 2 | 100 | 160 | **1.60x** | – | – | **1.25x** (G) | – |" in eagle3.front()
     assert "**At 2,000 tokens sts brings next to nothing: 1.25x to 1.60x" in eagle3.front()
 
 

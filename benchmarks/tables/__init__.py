@@ -34,7 +34,16 @@ def spread(values: list[float]) -> str:
 
 
 def gpus(found: Iterable[dict]) -> str:
-    return " and ".join(dict.fromkeys(r["gpu"] for r in found))
+    return " and ".join(gpus_of(found))
+
+
+def gpus_of(found: Iterable[dict]) -> list[str]:
+    return list(dict.fromkeys(r["gpu"] for r in found))
+
+
+def card(gpu: str) -> str:
+    """As tables name it: H200 for NVIDIA H200."""
+    return gpu.removeprefix("NVIDIA ").split()[0]
 
 
 def shapes_of(found: list[dict]) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ import statistics
 from benchmarks.bound import times_bound
 from benchmarks.quality.report import table
 from benchmarks.shapes import Shape
-from benchmarks.tables import MISSING, commits, gpus, rows, serving, spread
+from benchmarks.tables import MISSING, card, commits, gpus, rows, serving, spread
 from benchmarks.tables.serving import columns, gain, newest, null_result, of_an_8b
 
 ARMS = {
@@ -131,15 +131,19 @@ def front() -> str:
         shown += [r for of_arm in own for r in of_arm]
         speeds = [f"{statistics.median(r['tokens_per_s'] for r in some):,.0f}" for some in own if some]
         gained = [gain(heads, arm, shape, "stock-spec-captured") for arm in FRONT_ARMS]
-        gained += [gain(drafts, arm, shape, "stock-spec-captured") for arm in ("sts", "sts-draft")]
+        of_drafts = [gain(drafts, arm, shape, "stock-spec-captured") for arm in ("sts", "sts-draft")]
+        there = newest(drafts, shape, "sts", "stock-spec-captured")[0]
+        other = f" ({card(there[0]['gpu'])})" if there and there[0]["gpu"] != heads[0]["gpu"] else ""
         cells = [*(speeds or ["–", "–"]), *(f"**{one:.2f}x**" if one else "–" for one in gained)]
+        cells += [f"**{one:.2f}x**{other}" if one else "–" for one in of_drafts]
         if set(cells) != {"–"}:
             lines.append([f"{shape[0]:,} x {shape[1]}", *cells])
     note = (
         f"Tokens per second, and gains over stock: shapes of Llama-3.1-8B, with an EAGLE-3 head of one layer "
-        f"({gpus(heads)}) or a 1B STANDALONE draft ({gpus(drafts)}), dummy weights, simulated accept length "
-        f"{shown[0]['simulated']:g}, prefix cached. Stock is SGLang {shown[0]['sglang']} with FA3 and its "
-        f"draft-extend in a CUDA graph (as shipped it has none); a gain is of a run that had both."
+        f"or a 1B STANDALONE draft ({gpus(heads)}, unless a cell names another card), dummy weights, "
+        f"simulated accept length {shown[0]['simulated']:g}, prefix cached. Stock is SGLang "
+        f"{shown[0]['sglang']} with FA3 and its draft-extend in a CUDA graph (as shipped it has none); a "
+        f"gain is of a run that had both."
     )
     ends = [*null_result(heads, FRONT_ARMS), *null_result(drafts)]
     low, high = min(ends), max(ends)

@@ -18,9 +18,9 @@ def load() -> str:
         own = newest([r for r in found if load_of(r) == key])
         if own is None:
             continue
-        dataset, context, algorithm, turns, rate = key
+        dataset, context, algorithm, turns, rate, requests, new_tokens, *_ = key
         loads = LOADS[dataset] if turns == 1 else f"agents of {turns} turns over {LOADS[dataset]}"
-        asked = f"{own[0]['requests']} x {own[0]['new_tokens']} tokens"
+        asked = f"{requests} x {new_tokens} tokens"
         cells = [f"{context:,} tokens, {loads}, {algorithm}, {asked}", f"{rate:g}"]
         for what, digits in (("output_throughput", 0), ("median_tpot_ms", 2), ("p99_ttft_ms", 0)):
             cells += [f"{row[what]:,.{digits}f}" for row in own]
@@ -48,9 +48,10 @@ def goodput(row: dict, bound_ms: float) -> float:
     return sum(tpot <= bound_ms for tpot in row["tpots_ms"]) / row["duration"]
 
 
-def load_of(row: dict) -> tuple[str, int, str, int, float]:
-    """What a row is of: dataset, context, algorithm, turns of a conversation, and rate."""
-    return row["dataset"], row["context"], row["algorithm"], row.get("turns", 1), row["rate"]
+def load_of(row: dict) -> tuple:
+    """What a row is of."""
+    asked = ("dataset", "context", "algorithm", "turns", "rate", "requests", "new_tokens", "groups")
+    return tuple(row[name] for name in (*asked, "gpu"))
 
 
 def newest(found: list[dict]) -> list[dict] | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from benchmarks.quality.report import table
 from benchmarks.shapes import Shape
-from benchmarks.tables import MISSING, commits, gpus, rows, shapes_of, spread
+from benchmarks.tables import MISSING, card, commits, gpus, rows, shapes_of, spread
 from sts_sglang.evaluate.pair import NONE
 
 ARMS = {
@@ -103,7 +103,7 @@ def serving() -> str:
         kept = {r["keep_ratio"] for r in of_gpu if (r["arm"], Shape.of(r)) == ("sts", shape)}
         cells += [f"{100 * max(kept):.0f} %" if kept else "–"]
         cells += [gains(of_gpu, arm, key) for arm in ("sts", "sts-draft")]
-        lines.append([shape.shown(), gpu.removeprefix("NVIDIA ").split()[0], *cells])
+        lines.append([shape.shown(), card(gpu), *cells])
     first = found[0]
     note = (
         f"Tokens per second, median ± half the spread. {gpus(found)}, SGLang {first['sglang']}, commit "

@@ -273,8 +273,9 @@ def _claim_pages_kernel(
     for block in range(first + program * BLOCK, length, tl.num_programs(1) * BLOCK):
         offs = block + tl.arange(0, BLOCK)
         slots = tl.load(slot_ptr + offs, mask=offs < length, other=0).to(tl.int64)  # [BLOCK]
-        # Two requests may have a slot, in whatever order their programs come: the lowest name is left, of
-        # slots that nobody completes a page over NO_PAGE, which is below every tag.
+        # Requests may share a slot, and their programs come in any order. It ends with the lowest of what
+        # they write: the name of the last one that completes a page over it, else NO_PAGE, which is below
+        # every tag and above every name.
         claimed = (offs < length) & ((offs >= before) | (offs < complete))
         tl.atomic_min(tags_ptr + slots, tl.where(offs < complete, mine, NO_PAGE), mask=claimed)
 
