@@ -4,7 +4,7 @@ The shipped target answers questions with transformers, a token at a time, and t
 once: the same weights in another order of summation. Wherever it would have said another token, its two best
 were a near tie. tests/tolerances.py goes by what this finds; no sts takes part.
 
-  python -m benchmarks.near_ties --out benchmarks/results/near_ties.jsonl     # about 20 minutes on one core
+  python -m benchmarks.near_ties --out benchmarks/results/near_ties.jsonl     # 40 minutes on one core
 """
 
 from __future__ import annotations

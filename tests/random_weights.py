@@ -14,7 +14,9 @@ def draw(model: torch.nn.Module) -> None:
     """By the parameter's name, so that two servers of one model hold the same. What a matrix makes of normed
     states is 1.6 large in a tiny model, and 0.8 in a wide one: where attention is sharper, rounding to half
     precision grows from layer to layer."""
-    size = 12.8 / model.config.hidden_size
+    # Not all keep their configuration; the embedding comes first.
+    width = model.config.hidden_size if hasattr(model, "config") else next(model.parameters()).shape[-1]
+    size = 12.8 / width
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
