@@ -38,6 +38,7 @@ from pathlib import Path
 
 from benchmarks import bench_serving
 from benchmarks.serving_arms import ARMS_OF
+from benchmarks.tables.load import goodput
 from sts_sglang.tools.local_server import LocalServer, sparse_between, stop_when_terminated
 
 ROOT = Path(__file__).parents[1]
@@ -107,11 +108,10 @@ def summary(found: dict, bound_ms: float) -> dict:
     # Gaps are between the tokens of one client, and between the chunks of another one.
     each = zip(found["itls"], found["output_lens"], strict=True)
     tpots = [1000 * sum(gaps) / (tokens - 1) for gaps, tokens in each if gaps]
-    good = sum(tpot <= bound_ms for tpot in tpots)
     return {
         **{name: _rounded(found[name]) for name in (*SAID, *TIMES)},
         "tpot_bound_ms": bound_ms,
-        "goodput": round(good / found["duration"], 4),
+        "goodput": round(goodput(tpots, found["duration"], bound_ms), 4),
         "tpots_ms": [round(tpot, 3) for tpot in tpots],
         "ttfts_ms": [round(1000 * ttft, 1) for ttft in found["ttfts"]],
     }

@@ -83,10 +83,14 @@ def run_shape(server: LocalServer, shape: Shape, options: argparse.Namespace) ->
         ask(server, ids, 1)
     rows = []
     with ThreadPoolExecutor(shape.requests) as pool:
-        list(pool.map(lambda ids: ask(server, ids, min(WARM_TOKENS, options.new_tokens)), prompts))
+
+        def together(new_tokens: int) -> list[dict]:
+            return list(pool.map(lambda ids: ask(server, ids, new_tokens), prompts))
+
+        together(min(WARM_TOKENS, options.new_tokens))
         for _ in range(options.passes):
             started = time.monotonic()
-            answers = list(pool.map(lambda ids: ask(server, ids, options.new_tokens), prompts))
+            answers = together(options.new_tokens)
             rows.append(measured(answers, time.monotonic() - started, options.new_tokens))
     return rows
 

@@ -59,8 +59,15 @@ GRID = settings(
         "num_warps": [4, 8],
         "num_stages": [3, 5, 7],
     }
-) + [{"early": False}, {"least": 256}, {"least": 1024}, {"uneven": 1}, {"uneven": 8}]
-GRID += [{"merge_warps": 1}, {"merge_warps": 2}]
+) + [
+    {"early": False},
+    {"least": 256},
+    {"least": 1024},
+    {"uneven": 1},
+    {"uneven": 8},
+    {"merge_warps": 1},
+    {"merge_warps": 2},
+]
 LAYERS = 32  # that one plan is made for
 # Parts of the budget of KV heads in a map that splits it; their mean is 1.
 SPLIT = (0.3, 0.3, 0.5, 0.5, 0.9, 1.0, 1.5, 3.0)

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.harness import commit
-from sts_sglang.tools.demo import FACTS, MODELS, document
+from sts_sglang.tools.demo import FACTS, MODELS, document, question
 
 NEW_TOKENS = 48
 DTYPES = ("bfloat16", "float16")
@@ -29,7 +29,7 @@ def questions(number: int) -> list[list[int]]:
     found = []
     for i in range(number):
         name = list(FACTS)[i % len(FACTS)]
-        text = f"{document(500 + 3000 * i // number)}\n\nWhat is the access code of {name}?"
+        text = question(name, document(500 + 3000 * i // number))
         message = [{"role": "user", "content": text}]
         found.append(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
     return found

@@ -100,7 +100,7 @@ def readme(text: str) -> str:
 def break_even() -> dict[str, list[tuple[int, float]]]:
     """By "arm requests stock", the (context, gain) of what the README shows in its plot, of the card that
     more shapes were measured on."""
-    of_gpus = [[r for r in serving.drafted() if r["gpu"] == gpu] for gpu in tables.gpus_of(serving.drafted())]
+    of_gpus = tables.by_gpu(serving.drafted()).values()
     found = max(of_gpus, key=lambda own: len(tables.shapes_of(own)), default=[])
     lines: dict[str, list[tuple[int, float]]] = {}
     for arm in ("sts", "sts-draft"):

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.profile_round import record, steps, summary, verifies
-from sts_sglang.tools.demo import FACTS, MODELS, document
+from sts_sglang.tools.demo import FACTS, MODELS, document, question
 from sts_sglang.tools.local_server import LocalServer
 from tests.tolerances import NEAR_TIES, NearTies, assert_near_ties
 
@@ -165,8 +165,7 @@ def prompts() -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "target")
     found = []
     for characters, name in zip((600, 3000, 12000, 30000, 60000), [*FACTS, *FACTS], strict=False):
-        text = f"{document(characters)}\n\nWhat is the access code of {name}?"
-        message = [{"role": "user", "content": text}]
+        message = [{"role": "user", "content": question(name, document(characters))}]
         found.append(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
     return found
 
@@ -263,11 +262,13 @@ FORGETFUL = {"refresh-bfloat16"}
 @pytest.mark.parametrize("name", ["chain-float8_e4m3fn", "alone-float8_e4m3fn"])
 def test_fp8_differs_from_stock_as_often_as_stocks_backends_do(servers, prompts, name):
     """So what a tolerance that wide lets pass is not more than what FA3 rounds."""
-    stock = ask_all(servers["stock-float8_e4m3fn"], prompts)
+    stock, tie = ask_all(servers["stock-float8_e4m3fn"], prompts), NEAR_TIES[torch.float8_e4m3fn].gap
 
     def differences(server: LocalServer, **params) -> int:
         pairs = zip(prompts, stock, strict=True)
-        return sum(len(forced_through(server, ids, answer, **params)) for ids, answer in pairs)
+        gaps = [gap for ids, answer in pairs for gap in forced_through(server, ids, answer, **params)]
+        assert all(gap <= tie for gap in gaps), gaps
+        return len(gaps)
 
     others = differences(servers["stock-flashinfer-float8_e4m3fn"])
     assert differences(servers[name], **WHOLE) <= 1.5 * others + 3

@@ -39,7 +39,7 @@ PROMPTS = [random_ids(n, n) for n in (40, 333, 2000)]
 NEW_TOKENS = 24
 # In plain torch in bf16 two implementations of attention differ in the argmax of four of these models in 3 to
 # 6 % of 500 places, where the two best are up to 0.031 apart.
-NEAR = NearTies(0.1, 4, 0.1)
+NEAR = NearTies(0.1, 0, 0.15)
 SPARSE = json.dumps({"keep": 0.3, "budget": 0, "stand_aside": 0})
 COMMON = ("--load-format", "dummy", "--trust-remote-code", "--dtype", "bfloat16", "--skip-server-warmup")
 COMMON += ("--context-length", "8192", "--max-total-tokens", "20000", "--max-running-requests", "8")

@@ -17,7 +17,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from sts_sglang.core import dumps
-from sts_sglang.tools.demo import FACTS, MODELS, document
+from sts_sglang.tools.demo import FACTS, MODELS, document, question
 from sts_sglang.tools.local_server import LocalServer
 from tests.forked import Forked
 from tests.server import random_ids
@@ -145,7 +145,7 @@ def check(servers: dict[str, LocalServer], prefixes: list[list[int]]) -> None:
 def test_no_freed_slot_is_remembered_on_a_gpu(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "target")
     prefixes = [
-        tokenizer(document(characters) + f"\n\nWhat is the access code of {name}?")["input_ids"]
+        tokenizer(question(name, document(characters)))["input_ids"]
         for characters, name in zip((8000, 16000, 24000), FACTS, strict=True)
     ]
     # Room for a third of a storm: the rest waits, evicts, and retracts.

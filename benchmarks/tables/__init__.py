@@ -34,11 +34,15 @@ def spread(values: list[float]) -> str:
 
 
 def gpus(found: Iterable[dict]) -> str:
-    return " and ".join(gpus_of(found))
+    return " and ".join(by_gpu(found))
 
 
-def gpus_of(found: Iterable[dict]) -> list[str]:
-    return list(dict.fromkeys(r["gpu"] for r in found))
+def by_gpu(found: Iterable[dict]) -> dict[str, list[dict]]:
+    """Rows of each card."""
+    own: dict[str, list[dict]] = {}
+    for r in found:
+        own.setdefault(r["gpu"], []).append(r)
+    return own
 
 
 def card(gpu: str) -> str:

@@ -119,6 +119,15 @@ def chains() -> list[dict]:
     return [r for r in found if Shape.of(r).shortest is None]
 
 
+def gain_cell(found: list[dict], arm: str, shape: tuple[int, int], gpu: str) -> str:
+    """Over captured stock, with the card that it was measured on where that is not `gpu`."""
+    gained = gain(found, arm, shape, "stock-spec-captured")
+    if not gained:
+        return "–"
+    own = newest(found, shape, arm, "stock-spec-captured")[0][0]["gpu"]
+    return f"**{gained:.2f}x**" + ("" if own == gpu else f" ({card(own)})")
+
+
 def front() -> str:
     """The README's few rows: captured stock and sts with an EAGLE-3 head, where one was measured, and what
     the sparse draft, token scores and a STANDALONE draft bring."""
@@ -130,12 +139,11 @@ def front() -> str:
         own = newest(heads, shape, "stock-spec-captured", "sts")
         shown += [r for of_arm in own for r in of_arm]
         speeds = [f"{statistics.median(r['tokens_per_s'] for r in some):,.0f}" for some in own if some]
-        gained = [gain(heads, arm, shape, "stock-spec-captured") for arm in FRONT_ARMS]
-        of_drafts = [gain(drafts, arm, shape, "stock-spec-captured") for arm in ("sts", "sts-draft")]
-        there = newest(drafts, shape, "sts", "stock-spec-captured")[0]
-        other = f" ({card(there[0]['gpu'])})" if there and there[0]["gpu"] != heads[0]["gpu"] else ""
-        cells = [*(speeds or ["–", "–"]), *(f"**{one:.2f}x**" if one else "–" for one in gained)]
-        cells += [f"**{one:.2f}x**{other}" if one else "–" for one in of_drafts]
+        cells = [
+            *(speeds or ["–", "–"]),
+            *(gain_cell(heads, arm, shape, heads[0]["gpu"]) for arm in FRONT_ARMS),
+        ]
+        cells += [gain_cell(drafts, arm, shape, heads[0]["gpu"]) for arm in ("sts", "sts-draft")]
         if set(cells) != {"–"}:
             lines.append([f"{shape[0]:,} x {shape[1]}", *cells])
     note = (

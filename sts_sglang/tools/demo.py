@@ -50,6 +50,12 @@ def document(characters: int) -> str:
     return "\n".join(lines)
 
 
+def question(name: str, text: str = "") -> str:
+    """A message that asks for a fact, behind the text that has it."""
+    asked = f"What is the access code of {name}?"
+    return f"{text}\n\n{asked}" if text else asked
+
+
 def launch_args(pair: Pair, sts_config: str | None, context: int) -> list[str]:
     """Arguments of the demo's server after the model path."""
     args = ["--attention-backend", "sts", "--speculative-algorithm", "STANDALONE"]
@@ -64,8 +70,7 @@ def converse(server: LocalServer, text: str, max_tokens: int) -> None:
     """Ask the questions in one growing conversation and print a line of numbers under each answer."""
     messages: list[dict] = []
     for turn, name in enumerate(ASKED, start=1):
-        question = f"What is the access code of {name}?"
-        messages.append({"role": "user", "content": question if messages else f"{text}\n\n{question}"})
+        messages.append({"role": "user", "content": question(name, "" if messages else text)})
         before, started = server.counters(), time.monotonic()
         body = {"model": "demo", "messages": messages, "temperature": 0, "max_tokens": max_tokens}
         reply = server.post("/v1/chat/completions", body)
@@ -75,7 +80,7 @@ def converse(server: LocalServer, text: str, max_tokens: int) -> None:
         messages.append({"role": "assistant", "content": answer})
         delta = {name: after[name] - before[name] for name in after}
         verdict = "right" if FACTS[name] in answer else f"wrong, the document says {FACTS[name]}"
-        print(f"\n[{turn}] {question}\n    {answer!r}  ({verdict})")
+        print(f"\n[{turn}] {question(name)}\n    {answer!r}  ({verdict})")
         print(
             f"    prompt {usage['prompt_tokens']} tokens, cached "
             f"{(usage.get('prompt_tokens_details') or {}).get('cached_tokens', 0)}, "
