@@ -153,8 +153,8 @@ def bench_spread(results: Results, shape: Shape) -> None:
 
     def check() -> None:
         twin = scores._replace(importance=importance.clone())
-        ops("torch").spread_importance(twin, lens, factor=0.5)
-        spread(scores, lens, factor=0.5)
+        ops("torch").spread_importance(twin, lens, factor=0.5, over=1)
+        spread(scores, lens, factor=0.5, over=1)
         assert torch.equal(importance, twin.importance), "importance differs"
 
     if results.gate("spread", shape, check):
@@ -162,7 +162,7 @@ def bench_spread(results: Results, shape: Shape) -> None:
 
         def restored() -> None:  # once spread there is ever less to pass on
             importance.copy_(fresh)
-            spread(scores, lens, factor=0.5)
+            spread(scores, lens, factor=0.5, over=1)
 
         alone = microseconds([lambda: importance.copy_(fresh)])
         results.add("spread", shape, microseconds([restored]) - alone, importance.nbytes)

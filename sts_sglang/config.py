@@ -276,7 +276,8 @@ class StsConfig:
     spread: float = 0.5
     """Part of a token's score that the next token has at least. A row that attends to a token is often
     followed by one that attends to the token after it, and the last rows of a verify have no row of the draft
-    that could say so. 0: none."""
+    that could say so. Where draft steps are sparse most of its rows have none, and powers of it are passed on
+    to as many tokens as a verify has rows. 0: none."""
     pool_rows: PoolName = "max"
     """How the draft rows of a request become one score."""
     pool_heads: PoolName = "max"

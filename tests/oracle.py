@@ -71,6 +71,12 @@ class Rule:
     cuts: tuple[int, ...] = ()  # where chunks begin within a block of the prompt; all of them for a draft
     dense_layers: tuple[int, ...] = ()
 
+    def spreads(self, score: torch.Tensor) -> torch.Tensor:
+        """Every row is a token further on than the one before it, and not all of them score."""
+        for _ in range(1 if self.draft in ("dense", "extend") else self.num_steps + 1):
+            score = torch.maximum(score, torch.cat([score[:1], score[:-1] * self.spread]))
+        return score
+
     def budget(self, context: int) -> int:
         forced = self.sink + self.recent
         if self.selector == "pages":
@@ -501,7 +507,7 @@ class Oracle:
 
     @staticmethod
     def _top(score: torch.Tensor, length: int, rule: Rule, trace: Trace, tie: tuple) -> list[int]:
-        score = torch.maximum(score, torch.cat([score[:1], score[:-1] * rule.spread]))
+        score = rule.spreads(score)
         forced = set(range(min(rule.sink, length))) | set(range(max(length - rule.recent, 0), length))
         free = [p for p in range(length) if p not in forced]
         scores = score.tolist()
@@ -669,7 +675,7 @@ class Oracle:
         positions = [page * 16 + i for page in ranked[:number] for i in range(16)]
         if rule.selector == "pages":
             return [*positions, *range(length // 16 * 16, length)]
-        score = torch.maximum(drafted, torch.cat([drafted[:1], drafted[:-1] * rule.spread])).clone()
+        score = rule.spreads(drafted).clone()
         score[[p - rule.shift for p in positions if p >= rule.shift]] = 2.0  # above every probability
         return self._top(score, length, replace(rule, spread=0.0), trace, (trace.rounds, "joined", *head))
 

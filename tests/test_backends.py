@@ -447,6 +447,20 @@ def test_who_is_read_passes_importance_on(spread):
             assert (21 in chosen) == (budget == 8 and spread > 0)
 
 
+@pytest.mark.parametrize(
+    ("draft", "num_steps", "further"), [("dense", 3, 1), ("extend", 4, 1), ("steps", 3, 4), ("all", 4, 5)]
+)
+def test_importance_passes_on_further_where_fewer_rows_score(draft, num_steps, further):
+    config = {"policy": "fixed", "budget": 12, "sink": 2, "recent": 4, "spread": 0.9, "draft": draft}
+    rig = Rig(config, num_steps=num_steps)
+    rig.draft_extend(CONTEXT, 1, needle_query(rig, 19, TOKENS, 0))
+    rig.draft_steps(CONTEXT + 1, {})
+    for chosen in rig.plan(CONTEXT + 1):
+        # Of equal scores the later one wins: what is left of the six goes to the latest tokens.
+        latest = range(CONTEXT + 1 - 4 - (5 - further), CONTEXT + 1)
+        assert chosen == sorted({0, 1, *range(20, 21 + further), *latest})
+
+
 def test_top_p_takes_fewer_tokens_when_attention_is_peaked():
     found = []
     for position in (None, 19):

@@ -383,22 +383,27 @@ def test_draft_attention_of_an_empty_batch(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("factor", [0.5, 1.0])
-@pytest.mark.parametrize("programs", [1, 30, 1000])
-def test_importance_passes_on_by_one_token(monkeypatch, kernel: str, factor: float, programs: int) -> None:
-    """Over several blocks and parts, exactly; unknown tokens and other requests' columns stay as they are."""
+@pytest.mark.parametrize(
+    ("programs", "dtype"),
+    [(1, torch.float16), (30, torch.float16), (1000, torch.float16), (1000, torch.float32)],
+)
+@pytest.mark.parametrize("over", [1, 2, 4, 7])
+def test_importance_passes_on(monkeypatch, kernel: str, factor: float, programs: int, dtype, over) -> None:
+    """Over several blocks and parts, exactly; other requests' columns stay as they are."""
     tune(monkeypatch, spread, programs=programs)
     batch = Batch(lengths=[9, 1, 2, 9000, 70])
     batch.ctx_start[4] = -1
-    before = scores_like("unknown", batch)
+    before = scores_like("unknown", batch).to(dtype)
     found = before.clone().to(DEVICE)
     scores = on_device(Scores(found, batch.ctx_start))
-    ops(kernel).spread_importance(scores, on_device(batch.seq_lens), factor=factor)
+    ops(kernel).spread_importance(scores, on_device(batch.seq_lens), factor=factor, over=over)
     expected = before.clone()
     for start, length in zip(batch.ctx_start.tolist(), batch.lengths, strict=True):
         for p in range(2, length if start >= 0 else 0):
-            own, last = before[:, start + p], before[:, start + p - 1] * factor
-            expected[:, start + p] = torch.where(last > own, last, own)
-    assert torch.equal(found.cpu().view(torch.int16), expected.view(torch.int16))
+            for k in range(1, min(over, p - 1) + 1):  # the first position with a score is 1
+                own, last = expected[:, start + p], before[:, start + p - k] * factor**k
+                expected[:, start + p] = torch.where(last > own, last, own)
+    assert torch.equal(found.cpu().view(torch.int16), expected.view(torch.int16))  # NaN too
     assert (found.cpu() != before).sum() > 1000
 
 
@@ -1063,8 +1068,9 @@ with compile_only() as compiled:
     found = ops("triton").size_kept(eight, sizes, kept, room, i(13), every=16, percent=80)
     ops("triton").list_kept(kept, eight, Lists(like(9000), sizes.starts, sizes.counts), like(9000))
     ops("triton").keep_selected(kept, eight, found, Lists(like(9000), i(8, 128), like(8, 128)))
-    for channels, columns, bs in ((128, 65536, 8), (8, 4096, 2)):
-        ops("triton").spread_importance(Scores(like(channels, columns, dtype=f16), i(bs)), i(bs), factor=0.5)
+    for channels, columns, bs, over in ((128, 65536, 8, 1), (8, 4096, 2, 5)):
+        scores = Scores(like(channels, columns, dtype=f16), i(bs))
+        ops("triton").spread_importance(scores, i(bs), factor=0.5, over=over)
     ops("triton").blend_history(
         Scores(like(128, 4096, dtype=f16), i(2)), two, History(like(8192, 128, dtype=f16), i(8192), i(1)),
         like(2, dtype=f32), decay=0.9,

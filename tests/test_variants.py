@@ -166,7 +166,7 @@ def test_a_draft_scores_as_the_ops_do(folders) -> None:
                 step=step, num_steps=3, scale=q.shape[-1] ** -0.5, pooling=Pooling("max", "max", 3),
             )  # fmt: skip
     torch_ops.spread_importance(
-        Scores(expected, torch.zeros(1, dtype=torch.int64)), contexts.lens, factor=0.5
+        Scores(expected, torch.zeros(1, dtype=torch.int64)), contexts.lens, factor=0.5, over=1
     )
     own = study.fit.heard(study.window)[:, 1] * study.rows.context[1]
     assert torch.allclose(own * torch_ops.IMPORTANCE_SCALE, expected, rtol=1e-4, atol=1e-2)

@@ -10,6 +10,7 @@ import torch
 from sts_kernels.layout import (
     ALIGN,
     FP8,
+    MOST_OVER,
     PAGE,
     SHIFT,
     Carried,
@@ -156,11 +157,12 @@ def check_history(scores: Scores, history: History, weight: torch.Tensor) -> Non
     expect(op, weight.dtype == torch.float32, f"weight must be float32 [bs], got {weight.dtype}")
 
 
-def check_spread(scores: Scores, factor: float) -> None:
+def check_spread(scores: Scores, factor: float, over: int) -> None:
     """Arguments of spread_importance."""
     op = "spread_importance"
     _check_importance(op, scores)
     expect(op, 0 < factor <= 1, f"factor must be above 0 and at most 1, got {factor}")
+    expect(op, 1 <= over <= MOST_OVER, f"over must be from 1 to {MOST_OVER}, got {over}")
 
 
 def check_select(scores: Scores, budgets: torch.Tensor, lists: Lists) -> None:

@@ -52,6 +52,8 @@ LOW_ZERO = 8
 QUERY_STEPS = 127  # of a query that sketches are multiplied with, in int8, either way
 # New tokens of a prefill that have one selection, and keys that are selected together: neighbours.
 QUERY_BLOCK = KEY_BLOCK = 128
+# Tokens that a token's importance is passed on to, at most.
+MOST_OVER = 64
 # Tokens that may come before a selection that is kept is made anew, whatever else says when.
 KEPT_TOKENS = 256
 # In place of the slot that ends a slot's page: the slice that lies there belongs to none.

@@ -1,4 +1,4 @@
-"""Spread in Triton: a token's importance passes on to the next token, in place."""
+"""Spread in Triton: a token's importance passes on to the next tokens, in place."""
 
 from __future__ import annotations
 
@@ -27,34 +27,46 @@ class SpreadKnobs:
 KNOBS = SpreadKnobs()
 
 
-def spread_importance(scores: Scores, lens: torch.Tensor, *, factor: float) -> None:
+def spread_importance(scores: Scores, lens: torch.Tensor, *, factor: float, over: int) -> None:
     """Kernel of `sts_kernels.torch_ops.spread_importance` (see there); graph-safe, no host sync.
 
-    Where several programs share a row, a first launch copies the score that each part passes on to the next,
-    before it changes.
+    Where several programs share a row, a first launch copies the scores that each part passes on to the next,
+    before they change.
     """
-    check_spread(scores, factor)
+    check_spread(scores, factor, over)
     importance, bs, most = scores.importance, lens.numel(), KNOBS.most
     channels = importance.shape[0]
     if bs == 0:
         return
     parts = max(1, min(most, KNOBS.programs // (bs * channels)))
-    edges = importance.new_empty(bs, channels, most)
+    edges = importance.new_empty(bs, channels, most, triton.next_power_of_2(over))
     row = [importance, edges, scores.starts, lens, importance.stride(0)]
-    shape = {"PARTS": parts, "MOST": most, "BLOCK": KNOBS.block}
+    shape = {"PARTS": parts, "MOST": most, "WIDTH": edges.shape[-1], "BLOCK": KNOBS.block}
     if parts > 1:
         _edges_kernel[(bs, channels)](*row, **shape, num_warps=1)
-    _spread_kernel[(bs, channels, parts)](*row, factor, SHIFT=SHIFT, **shape, num_warps=KNOBS.num_warps)
+    _spread_kernel[(bs, channels, parts)](
+        *row, factor, OVER=over, SHIFT=SHIFT, **shape, num_warps=KNOBS.num_warps
+    )
 
 
 @triton.jit
-def _row(importance_ptr, edges_ptr, column_ptr, lens_ptr, stride, PARTS, MOST: tl.constexpr, BLOCK):
+def _row(
+    importance_ptr,
+    edges_ptr,
+    column_ptr,
+    lens_ptr,
+    stride,
+    PARTS,
+    MOST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK,
+):
     """Of a row: first column, below 0 where there is none; length; pointers to its scores and to its edges;
     and how many scores a part has."""
     b, c = tl.program_id(0), tl.program_id(1)
     start = tl.load(column_ptr + b)
     length = tl.load(lens_ptr + b).to(tl.int32)
-    edge_ptr = edges_ptr + (b * tl.num_programs(1) + c) * MOST
+    edge_ptr = edges_ptr + (b * tl.num_programs(1) + c) * MOST * WIDTH
     part = tl.cdiv(tl.cdiv(length, PARTS), BLOCK) * BLOCK
     return start, length, importance_ptr + c.to(tl.int64) * stride + start, edge_ptr, part
 
@@ -62,23 +74,24 @@ def _row(importance_ptr, edges_ptr, column_ptr, lens_ptr, stride, PARTS, MOST: t
 @triton.jit
 def _edges_kernel(
     importance_ptr,  # float16 or float32 [channels, columns]
-    edges_ptr,  # [bs, channels, MOST]: the last score of the part before
+    edges_ptr,  # [bs, channels, MOST, WIDTH]: the last scores of the part before, the last one first
     column_ptr,  # int64 [bs], first columns, below 0: none
     lens_ptr,  # int [bs]
     stride,
     PARTS: tl.constexpr,
     MOST: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     start, length, row_ptr, edge_ptr, part = _row(
-        importance_ptr, edges_ptr, column_ptr, lens_ptr, stride, PARTS, MOST, BLOCK
+        importance_ptr, edges_ptr, column_ptr, lens_ptr, stride, PARTS, MOST, WIDTH, BLOCK
     )
     if start < 0:
         return
-    i = tl.arange(0, MOST)  # parts
-    last = i * part - 1
+    i, k = tl.arange(0, MOST)[:, None], tl.arange(0, WIDTH)[None]  # parts, tokens before each
+    last = i * part - 1 - k
     ok = (i > 0) & (last < length)
-    tl.store(edge_ptr + i, tl.load(row_ptr + last, mask=ok, other=0.0), mask=ok)
+    tl.store(edge_ptr + i * WIDTH + k, tl.load(row_ptr + last, mask=ok, other=0.0), mask=ok)
 
 
 @triton.jit
@@ -89,26 +102,34 @@ def _spread_kernel(
     lens_ptr,
     stride,
     factor,
+    OVER: tl.constexpr,
     PARTS: tl.constexpr,
     MOST: tl.constexpr,
+    WIDTH: tl.constexpr,
     SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     start, length, row_ptr, edge_ptr, part = _row(
-        importance_ptr, edges_ptr, column_ptr, lens_ptr, stride, PARTS, MOST, BLOCK
+        importance_ptr, edges_ptr, column_ptr, lens_ptr, stride, PARTS, MOST, WIDTH, BLOCK
     )
     if start < 0:
         return
     first = tl.program_id(2) * part
+    edge_ptr += tl.program_id(2) * WIDTH
     blocks = tl.cdiv(tl.minimum(part, length - first), BLOCK)
-    edge = tl.load(edge_ptr + tl.program_id(2), mask=first > 0, other=0.0)
-    # From the last block to the first, so that the score which a block passes on is read before it changes.
+    # From the last block to the first, so that scores which a block passes on are read before they change.
     for i in range(0, blocks):
         offs = first + (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
         ok = (offs > SHIFT) & (offs < length)
         own = tl.load(row_ptr + offs, mask=ok, other=0.0)  # [BLOCK]
-        before = tl.load(row_ptr + offs - 1, mask=ok & (offs != first), other=0.0)
-        before = tl.where(offs == first, edge, before)
-        passed = (before.to(tl.float32) * factor).to(own.dtype)
+        best, weight = own, 1.0
+        for k in tl.static_range(1, OVER + 1):
+            weight = weight * factor
+            at = offs - k
+            scored = ok & (at >= SHIFT)
+            before = tl.load(row_ptr + at, mask=scored & (at >= first), other=float("-inf"))
+            edge = tl.load(edge_ptr + first - 1 - at, mask=scored & (at < first), other=float("-inf"))
+            passed = (tl.where(at < first, edge, before).to(tl.float32) * weight).to(own.dtype)
+            best = tl.where(passed > best, passed, best)
         tl.debug_barrier()  # all threads have read the block before one writes to it
-        tl.store(row_ptr + offs, passed, mask=ok & (passed > own))
+        tl.store(row_ptr + offs, best, mask=ok & (best > own))

@@ -477,29 +477,33 @@ def blend_history(
         history.scores[slots] = torch.maximum(history.scores[slots], fresh.to(history.scores.dtype))
 
 
-def spread_importance(scores: Scores, lens: torch.Tensor, *, factor: float) -> None:
-    """Every token's importance becomes at least `factor` times that of the token before it.
+def spread_importance(scores: Scores, lens: torch.Tensor, *, factor: float, over: int) -> None:
+    """Every token's importance becomes at least `factor ** k` times that of the token k before it, k <= over.
 
     Verify has more rows than the draft scores: the last draft token never runs through the draft, and with
     sparse draft steps only the carried row and the first step score. Attention that follows a text moves on
-    by one token from row to row, so a token that no row scored high is given a part of the score before it.
+    by one token from row to row, so a token that no row scored high is given a part of the scores before it.
 
     Args:
         scores: read and written at positions [SHIFT + 1, L) of every request with columns; the first position
-            with a score is SHIFT. A score that is NaN stays NaN, and the token after it keeps its own.
+            with a score is SHIFT. A score that is NaN stays NaN and is passed on to nobody.
         lens: int [bs], committed lengths.
         factor: above 0, at most 1.
+        over: from 1 to MOST_OVER.
 
     Raises:
-        ValueError: importance is not [channels, columns], or factor is out of its range.
+        ValueError: importance is not [channels, columns], or factor or over is out of its range.
     """
-    check_spread(scores, factor)
+    check_spread(scores, factor, over)
     for start, length in zip(scores.starts.tolist(), lens.tolist(), strict=True):
-        if start >= 0:
-            own = scores.importance[:, start + SHIFT + 1 : start + length]
-            before = scores.importance[:, start + SHIFT : start + length - 1]
-            passed = (before.float() * factor).to(own.dtype)
-            own.copy_(torch.where(passed > own, passed, own))
+        if start < 0:
+            continue
+        own = scores.importance[:, start + SHIFT : start + length]
+        before, weight = own.to(torch.float32, copy=True), torch.tensor(1.0)
+        for k in range(1, min(over, max(length - SHIFT - 1, 0)) + 1):
+            weight = weight * factor  # float32, as the kernel has it
+            passed, later = (before[:, :-k] * weight).to(own.dtype), own[:, k:]
+            later.copy_(torch.where(passed > later, passed, later))
 
 
 # ---- selection

@@ -61,7 +61,8 @@ class DraftSelector:
         if state.history is not None:
             state.history.blend(self.ops, state.scores(sizes.known), contexts)
         if config.spread:
-            self.ops.spread_importance(state.scores(sizes.sparse), contexts.lens, factor=config.spread)
+            scores, over = state.scores(sizes.sparse), state.spread_over
+            self.ops.spread_importance(scores, contexts.lens, factor=config.spread, over=over)
         state.note_scores(sizes.known, contexts)
 
     def begin(self, lists: Lists, contexts: Contexts) -> Lists:
