@@ -36,6 +36,7 @@ KEEP, KEEP_OF_PAGES = 0.1, 0.5
 ADAPTIVE_ROUNDS, ADAPTIVE_PERCENT = 16, 80
 # A selection is kept for no more tokens (layout.KEPT_TOKENS), and a round brings one at least.
 MOST_REFRESH = 256
+MOST_OVER = 64  # tokens that importance is passed on to (layout.MOST_OVER)
 BRANCHES = 2  # places within a page where a request left the prefix that it shares; more are rare
 
 Policy = Literal["ratio", "fixed", "top_p"]
@@ -220,6 +221,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "recent": _integer(1, MAX_TOKENS),
     "dense_layers": _layers,
     "spread": _part,
+    "spread_over": _integer_or("auto", 1, MOST_OVER),
     "pool_rows": _choice(get_args(PoolName)),
     "pool_heads": _choice(get_args(PoolName)),
     "head_map": _path("the path of a head map file, or null for the proportional map", 4096),
@@ -276,8 +278,10 @@ class StsConfig:
     spread: float = 0.5
     """Part of a token's score that the next token has at least. A row that attends to a token is often
     followed by one that attends to the token after it, and the last rows of a verify have no row of the draft
-    that could say so. Where draft steps are sparse most of its rows have none, and powers of it are passed on
-    to as many tokens as a verify has rows. 0: none."""
+    that could say so. 0: none."""
+    spread_over: int | Literal["auto"] = "auto"
+    """Tokens that it is passed on to, each of them getting `spread` times what the one before got; auto: 1,
+    or with sparse draft steps, where most rows of a verify have none of the draft, as many as it has."""
     pool_rows: PoolName = "max"
     """How the draft rows of a request become one score."""
     pool_heads: PoolName = "max"

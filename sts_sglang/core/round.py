@@ -84,6 +84,8 @@ class Draft(NamedTuple):
     def spread_over(self, config: StsConfig) -> int:
         """Tokens that importance is passed on to: one, for the last row of a verify; with a sparse draft one
         for each row up to the next round's, since all of them go by what the first step scored."""
+        if config.spread_over != "auto":
+            return config.spread_over
         return min(self.num_steps + 1, MOST_OVER) if config.sparse_steps else 1
 
     @property
