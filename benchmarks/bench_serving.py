@@ -6,8 +6,8 @@ Arms (each its own server, `--repeats` times in alternating order):
   stock-spec-captured  the same with its draft-extend in a CUDA graph: what that graph alone brings
   stock-fp8            that one with keys and values in FP8, where FA3 or FlashInfer of the host reads it
   sts-dense            sts with every target layer dense: what capture and selection cost
-  sts                  sts with the given --sts-config
-  sts-draft            the same with "draft": "all"
+  sts                  sts with the given --sts-config and, where there is a draft, "draft": "dense"
+  sts-draft            the same with "draft": "all", which is what chains have by default
   sts-draft-refresh    that one with "draft_refresh": 4
   sts-draft-every      sts with "draft": "every"
   sts-draft-kv         sts with "draft_kv": "fp8_e4m3", where `stock-fp8` runs

@@ -27,25 +27,29 @@ class Arm:
     args: tuple[str, ...] = ()
 
 
+DENSE = {"draft": "dense"}
 ARMS = {
     "stock": Arm(None, drafts=False),
     "stock-spec": Arm(None),
     "stock-spec-captured": Arm(None, module="benchmarks.captured_stock"),
     "stock-fp8": Arm(None, module="benchmarks.captured_stock", args=("--kv-cache-dtype", "fp8_e4m3")),
-    "sts-dense": Arm({"dense_layers": "all"}),
-    "sts": Arm({}),
+    "sts-dense": Arm({**DENSE, "dense_layers": "all"}),
+    "sts": Arm(DENSE),
     "sts-extend": Arm({"draft": "extend"}),
     "sts-draft": Arm({"draft": "all"}),
     "sts-draft-refresh": Arm({"draft": "all", "draft_refresh": 4}),
     "sts-draft-every": Arm({"draft": "every"}),
-    "sts-draft-kv": Arm({"draft_kv": "fp8_e4m3"}),
+    "sts-draft-kv": Arm({**DENSE, "draft_kv": "fp8_e4m3"}),
     "sts-pages": Arm({"selector": "pages"}),
     "sts-tokens": Arm({"selector": "tokens"}),
-    "sts-warm": Arm({"history": "warm"}),
-    "sts-blend": Arm({"history": "blend"}),
+    "sts-warm": Arm({**DENSE, "history": "warm"}),
+    "sts-blend": Arm({**DENSE, "history": "blend"}),
     "sts-draft-blend": Arm({"draft": "all", "history": "blend"}),
 }
-ALONE = {name: replace(ARMS[name], drafts=False) for name in ("stock", "sts", "sts-pages", "sts-tokens")}
+ALONE = {
+    "sts": Arm({}, drafts=False),
+    **{name: replace(ARMS[name], drafts=False) for name in ("stock", "sts-pages", "sts-tokens")},
+}
 ARMS_OF = {NONE: ALONE, **dict.fromkeys(("STANDALONE", "EAGLE3"), ARMS)}  # by algorithm
 
 

@@ -36,6 +36,12 @@ KEEP, KEEP_OF_PAGES = 0.1, 0.5
 ADAPTIVE_ROUNDS, ADAPTIVE_PERCENT = 16, 80
 # A selection is kept for no more tokens (layout.KEPT_TOKENS), and a round brings one at least.
 MOST_REFRESH = 256
+# `draft` "auto" is "all" with these, in chains of so many steps: there it costs no answers, neither of the
+# shipped pairs nor of a model that nobody trained to be sparse (benchmarks/REPORT.md, Sparse drafts).
+SPARSE_ALGORITHMS, SPARSE_STEPS = ("STANDALONE", "EAGLE3"), 3
+# What `spread` "auto" stands for: with heads whose steps are sparse it is more, and goes twice as far, since
+# one layer finds less than a model does (there as well).
+SPREAD, SPREAD_OF_HEADS = 0.5, 0.75
 MOST_OVER = 64  # tokens that importance is passed on to (layout.MOST_OVER)
 BRANCHES = 2  # places within a page where a request left the prefix that it shares; more are rare
 
@@ -46,7 +52,7 @@ DenseName = Literal["auto", "fa3", "flashinfer", "torch"]
 HistoryMode = Literal["off", "warm", "blend"]
 SelectorName = Literal["auto", "draft", "tokens", "pages", "joined", "quest", "recent", "random", "oracle"]
 VerifyMode = Literal["sparse", "dense"]
-DraftMode = Literal["dense", "extend", "steps", "all", "every"]
+DraftMode = Literal["auto", "dense", "extend", "steps", "all", "every"]
 DraftKv = Literal["auto", "model", "fp8_e4m3"]
 RequestKeep = Literal["any", "at_most", "off"]
 PrefillMode = Literal["dense", "sparse"]
@@ -146,9 +152,14 @@ def _number(inside: Callable[[float], bool], allowed: str) -> Callable[[str, obj
 _share = _number(lambda x: 0 < x <= 1, "a number above 0 and at most 1")
 _keep = _number(lambda x: 0 < x <= 1, "a number above 0 and at most 1, or 'auto'")
 _part = _number(lambda x: 0 <= x <= 1, "a number from 0 to 1")
+_spread_part = _number(lambda x: 0 <= x <= 1, "a number from 0 to 1, or 'auto'")
 _inner = _number(lambda x: 0 < x < 1, "a number between 0 and 1")
 # Between 0.999 and 1 float16 would round the change away, round after round.
 _decay = _number(lambda x: 0 < x <= 0.999 or x == 1, "a number above 0 and at most 0.999, or 1")
+
+
+def _spread(field: str, value: object) -> float | str:
+    return value if isinstance(value, str) and value == "auto" else _spread_part(field, value)
 
 
 def _keep_or_auto(field: str, value: object) -> float | str:
@@ -220,7 +231,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     "sink": _sink,
     "recent": _integer(1, MAX_TOKENS),
     "dense_layers": _layers,
-    "spread": _part,
+    "spread": _spread,
     "spread_over": _integer_or("auto", 1, MOST_OVER),
     "pool_rows": _choice(get_args(PoolName)),
     "pool_heads": _choice(get_args(PoolName)),
@@ -275,13 +286,14 @@ class StsConfig:
     """Last context tokens, always kept."""
     dense_layers: tuple[int, ...] = ()
     """Target layers that attend to everything; a launch knows how many there are."""
-    spread: float = 0.5
+    spread: float | Literal["auto"] = "auto"
     """Part of a token's score that the next token has at least. A row that attends to a token is often
     followed by one that attends to the token after it, and the last rows of a verify have no row of the draft
-    that could say so. 0: none."""
+    that could say so. auto: 0.5, with the sparse steps of a head 0.75. 0: none."""
     spread_over: int | Literal["auto"] = "auto"
     """Tokens that it is passed on to, each of them getting `spread` times what the one before got; auto: 1,
-    or with sparse draft steps, where most rows of a verify have none of the draft, as many as it has."""
+    or with sparse draft steps, where most rows of a verify have none of the draft, as many as it has, with a
+    head twice as many."""
     pool_rows: PoolName = "max"
     """How the draft rows of a request become one score."""
     pool_heads: PoolName = "max"
@@ -315,8 +327,10 @@ class StsConfig:
     the rest."""
     verify: VerifyMode = "sparse"
     """`dense`: draft and score as ever but attend to everything, which is stock's output."""
-    draft: DraftMode = "dense"
-    """What the draft itself attends to sparsely. `extend`: draft-extend alone, to what its round selected by
+    draft: DraftMode = "auto"
+    """What the draft itself attends to sparsely. `auto`: `all` where that was measured to cost no answers,
+    which is in chains of three steps or more of a STANDALONE draft or an EAGLE-3 head that chooses alone, and
+    else `dense`. `extend`: draft-extend alone, to what its round selected by
     all of its steps. `steps`: a round scores and selects the context in its first draft step; the steps after
     it attend to the selection, as verify does, and score nothing. `all`: so does draft-extend. `every`: and
     the first step, to the selection of the round before it and what came since; it then scores by the keys of
@@ -462,6 +476,24 @@ class StsConfig:
         chosen = replace(self, selector=own) if self.selector == "auto" else self
         return replace(chosen, keep=chosen.share)
 
+    def for_draft(self, algorithm: str, num_steps: int, topk: int) -> StsConfig:
+        """With what `auto` stands for in `draft`, `spread` and `spread_over`, given SGLang's flags."""
+        mode = self.draft
+        if mode == "auto":
+            chain = topk == 1 and num_steps >= SPARSE_STEPS
+            # Another selector, or a batch that stands aside, has no selection for it in time.
+            early = self.by_draft and self.stand_aside in ("auto", 0)
+            mode = "all" if chain and early and algorithm in SPARSE_ALGORITHMS else "dense"
+        chosen, spread, over = replace(self, draft=mode), SPREAD, 1
+        if chosen.sparse_steps:
+            head = algorithm != "STANDALONE"
+            spread, over = (SPREAD_OF_HEADS, 2) if head else (SPREAD, 1)
+            over = min(over * (num_steps + 1), MOST_OVER)
+        spread = spread if self.spread == "auto" else self.spread
+        return replace(
+            chosen, spread=spread, spread_over=over if self.spread_over == "auto" else self.spread_over
+        )
+
     def _check_alone(self) -> None:
         """Raises `ConfigError` for what needs a draft."""
         needs = [("selector", "draft"), ("selector", "joined"), ("policy", "top_p"), *BY_SCORES]
@@ -540,12 +572,18 @@ class StsConfig:
     @property
     def sparse_draft(self) -> bool:
         """Whether a pass of the draft attends to a selection."""
-        return self.draft != "dense"
+        return self.draft not in ("auto", "dense")
 
     @property
     def sparse_steps(self) -> bool:
         """Whether decode steps of the draft attend to the selection of their round, made after the first."""
         return self.draft in ("steps", "all", "every")
+
+    @property
+    def passed_on(self) -> tuple[float, int]:
+        """`factor` and `over` of `sts_kernels.torch_ops.spread_importance`; `auto` as with a dense draft."""
+        factor = SPREAD if self.spread == "auto" else self.spread
+        return factor, 1 if self.spread_over == "auto" else self.spread_over
 
     @property
     def keeps_selections(self) -> bool:

@@ -48,6 +48,7 @@ class Rule:
     history_weight: float = 0.05
     history_decay: float = 0.9
     spread: float = 0.5  # part of a token's score that the next one has at least
+    spread_over: int = 1  # times, each from what the one before made
     # "steps": draft steps after the first attend to the selection; "all": so does the draft-extend of what
     # was accepted; "every": and the first step, to the selection before. "extend": draft-extend alone.
     draft: str = "dense"
@@ -73,7 +74,7 @@ class Rule:
 
     def spreads(self, score: torch.Tensor) -> torch.Tensor:
         """Every row is a token further on than the one before it, and not all of them score."""
-        for _ in range(1 if self.draft in ("dense", "extend") else self.num_steps + 1):
+        for _ in range(self.spread_over):
             score = torch.maximum(score, torch.cat([score[:1], score[:-1] * self.spread]))
         return score
 

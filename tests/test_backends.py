@@ -448,11 +448,11 @@ def test_who_is_read_passes_importance_on(spread):
 
 
 @pytest.mark.parametrize(
-    ("draft", "num_steps", "further"), [("dense", 3, 1), ("extend", 4, 1), ("steps", 3, 4), ("all", 4, 5)]
+    ("draft", "num_steps", "further"), [("dense", 3, 1), ("extend", 4, 2), ("steps", 3, 4), ("all", 4, 5)]
 )
-def test_importance_passes_on_further_where_fewer_rows_score(draft, num_steps, further):
+def test_importance_passes_on_as_far_as_it_is_told(draft, num_steps, further):
     config = {"policy": "fixed", "budget": 12, "sink": 2, "recent": 4, "spread": 0.9, "draft": draft}
-    rig = Rig(config, num_steps=num_steps)
+    rig = Rig({**config, "spread_over": further}, num_steps=num_steps)
     rig.draft_extend(CONTEXT, 1, needle_query(rig, 19, TOKENS, 0))
     rig.draft_steps(CONTEXT + 1, {})
     for chosen in rig.plan(CONTEXT + 1):

@@ -104,6 +104,25 @@ def test_what_a_launch_keeps_depends_on_who_selects():
         StsConfig(keep="most")
 
 
+def test_a_draft_is_sparse_where_that_was_measured_to_cost_nothing():
+    def chosen(algorithm: str, num_steps: int = 3, topk: int = 1, **config) -> tuple:
+        found = StsConfig(**config).for_launch(True).for_draft(algorithm, num_steps, topk)
+        assert found.for_launch(True).for_draft(algorithm, num_steps, topk) == found
+        return found.draft, *found.passed_on
+
+    dense = ("dense", 0.5, 1)
+    assert chosen("STANDALONE") == ("all", 0.5, 4) and chosen("EAGLE3") == ("all", 0.75, 8)
+    assert chosen("STANDALONE", 5) == ("all", 0.5, 6) and chosen("EAGLE3", 40) == ("all", 0.75, 64)
+    assert [chosen("STANDALONE", 2), chosen("EAGLE3", topk=4), chosen("EAGLE")] == [dense] * 3
+    assert [chosen("EAGLE3", selector=name) for name in ("tokens", "joined")] == [dense] * 2
+    assert chosen("STANDALONE", stand_aside=4096) == chosen("STANDALONE", draft="dense") == dense
+    assert chosen("EAGLE", draft="steps") == ("steps", 0.75, 8)
+    assert chosen("EAGLE3", draft="extend") == ("extend", 0.5, 1)
+    assert chosen("EAGLE3", spread=0.25, spread_over=2) == ("all", 0.25, 2)
+    assert chosen("STANDALONE", draft="dense", spread=0) == ("dense", 0, 1)
+    assert StsConfig().passed_on == (0.5, 1) and not StsConfig().sparse_draft
+
+
 def test_every_source_reads_the_same(tmp_path):
     text = json.dumps(EVERY_KEY)
     file = tmp_path / "sts.json"
@@ -162,7 +181,7 @@ BAD_VALUES = {
         "from 0 to 1023",
     ),
     "spread_over": ([0, -1, 65, 2.0, True, "2", None], "an integer from 1 to 64, or 'auto'"),
-    "spread": ([-0.1, 1.5, True, "0.5", None, math.nan], "a number from 0 to 1"),
+    "spread": ([-0.1, 1.5, True, "0.5", None, math.nan], "a number from 0 to 1, or 'auto'"),
     "pool_rows": (["sum", "", None, 0], "max | mean"),
     "pool_heads": (["min", "MAX", None, True], "max | mean"),
     "head_map": (["", "  ", 1, ["m.json"], "a\0b", "\ud800", "x" * 4097], "path of a head map"),
@@ -639,4 +658,4 @@ WRITTEN_BEFORE = (
 
 
 def test_configurations_of_before_are_read_as_before():
-    assert StsConfig.parse(WRITTEN_BEFORE) == StsConfig(keep=0.1)
+    assert StsConfig.parse(WRITTEN_BEFORE) == StsConfig(keep=0.1, draft="dense", spread=0.5)

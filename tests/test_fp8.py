@@ -195,7 +195,12 @@ def with_scales(model: Path, folder: Path, k: float, v: float) -> Path:
 
 
 def sts(draft: Path, /, **config) -> list[str]:
-    args = ["--attention-backend", "sts", "--sts-config", json.dumps({"sink": 2, "recent": 8, **config})]
+    args = [
+        "--attention-backend",
+        "sts",
+        "--sts-config",
+        json.dumps({"sink": 2, "recent": 8, "draft": "dense", **config}),
+    ]
     return [
         *args,
         "--speculative-algorithm",

@@ -34,7 +34,7 @@ NEW_TOKENS, ENDLESS = 32, 1000  # of a request, and of one that is aborted
 
 
 def sts(draft: Path, **config) -> list[str]:
-    config = {"keep": 0.1, "budget": 0, "sink": 4, "recent": 16, **config}
+    config = {"keep": 0.1, "budget": 0, "sink": 4, "recent": 16, "draft": "dense", **config}
     return ["--attention-backend", "sts", "--sts-config", json.dumps(config), *CHAIN] + [
         "--speculative-draft-model-path",
         str(draft),

@@ -76,7 +76,7 @@ def sts_server(
     server = start(
         pair["target"],
         log,
-        *("--attention-backend", "sts", "--sts-config", json.dumps(config)),
+        *("--attention-backend", "sts", "--sts-config", json.dumps({"draft": "dense", **config})),
         *("--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(pair[draft])),
         *args,
         env=env,
@@ -84,6 +84,15 @@ def sts_server(
     with server:
         yield server
     assert not LEAK.search(logged(log)), server.log_tail()
+
+
+def spread_rule(rule: Rule, algorithm: str) -> Rule:
+    """With what a draft passes on whose first step alone scores: to as many tokens as a verify has rows, that of
+    a head more of it to twice as many."""
+    if rule.draft in ("dense", "extend"):
+        return rule
+    part, times = (0.5, 1) if algorithm == "STANDALONE" else (0.75, 2)
+    return replace(rule, spread=part, spread_over=times * (rule.num_steps + 1))
 
 
 def scenario(server: Server) -> list[list[int]]:
@@ -149,23 +158,28 @@ def features(server: Server, **extra) -> dict:
         ("EAGLE3", "eagle3", CHAIN, "dense", 1),
         ("EAGLE3", "eagle3", TREE, "dense", 1),
         ("EAGLE3", "eagle3", CHAIN, "extend", 1),
-        ("STANDALONE", "draft", LONG_CHAIN, "all", 1),
+        ("STANDALONE", "draft", LONG_CHAIN, "auto", 1),
         ("STANDALONE", "draft", TREE, "steps", 1),
+        ("EAGLE3", "eagle3", CHAIN, "auto", 1),
         ("EAGLE3", "eagle3", LONG_CHAIN, "all", 3),
         ("STANDALONE", "draft", CHAIN, "every", 2),
     ],
     ids=[
         *("standalone-chain", "standalone-tree", "eagle3-chain", "eagle3-tree", "eagle3-chain-extend"),
-        *("standalone-chain-all", "standalone-tree-steps", "eagle3-chain-all-refresh"),
+        *("standalone-chain-auto", "standalone-tree-steps", "eagle3-chain-auto", "eagle3-chain-all-refresh"),
         "standalone-chain-every",
     ],
 )
 def test_full_budget_then_small(pair, logs, reference, algorithm, model, shape, draft, refresh, request):
     """One server: by default a tenth of the context, per request all of it."""
     config = {**SPARSE, "draft": draft, "draft_refresh": refresh}
-    name = request.node.callspec.id
+    name, mode = request.node.callspec.id, "all" if draft == "auto" else draft
     with sts_server(pair, logs, name, algorithm, model, config, *shape) as server:
-        rule = replace(RULE, draft=draft, refresh=refresh, **SHAPES[shape])
+        rule = spread_rule(replace(RULE, draft=mode, refresh=refresh, **SHAPES[shape]), algorithm)
+        served = server.sts()["config"]
+        assert (served["draft"], served["spread"], served["spread_over"]) == (
+            mode, rule.spread, rule.spread_over,
+        )  # fmt: skip
         _check_small_budget(server, Oracle(pair["target"], pair[model]), rule)
         before = server.counters()
         whole = Whole(server)
@@ -523,6 +537,7 @@ def test_the_triton_kernels_serve_in_the_interpreter(pair, logs, draft, refresh)
         assert server.sts()["kernel"] == "triton"
         counters = server.counters()
     rule = replace(RULE, keep=0.4, draft=draft, refresh=refresh, **SHAPES[TREE])
+    rule = spread_rule(rule, "STANDALONE")
     oracle = Oracle(pair["target"], pair["draft"])
     traces = [oracle.generate(ids, 5, rule) for ids in prompts]
     assert [a["output_ids"] for a in answers] == [t.tokens for t in traces]

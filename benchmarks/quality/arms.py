@@ -41,18 +41,21 @@ def own_arm(config: dict, about: str, keep: float) -> Arm:
     return Arm(config, about, own=True, sweep=sweep)
 
 
-SPARSE_PREFILL = {"prefill": "sparse", "prefill_floor": 0}  # a floor would hide keeps
+DENSE_DRAFT = {"draft": "dense"}
+SPARSE_PREFILL = {**DENSE_DRAFT, "prefill": "sparse", "prefill_floor": 0}  # a floor would hide keeps
 
 ARMS = {
     "stock": Arm(None, "SGLang without sts", keeps=False),
-    "dense": Arm({"verify": "dense"}, "draft and scoring as ever, dense verify", keeps=False),
-    "sts": Arm({}, "the draft's attention, default head map"),
-    "sts-again": Arm({}, "the same once more: run-to-run noise"),
-    "sts-proportional": Arm({"head_map": "proportional"}, "the map that needs no calibration"),
-    "sts-uniform": Arm({"head_map": "uniform"}, "the default map, but the same budget for every head"),
-    "sts-warm": Arm({"history": "warm"}, "history in a request's first verify"),
-    "sts-blend": Arm({"history": "blend"}, "history in every verify"),
-    "sts-no-spread": Arm({"spread": 0}, "no token passes importance on to the next"),
+    "dense": Arm({**DENSE_DRAFT, "verify": "dense"}, "draft and scoring as ever, dense verify", keeps=False),
+    "sts": Arm(DENSE_DRAFT, "the draft's attention, default head map; a dense draft"),
+    "sts-again": Arm(DENSE_DRAFT, "the same once more: run-to-run noise"),
+    "sts-proportional": Arm({**DENSE_DRAFT, "head_map": "proportional"}, "the map that needs no calibration"),
+    "sts-uniform": Arm(
+        {**DENSE_DRAFT, "head_map": "uniform"}, "the default map, but the same budget for every head"
+    ),
+    "sts-warm": Arm({**DENSE_DRAFT, "history": "warm"}, "history in a request's first verify"),
+    "sts-blend": Arm({**DENSE_DRAFT, "history": "blend"}, "history in every verify"),
+    "sts-no-spread": Arm({**DENSE_DRAFT, "spread": 0}, "no token passes importance on to the next"),
     "sts-extend": Arm({"draft": "extend"}, "draft-extend alone attends to the selection"),
     "sts-steps": Arm({"draft": "steps"}, "draft steps after the first attend to the selection"),
     "sts-draft": Arm({"draft": "all"}, "so does draft-extend"),
@@ -62,7 +65,7 @@ ARMS = {
     ),
     "sts-draft-every": Arm({"draft": "every"}, "every pass of the draft attends to a selection"),
     "sts-draft-blend": Arm({"draft": "all", "history": "blend"}, "the same with history in every verify"),
-    "sts-full4": Arm({"full_verify_every": 4}, "every 4th verify attends to everything"),
+    "sts-full4": Arm({**DENSE_DRAFT, "full_verify_every": 4}, "every 4th verify attends to everything"),
     "joined": Arm({"selector": "joined"}, "pages have three quarters of a list, the draft the rest"),
     "tokens": Arm({"selector": "tokens"}, "the target's own queries against short forms of its keys"),
     "oracle": Arm({"selector": "oracle"}, "the target's own attention"),

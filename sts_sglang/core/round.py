@@ -4,7 +4,7 @@ A round has these draft rows per request: the *carried* row (the last accepted t
 previous draft-extend or the prefill; it stands for verify row 0) and one row per draft decode step and
 branch, or per branch of the first step alone if the draft is sparse. The last draft token never runs
 through the draft, so it has no row; rows are pooled per request because tree nodes cannot be matched to the
-branches that ran, and `spread` stands in for rows that are not there (`Draft.spread_over`).
+branches that ran, and `spread` stands in for rows that are not there.
 
 What is carried is the row's *query*, not its scores: the next round scores it in the read of the keys
 that its first draft step makes anyway, and no per-token state outlives a round. Everything is static,
@@ -20,7 +20,6 @@ import torch
 
 from sts_kernels import Ops
 from sts_kernels.layout import (
-    MOST_OVER,
     SHIFT,
     UNKNOWN,
     WHOLE,
@@ -81,13 +80,6 @@ class Draft(NamedTuple):
         the step before it and never runs, so there is one step less."""
         return 1 if config.sparse_steps else self.num_steps - 1
 
-    def spread_over(self, config: StsConfig) -> int:
-        """Tokens that importance is passed on to: one, for the last row of a verify; with a sparse draft one
-        for each row up to the next round's, since all of them go by what the first step scored."""
-        if config.spread_over != "auto":
-            return config.spread_over
-        return min(self.num_steps + 1, MOST_OVER) if config.sparse_steps else 1
-
     @property
     def kv_dtype(self) -> torch.dtype:
         return self.pools.layer(0).k.dtype
@@ -131,7 +123,6 @@ class RoundState:
         importance_dtype: torch.dtype,
     ):
         self.config, self.rule, requests = config, config.rule(), cache.table.shape[0]
-        self.spread_over = 1 if draft is None else draft.spread_over(config)
         speaking = (0, 0) if draft is None else (draft.q_heads, draft.head_dim)
         shape = (len(channels.members), requests, *speaking)  # of layers that speak
         self.carried = torch.zeros(shape, dtype=None if draft is None else draft.dtype, device=device)

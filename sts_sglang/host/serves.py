@@ -442,9 +442,9 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     schedulers: with what selects, and the hash of the head map's file, which they read again.
     """
     check_resolved(server_args)
-    asked, drafts = config, speculates(server_args)
+    asked = config
     # Whether the map has directions is known below; tokens ask for no more than pages do.
-    config = asked.for_launch(drafts, directions=True)
+    config = _for_launch(asked, server_args, directions=True)
     check_device(server_args, config)
     check_history(server_args, config)
     check_prefill(server_args, config)
@@ -467,10 +467,20 @@ def check_all(server_args: ServerArgs, config: StsConfig) -> StsConfig:
     models = models if models.are_folders() else None
     counts = views.model(target).counts, draft and views.model(draft).counts
     head_map = headmap.of_config(config, *counts, models, server_args.tp_size)
-    config = asked.for_launch(drafts, head_map.directions is not None)
+    config = _for_launch(asked, server_args, head_map.directions is not None)
     if config.head_map or models is not None:  # else a packaged map may yet be found
         headmap.check_directions(config, head_map, target.head_dim)
     return headmap.pinned(config, head_map)
+
+
+def _for_launch(config: StsConfig, server_args: ServerArgs, directions: bool) -> StsConfig:
+    """With what `auto` stands for in a launch with these flags."""
+    drafts = speculates(server_args)
+    chosen = config.for_launch(drafts, directions)
+    if not drafts:
+        return chosen
+    steps, topk = server_args.speculative_num_steps, server_args.speculative_eagle_topk
+    return chosen.for_draft(server_args.speculative_algorithm, steps or 0, topk or 1)
 
 
 def check_prefill(server_args: ServerArgs, config: StsConfig) -> None:

@@ -61,8 +61,8 @@ class DraftSelector:
         if state.history is not None:
             state.history.blend(self.ops, state.scores(sizes.known), contexts)
         if config.spread:
-            scores, over = state.scores(sizes.sparse), state.spread_over
-            self.ops.spread_importance(scores, contexts.lens, factor=config.spread, over=over)
+            scores, (factor, over) = state.scores(sizes.sparse), config.passed_on
+            self.ops.spread_importance(scores, contexts.lens, factor=factor, over=over)
         state.note_scores(sizes.known, contexts)
 
     def begin(self, lists: Lists, contexts: Contexts) -> Lists:
