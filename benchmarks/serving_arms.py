@@ -47,8 +47,8 @@ ARMS = {
     "sts-draft-blend": Arm({"draft": "all", "history": "blend"}),
 }
 ALONE = {
-    "sts": Arm({}, drafts=False),
-    **{name: replace(ARMS[name], drafts=False) for name in ("stock", "sts-pages", "sts-tokens")},
+    name: replace(ARMS[name], config={} if name == "sts" else ARMS[name].config, drafts=False)
+    for name in ("stock", "sts", "sts-pages", "sts-tokens")
 }
 ARMS_OF = {NONE: ALONE, **dict.fromkeys(("STANDALONE", "EAGLE3"), ARMS)}  # by algorithm
 

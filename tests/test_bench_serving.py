@@ -49,9 +49,12 @@ def test_a_pair_is_served_as_ever():
     given = [*PAIR, "--algorithm", "EAGLE3", "--steps", "2"]
     assert flags("stock", *given) == []
     assert flags("stock-spec", *given) == flags("stock-spec-captured", *given) == drafts
-    assert flags("sts-blend", *given) == [*drafts, *SPARSE, '{"keep": 0.1, "history": "blend"}']
+    assert flags("sts-blend", *given) == [
+        *(*drafts, *SPARSE),
+        '{"keep": 0.1, "draft": "dense", "history": "blend"}',
+    ]
     dense = json.loads(flags("sts-dense", *given)[-1])
-    assert dense == {"keep": 0.1, "dense_layers": [0, 1, 2, 3]}
+    assert dense == {"keep": 0.1, "draft": "dense", "dense_layers": [0, 1, 2, 3]}
     assert flags("stock-spec", *PAIR)[5] == "3"  # draft steps, unless said otherwise
     assert flags("stock-fp8", *given) == [*drafts, "--kv-cache-dtype", "fp8_e4m3"]
     tree = flags("sts", *given, "--topk", "4")

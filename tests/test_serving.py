@@ -87,7 +87,7 @@ def sts_server(
 
 
 def spread_rule(rule: Rule, algorithm: str) -> Rule:
-    """With what a draft passes on whose first step alone scores: to as many tokens as a verify has rows, that of
+    """With what a draft passes on whose first step alone scores: to as many tokens as a verify has rows, and
     a head more of it to twice as many."""
     if rule.draft in ("dense", "extend"):
         return rule
