@@ -33,9 +33,7 @@ def facts() -> dict[str, str]:
         "quality_eagle3": partial(_answered, "eagle3", {"sts": [0.1], "joined-75": [0.1]}),
         "quality_eagle3_16k": partial(_answered, "eagle3_16k", {"sts": [0.1], "joined": [0.1]}),
         "quality_eagle3_tokens": partial(_answered, "e3t", {"sts": [0.1], "tokens": [0.1, 0.25]}),
-        "quality_draft": partial(
-            _each, "sparse", *[{"sts-steps": [0.1], "sts-draft": [0.1], "sts-draft-every": [0.1]}] * 2
-        ),
+        "quality_sparse": partial(_each, "sparse", *[{"sts-draft": [0.1]}] * 2, beside="sts"),
         "quality_alone": partial(_read, "alone", {"sts": [0.1], "pages": [0.1]}),
         "quality_smollm2_plain": _plain,
         "quality_smollm2_eagle3": partial(_accepted, "smol_eagle3"),
@@ -52,12 +50,12 @@ def facts() -> dict[str, str]:
             _each, "prefill16", *[{"prefill": [0.25], "prefill-draft-sparse": [0.25]}] * 2
         ),
         "quality_smollm2_eagle3_draft": partial(
-            _each, "smol_e3_draft", *[{"map-all": [0.1]}] * 2, beside="map-dense"
+            _each, "smol_e3_draft", *[{"map-all-75-8": [0.1]}] * 2, beside="map-dense"
         ),
         "quality_smollm2_plain_draft": partial(
-            _each, "smol_plain_draft", {"map-all": [0.1]}, {"map-all": [0.1, 0.25]}, beside="map-dense"
+            _each, "smol_plain_draft", *[{"map-all": [0.1], "map-all-75-8": [0.1]}] * 2, beside="map-dense"
         ),
-        "quality_eagle3_draft": _sparse_head,
+        "quality_eagle3_sparse": _sparse_head,
         "quality_smollm2_prefill": partial(_each, "smol_prefill", {"prefill": [0.1, 0.25]}, {}),
     }
     for folder, make in makers.items():
@@ -297,16 +295,14 @@ def _each(
 
 
 def _sparse_head(found: Results) -> dict[str, str]:
-    """Of the shipped head, and how many of its tokens are accepted in answers."""
-    length = found.lengths()[0]
+    """Of the shipped head, and how many of its tokens are accepted in answers, at every length."""
 
     def accepted(arm: str) -> str:
-        return f"{found.accept_length(arm, 0.1, length, found.tasks):.2f}"
+        return listed([f"{found.accept_length(arm, 0.1, n, found.tasks):.2f}" for n in found.lengths()])
 
-    both = dict.fromkeys(("sts-draft", "sts-extend"), [0.1])
-    more = dict.fromkeys(("sts-draft-blend", "all-spread-75", "all-spread-90"), [0.1])
-    changes = _each("e3", both, {**both, **more}, found, beside="sts")
-    return {**changes, **{f"e3_accept_{arm}": accepted(arm) for arm in ("sts", *both)}}
+    shown = dict.fromkeys(("all-75-8", "sts-draft", "sts-extend"), [0.1])
+    changes = _each("e3", shown, shown, found, beside="sts")
+    return {**changes, **{f"e3_accept_{arm}": accepted(arm) for arm in ("sts", "all-75-8", "sts-extend")}}
 
 
 def _pretrained_alone(found: Results) -> dict[str, str]:

@@ -80,20 +80,18 @@ def pretrained_tokens() -> str:
     return "\n\n".join(parts)
 
 
-OF_SMOLLM2 = {"steps": "map-steps", "all": "map-all", "every": "map-every"}
+# What is passed on by default, by a model that drafts and by a head.
+HALF, FURTHER = "`all`, `spread` 0.5 over 4", "`all`, `spread` 0.75 over 8"
+OF_SMOLLM2 = {HALF: "map-all", FURTHER: "map-all-75-8"}
 SPARSE_DRAFTS = {  # by folder: whose, the arm with a dense draft, and those with a sparse one
-    "quality_smollm2_eagle3_draft": ("SmolLM2, EAGLE-3 head (c)", "map-dense", OF_SMOLLM2),
+    "quality_sparse": ("shipped pair, STANDALONE", "sts", {HALF: "sts-draft"}),
     "quality_smollm2_plain_draft": ("SmolLM2, STANDALONE (a)", "map-dense", OF_SMOLLM2),
-    "quality_eagle3_draft": (
+    "quality_eagle3_sparse": (
         "shipped target, EAGLE-3 head",
         "sts",
-        {
-            "extend": "sts-extend",
-            "all": "sts-draft",
-            "all, history blend": "sts-draft-blend",
-            "every": "sts-draft-every",
-        },
+        {FURTHER: "all-75-8", HALF: "sts-draft", "`extend`": "sts-extend"},
     ),
+    "quality_smollm2_eagle3_draft": ("SmolLM2, EAGLE-3 head (c)", "map-dense", OF_SMOLLM2),
 }
 
 
@@ -111,7 +109,8 @@ def sparse_drafts() -> str:
             arms = (arm, keep), (dense, keep)
             cells = [signed(found.difference(*arms, n)) for n in asked]
             cells += [signed(found.loss_change(*arms, n), digits=2) for n in texts]
-            lines.append([whose, percent(keep), f"`{mode}`", *cells])
+            cells.append(", ".join(accepted_share(found, arm, dense, keep, n) for n in found.lengths()))
+            lines.append([whose, percent(keep), mode, *cells])
         first = found.headers[dense]
         run = f"{first['device']}, commit {commits(found.headers.values())}"
         notes.append(f"{whose}: {first['items']} items a task, {run}")
@@ -121,12 +120,20 @@ def sparse_drafts() -> str:
         "`draft`",
         *(f"answers, {n:,}" for n in asked),
         *(f"text, {n:,}" for n in texts),
+        "tokens a round",
     ]
     note = (
         "Points of accuracy, mean over tasks, and percent of the loss, against the same keep with a dense "
-        f"draft, item by item; 95 % intervals, bold excludes 0. {'; '.join(notes)}; calibrated maps."
+        "draft, item by item; 95 % intervals, bold excludes 0. Tokens that a round accepts, in answers, are "
+        f"in percent of the dense draft's, by length. {'; '.join(notes)}; calibrated maps."
     )
     return table(head, lines) + "\n\n" + note
+
+
+def accepted_share(found: Results, arm: str, dense: str, keep: float, length: int) -> str:
+    """In percent, what a round of `arm` accepts of what one of `dense` does."""
+    own, beside = (found.accept_length(name, keep, length, found.tasks) for name in (arm, dense))
+    return f"{100 * own / beside:.1f} %"
 
 
 def prefill() -> str:

@@ -14,18 +14,18 @@ ARMS = {
     "stock": "stock FA3, no speculation",
     "stock-spec-captured": "stock FA3 + EAGLE-3, draft-extend captured",
     "stock-fp8": "the same, KV in FP8",
-    "sts": "sts, `keep` 0.1",
-    "sts-draft": "sts, draft sparse too",
-    "sts-draft-kv": "sts, the head's KV in FP8",
+    "sts-draft": "sts, `keep` 0.1",
+    "sts": "sts, dense draft",
+    "sts-draft-kv": "sts, dense draft, its KV in FP8",
     "sts-tokens": "sts, token scores",
 }
 GAINS = {
-    "sts": "gain",
-    "sts-draft": "gain, draft too",
+    "sts-draft": "gain",
+    "sts": "gain, dense draft",
     "sts-tokens": "gain, token scores",
     "sts-draft-kv": "gain, head's KV in FP8",
 }
-FRONT_ARMS = ("sts", "sts-draft", "sts-tokens")  # whose gains the README shows
+FRONT_ARMS = ("sts-draft", "sts", "sts-tokens")  # whose gains the README shows
 
 
 def measured(tp: int = 1, kv: str = "auto") -> list[dict]:
@@ -80,18 +80,19 @@ def by_shape(found: list[dict], alone: list[dict]) -> str:
     there = {r["arm"] for r in (*found, *alone)}
     arms = {arm: name for arm, name in columns(ARMS, found).items() if arm in there}
     gains, lines = {arm: name for arm, name in GAINS.items() if arm in there}, []
+    default = "sts-draft" if "sts-draft" in there else "sts"  # trees draft densely
     shapes = sorted({Shape.of(r) for r in found}, key=lambda s: (s.shortest or 0, -s.context, -s.requests))
     for shape in shapes:
         of_shape = [r for r in (*found, *alone) if Shape.of(r) == shape]
         key = (shape.context, shape.requests)
         own = {arm: newest(of_shape, key, arm)[0] for arm in arms}
         cells = [spread([r["tokens_per_s"] for r in some]) if some else "–" for some in own.values()]
-        kept = {r["keep_ratio"] for r in own["sts"]}
+        kept = {r["keep_ratio"] for r in own[default]}
         cells.append(f"{100 * max(kept):.0f} %" if kept else "–")
         for arm in gains:
             gained = gain(of_shape, arm, key, "stock-spec-captured")
             cells.append(f"**{gained:.2f}x**" if gained else "–")
-        for arm in ("stock-spec-captured", "sts"):
+        for arm in ("stock-spec-captured", default):
             times = times_bound(own[arm])
             cells.append(f"{times:.2f}x" if times else "–")
         lines.append([shape.shown(), *cells])
@@ -130,20 +131,20 @@ def gain_cell(found: list[dict], arm: str, shape: tuple[int, int], gpu: str) -> 
 
 def front() -> str:
     """The README's few rows: captured stock and sts with an EAGLE-3 head, where one was measured, and what
-    the sparse draft, token scores and a STANDALONE draft bring."""
+    a dense draft, token scores and a STANDALONE draft bring."""
     heads, drafts = chains(), serving.drafted()
     if not heads:
         return serving.front()
     lines, shown = [], []
     for shape in serving.FRONT:
-        own = newest(heads, shape, "stock-spec-captured", "sts")
+        own = newest(heads, shape, "stock-spec-captured", "sts-draft")
         shown += [r for of_arm in own for r in of_arm]
         speeds = [f"{statistics.median(r['tokens_per_s'] for r in some):,.0f}" for some in own if some]
         cells = [
             *(speeds or ["–", "–"]),
             *(gain_cell(heads, arm, shape, heads[0]["gpu"]) for arm in FRONT_ARMS),
         ]
-        cells += [gain_cell(drafts, arm, shape, heads[0]["gpu"]) for arm in ("sts", "sts-draft")]
+        cells += [gain_cell(drafts, arm, shape, heads[0]["gpu"]) for arm in ("sts-draft", "sts")]
         if set(cells) != {"–"}:
             lines.append([f"{shape[0]:,} x {shape[1]}", *cells])
     note = (
@@ -157,6 +158,6 @@ def front() -> str:
     low, high = min(ends), max(ends)
     if low == low:
         note += f" **At 2,000 tokens sts brings next to nothing: {low:.2f}x to {high:.2f}x over all runs.**"
-    sparse, tokens = '`"draft": "all"`', '`"selector": "tokens"`'
-    head = ["context x requests", "EAGLE-3: stock", "sts", "gain", sparse, tokens]
-    return table([*head, "STANDALONE: gain", sparse], lines) + "\n\n" + note
+    dense, tokens = '`"draft": "dense"`', '`"selector": "tokens"`'
+    head = ["context x requests", "EAGLE-3: stock", "sts", "gain", dense, tokens]
+    return table([*head, "STANDALONE: gain", dense], lines) + "\n\n" + note

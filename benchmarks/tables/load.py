@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.quality.report import table
 from benchmarks.tables import MISSING, commits, gpus, rows
 
-ARMS = {"stock-spec-captured": "stock", "sts": "sts"}
+ARMS = {"stock-spec-captured": "stock", "sts": "sts, dense draft"}
 BOUNDS = (10, 20)  # ms a token, of goodput
 LOADS = {"generated-shared-prefix": "prefixes that are shared", "random-ids": "prompts nobody has seen"}
 

@@ -16,8 +16,8 @@ ARMS = {
     "stock-spec": "stock FA3 + STANDALONE",
     "stock-spec-captured": "the same, draft-extend captured",
     "sts-dense": "sts, verify dense",
-    "sts": "sts, `keep` 0.1",
-    "sts-draft": "sts, draft sparse too",
+    "sts-draft": "sts, `keep` 0.1",
+    "sts": "sts, dense draft",
 }
 MORE = {  # shown where any was measured
     "sts-draft-refresh": "sts, draft sparse and scored in every 4th round",
@@ -102,7 +102,7 @@ def serving() -> str:
         cells = [spread(s) if s else "–" for s in own]
         kept = {r["keep_ratio"] for r in of_gpu if (r["arm"], Shape.of(r)) == ("sts", shape)}
         cells += [f"{100 * max(kept):.0f} %" if kept else "–"]
-        cells += [gains(of_gpu, arm, key) for arm in ("sts", "sts-draft")]
+        cells += [gains(of_gpu, arm, key) for arm in ("sts-draft", "sts")]
         lines.append([shape.shown(), card(gpu), *cells])
     first = found[0]
     note = (
@@ -112,13 +112,13 @@ def serving() -> str:
         f"verify attends to, never less than `budget`, 1,024 tokens. Gains are over stock FA3 + STANDALONE, "
         f"in brackets over the same with its draft-extend captured."
     )
-    for arm, name in (("sts", "sts"), ("sts-draft", "the sparse draft")):
+    for arm, name in (("sts-draft", "sts"), ("sts", "sts with a dense draft")):
         costs = {s: g for s in shapes_of(found) if (g := gain(found, f"{arm}-blend", s, arm))}
         if costs:
             shown = ", ".join(f"{g:.3f}x at {n:,} x {r}" for (n, r), g in costs.items())
             note += f" History in every verify (`blend`) makes {name} {shown}."
     return (
-        table(["context x requests", "GPU", *arms.values(), "kept", "gain", "gain, draft too"], lines)
+        table(["context x requests", "GPU", *arms.values(), "kept", "gain", "gain, dense draft"], lines)
         + "\n\n"
         + note
     )
@@ -133,12 +133,12 @@ def front() -> str:
     for shape in (s for s in FRONT if s in shapes_of(found)):
         own = {
             arm: speeds(found, shape, arm)[0]
-            for arm in ("stock-spec", "stock-spec-captured", "sts", "sts-draft")
+            for arm in ("stock-spec", "stock-spec-captured", "sts-draft", "sts")
         }
-        stock, captured, sparse, draft = (f"{statistics.median(s):,.0f}" if s else "–" for s in own.values())
-        gained = [gain(found, arm, shape, "stock-spec-captured") for arm in ("sts", "sts-draft")]
+        stock, captured, sparse, dense = (f"{statistics.median(s):,.0f}" if s else "–" for s in own.values())
+        gained = [gain(found, arm, shape, "stock-spec-captured") for arm in ("sts-draft", "sts")]
         first, second = (f"**{g:.2f}x**" if g else "–" for g in gained)
-        lines.append([f"{shape[0]:,} x {shape[1]}", stock, captured, sparse, first, draft, second])
+        lines.append([f"{shape[0]:,} x {shape[1]}", stock, captured, sparse, first, dense, second])
     head = ["context x requests", "stock", "stock, draft-extend captured", "sts", "gain"]
     low, high = null_result(found)
     note = (
@@ -148,7 +148,7 @@ def front() -> str:
         f"its draft-extend in a CUDA graph (as shipped it does not), in runs that had both. **At 2,000 "
         f"tokens sts brings nothing: {low:.2f}x to {high:.2f}x over all runs.**"
     )
-    return table([*head, 'sts, `"draft": "all"`', "gain"], lines) + "\n\n" + note
+    return table([*head, 'sts, `"draft": "dense"`', "gain"], lines) + "\n\n" + note
 
 
 def speeds(found: list[dict], shape: tuple[int, int], *arms: str) -> list[list[float]]:
