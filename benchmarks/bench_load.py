@@ -1,8 +1,8 @@
 """Servers under load: SGLang's own serving client (load_client.py) sends requests at random times (Poisson),
 at several rates.
 
-Arms are those of bench_serving (`--arms`, stock and sts by default); each is a server of its own, and sees
-the same prompts at the same times. Loads (`--dataset`):
+Arms are those of bench_serving (`--arms`; stock, and sts as chains have it by default); each is a server of
+its own, and sees the same prompts at the same times. Loads (`--dataset`):
   generated-shared-prefix  `--groups` prompts of `--context` tokens, of which each has questions of 128 tokens
                            behind it; all of it is prefilled before anything is measured, so that what is
                            measured is decode with requests that come and go
@@ -165,7 +165,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--rates", default="1,2,4,8", help="requests a second, comma separated (%(default)s)")
     p.add_argument("--tpot-ms", type=float, default=20, help="bound of goodput (%(default)s)")
     own, rest = p.parse_known_args(argv)
-    own.rates = [float(rate) for rate in own.rates.split(",")]
+    try:
+        own.rates = [float(rate) for rate in own.rates.split(",")]
+    except ValueError:
+        p.error(f"--rates {own.rates}: numbers, comma separated")
+    if min(own.rates) <= 0:
+        p.error(f"--rates {min(own.rates):g}: above 0")
     if own.requests % own.groups:
         p.error(f"--requests {own.requests}: no multiple of --groups {own.groups}")
     if own.turns < 1 or (own.turns > 1 and own.dataset != SHARED):
@@ -173,7 +178,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if own.context <= QUESTION:
         p.error(f"--context {own.context}: questions alone have {QUESTION} tokens")
     if "--arms" not in rest:
-        rest += ["--arms", "stock-spec-captured,sts"]
+        rest += ["--arms", "stock-spec-captured,sts-draft"]
     return argparse.Namespace(**{**vars(bench_serving.parse(rest)), **vars(own)})
 
 

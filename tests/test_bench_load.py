@@ -33,7 +33,7 @@ def values(args: list[str]) -> dict[str, str]:
 
 def test_the_client_is_asked_for_the_load():
     shared = parse([*PAIR, "--requests", "12", "--groups", "3", "--context", "1000"])
-    assert shared.arms == "stock-spec-captured,sts" and shared.rates == [1, 2, 4, 8]
+    assert shared.arms == "stock-spec-captured,sts-draft" and shared.rates == [1, 2, 4, 8]
     asked = values(client_args(shared, 64))
     assert asked["--gsp-prompts-per-group"] == "4"
     assert int(asked["--gsp-system-prompt-len"]) + int(asked["--gsp-question-len"]) == 1000
@@ -53,6 +53,8 @@ def test_the_client_is_asked_for_the_load():
         (["--turns", "2", "--dataset", "random-ids"], "--turns 2: 1, or more with --dataset generated"),
         (["--context", "128"], "--context 128: questions alone"),
         (["--arms", "none"], "--arms: no none"),
+        (["--rates", "1,many"], "--rates 1,many: numbers"),
+        (["--rates", "1,0"], "--rates 0: above 0"),
     ],
 )
 def test_what_does_not_fit_together_is_named(argv, named, capsys):

@@ -65,12 +65,12 @@ def some_serving(tmp_path, monkeypatch):
     speeds = {
         "stock-spec": (100, 104, 90),
         "stock-spec-captured": (120,),
-        "sts": (150, 156, 150),
-        "sts-blend": (147,),
+        "sts-draft": (150, 156, 150),
+        "sts-draft-blend": (147,),
     }
     rows = [{"arm": arm, "tokens_per_s": s, **origin} for arm, found in speeds.items() for s in found]
     # An older run is shown where the newer one has nothing, and compared with nothing of the newer one.
-    arms = ("stock", "sts-draft", "sts")
+    arms = ("stock", "sts", "sts-draft")
     older = [{"arm": arm, "tokens_per_s": 50, **origin, "commit": "b"} for arm in arms]
     (tmp_path / "serving.jsonl").write_text("\n".join(map(json.dumps, older + rows)))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
@@ -89,7 +89,7 @@ def test_a_table_holds_medians_spread_and_gain(some_serving):
 def test_cards_have_rows_of_their_own(some_serving, tmp_path):
     """Of one shape, though newer than those of the other card."""
     row = {"gpu": "NVIDIA H9 80GB", "sglang": "0", "commit": "d", "context": 1000, "requests": 2}
-    arms = {"stock-spec-captured": 500, "sts": 1000}
+    arms = {"stock-spec-captured": 500, "sts-draft": 1000}
     with (tmp_path / "serving.jsonl").open("a") as file:
         for arm, speed in arms.items():
             file.write("\n" + json.dumps({**row, "arm": arm, "tokens_per_s": speed, "keep_ratio": 0.1}))
@@ -146,7 +146,7 @@ def test_heads_have_a_table_of_their_own_and_stand_beside_drafts_on_the_front(
     row |= {"context": 1000, "requests": 2, "kv": "auto", "topk": 1}
     alone = {"drafts": False, "accept_length": 1, "tpot_ms": 6}
     mixed = {"shortest": 100, "topk": 4, "draft_tokens": 8}
-    arms = [("stock", 50, alone), ("stock-spec-captured", 100, {}), ("sts", 160, {"keep_ratio": 0.1})]
+    arms = [("stock", 50, alone), ("stock-spec-captured", 100, {}), ("sts-draft", 160, {"keep_ratio": 0.1})]
     arms += [("stock-fp8", 110, {"kv": "fp8_e4m3"}), ("sts", 999, {"kv": "fp8_e4m3", "keep_ratio": 0.1})]
     arms += [("stock-spec-captured", 333, {"kv": "fp8_e4m3"})]
     arms += [("stock-spec-captured", 80, mixed), ("sts", 100, {**mixed, "keep_ratio": 0.2})]

@@ -5,14 +5,16 @@ from __future__ import annotations
 from benchmarks.quality.report import table
 from benchmarks.tables import MISSING, commits, gpus, rows
 
-ARMS = {"stock-spec-captured": "stock", "sts": "sts, dense draft"}
+STOCK = "stock-spec-captured"
+ARMS = {STOCK: "stock", "sts-draft": "sts", "sts": "sts, dense draft"}
 BOUNDS = (10, 20)  # ms a token, of goodput
 LOADS = {"generated-shared-prefix": "prefixes that are shared", "random-ids": "prompts nobody has seen"}
 
 
 def load() -> str:
-    """Of stock and sts at every rate of the newest run (commit) of a load that had both."""
+    """Of stock and sts at every rate of the newest run (commit) of a load that had stock and another arm."""
     found = rows("load.jsonl")
+    arms = {arm: name for arm, name in ARMS.items() if any(r["arm"] == arm for r in found)}
     lines, shown = [], []
     for key in dict.fromkeys(map(load_of, found)):
         own = newest([r for r in found if load_of(r) == key])
@@ -23,16 +25,16 @@ def load() -> str:
         asked = f"{requests} x {new_tokens} tokens"
         cells = [f"{context:,} tokens, {loads}, {algorithm}, {asked}", f"{rate:g}"]
         for what, digits in (("output_throughput", 0), ("median_tpot_ms", 2), ("p99_ttft_ms", 0)):
-            cells += [f"{row[what]:,.{digits}f}" for row in own]
+            cells += [f"{own[arm][what]:,.{digits}f}" if arm in own else "–" for arm in arms]
         for bound in BOUNDS:
-            cells += [f"{goodput(row['tpots_ms'], row['duration'], bound):.2f}" for row in own]
+            cells += [f"{served(own[arm], bound):.2f}" if arm in own else "–" for arm in arms]
         lines.append(cells)
-        shown += own
+        shown += own.values()
     if not lines:
         return MISSING
     head = ["load", "requests/s"]
     measures = ("tokens/s", "ms a token", "ms to the first, 99 %", *(f"goodput, {b} ms" for b in BOUNDS))
-    head += [f"{what}: {name}" for what in measures for name in ARMS.values()]
+    head += [f"{what}: {name}" for what in measures for name in arms.values()]
     first = shown[0]
     note = (
         f"SGLang's own serving client, Poisson arrivals, so many requests (agents) with so many new tokens "
@@ -49,16 +51,21 @@ def goodput(tpots_ms: list[float], seconds: float, bound_ms: float) -> float:
     return sum(tpot <= bound_ms for tpot in tpots_ms) / seconds
 
 
+def served(row: dict, bound_ms: float) -> float:
+    """Goodput of a row."""
+    return goodput(row["tpots_ms"], row["duration"], bound_ms)
+
+
 def load_of(row: dict) -> tuple:
     """What a row is of."""
     asked = ("dataset", "context", "algorithm", "turns", "rate", "requests", "new_tokens", "groups")
     return tuple(row[name] for name in (*asked, "gpu"))
 
 
-def newest(found: list[dict]) -> list[dict] | None:
-    """The last row of each arm, of the newest run (commit) that has both."""
+def newest(found: list[dict]) -> dict[str, dict] | None:
+    """The last row of each arm, of the newest run (commit) that has stock and another one."""
     for run in reversed(dict.fromkeys(r["commit"] for r in found)):
-        own = [[r for r in found if (r["commit"], r["arm"]) == (run, arm)] for arm in ARMS]
-        if all(own):
-            return [of_arm[-1] for of_arm in own]
+        own = {r["arm"]: r for r in found if r["commit"] == run}
+        if STOCK in own and len(own) > 1:
+            return own
     return None

@@ -100,7 +100,8 @@ def serving() -> str:
         key, of_gpu = (shape.context, shape.requests), [r for r in found if r["gpu"] == gpu]
         own = [speeds(of_gpu, key, arm)[0] for arm in arms]
         cells = [spread(s) if s else "–" for s in own]
-        kept = {r["keep_ratio"] for r in of_gpu if (r["arm"], Shape.of(r)) == ("sts", shape)}
+        sparse = [r for r in of_gpu if r["arm"] in ("sts-draft", "sts") and Shape.of(r) == shape]
+        kept = {r["keep_ratio"] for r in sparse}
         cells += [f"{100 * max(kept):.0f} %" if kept else "–"]
         cells += [gains(of_gpu, arm, key) for arm in ("sts-draft", "sts")]
         lines.append([shape.shown(), card(gpu), *cells])
