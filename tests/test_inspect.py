@@ -401,7 +401,7 @@ def test_a_served_request_leaves_what_the_oracle_knows(history, pair, tmp_path):
     folder = tmp_path / "dumps"
     folder.mkdir()
     rule = Rule(keep=0.1, sink=2, recent=8, history=history)
-    config = {"keep": 0.1, "budget": 0, "sink": 2, "recent": 8, "history": history}
+    config = {"keep": 0.1, "budget": 0, "sink": 2, "recent": 8, "history": history, "draft": "dense"}
     args = ["--attention-backend", "sts", "--speculative-algorithm", "STANDALONE", *CHAIN]
     args += ["--speculative-draft-model-path", str(pair["draft"])]
     args += ["--sts-config", json.dumps({**config, "inspect_dir": str(folder)})]
