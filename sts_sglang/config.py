@@ -329,9 +329,9 @@ class StsConfig:
     """`dense`: draft and score as ever but attend to everything, which is stock's output."""
     draft: DraftMode = "auto"
     """What the draft itself attends to sparsely. `auto`: `all` where that was measured to cost no answers,
-    which is in chains of three steps or more of a STANDALONE draft or an EAGLE-3 head that chooses alone, and
-    else `dense`. `extend`: draft-extend alone, to what its round selected by
-    all of its steps. `steps`: a round scores and selects the context in its first draft step; the steps after
+    which is in chains of three steps or more of a STANDALONE draft or an EAGLE-3 head that chooses alone,
+    without history, and else `dense`. `extend`: draft-extend alone, to what its round selected by all of its
+    steps. `steps`: a round scores and selects the context in its first draft step; the steps after
     it attend to the selection, as verify does, and score nothing. `all`: so does draft-extend. `every`: and
     the first step, to the selection of the round before it and what came since; it then scores by the keys of
     the draft heads that speak, and reads no values."""
@@ -483,7 +483,8 @@ class StsConfig:
             chain = topk == 1 and num_steps >= SPARSE_STEPS
             # Another selector, or a batch that stands aside, has no selection for it in time.
             early = self.by_draft and self.stand_aside in ("auto", 0)
-            mode = "all" if chain and early and algorithm in SPARSE_ALGORITHMS else "dense"
+            asked = chain and self.history == "off" and algorithm in SPARSE_ALGORITHMS
+            mode = "all" if early and asked else "dense"
         chosen, spread, over = replace(self, draft=mode), SPREAD, 1
         if chosen.sparse_steps:
             head = algorithm != "STANDALONE"

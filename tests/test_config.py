@@ -114,6 +114,7 @@ def test_a_draft_is_sparse_where_that_was_measured_to_cost_nothing():
     assert chosen("STANDALONE") == ("all", 0.5, 4) and chosen("EAGLE3") == ("all", 0.75, 8)
     assert chosen("STANDALONE", 5) == ("all", 0.5, 6) and chosen("EAGLE3", 40) == ("all", 0.75, 64)
     assert [chosen("STANDALONE", 2), chosen("EAGLE3", topk=4), chosen("EAGLE")] == [dense] * 3
+    assert chosen("STANDALONE", history="warm") == dense
     assert [chosen("EAGLE3", selector=name) for name in ("tokens", "joined")] == [dense] * 2
     assert chosen("STANDALONE", stand_aside=4096) == chosen("STANDALONE", draft="dense") == dense
     assert chosen("EAGLE", draft="steps") == ("steps", 0.75, 8)
