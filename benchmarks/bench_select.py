@@ -147,14 +147,17 @@ def bench_sizes(results: Results, shape: Shape) -> None:
             results.add(name, shape, microseconds([lambda call=call: call(**args)]), nbytes)
 
 
+OVER = 4  # tokens, as a model that drafts sparsely has it
+
+
 def bench_spread(results: Results, shape: Shape) -> None:
     scores, (_, _, lens), *_ = draw(shape)
     importance, spread = scores.importance, ops("triton").spread_importance
 
     def check() -> None:
         twin = scores._replace(importance=importance.clone())
-        ops("torch").spread_importance(twin, lens, factor=0.5, over=1)
-        spread(scores, lens, factor=0.5, over=1)
+        ops("torch").spread_importance(twin, lens, factor=0.5, over=OVER)
+        spread(scores, lens, factor=0.5, over=OVER)
         assert torch.equal(importance, twin.importance), "importance differs"
 
     if results.gate("spread", shape, check):
@@ -162,7 +165,7 @@ def bench_spread(results: Results, shape: Shape) -> None:
 
         def restored() -> None:  # once spread there is ever less to pass on
             importance.copy_(fresh)
-            spread(scores, lens, factor=0.5, over=1)
+            spread(scores, lens, factor=0.5, over=OVER)
 
         alone = microseconds([lambda: importance.copy_(fresh)])
         results.add("spread", shape, microseconds([restored]) - alone, importance.nbytes)

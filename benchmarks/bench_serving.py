@@ -159,6 +159,7 @@ def served(arm: Arm, options: argparse.Namespace) -> dict:
         known = launched(arm, options)
         found |= {"keep": known.keep, "sparse_draft": known.draft, "selector": known.selector}
         found |= {"draft_kv": known.draft_kv, "draft_refresh": known.draft_refresh}
+        found |= dict(zip(("spread", "spread_over"), known.passed_on, strict=True))
     return found
 
 

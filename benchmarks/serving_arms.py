@@ -80,7 +80,8 @@ def sts_config(arm: Arm, options: argparse.Namespace) -> dict:
 
 def launched(arm: Arm, options: argparse.Namespace) -> StsConfig:
     """The configuration that an sts arm launches with. Raises `ConfigError` for one that it could not."""
-    return StsConfig.parse(sts_config(arm, options)).for_launch(arm.drafts)
+    config = StsConfig.parse(sts_config(arm, options)).for_launch(arm.drafts)
+    return config.for_draft(options.algorithm, options.steps, options.topk) if arm.drafts else config
 
 
 def layers_of(target: Path) -> int:

@@ -36,9 +36,10 @@ KEEP, KEEP_OF_PAGES = 0.1, 0.5
 ADAPTIVE_ROUNDS, ADAPTIVE_PERCENT = 16, 80
 # A selection is kept for no more tokens (layout.KEPT_TOKENS), and a round brings one at least.
 MOST_REFRESH = 256
-# `draft` "auto" is "all" with these, in chains of so many steps: there it costs no answers, neither of the
-# shipped pairs nor of a model that nobody trained to be sparse (benchmarks/REPORT.md, Sparse drafts).
-SPARSE_ALGORITHMS, SPARSE_STEPS = ("STANDALONE", "EAGLE3"), 3
+# `draft` "auto" is "all" with these, in chains of so many steps and down to such a keep: there it was
+# measured to cost no answers, neither of the shipped pairs nor of a model that nobody trained to be sparse
+# (benchmarks/REPORT.md, Sparse drafts).
+SPARSE_ALGORITHMS, SPARSE_STEPS, SPARSE_KEEP = ("STANDALONE", "EAGLE3"), 3, 0.1
 # What `spread` "auto" stands for: with heads whose steps are sparse it is more, and goes twice as far, since
 # one layer finds less than a model does (there as well).
 SPREAD, SPREAD_OF_HEADS = 0.5, 0.75
@@ -329,12 +330,12 @@ class StsConfig:
     """`dense`: draft and score as ever but attend to everything, which is stock's output."""
     draft: DraftMode = "auto"
     """What the draft itself attends to sparsely. `auto`: `all` where that was measured to cost no answers,
-    which is in chains of three steps or more of a STANDALONE draft or an EAGLE-3 head that chooses alone,
-    without history, and else `dense`. `extend`: draft-extend alone, to what its round selected by all of its
-    steps. `steps`: a round scores and selects the context in its first draft step; the steps after
-    it attend to the selection, as verify does, and score nothing. `all`: so does draft-extend. `every`: and
-    the first step, to the selection of the round before it and what came since; it then scores by the keys of
-    the draft heads that speak, and reads no values."""
+    which is in chains of three steps of a STANDALONE draft or an EAGLE-3 head that chooses alone, by policy
+    `ratio` a tenth or more, without history, and else `dense`. `extend`: draft-extend alone, to what its
+    round selected by all of its steps. `steps`: a round scores and selects the context in its first draft
+    step; the steps after it attend to the selection, as verify does, and score nothing. `all`: so does
+    draft-extend. `every`: and the first step, to the selection of the round before it and what came since; it
+    then scores by the keys of the draft heads that speak, and reads no values."""
     draft_refresh: int | Literal["adaptive"] = 1
     """With a draft whose steps are sparse: every how many rounds of a request its context is scored and
     selected from anew. The rounds in between go by the latest selection and all tokens that came since, in
@@ -442,7 +443,8 @@ class StsConfig:
         unserved = [
             (
                 not self.sparse_steps,
-                "a draft whose steps are dense, which score in every round anyway",
+                f"draft {self.draft!r}: only a selection of sparse steps is kept, and steps that are dense "
+                "score in every round anyway",
                 "or draft 'steps' or 'all' of a launch with a draft",
             ),
             (
@@ -480,11 +482,8 @@ class StsConfig:
         """With what `auto` stands for in `draft`, `spread` and `spread_over`, given SGLang's flags."""
         mode = self.draft
         if mode == "auto":
-            chain = topk == 1 and num_steps >= SPARSE_STEPS
-            # Another selector, or a batch that stands aside, has no selection for it in time.
-            early = self.by_draft and self.stand_aside in ("auto", 0)
-            asked = chain and self.history == "off" and algorithm in SPARSE_ALGORITHMS
-            mode = "all" if early and asked else "dense"
+            asked = algorithm in SPARSE_ALGORITHMS and topk == 1 and num_steps == SPARSE_STEPS
+            mode = "all" if asked and self._keeps_as_asked else "dense"
         chosen, spread, over = replace(self, draft=mode), SPREAD, 1
         if chosen.sparse_steps:
             head = algorithm != "STANDALONE"
@@ -494,6 +493,13 @@ class StsConfig:
         return replace(
             chosen, spread=spread, spread_over=over if self.spread_over == "auto" else self.spread_over
         )
+
+    @property
+    def _keeps_as_asked(self) -> bool:
+        """Whether verify keeps what it kept when sparse drafts were asked for answers. Another selector, or a
+        batch that stands aside, has no selection for them in time."""
+        alone = self.by_draft and self.verify == "sparse" and self.stand_aside in ("auto", 0)
+        return alone and self.history == "off" and self.policy == "ratio" and self.share >= SPARSE_KEEP
 
     def _check_alone(self) -> None:
         """Raises `ConfigError` for what needs a draft."""

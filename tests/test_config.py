@@ -112,8 +112,13 @@ def test_a_draft_is_sparse_where_that_was_measured_to_cost_nothing():
 
     dense = ("dense", 0.5, 1)
     assert chosen("STANDALONE") == ("all", 0.5, 4) and chosen("EAGLE3") == ("all", 0.75, 8)
-    assert chosen("STANDALONE", 5) == ("all", 0.5, 6) and chosen("EAGLE3", 40) == ("all", 0.75, 64)
-    assert [chosen("STANDALONE", 2), chosen("EAGLE3", topk=4), chosen("EAGLE")] == [dense] * 3
+    assert chosen("STANDALONE", 5, draft="all") == ("all", 0.5, 6)
+    assert chosen("EAGLE3", 40, draft="steps") == ("steps", 0.75, 64)
+    assert [chosen("STANDALONE", steps) for steps in (1, 2, 4)] == [dense] * 3
+    assert [chosen("EAGLE3", topk=4), chosen("EAGLE")] == [dense] * 2
+    assert [chosen("EAGLE3", keep=keep)[0] for keep in (0.05, 0.1, 1.0)] == ["dense", "all", "all"]
+    assert chosen("EAGLE3", policy="fixed") == chosen("EAGLE3", policy="top_p") == dense
+    assert chosen("STANDALONE", verify="dense") == dense
     assert chosen("STANDALONE", history="warm") == dense
     assert [chosen("EAGLE3", selector=name) for name in ("tokens", "joined")] == [dense] * 2
     assert chosen("STANDALONE", stand_aside=4096) == chosen("STANDALONE", draft="dense") == dense

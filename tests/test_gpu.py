@@ -61,6 +61,8 @@ SERVERS = {
     "stock-float16": ["--attention-backend", "triton", "--dtype", "float16"],
     "chain-bfloat16": sts("STANDALONE", CHAIN),
     "history-bfloat16": sts("STANDALONE", CHAIN, history="blend"),
+    "default-bfloat16": sts("STANDALONE", CHAIN, draft="auto"),
+    "default-head-bfloat16": sts("EAGLE3", CHAIN, draft="auto"),
     "sparse-draft-bfloat16": sts("STANDALONE", LONG, draft="all"),
     "refresh-bfloat16": sts("STANDALONE", LONG, draft="all", draft_refresh=4),
     "refresh-adaptive-bfloat16": sts("EAGLE3", LONG, draft="all", draft_refresh="adaptive"),

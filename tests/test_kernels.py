@@ -382,12 +382,12 @@ def test_draft_attention_of_an_empty_batch(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("factor", [0.5, 1.0])
+@pytest.mark.parametrize("factor", [0.75, 1.0])
 @pytest.mark.parametrize(
     ("programs", "dtype"),
     [(1, torch.float16), (30, torch.float16), (1000, torch.float16), (1000, torch.float32)],
 )
-@pytest.mark.parametrize("over", [1, 2, 4, 7])
+@pytest.mark.parametrize("over", [1, 8])
 def test_importance_passes_on(monkeypatch, kernel: str, factor: float, programs: int, dtype, over) -> None:
     """Over several blocks and parts, exactly; other requests' columns stay as they are."""
     tune(monkeypatch, spread, programs=programs)
@@ -404,7 +404,7 @@ def test_importance_passes_on(monkeypatch, kernel: str, factor: float, programs:
                 own, last = expected[:, start + p], before[:, start + p - k] * factor**k
                 expected[:, start + p] = torch.where(last > own, last, own)
     assert torch.equal(found.cpu().view(torch.int16), expected.view(torch.int16))  # NaN too
-    assert (found.cpu() != before).sum() > 1000
+    assert (found.cpu().nan_to_num(0) != before.nan_to_num(0)).sum() > 1000
 
 
 # ---- selection
@@ -1068,9 +1068,9 @@ with compile_only() as compiled:
     found = ops("triton").size_kept(eight, sizes, kept, room, i(13), every=16, percent=80)
     ops("triton").list_kept(kept, eight, Lists(like(9000), sizes.starts, sizes.counts), like(9000))
     ops("triton").keep_selected(kept, eight, found, Lists(like(9000), i(8, 128), like(8, 128)))
-    for channels, columns, bs, over in ((128, 65536, 8, 1), (8, 4096, 2, 5)):
+    for channels, columns, bs, over in ((128, 65536, 8, 1), (8, 4096, 2, 8)):
         scores = Scores(like(channels, columns, dtype=f16), i(bs))
-        ops("triton").spread_importance(scores, i(bs), factor=0.5, over=over)
+        ops("triton").spread_importance(scores, i(bs), factor=0.75, over=over)
     ops("triton").blend_history(
         Scores(like(128, 4096, dtype=f16), i(2)), two, History(like(8192, 128, dtype=f16), i(8192), i(1)),
         like(2, dtype=f32), decay=0.9,

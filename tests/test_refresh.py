@@ -539,10 +539,10 @@ def test_what_a_sparse_first_step_cannot_go_with_is_refused() -> None:
     [
         (
             {},
-            "a draft whose steps are dense, which score in every round anyway; allowed: 1, or draft "
-            "'steps' or 'all' of a launch with a draft",
+            "draft 'auto': only a selection of sparse steps is kept, and steps that are dense score in every "
+            "round anyway; allowed: 1, or draft 'steps' or 'all' of a launch with a draft",
         ),
-        ({"draft": "extend"}, "a draft whose steps are dense, .*; allowed: 1, or draft 'steps'"),
+        ({"draft": "extend"}, "draft 'extend': only .*; allowed: 1, or draft 'steps'"),
         ({"draft": "all", "selector": "joined"}, "selector 'joined', .*; allowed: 1, or another one"),
         ({"draft": "all", "kernel": "flashinfer"}, "kernel 'flashinfer', .*; allowed: 1, or another kernel"),
         ({"draft": "steps", "inspect_dir": "."}, "an inspect_dir and history 'off', .*, or no inspect_dir"),

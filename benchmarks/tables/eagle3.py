@@ -111,6 +111,16 @@ def note(found: list[dict]) -> str:
         f"work is not), prefix cached. Gains are over stock with its draft-extend captured. *Bytes*: how "
         f"many times the least time of a round it takes, that of reading weights, KV that is attended to and "
         f"scored by, and sketches at the {rates} GB/s at which a plain sum reads ([bound.py](bound.py))."
+    ) + unlike_now(found)
+
+
+def unlike_now(found: list[dict]) -> str:
+    """A sentence, where rows of sparse drafts are of before rows said how far importance was passed on."""
+    if not any(r["arm"] == "sts-draft" and "spread" not in r for r in found):
+        return ""
+    return (
+        " Sparse drafts passed importance on to one token here, or (d56b42d) half of it to four: what a head "
+        "has by default since, three quarters to eight, was not timed."
     )
 
 
@@ -149,10 +159,11 @@ def front() -> str:
             lines.append([f"{shape[0]:,} x {shape[1]}", *cells])
     note = (
         f"Tokens per second, and gains over stock: shapes of Llama-3.1-8B, with an EAGLE-3 head of one layer "
-        f"or a 1B STANDALONE draft ({gpus(heads)}, unless a cell names another card), dummy weights, "
+        f"or a 1B STANDALONE draft, chains of {shown[0].get('steps', 3)} steps ({gpus(heads)}, unless a cell "
+        f"names another card), dummy weights, "
         f"simulated accept length {shown[0]['simulated']:g}, prefix cached. Stock is SGLang "
         f"{shown[0]['sglang']} with FA3 and its draft-extend in a CUDA graph (as shipped it has none); a "
-        f"gain is of a run that had both."
+        f"gain is of a run that had both.{unlike_now(heads)}"
     )
     ends = [*null_result(heads, FRONT_ARMS), *null_result(drafts)]
     low, high = min(ends), max(ends)

@@ -14,8 +14,8 @@ from sts_kernels.layout import SHIFT, Scores
 
 @dataclass(frozen=True)
 class SpreadKnobs:
-    """block: scores at a time. programs: that all rows are parted among, at most `most` of them a row.
-    num_warps: of a program.
+    """block: scores at a time, MOST_OVER of them at least. programs: that all rows are parted among, at most
+    `most` of them a row. num_warps: of a program.
     """
 
     block: int = 4096
@@ -118,18 +118,45 @@ def _spread_kernel(
     edge_ptr += tl.program_id(2) * WIDTH
     blocks = tl.cdiv(tl.minimum(part, length - first), BLOCK)
     # From the last block to the first, so that scores which a block passes on are read before they change.
-    for i in range(0, blocks):
-        offs = first + (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-        ok = (offs > SHIFT) & (offs < length)
-        own = tl.load(row_ptr + offs, mask=ok, other=0.0)  # [BLOCK]
-        best, weight = own, 1.0
-        for k in tl.static_range(1, OVER + 1):
-            weight = weight * factor
-            at = offs - k
+    for i in range(1, blocks):
+        _spread_block(
+            row_ptr, edge_ptr, first + (blocks - i) * BLOCK, first, length, factor, False, OVER, SHIFT, BLOCK
+        )
+    if blocks > 0:
+        _spread_block(row_ptr, edge_ptr, first, first, length, factor, True, OVER, SHIFT, BLOCK)
+
+
+@triton.jit
+def _spread_block(
+    row_ptr,
+    edge_ptr,
+    begin,
+    first,
+    length,
+    factor,
+    EDGE: tl.constexpr,
+    OVER: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What a block gets. EDGE: it is the first of a part, where some come from the part before."""
+    offs = begin + tl.arange(0, BLOCK)
+    ok = offs < length
+    if EDGE:
+        ok &= offs > SHIFT
+    own = tl.load(row_ptr + offs, mask=ok, other=0.0)  # [BLOCK]
+    best, weight = own, 1.0
+    for k in tl.static_range(1, OVER + 1):
+        weight = weight * factor
+        at = offs - k
+        if EDGE:
             scored = ok & (at >= SHIFT)
             before = tl.load(row_ptr + at, mask=scored & (at >= first), other=float("-inf"))
             edge = tl.load(edge_ptr + first - 1 - at, mask=scored & (at < first), other=float("-inf"))
-            passed = (tl.where(at < first, edge, before).to(tl.float32) * weight).to(own.dtype)
-            best = tl.where(passed > best, passed, best)
-        tl.debug_barrier()  # all threads have read the block before one writes to it
-        tl.store(row_ptr + offs, best, mask=ok & (best > own))
+            before = tl.where(at < first, edge, before)
+        else:
+            before = tl.load(row_ptr + at, mask=ok, other=float("-inf"))
+        passed = (before.to(tl.float32) * weight).to(own.dtype)
+        best = tl.where(passed > best, passed, best)
+    tl.debug_barrier()  # all threads have read the block before one writes to it
+    tl.store(row_ptr + offs, best, mask=ok & (best > own))

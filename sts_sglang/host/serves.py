@@ -548,7 +548,8 @@ def check_tiles(
             raise Refusal(
                 f"{flag} {number}: a thread block of sts's kernels would hold {rows} query rows of "
                 f"{model.head_dim} and need about {needed} bytes of shared memory, and this GPU has {room}; "
-                'use fewer, or set kernel to "torch" with --disable-cuda-graph'
+                'use fewer, set draft to "dense" where a draft reads its lists, or kernel to "torch" with '
+                "--disable-cuda-graph"
             )
 
 
