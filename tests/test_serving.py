@@ -158,7 +158,8 @@ def features(server: Server, **extra) -> dict:
         ("EAGLE3", "eagle3", CHAIN, "dense", 1),
         ("EAGLE3", "eagle3", TREE, "dense", 1),
         ("EAGLE3", "eagle3", CHAIN, "extend", 1),
-        ("STANDALONE", "draft", LONG_CHAIN, "auto", 1),
+        ("STANDALONE", "draft", CHAIN, "auto", 1),
+        ("STANDALONE", "draft", LONG_CHAIN, "all", 1),
         ("STANDALONE", "draft", TREE, "steps", 1),
         ("EAGLE3", "eagle3", CHAIN, "auto", 1),
         ("EAGLE3", "eagle3", LONG_CHAIN, "all", 3),
@@ -166,7 +167,13 @@ def features(server: Server, **extra) -> dict:
     ],
     ids=[
         *("standalone-chain", "standalone-tree", "eagle3-chain", "eagle3-tree", "eagle3-chain-extend"),
-        *("standalone-chain-auto", "standalone-tree-steps", "eagle3-chain-auto", "eagle3-chain-all-refresh"),
+        *(
+            "standalone-chain-auto",
+            "standalone-chain-all",
+            "standalone-tree-steps",
+            "eagle3-chain-auto",
+            "eagle3-chain-all-refresh",
+        ),
         "standalone-chain-every",
     ],
 )
