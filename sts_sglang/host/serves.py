@@ -480,7 +480,7 @@ def _for_launch(config: StsConfig, server_args: ServerArgs, directions: bool) ->
     if not drafts:
         return chosen
     steps, topk = server_args.speculative_num_steps, server_args.speculative_eagle_topk
-    return chosen.for_draft(server_args.speculative_algorithm, steps or 0, topk or 1)
+    return chosen.for_draft(server_args.speculative_algorithm.upper(), steps or 0, topk or 1)
 
 
 def check_prefill(server_args: ServerArgs, config: StsConfig) -> None:
