@@ -480,19 +480,15 @@ class StsConfig:
 
     def for_draft(self, algorithm: str, num_steps: int, topk: int) -> StsConfig:
         """With what `auto` stands for in `draft`, `spread` and `spread_over`, given SGLang's flags."""
-        mode = self.draft
-        if mode == "auto":
+        chosen = self
+        if self.draft == "auto":
             asked = algorithm in SPARSE_ALGORITHMS and topk == 1 and num_steps == SPARSE_STEPS
-            mode = "all" if asked and self._keeps_as_asked else "dense"
-        chosen, spread, over = replace(self, draft=mode), SPREAD, 1
-        if chosen.sparse_steps:
-            head = algorithm != "STANDALONE"
-            spread, over = (SPREAD_OF_HEADS, 2) if head else (SPREAD, 1)
-            over = min(over * (num_steps + 1), MOST_OVER)
-        spread = spread if self.spread == "auto" else self.spread
-        return replace(
-            chosen, spread=spread, spread_over=over if self.spread_over == "auto" else self.spread_over
-        )
+            chosen = replace(self, draft="all" if asked and self._keeps_as_asked else "dense")
+        head, rows = algorithm != "STANDALONE", num_steps + 1  # of a verify
+        spread, over = (SPREAD_OF_HEADS, 2 * rows) if head else (SPREAD, rows)
+        spread, over = (spread, over) if chosen.sparse_steps else (SPREAD, 1)
+        auto = {"spread": spread, "spread_over": min(over, MOST_OVER)}
+        return replace(chosen, **{key: value for key, value in auto.items() if getattr(self, key) == "auto"})
 
     @property
     def _keeps_as_asked(self) -> bool:

@@ -75,11 +75,6 @@ class Draft(NamedTuple):
     pools: KvPools
     scales: tuple[float, ...]
 
-    def scoring_steps(self, config: StsConfig) -> int:
-        """Draft decode steps of a round that score the context. The last of `num_steps` tokens is drafted by
-        the step before it and never runs, so there is one step less."""
-        return 1 if config.sparse_steps else self.num_steps - 1
-
     @property
     def kv_dtype(self) -> torch.dtype:
         return self.pools.layer(0).k.dtype

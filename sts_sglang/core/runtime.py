@@ -101,8 +101,9 @@ class Runtime:
 
     @property
     def scoring_steps(self) -> int:
-        """Draft decode steps of a round that score the context."""
-        return self.draft.scoring_steps(self.config)
+        """Draft decode steps of a round that score the context. The last of `num_steps` tokens is drafted by
+        the step before it and never runs, so there is one step less."""
+        return 1 if self.config.sparse_steps else self.draft.num_steps - 1
 
     @property
     def pooling(self) -> Pooling:
