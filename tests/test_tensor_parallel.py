@@ -20,7 +20,7 @@ from sts_sglang.headmap import HeadCounts, load, of_config, proportional
 from tests.forked import Forked
 from tests.oracle import Oracle, Rule
 from tests.server import Server, logged, random_ids
-from tests.test_serving import LEAK, SHAPES, TREE, Whole, scenario
+from tests.test_serving import CHAIN, LEAK, SHAPES, TREE, Whole, scenario, spread_rule
 
 torch.set_num_threads(1)
 
@@ -161,10 +161,15 @@ def check_whole(server: Server, traces: list) -> None:
 
 
 @pytest.mark.server
-@pytest.mark.parametrize(("algorithm", "model", "shape"), [("STANDALONE", "draft", TREE)])
-def test_two_ranks_draft_and_verify_as_one(pair, logs, reference, algorithm, model, shape):
+@pytest.mark.parametrize(
+    ("algorithm", "model", "shape", "mode"),
+    [("STANDALONE", "draft", TREE, "dense"), ("EAGLE3", "eagle3", CHAIN, "all")],
+)
+def test_two_ranks_draft_and_verify_as_one(pair, logs, reference, algorithm, model, shape, mode):
+    """With what the draft attends to by default."""
     config = {"keep": 0.1, "budget": 0, "sink": 2, "recent": 8}
     rule, oracle = Rule(keep=0.1, sink=2, recent=8, **SHAPES[shape]), Oracle(pair["target"], pair[model])
+    rule = spread_rule(replace(rule, draft=mode), algorithm)
     draft = ("--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(pair[model]))
     with on_two(pair, logs, model, config, *draft, *shape, "--enable-metrics") as server:
         answers = server.generate_all(PROMPTS, 32)
