@@ -48,7 +48,7 @@ ALL = sorted(TARGETS)
 # What the other release alone serves.
 ELSEWHERE = architectures.ROW_A_HEAD - TARGETS
 OWN = "own layer"  # of the target, under EAGLE
-SPARSE = json.dumps({"keep": 0.3, "budget": 0, "sink": 2, "recent": 8, "draft": "dense"})
+SPARSE = json.dumps({"keep": 0.3, "budget": 0, "sink": 2, "recent": 8})
 MODULE = "tests.random_weights"
 DUMMY = ("--load-format", "dummy", "--trust-remote-code")
 PROMPTS = [random_ids(n, n) for n in (1, 40, 333)]

@@ -40,7 +40,7 @@ NEW_TOKENS = 24
 # In plain torch in bf16 two implementations of attention differ in the argmax of four of these models in 3 to
 # 6 % of 500 places, where the two best are up to 0.031 apart.
 NEAR = NearTies(0.1, 0, 0.15)
-SPARSE = json.dumps({"keep": 0.3, "budget": 0, "stand_aside": 0, "draft": "dense"})
+SPARSE = json.dumps({"keep": 0.3, "budget": 0, "stand_aside": 0})
 COMMON = ("--load-format", "dummy", "--trust-remote-code", "--dtype", "bfloat16", "--skip-server-warmup")
 COMMON += ("--context-length", "8192", "--max-total-tokens", "20000", "--max-running-requests", "8")
 COMMON += ("--cuda-graph-max-bs", "8", "--cuda-graph-backend-prefill", "disabled", "--sleep-on-idle")
