@@ -1010,6 +1010,16 @@ def test_what_no_thread_block_can_hold_is_refused(
     check_message(caught, flags, subject, 'set kernel to "torch" with --disable-cuda-graph')
 
 
+def test_a_draft_whose_lists_no_thread_block_can_hold_may_attend_to_everything(launch, flags, monkeypatch):
+    monkeypatch.setattr(validate, "_shared_memory", lambda: 101376)
+    models, args = (heads(128, 32, 8), heads(128, 16, 1)), launch()
+    args.speculative_num_draft_tokens = 9
+    validate.check_tiles(args, StsConfig(draft="dense"), *models)
+    with pytest.raises(Refusal) as caught:
+        validate.check_tiles(args, StsConfig(draft="all"), *models)
+    check_message(caught, flags, "--speculative-num-draft-tokens 9", 'set draft to "dense", or set kernel')
+
+
 def test_rows_that_page_scores_cannot_hold_are_refused_with_them(launch, flags, monkeypatch):
     """270,336 bytes as compiled for 256 rows of 128, where verify needs less than half of it."""
     monkeypatch.setattr(validate, "_shared_memory", lambda: 232448)

@@ -545,11 +545,12 @@ def check_tiles(
         rows = queries * _group(model)
         needed = shared_bytes(rows, model.head_dim)
         if needed > room:
+            of_lists = model is draft and shared_bytes is verify.shared_bytes
             raise Refusal(
                 f"{flag} {number}: a thread block of sts's kernels would hold {rows} query rows of "
                 f"{model.head_dim} and need about {needed} bytes of shared memory, and this GPU has {room}; "
-                'use fewer, set draft to "dense" where a draft reads its lists, or kernel to "torch" with '
-                "--disable-cuda-graph"
+                + ('use fewer, set draft to "dense", ' if of_lists else "use fewer, ")
+                + 'or set kernel to "torch" with --disable-cuda-graph'
             )
 
 
