@@ -34,7 +34,9 @@ def test_too_many_and_too_far_do_not(gaps: list[float], why: str) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_what_two_orders_of_summation_do_passes(dtype: str) -> None:
     """Of the shipped target, and by no more than twice: the bounds are not wider than they have to be."""
-    (found,) = (row for row in tables.rows("near_ties.jsonl") if row["dtype"] == dtype)
+    (found,) = (
+        row for row in tables.rows("near_ties.jsonl") if row["dtype"] == dtype and not row.get("rounded")
+    )
     near = NEAR_TIES[getattr(torch, dtype)]
     assert_near_ties(found["gaps"], found["tokens"], near)
     assert near.gap <= 2 * max(found["gaps"])
