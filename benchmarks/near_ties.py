@@ -3,8 +3,8 @@
 The shipped target answers questions with transformers, a token at a time, and then reads the same text at
 once: the same weights in another order of summation. Wherever it would have said another token, its two best
 were a near tie. tests/tolerances.py goes by what this finds; no sts takes part. With --rounded it reads by an
-attention that rounds where FA3 and the kernels here round, probabilities before they are divided by their sum:
-two servers differ in that as well.
+attention that rounds where FA3 and the kernels here do, probabilities before they are divided by their sum: two
+implementations differ in such things as well.
 
   python -m benchmarks.near_ties --out benchmarks/results/near_ties.jsonl     # 40 minutes on one core
 """
@@ -55,7 +55,7 @@ def rounded(module, query, key, value, attention_mask, scaling=None, **_) -> tup
 def differences(
     model: PreTrainedModel, reader: PreTrainedModel, ids: list[int]
 ) -> tuple[list[float], torch.Tensor]:
-    """Gaps of the two best where the reader, at once, says another token, and by how much every gap changes."""
+    """Gaps of the two best where the reader says another token, and by how much every gap changes."""
     how = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     how |= {"output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
     said = model.generate(torch.tensor([ids]), **how)
