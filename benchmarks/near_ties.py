@@ -3,8 +3,8 @@
 The shipped target answers questions with transformers, a token at a time, and then reads the same text at
 once: the same weights in another order of summation. Wherever it would have said another token, its two best
 were a near tie. tests/tolerances.py goes by what this finds; no sts takes part. With --rounded it reads by an
-attention that rounds where FA3 and the kernels here do, probabilities before they are divided by their sum: two
-implementations differ in such things as well.
+attention that rounds where FA3 and the kernels here do, probabilities before they are divided by their sum:
+two implementations differ in such things as well.
 
   python -m benchmarks.near_ties --out benchmarks/results/near_ties.jsonl     # 40 minutes on one core
 """
