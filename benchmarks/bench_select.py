@@ -44,6 +44,7 @@ QUICK = [
     )
 ]
 FEW = 8  # channels
+OVER = 4  # tokens that importance is passed on to, as a model that drafts sparsely has it
 QUICK += [
     {"context": c, "batch": b, "keep": 0.1, "channels": FEW, "width": w}
     for c, b, w in ((32768, 8, 32768), (32768, 8, 131072), (65536, 4, 131072), (131072, 1, 131072))
@@ -145,9 +146,6 @@ def bench_sizes(results: Results, shape: Shape) -> None:
         for name, kernel in (("sizes", "triton"), ("sizes-torch", "torch")):
             call = ops(kernel).size_lists
             results.add(name, shape, microseconds([lambda call=call: call(**args)]), nbytes)
-
-
-OVER = 4  # tokens, as a model that drafts sparsely has it
 
 
 def bench_spread(results: Results, shape: Shape) -> None:

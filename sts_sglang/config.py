@@ -152,19 +152,14 @@ def _number(inside: Callable[[float], bool], allowed: str) -> Callable[[str, obj
 
 _share = _number(lambda x: 0 < x <= 1, "a number above 0 and at most 1")
 _keep = _number(lambda x: 0 < x <= 1, "a number above 0 and at most 1, or 'auto'")
-_part = _number(lambda x: 0 <= x <= 1, "a number from 0 to 1")
-_spread_part = _number(lambda x: 0 <= x <= 1, "a number from 0 to 1, or 'auto'")
+_part = _number(lambda x: 0 <= x <= 1, "a number from 0 to 1, or 'auto'")
 _inner = _number(lambda x: 0 < x < 1, "a number between 0 and 1")
 # Between 0.999 and 1 float16 would round the change away, round after round.
 _decay = _number(lambda x: 0 < x <= 0.999 or x == 1, "a number above 0 and at most 0.999, or 1")
 
 
-def _spread(field: str, value: object) -> float | str:
-    return value if isinstance(value, str) and value == "auto" else _spread_part(field, value)
-
-
-def _keep_or_auto(field: str, value: object) -> float | str:
-    return value if isinstance(value, str) and value == "auto" else _keep(field, value)
+def _auto_or(read: Callable[[str, object], float]) -> Callable[[str, object], float | str]:
+    return lambda field, value: value if isinstance(value, str) and value == "auto" else read(field, value)
 
 
 def _integer_or(word: str, low: int, high: int) -> Callable[[str, object], int | str]:
@@ -226,13 +221,13 @@ def _digest(field: str, value: object) -> str | None:
 
 _READERS: dict[str, Callable[[str, object], object]] = {
     "policy": _choice(get_args(Policy)),
-    "keep": _keep_or_auto,
+    "keep": _auto_or(_keep),
     "budget": _integer(0, MAX_TOKENS),
     "top_p": _share,
     "sink": _sink,
     "recent": _integer(1, MAX_TOKENS),
     "dense_layers": _layers,
-    "spread": _spread,
+    "spread": _auto_or(_part),
     "spread_over": _integer_or("auto", 1, MOST_OVER),
     "pool_rows": _choice(get_args(PoolName)),
     "pool_heads": _choice(get_args(PoolName)),

@@ -14,10 +14,12 @@ from types import MappingProxyType
 import pytest
 import torch
 
+from sts_kernels import layout
 from sts_kernels.torch_ops import budget_tokens
 from sts_sglang.config import (
     MAX_SOURCE,
     MAX_TOKENS,
+    MOST_OVER,
     ConfigError,
     StsConfig,
     check_request,
@@ -127,6 +129,7 @@ def test_a_draft_is_sparse_where_that_was_measured_to_cost_nothing():
     assert chosen("EAGLE3", spread=0.25, spread_over=2) == ("all", 0.25, 2)
     assert chosen("STANDALONE", draft="dense", spread=0) == ("dense", 0, 1)
     assert StsConfig().passed_on == (0.5, 1) and not StsConfig().sparse_draft
+    assert MOST_OVER == layout.MOST_OVER
 
 
 def test_every_source_reads_the_same(tmp_path):

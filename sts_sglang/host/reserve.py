@@ -110,8 +110,9 @@ def reserved_bytes(config: StsConfig, server_args: Any, target: Any, available: 
             "--max-running-requests",
             f"scores and lists of {requests} requests with contexts of up to {shape.context_len} tokens take "
             f"the {available / 2**30:.1f} GiB that weights leave, so that none is left for KV",
-            "fewer, a smaller --context-length"
-            + (", or draft 'dense', which needs half the lists" if config.sparse_draft else ""),
+            "fewer, a smaller --context-length, or draft 'dense', which needs half the lists"
+            if config.sparse_draft
+            else "fewer, or a smaller --context-length",
         )
     return reserved
 
