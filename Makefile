@@ -22,7 +22,7 @@ SERVED := $(patsubst %,'tests/test_serving.py::test_full_budget_then_small[%]',s
 	$(addprefix tests/test_alone.py::test_,small_budgets_agree_with_the_oracle \
 	a_branch_within_a_page_reads_its_own_sketches what_the_host_cache_brings_back_is_sketched_anew) \
 	'tests/test_prefill_serving.py::test_the_cache_keeps_kinds_apart[sparse]' \
-	'tests/test_tensor_parallel.py::test_two_ranks_draft_and_verify_as_one[STANDALONE-draft-shape0]'
+	'tests/test_tensor_parallel.py::test_two_ranks_draft_and_verify_as_one[standalone-tree]'
 
 # Of all tests, about half of the time: servers, which take one core each.
 HALF := $(addprefix tests/test_,$(addsuffix .py,serving tensor_parallel launch inspect gpu_history \

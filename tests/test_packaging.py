@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -173,3 +174,17 @@ def test_every_benchmark_starts_as_its_readme_says() -> None:
     commands = re.findall(r"python -m (benchmarks[\w.]*)", (ROOT / "benchmarks" / "README.md").read_text())
     assert {f"benchmarks.{file.stem}" for file in (ROOT / "benchmarks").glob("bench_*.py")} <= set(commands)
     python(f"import importlib; [importlib.import_module(name) for name in {sorted(set(commands))}]")
+
+
+def test_every_test_that_the_makefile_names_is_there() -> None:
+    """A renamed test would end CI after half an hour, when the second release's turn comes."""
+    plan = ["make", "--dry-run", "contract", "test-servers"]
+    planned = subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    named = {word for word in shlex.split(planned, comments=True) if word.startswith("tests/")}
+    single = sorted(word for word in named if "::" in word)
+    assert len(single) > 10
+    assert all((ROOT / word).is_file() for word in named.difference(single))
+    # Beside its whole file pytest would not miss a test, hence these alone.
+    command = [sys.executable, "-m", "pytest", "--collect-only", "--quiet", *single]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr

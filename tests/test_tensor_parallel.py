@@ -164,6 +164,7 @@ def check_whole(server: Server, traces: list) -> None:
 @pytest.mark.parametrize(
     ("algorithm", "model", "shape", "mode"),
     [("STANDALONE", "draft", TREE, "dense"), ("EAGLE3", "eagle3", CHAIN, "all")],
+    ids=["standalone-tree", "eagle3-chain"],
 )
 def test_two_ranks_draft_and_verify_as_one(pair, logs, reference, algorithm, model, shape, mode):
     """With what the draft attends to by default."""
