@@ -48,7 +48,8 @@ QUICK = [
     for c, b in ((32768, 1), (32768, 8), (131072, 1))
     for s in (0, 1)
 ]
-SPLIT_GRID = settings({"programs": [264, 396, 528, 792], "num_warps": [4, 8], "num_stages": [3, 5, 7]})
+SPLIT_GRID = settings({"narrow_programs": [264, 396, 528, 792], "num_warps": [2, 4], "num_stages": [5, 7]})
+KEYS_GRID = settings({"narrow_programs": [264, 528, 792], "keys_stages": [5, 7, 9]})
 POOL_GRID = settings(
     {
         "pool_blocks": [8, 16, 32],
@@ -118,8 +119,9 @@ class Case:
 
     def planned(self) -> Case:
         """With the plan, made once as for all layers and steps of a round."""
-        lens, width = self.contexts.lens, self.contexts.table.shape[1]
-        return replace(self, plan=ops("triton").plan_contexts(lens, kv_heads=KV_HEADS, max_context=width))
+        lens, width, dim = self.contexts.lens, self.contexts.table.shape[1], self.q.shape[2]
+        plan = ops("triton").plan_contexts(lens, kv_heads=KV_HEADS, head_dim=dim, max_context=width)
+        return replace(self, plan=plan)
 
     def attend(self, kernel: str = "triton", elsewhere: torch.Tensor | None = None) -> torch.Tensor:
         return ops(kernel).draft_attention(
@@ -158,6 +160,14 @@ def prepare(shape: Shape):
     cases = drawn(shape)
     expected = cases[0].run("torch")
     return [case.attend for case in cases], lambda: close(cases[0].run(), expected), nbytes(shape)
+
+
+def prepare_alone(shape: Shape):
+    """The same of importance alone."""
+    cases, everybody = drawn(shape), torch.ones(shape["batch"], dtype=torch.bool, device=DEVICE)
+    expected = cases[0].run("torch")[1]
+    calls = [functools.partial(case.attend, elsewhere=everybody) for case in cases]
+    return calls, lambda: same_scores(cases[0], everybody, expected), nbytes(shape) // 2
 
 
 def fa3_dense(shape: Shape, case: Case):
@@ -221,11 +231,12 @@ def bench(results: Results, shape: Shape) -> None:
 
 
 def compile_one(shape: Shape, knobs: dict) -> None:
-    """The op on tensors that are only shapes, with and without importance."""
+    """The op on tensors that are only shapes: with importance, without it, and that alone."""
     case = Case.draw(shape, device="meta", dtype=shape.get("dtype", torch.bfloat16))
     with compile_only(), using(draft_attention, knobs):
         case.attend()
         case.silent().attend()
+        case.attend(elsewhere=torch.empty(shape["batch"], dtype=torch.bool, device="meta"))
 
 
 def main() -> None:
@@ -239,11 +250,12 @@ def main() -> None:
     if args.fp8:
         shapes = [{**shape, "stored": "float8_e4m3fn"} for shape in shapes]
     grid = [*SPLIT_GRID, *POOL_GRID, {"early": False}] if args.tune else [{}]
-    compile_ahead(compile_one, shapes, grid)
+    compile_ahead(compile_one, shapes, [*grid, *KEYS_GRID] if args.tune else grid)
     results = Results("draft_attention", args.out)
     for shape in shapes:
         if args.tune:
             tune(results, draft_attention, grid, shape, prepare)
+            tune(results, draft_attention, KEYS_GRID, {**shape, "alone": True}, prepare_alone)
         elif args.heads:
             ours(results, shape, drawn(shape))
         else:

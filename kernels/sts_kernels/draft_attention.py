@@ -10,7 +10,7 @@ there. A block of positions then is aligned in every buffer, and its accesses ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -50,11 +50,17 @@ from sts_kernels.split_kv import (
 
 @dataclass(frozen=True)
 class DraftKnobs(SplitKnobs):
-    """pool_blocks: blocks that a pooling program takes at a time. pool_programs: how many of them share the
+    """narrow_programs: `programs` where heads have at most 64 dimensions: a block has half the bytes then,
+    but what is done with it takes as long, so that more of them have to be under way. keys_stages:
+    `num_stages` where keys alone are read: with seven, three blocks of them are on their way, in the room
+    that two of keys and values take.
+    pool_blocks: blocks that a pooling program takes at a time. pool_programs: how many of them share the
     context of a (request, channel). pool_warps: of one. stored_policy: of the cache, for exponentials; they
     are read once more, soon, and would else be driven out by keys and values. The rest: see SplitKnobs.
     """
 
+    narrow_programs: int = 528
+    keys_stages: int = 7
     pool_blocks: int = 16
     pool_programs: int = 64
     pool_warps: int = 4
@@ -74,13 +80,14 @@ def shared_bytes(rows: int, head_dim: int) -> int:
     return split_kv.shared_bytes(rows, head_dim, per_dim=768 if padded(rows) > 32 else 512, per_row=128)
 
 
-def plan_contexts(lens: torch.Tensor, *, kv_heads: int, max_context: int) -> Plan | None:
+def plan_contexts(lens: torch.Tensor, *, kv_heads: int, head_dim: int, max_context: int) -> Plan | None:
     """How the contexts of a batch are parted among programs: alike for every KV head, layer and step of a
     round.
 
     lens: int [bs]. max_context: width of the table of slots. Never None.
     """
-    return plan_whole(lens, kv_heads=kv_heads, longest=max_context, knobs=KNOBS)
+    knobs = replace(KNOBS, programs=KNOBS.narrow_programs) if head_dim <= 64 else KNOBS
+    return plan_whole(lens, kv_heads=kv_heads, longest=max_context, knobs=knobs)
 
 
 class _Rows(NamedTuple):
@@ -173,7 +180,8 @@ def draft_attention(
     branches = 0 if q is None else q.shape[0] // bs
     rows = _Rows(branches, carried.q is not None, some.shape[1], *pool.k.shape[1:])
     if plan is None:
-        plan = plan_contexts(contexts.lens, kv_heads=rows.kv_heads, max_context=contexts.table.shape[1])
+        lens, width = contexts.lens, contexts.table.shape[1]
+        plan = plan_contexts(lens, kv_heads=rows.kv_heads, head_dim=rows.dim, max_context=width)
     work = plan.work.shape[0]
     capture = members.channels.numel() > 0
     blocks = columns // BLOCK if capture else 0
@@ -213,6 +221,7 @@ def draft_attention(
         CAPTURE=capture,
         ELSEWHERE=elsewhere is not None,
         MEMBERS=triton.next_power_of_2(max(1, members.heads.numel())),
+        KEYS_STAGES=KNOBS.keys_stages,
         SHIFT=SHIFT,
         POLICY=KNOBS.stored_policy,
         num_warps=KNOBS.num_warps,
@@ -321,6 +330,7 @@ def _draft_kernel(
     CAPTURE: tl.constexpr,  # whether exponentials are stored
     ELSEWHERE: tl.constexpr,
     MEMBERS: tl.constexpr,  # speaking, padded to a power of two
+    KEYS_STAGES: tl.constexpr,
     POLICY: tl.constexpr,  # of the cache, for them
     SHIFT: tl.constexpr,
     EARLY: tl.constexpr,
@@ -381,7 +391,7 @@ def _draft_kernel(
     first = tl.cdiv(begin, BLOCK) * BLOCK
     last = tl.where((kind & LAST_PART) != 0, end, tl.cdiv(begin + tokens, BLOCK) * BLOCK)
     place = h.to(tl.int64) * blocks + column // BLOCK  # this request's first block
-    # Of who is only scored no block has values.
+    # Of who is only scored no block has values, so that more of them can be on their way.
     middle = last
     if ELSEWHERE:
         middle = tl.where(only_scored, first, last)
@@ -392,7 +402,7 @@ def _draft_kernel(
             POLICY,
         )  # fmt: skip
     if ELSEWHERE:
-        for block in range(middle, last, BLOCK):
+        for block in tl.range(middle, last, BLOCK, num_stages=KEYS_STAGES):
             peak, norm, acc = _read_block(
                 q, k_ptr, v_ptr, exps_ptr, peaks_ptr, row_ptr, block, end, length, column, place, live, rows,
                 dims, h * stride_head, stride_slot, scale, peak, norm, acc,

@@ -185,11 +185,13 @@ class Runtime:
     def shares(self, contexts: Contexts) -> list[Share]:
         """How draft steps that attend to everything part their work, alike in every layer: as many requests
         at a time as there is scratch for (`sizes.SCRATCH`)."""
-        (table, reqs, lens), kv_heads = contexts, self.draft.kv_heads
+        (table, reqs, lens), draft, width = contexts, self.draft, contexts.table.shape[1]
         found = []
         for few in parted(lens.numel(), self.state.at_once):
             own = Contexts(table, reqs[few], lens[few])
-            plan = self.ops.plan_contexts(own.lens, kv_heads=kv_heads, max_context=table.shape[1])
+            plan = self.ops.plan_contexts(
+                own.lens, kv_heads=draft.kv_heads, head_dim=draft.head_dim, max_context=width
+            )
             found.append(Share(few, plan, self.state.score_columns(self.ops, own)))
         return found
 
