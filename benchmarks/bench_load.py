@@ -13,7 +13,10 @@ first turn, and each answer and another question of 128 tokens make the next one
 the answer is there, and prefilled then. Rates are of conversations, everything else is by turn; what earlier
 rates left in the cache is flushed. A row is one arm at one rate: what the client says, and of every request
 the time to its first token and the mean time of the others, so that goodput (requests a second whose tokens
-took at most `--tpot-ms`) can be worked out for another bound too. A client that fails a request, prefixes
+took at most `--tpot-ms`) can be worked out for another bound too. With `--enable-metrics` among the
+`--server-args` a row also has how long requests waited for their prefill and how long it took, by the
+scheduler's clock: the rest of the time to the first token went by in the client, in HTTP and in the process
+that turns text into tokens and back. A client that fails a request, prefixes
 that are not in the cache when they should be, and an sts arm whose counters show no sparse verify or a dense
 one, end the benchmark.
 
@@ -31,10 +34,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import bench_serving
 from benchmarks.serving_arms import ARMS_OF
@@ -46,7 +52,12 @@ SHARED, RANDOM = "generated-shared-prefix", "random-ids"
 QUESTION = 128  # tokens that the requests of a group differ in
 CACHED = 0.95  # of the tokens of prompts that were prefilled
 SAID = ("duration", "completed", "output_throughput", "request_throughput", "concurrency", "accept_length")
-TIMES = tuple(f"{stat}_{what}_ms" for what in ("ttft", "tpot") for stat in ("median", "p90", "p99"))
+TIMES = tuple(f"{stat}_{what}_ms" for what in ("ttft", "tpot") for stat in ("mean", "median", "p90", "p99"))
+# Of the scheduler, before a request's first token: a row's name, SGLang's histogram, and its labels.
+STAGES = (
+    ("waits_ms", "sglang:queue_time_seconds", {}),
+    ("prefill_ms", "sglang:per_stage_req_latency_seconds", {"stage": "prefill_forward"}),
+)
 
 
 def client_args(options: argparse.Namespace, new_tokens: int) -> list[str]:
@@ -117,6 +128,34 @@ def summary(found: dict, bound_ms: float) -> dict:
     }
 
 
+def stages(server: LocalServer) -> dict[str, tuple[float, float]]:
+    """Sum, in ms, and number of requests so far of each of STAGES, by what the server publishes; it publishes
+    nothing of what no request has been through."""
+    families = list(text_string_to_metric_families(server.get("/metrics").decode()))
+    found = {}
+    for name, histogram, labels in STAGES:
+        own = [s for family in families for s in family.samples if labels.items() <= s.labels.items()]
+        total, requests = (
+            sum(s.value for s in own if s.name == histogram + end) for end in ("_sum", "_count")
+        )
+        found[name] = 1000 * total, requests
+    return found
+
+
+def means(before: dict, after: dict) -> dict[str, float]:
+    """Of each stage, over the requests between two calls of `stages`, the client's own warm-up among them.
+
+    Raises:
+        SystemExit: there were none, or SGLang names its histograms otherwise.
+    """
+    changes = [(name, *(a - b for a, b in zip(after[name], before[name], strict=True))) for name in before]
+    if unknown := [name for name, _, requests in changes if not requests]:
+        raise SystemExit(
+            f"the server publishes nothing that says {', '.join(unknown)} (STAGES of bench_load)"
+        )
+    return {name: round(total / requests, 3) for name, total, requests in changes}
+
+
 def _rounded(value: float | None) -> float | None:
     return value if value is None else round(value, 3)
 
@@ -124,12 +163,14 @@ def _rounded(value: float | None) -> float | None:
 def run_arm(arm: str, options: argparse.Namespace) -> list[dict]:
     """All rates of one arm on one server."""
     known, rows = ARMS_OF[options.algorithm][arm], []
+    published = "--enable-metrics" in shlex.split(options.server_args)
     with bench_serving.serve(arm, 0, options) as server:
         for number, rate in enumerate(options.rates):
             if options.dataset == SHARED and (number == 0 or options.turns > 1):
                 server.flush()
                 client(server, options, float("inf"), min(bench_serving.WARM_TOKENS, options.new_tokens))
             before = None if known.config is None else server.counters()
+            begun = stages(server) if published else None
             row = {"arm": arm, "dataset": options.dataset, "context": options.context, "rate": rate}
             row |= {"requests": options.requests, **bench_serving.served(known, options)}
             row |= {"groups": options.groups if options.dataset == SHARED else None, "turns": options.turns}
@@ -137,6 +178,8 @@ def run_arm(arm: str, options: argparse.Namespace) -> list[dict]:
             if options.dataset == SHARED:
                 check_cached(found, options.turns)
             row |= summary(found, options.tpot_ms)
+            if published:
+                row |= means(begun, stages(server))
             if before is not None:
                 delta = sparse_between(before, server.counters())
                 row |= {"sparse_verifies": delta["sparse_verifies"]}

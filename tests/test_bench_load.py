@@ -101,6 +101,23 @@ def test_goodput_counts_requests_whose_tokens_came_in_time():
     assert (row["tpots_ms"], row["ttfts_ms"]) == ([10, 30], [100, 200])
 
 
+def test_stages_are_means_of_the_requests_in_between():
+    """A histogram that nobody has been through yet is not published."""
+    waits = 'sglang:queue_time_seconds_{}{{model_name="m"}} {}'
+    prefill = 'sglang:per_stage_req_latency_seconds_{}{{stage="{}"}} {}'
+    first = ["# TYPE sglang:queue_time_seconds histogram", waits.format("sum", 1), waits.format("count", 2)]
+    then = ["# TYPE sglang:queue_time_seconds histogram", waits.format("sum", 4), waits.format("count", 5)]
+    then += ["# TYPE sglang:per_stage_req_latency_seconds histogram"]
+    for stage, seconds in (("prefill_forward", 0.2), ("decode_forward", 9)):
+        then += [prefill.format("sum", stage, seconds), prefill.format("count", stage, 4)]
+    answers = ["\n".join(lines) + "\n" for lines in (first, then)]
+    server = type("S", (), {"get": lambda self, path: answers.pop(0).encode()})()
+    before, after = bench_load.stages(server), bench_load.stages(server)
+    assert bench_load.means(before, after) == {"waits_ms": 1000, "prefill_ms": 50}
+    with pytest.raises(SystemExit, match="says prefill_ms"):
+        bench_load.means({**before, "prefill_ms": after["prefill_ms"]}, after)
+
+
 @pytest.mark.parametrize(
     ("script", "message"),
     [
@@ -150,6 +167,15 @@ def test_a_table_compares_stock_and_sts_at_every_rate_of_one_run(tmp_path, monke
         "| 1,000 tokens, agents of 6 turns over prefixes that are shared, EAGLE3, 8 x 64 tokens | 1 |"
     )
     assert "10 and 20 ms" in shown[-1] and "commit c;" in shown[-1]
+    assert "first, mean" not in shown[0]
+    told = {**agents, "arm": "sts", "tpots_ms": [1], "mean_ttft_ms": 90, "waits_ms": 1, "prefill_ms": 20}
+    with (tmp_path / "load.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(told))
+    head, _, *lines, _, _ = load.load().splitlines()
+    columns = dict(zip(head.split("|"), lines[-1].split("|"), strict=True))
+    assert columns[" ms to the first, mean: sts, dense draft "] == " 90 "
+    assert columns[" of which in the scheduler: sts, dense draft "] == " 21 "
+    assert columns[" of which in the scheduler: stock "] == " – "
 
 
 def test_dummy_models_have_words_where_prompts_are_text(tmp_path):
@@ -170,7 +196,7 @@ def test_the_real_client_loads_a_real_server(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     pair = shipped_pair()
     server = "--device cpu --dtype float32 --context-length 8192 --max-total-tokens 20000 "
-    server += "--max-running-requests 8 --skip-server-warmup"
+    server += "--max-running-requests 8 --skip-server-warmup --enable-metrics"
     options = ["--target", str(pair.target), "--draft", str(pair.draft), "--algorithm", "STANDALONE"]
     options += ["--context", "400", "--requests", "4", "--groups", "2", "--rates", "inf", "--arms", "sts"]
     options += ["--new-tokens", "16", "--tpot-ms", "1000000", "--server-args", server, "--out", "rows.jsonl"]
@@ -187,3 +213,4 @@ def test_the_real_client_loads_a_real_server(tmp_path, monkeypatch):
         assert (row["turns"], row["completed"], len(row["tpots_ms"])) == (turns, answers, answers)
         assert 0.2 < row["keep_ratio"] < 0.4 and row["sparse_verifies"] > 0
         assert row["goodput"] == pytest.approx(answers / row["duration"], rel=1e-3)
+        assert row["waits_ms"] >= 0 and 0 < row["prefill_ms"] <= row["mean_ttft_ms"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from benchmarks.quality.report import table
 from benchmarks.tables import MISSING, commits, gpus, rows
 
@@ -11,39 +13,57 @@ BOUNDS = (10, 20)  # ms a token, of goodput
 LOADS = {"generated-shared-prefix": "prefixes that are shared", "random-ids": "prompts nobody has seen"}
 
 
+# What a row says under each head; of some rows not all of it is known.
+MEASURES: dict[str, Callable[[dict], str | None]] = {
+    "tokens/s": lambda row: f"{row['output_throughput']:,.0f}",
+    "ms a token": lambda row: f"{row['median_tpot_ms']:,.2f}",
+    "ms to the first, 99 %": lambda row: f"{row['p99_ttft_ms']:,.0f}",
+    "ms to the first, mean": lambda row: f"{row['mean_ttft_ms']:,.0f}" if "mean_ttft_ms" in row else None,
+    "of which in the scheduler": lambda row: scheduler_ms(row),
+    **{f"goodput, {bound} ms": lambda row, bound=bound: f"{served(row, bound):.2f}" for bound in BOUNDS},
+}
+
+
 def load() -> str:
     """Of stock and sts at every rate of the newest run (commit) of a load that had stock and another arm."""
     found = rows("load.jsonl")
-    arms = {arm: name for arm, name in ARMS.items() if any(r["arm"] == arm for r in found)}
-    lines, shown = [], []
-    for key in dict.fromkeys(map(load_of, found)):
-        own = newest([r for r in found if load_of(r) == key])
-        if own is None:
-            continue
-        dataset, context, algorithm, turns, rate, requests, new_tokens, *_ = key
-        loads = LOADS[dataset] if turns == 1 else f"agents of {turns} turns over {LOADS[dataset]}"
-        asked = f"{requests} x {new_tokens} tokens"
-        cells = [f"{context:,} tokens, {loads}, {algorithm}, {asked}", f"{rate:g}"]
-        for what, digits in (("output_throughput", 0), ("median_tpot_ms", 2), ("p99_ttft_ms", 0)):
-            cells += [f"{own[arm][what]:,.{digits}f}" if arm in own else "–" for arm in arms]
-        for bound in BOUNDS:
-            cells += [f"{served(own[arm], bound):.2f}" if arm in own else "–" for arm in arms]
-        lines.append(cells)
-        shown += own.values()
-    if not lines:
+    runs = [
+        (key, newest([r for r in found if load_of(r) == key])) for key in dict.fromkeys(map(load_of, found))
+    ]
+    runs = [(key, own) for key, own in runs if own]
+    shown = [row for _, own in runs for row in own.values()]
+    if not shown:
         return MISSING
-    head = ["load", "requests/s"]
-    measures = ("tokens/s", "ms a token", "ms to the first, 99 %", *(f"goodput, {b} ms" for b in BOUNDS))
-    head += [f"{what}: {name}" for what in measures for name in arms.values()]
-    first = shown[0]
+    arms = {arm: name for arm, name in ARMS.items() if any(arm in own for _, own in runs)}
+    said = {head: of for head, of in MEASURES.items() if any(map(of, shown))}
+    lines = [
+        [
+            *_load(key),
+            *(of(own[arm]) or "–" if arm in own else "–" for of in said.values() for arm in arms),
+        ]
+        for key, own in runs
+    ]
+    head = ["load", "requests/s", *(f"{what}: {name}" for what in said for name in arms.values())]
     note = (
         f"SGLang's own serving client, Poisson arrivals, so many requests (agents) with so many new tokens "
         f"(a turn). Goodput: requests a second whose tokens after the first took at most "
         f"{' and '.join(map(str, BOUNDS))} ms each, in the mean of the request. "
-        f"{gpus(shown)}, SGLang {first['sglang']}, commit {commits(shown)}; dummy weights, stock with FA3 "
+        f"{gpus(shown)}, SGLang {shown[0]['sglang']}, commit {commits(shown)}; dummy weights, stock with FA3 "
         f"and its draft-extend captured."
     )
     return table(head, lines) + "\n\n" + note
+
+
+def _load(key: tuple) -> tuple[str, str]:
+    """A load in words, and its rate."""
+    dataset, context, algorithm, turns, rate, requests, new_tokens, *_ = key
+    loads = LOADS[dataset] if turns == 1 else f"agents of {turns} turns over {LOADS[dataset]}"
+    return f"{context:,} tokens, {loads}, {algorithm}, {requests} x {new_tokens} tokens", f"{rate:g}"
+
+
+def scheduler_ms(row: dict) -> str | None:
+    """Mean time from a request's arrival in the scheduler to its first token there."""
+    return f"{row['waits_ms'] + row['prefill_ms']:,.0f}" if "prefill_ms" in row else None
 
 
 def goodput(tpots_ms: list[float], seconds: float, bound_ms: float) -> float:
