@@ -119,9 +119,8 @@ class Case:
 
     def planned(self) -> Case:
         """With the plan, made once as for all layers and steps of a round."""
-        lens, width, dim = self.contexts.lens, self.contexts.table.shape[1], self.q.shape[2]
-        plan = ops("triton").plan_contexts(lens, kv_heads=KV_HEADS, head_dim=dim, max_context=width)
-        return replace(self, plan=plan)
+        lens, width = self.contexts.lens, self.contexts.table.shape[1]
+        return replace(self, plan=ops("triton").plan_contexts(lens, self.pool, max_context=width))
 
     def attend(self, kernel: str = "triton", elsewhere: torch.Tensor | None = None) -> torch.Tensor:
         return ops(kernel).draft_attention(

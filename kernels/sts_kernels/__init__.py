@@ -290,9 +290,7 @@ class Ops(Protocol):
     ) -> Plan | None:
         """`plan_lists` for sparse_attention in several layers; None where the implementation needs none."""
 
-    def plan_contexts(
-        self, lens: torch.Tensor, *, kv_heads: int, head_dim: int, max_context: int
-    ) -> Plan | None:
+    def plan_contexts(self, lens: torch.Tensor, pool: KvPool, *, max_context: int) -> Plan | None:
         """The same for draft_attention, alike in all layers of a round."""
 
 

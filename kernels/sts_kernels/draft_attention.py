@@ -50,10 +50,10 @@ from sts_kernels.split_kv import (
 
 @dataclass(frozen=True)
 class DraftKnobs(SplitKnobs):
-    """narrow_programs: `programs` where heads have at most 64 dimensions: a block has half the bytes then,
-    but what is done with it takes as long, so that more of them have to be under way. keys_stages:
-    `num_stages` where keys alone are read: with seven, three blocks of them are on their way, in the room
-    that two of keys and values take.
+    """narrow_programs: `programs` where a key has at most NARROW bytes: what is done with a block of them
+    takes as long as with larger ones, so that more have to be under way. keys_stages: `num_stages` where keys
+    alone are read: with seven, three blocks of them are on their way, in the room that two of keys and values
+    take.
     pool_blocks: blocks that a pooling program takes at a time. pool_programs: how many of them share the
     context of a (request, channel). pool_warps: of one. stored_policy: of the cache, for exponentials; they
     are read once more, soon, and would else be driven out by keys and values. The rest: see SplitKnobs.
@@ -69,6 +69,7 @@ class DraftKnobs(SplitKnobs):
 
 KNOBS = DraftKnobs()
 BLOCK = ALIGN  # keys read at a time: a block never has columns of two requests
+NARROW = 128  # bytes of a key
 # exp2(logit - running maximum) is at most 1: scaled to the top of float16, its relative precision is
 # 2**-11 down to 2e-9 of the maximum.
 STORED_SCALE = tl.constexpr(2.0**15)
@@ -80,13 +81,15 @@ def shared_bytes(rows: int, head_dim: int) -> int:
     return split_kv.shared_bytes(rows, head_dim, per_dim=768 if padded(rows) > 32 else 512, per_row=128)
 
 
-def plan_contexts(lens: torch.Tensor, *, kv_heads: int, head_dim: int, max_context: int) -> Plan | None:
+def plan_contexts(lens: torch.Tensor, pool: KvPool, *, max_context: int) -> Plan | None:
     """How the contexts of a batch are parted among programs: alike for every KV head, layer and step of a
     round.
 
-    lens: int [bs]. max_context: width of the table of slots. Never None.
+    lens: int [bs]. pool: of any layer. max_context: width of the table of slots. Never None.
     """
-    knobs = replace(KNOBS, programs=KNOBS.narrow_programs) if head_dim <= 64 else KNOBS
+    _, kv_heads, dim = pool.k.shape
+    narrow = dim * pool.k.itemsize <= NARROW
+    knobs = replace(KNOBS, programs=KNOBS.narrow_programs) if narrow else KNOBS
     return plan_whole(lens, kv_heads=kv_heads, longest=max_context, knobs=knobs)
 
 
@@ -180,8 +183,7 @@ def draft_attention(
     branches = 0 if q is None else q.shape[0] // bs
     rows = _Rows(branches, carried.q is not None, some.shape[1], *pool.k.shape[1:])
     if plan is None:
-        lens, width = contexts.lens, contexts.table.shape[1]
-        plan = plan_contexts(lens, kv_heads=rows.kv_heads, head_dim=rows.dim, max_context=width)
+        plan = plan_contexts(contexts.lens, pool, max_context=contexts.table.shape[1])
     work = plan.work.shape[0]
     capture = members.channels.numel() > 0
     blocks = columns // BLOCK if capture else 0

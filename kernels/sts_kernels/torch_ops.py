@@ -159,7 +159,7 @@ def draft_attention(
     return out
 
 
-def plan_contexts(lens: torch.Tensor, *, kv_heads: int, head_dim: int, max_context: int) -> Plan | None:
+def plan_contexts(lens: torch.Tensor, pool: KvPool, *, max_context: int) -> Plan | None:
     """None: plain torch needs no plan of its work."""
     return None
 

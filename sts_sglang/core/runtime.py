@@ -185,13 +185,11 @@ class Runtime:
     def shares(self, contexts: Contexts) -> list[Share]:
         """How draft steps that attend to everything part their work, alike in every layer: as many requests
         at a time as there is scratch for (`sizes.SCRATCH`)."""
-        (table, reqs, lens), draft, width = contexts, self.draft, contexts.table.shape[1]
+        (table, reqs, lens), pool = contexts, self.draft.pools.layer(0)
         found = []
         for few in parted(lens.numel(), self.state.at_once):
             own = Contexts(table, reqs[few], lens[few])
-            plan = self.ops.plan_contexts(
-                own.lens, kv_heads=draft.kv_heads, head_dim=draft.head_dim, max_context=width
-            )
+            plan = self.ops.plan_contexts(own.lens, pool, max_context=table.shape[1])
             found.append(Share(few, plan, self.state.score_columns(self.ops, own)))
         return found
 
