@@ -48,8 +48,9 @@ QUICK = [
     for c, b in ((32768, 1), (32768, 8), (131072, 1))
     for s in (0, 1)
 ]
-SPLIT_GRID = settings({"narrow_programs": [264, 396, 528, 792], "num_warps": [2, 4], "num_stages": [5, 7]})
-KEYS_GRID = settings({"narrow_programs": [264, 528, 792], "keys_stages": [5, 7, 9]})
+PROGRAMS = {"narrow": [()], "programs": [264, 396, 528, 792]}  # whatever the bytes of a key
+SPLIT_GRID = settings({**PROGRAMS, "num_warps": [2, 4], "num_stages": [5, 7]})
+KEYS_GRID = settings({**PROGRAMS, "keys_stages": [5, 7, 9]})
 POOL_GRID = settings(
     {
         "pool_blocks": [8, 16, 32],

@@ -272,7 +272,7 @@ def test_who_is_only_scored_needs_no_values_and_no_keys_of_silent_heads(
     monkeypatch, kernel: str, branches: int, step: int
 ) -> None:
     """Requests that attend elsewhere beside one that does not, in parts, and all of them without branches."""
-    tune(monkeypatch, draft_attention, narrow_programs=24, least=64)
+    tune(monkeypatch, draft_attention, narrow=(), programs=24, least=64)
     batch, pools = Batch(lengths=[70, 9, 300, 1], group=2), ("max", "max")
     here = [False, True, False, True] if branches else [False] * 4
     speaking = Members(
@@ -325,7 +325,7 @@ def test_draft_attention_of_the_carried_row_alone(kernel: str) -> None:
 @pytest.mark.parametrize("lengths", [[330, 64, 9], [127, 128, 129]], ids=str)
 @pytest.mark.parametrize("splits", [3, 5])
 def test_draft_attention_in_any_number_of_splits(monkeypatch, lengths: list[int], splits: int) -> None:
-    tune(monkeypatch, draft_attention, narrow_programs=6 * splits, least=8)
+    tune(monkeypatch, draft_attention, narrow=(), programs=6 * splits, least=8)
     check_draft("triton", Batch(lengths=lengths), branches=2, step=1, carried=False)
     check_draft("triton", Batch(lengths=lengths), branches=1, step=0)
 
@@ -778,6 +778,23 @@ def test_a_plan_parts_every_list_evenly(kernel: str, programs: int, most: int) -
             assert all(bool(kind & Part.OF_CONTEXT) == (count < 0) for kind in kinds)
     if programs == 24:  # no list of the first layer holds anybody up
         assert max(tokens for *_, tokens, _ in plan.work[0, : int(plan.ends[0, -1])].tolist()) < 200
+
+
+@pytest.mark.parametrize(
+    ("dim", "stored", "parts"),
+    [
+        (128, torch.bfloat16, 33),
+        (96, torch.bfloat16, 49),
+        (64, torch.bfloat16, 64),
+        (128, torch.float8_e4m3fn, 64),
+    ],
+)
+def test_contexts_of_small_keys_are_parted_among_more_programs(dim: int, stored, parts: int) -> None:
+    """Of 264, 396 and 528 programs eight KV heads share one request; a list has 64 parts at most."""
+    keys = torch.empty(1, 8, dim, dtype=stored, device=DEVICE)
+    lens = torch.tensor([65536], device=DEVICE)
+    plan = ops("triton").plan_contexts(lens, KvPool(keys, keys), max_context=65536)
+    assert int(plan.ends[-1]) == parts
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -50,16 +50,16 @@ from sts_kernels.split_kv import (
 
 @dataclass(frozen=True)
 class DraftKnobs(SplitKnobs):
-    """narrow_programs: `programs` where a key has at most NARROW bytes: what is done with a block of them
-    takes as long as with larger ones, so that more have to be under way. keys_stages: `num_stages` where keys
-    alone are read: with seven, three blocks of them are on their way, in the room that two of keys and values
-    take.
+    """narrow: `programs` where a key has at most so many bytes, fewest bytes first: what is done with a block
+    of small keys takes as long as with large ones, so that more blocks have to be under way. keys_stages:
+    `num_stages` where keys alone are read: with seven, three blocks of them are on their way, in the room
+    that two of keys and values take.
     pool_blocks: blocks that a pooling program takes at a time. pool_programs: how many of them share the
     context of a (request, channel). pool_warps: of one. stored_policy: of the cache, for exponentials; they
     are read once more, soon, and would else be driven out by keys and values. The rest: see SplitKnobs.
     """
 
-    narrow_programs: int = 528
+    narrow: tuple[tuple[int, int], ...] = ((128, 528), (192, 396))
     keys_stages: int = 7
     pool_blocks: int = 16
     pool_programs: int = 64
@@ -69,7 +69,6 @@ class DraftKnobs(SplitKnobs):
 
 KNOBS = DraftKnobs()
 BLOCK = ALIGN  # keys read at a time: a block never has columns of two requests
-NARROW = 128  # bytes of a key
 # exp2(logit - running maximum) is at most 1: scaled to the top of float16, its relative precision is
 # 2**-11 down to 2e-9 of the maximum.
 STORED_SCALE = tl.constexpr(2.0**15)
@@ -88,8 +87,8 @@ def plan_contexts(lens: torch.Tensor, pool: KvPool, *, max_context: int) -> Plan
     lens: int [bs]. pool: of any layer. max_context: width of the table of slots. Never None.
     """
     _, kv_heads, dim = pool.k.shape
-    narrow = dim * pool.k.itemsize <= NARROW
-    knobs = replace(KNOBS, programs=KNOBS.narrow_programs) if narrow else KNOBS
+    fitting = (programs for most, programs in KNOBS.narrow if dim * pool.k.itemsize <= most)
+    knobs = replace(KNOBS, programs=next(fitting, KNOBS.programs))
     return plan_whole(lens, kv_heads=kv_heads, longest=max_context, knobs=knobs)
 
 
