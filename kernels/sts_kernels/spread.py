@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from sts_kernels.checks import check_spread
-from sts_kernels.layout import SHIFT, Scores
+from sts_kernels.layout import ALIGN, SHIFT, Scores
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def spread_importance(scores: Scores, lens: torch.Tensor, *, factor: float, over
     parts = max(1, min(most, KNOBS.programs // (bs * channels)))
     edges = importance.new_empty(bs, channels, most, triton.next_power_of_2(over))
     row = [importance, edges, scores.starts, lens, importance.stride(0)]
-    shape = {"PARTS": parts, "MOST": most, "WIDTH": edges.shape[-1], "BLOCK": KNOBS.block}
+    shape = {"PARTS": parts, "MOST": most, "WIDTH": edges.shape[-1], "BLOCK": KNOBS.block, "ALIGN": ALIGN}
     if parts > 1:
         _edges_kernel[(bs, channels)](*row, **shape, num_warps=1)
     _spread_kernel[(bs, channels, parts)](
@@ -60,11 +60,12 @@ def _row(
     MOST: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK,
+    ALIGN,
 ):
     """Of a row: first column, below 0 where there is none; length; pointers to its scores and to its edges;
     and how many scores a part has."""
     b, c = tl.program_id(0), tl.program_id(1)
-    start = tl.load(column_ptr + b)
+    start = tl.multiple_of(tl.load(column_ptr + b), ALIGN)
     length = tl.load(lens_ptr + b).to(tl.int32)
     edge_ptr = edges_ptr + (b * tl.num_programs(1) + c) * MOST * WIDTH
     part = tl.cdiv(tl.cdiv(length, PARTS), BLOCK) * BLOCK
@@ -82,9 +83,10 @@ def _edges_kernel(
     MOST: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     start, length, row_ptr, edge_ptr, part = _row(
-        importance_ptr, edges_ptr, column_ptr, lens_ptr, stride, PARTS, MOST, WIDTH, BLOCK
+        importance_ptr, edges_ptr, column_ptr, lens_ptr, stride, PARTS, MOST, WIDTH, BLOCK, ALIGN
     )
     if start < 0:
         return
@@ -108,9 +110,10 @@ def _spread_kernel(
     WIDTH: tl.constexpr,
     SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     start, length, row_ptr, edge_ptr, part = _row(
-        importance_ptr, edges_ptr, column_ptr, lens_ptr, stride, PARTS, MOST, WIDTH, BLOCK
+        importance_ptr, edges_ptr, column_ptr, lens_ptr, stride, PARTS, MOST, WIDTH, BLOCK, ALIGN
     )
     if start < 0:
         return
@@ -119,11 +122,10 @@ def _spread_kernel(
     blocks = tl.cdiv(tl.minimum(part, length - first), BLOCK)
     # From the last block to the first, so that scores which a block passes on are read before they change.
     for i in range(1, blocks):
-        _spread_block(
-            row_ptr, edge_ptr, first + (blocks - i) * BLOCK, first, length, factor, False, OVER, SHIFT, BLOCK
-        )
+        begin = first + (blocks - i) * BLOCK
+        _spread_block(row_ptr, edge_ptr, begin, first, length, factor, False, OVER, SHIFT, BLOCK, ALIGN)
     if blocks > 0:
-        _spread_block(row_ptr, edge_ptr, first, first, length, factor, True, OVER, SHIFT, BLOCK)
+        _spread_block(row_ptr, edge_ptr, first, first, length, factor, True, OVER, SHIFT, BLOCK, ALIGN)
 
 
 @triton.jit
@@ -138,19 +140,24 @@ def _spread_block(
     OVER: tl.constexpr,
     SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
-    """What a block gets. EDGE: it is the first of a part, where some come from the part before."""
+    """What a block gets. EDGE: it is the first of a part, where some come from the part before.
+
+    Its scores are read and written up to a multiple of ALIGN, past the context as they are: a mask by
+    position would split every access into single scores."""
     offs = begin + tl.arange(0, BLOCK)
-    ok = offs < length
+    ok = offs < tl.multiple_of(tl.cdiv(length, ALIGN) * ALIGN, ALIGN)
+    gets = offs < length
     if EDGE:
-        ok &= offs > SHIFT
+        gets &= offs > SHIFT
     own = tl.load(row_ptr + offs, mask=ok, other=0.0)  # [BLOCK]
     best, weight = own, 1.0
     for k in tl.static_range(1, OVER + 1):
         weight = weight * factor
         at = offs - k
         if EDGE:
-            scored = ok & (at >= SHIFT)
+            scored = gets & (at >= SHIFT)
             before = tl.load(row_ptr + at, mask=scored & (at >= first), other=float("-inf"))
             edge = tl.load(edge_ptr + first - 1 - at, mask=scored & (at < first), other=float("-inf"))
             before = tl.where(at < first, edge, before)
@@ -159,4 +166,4 @@ def _spread_block(
         passed = (before.to(tl.float32) * weight).to(own.dtype)
         best = tl.where(passed > best, passed, best)
     tl.debug_barrier()  # all threads have read the block before one writes to it
-    tl.store(row_ptr + offs, best, mask=ok & (best > own))
+    tl.store(row_ptr + offs, tl.where(gets, best, own), mask=ok)
