@@ -11,8 +11,6 @@ STOCK = "stock-spec-captured"
 ARMS = {STOCK: "stock", "sts-draft": "sts", "sts": "sts, dense draft"}
 BOUNDS = (10, 20)  # ms a token, of goodput
 LOADS = {"generated-shared-prefix": "prefixes that are shared", "random-ids": "prompts nobody has seen"}
-
-
 # What a row says under each head; of some rows not all of it is known.
 MEASURES: dict[str, Callable[[dict], str | None]] = {
     "tokens/s": lambda row: f"{row['output_throughput']:,.0f}",
@@ -27,22 +25,17 @@ MEASURES: dict[str, Callable[[dict], str | None]] = {
 def load() -> str:
     """Of stock and sts at every rate of the newest run (commit) of a load that had stock and another arm."""
     found = rows("load.jsonl")
-    runs = [
-        (key, newest([r for r in found if load_of(r) == key])) for key in dict.fromkeys(map(load_of, found))
-    ]
-    runs = [(key, own) for key, own in runs if own]
+    keys = dict.fromkeys(map(load_of, found))
+    runs = [(key, own) for key in keys if (own := newest([r for r in found if load_of(r) == key]))]
     shown = [row for _, own in runs for row in own.values()]
     if not shown:
         return MISSING
     arms = {arm: name for arm, name in ARMS.items() if any(arm in own for _, own in runs)}
     said = {head: of for head, of in MEASURES.items() if any(map(of, shown))}
-    lines = [
-        [
-            *_load(key),
-            *(of(own[arm]) or "–" if arm in own else "–" for of in said.values() for arm in arms),
-        ]
-        for key, own in runs
-    ]
+    lines = []
+    for key, own in runs:
+        cells = [of(own[arm]) if arm in own else None for of in said.values() for arm in arms]
+        lines.append([*_load(key), *(cell or "–" for cell in cells)])
     head = ["load", "requests/s", *(f"{what}: {name}" for what in said for name in arms.values())]
     note = (
         f"SGLang's own serving client, Poisson arrivals, so many requests (agents) with so many new tokens "
