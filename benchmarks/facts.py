@@ -56,6 +56,8 @@ def facts() -> dict[str, str]:
             _each, "smol_plain_draft", *[{"map-all": [0.1], "map-all-75-8": [0.1]}] * 2, beside="map-dense"
         ),
         "quality_eagle3_sparse": _sparse_head,
+        "quality_kept": partial(_kept, "kept"),
+        "quality_eagle3_kept": partial(_kept, "e3_kept"),
         "quality_smollm2_prefill": partial(_each, "smol_prefill", {"prefill": [0.1, 0.25]}, {}),
     }
     for folder, make in makers.items():
@@ -303,6 +305,16 @@ def _sparse_head(found: Results) -> dict[str, str]:
     shown = dict.fromkeys(("all-75-8", "sts-draft", "sts-extend"), [0.1])
     changes = _each("e3", shown, shown, found, beside="sts")
     return {**changes, **{f"e3_accept_{arm}": accepted(arm) for arm in ("sts", "all-75-8", "sts-extend")}}
+
+
+def _kept(name: str, found: Results) -> dict[str, str]:
+    """Of drafts that go by selections which are kept, and how many tokens they draft."""
+    arms, (length,) = ("sts-draft-every", "sts-draft-adaptive"), found.lengths()
+    accepted = {
+        arm: found.accept_length(arm, 0.1, length, found.tasks) for arm in ("sts", "sts-draft", *arms)
+    }
+    changes = _each(name, {}, dict.fromkeys(arms, [0.1]), found, beside="sts")
+    return {**changes, **{f"{name}_accept_{arm}": f"{tokens:.2f}" for arm, tokens in accepted.items()}}
 
 
 def _pretrained_alone(found: Results) -> dict[str, str]:

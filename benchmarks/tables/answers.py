@@ -83,6 +83,7 @@ def pretrained_tokens() -> str:
 # What is passed on by default, by a model that drafts and by a head.
 HALF, FURTHER = "`all`, `spread` 0.5 over 4", "`all`, `spread` 0.75 over 8"
 OF_SMOLLM2 = {HALF: "map-all", FURTHER: "map-all-75-8"}
+KEPT = {"`every`": "sts-draft-every", "`all`, `draft_refresh` adaptive": "sts-draft-adaptive"}
 SPARSE_DRAFTS = {  # by folder: whose, the arm with a dense draft, and those with a sparse one
     "quality_sparse": ("shipped pair, STANDALONE", "sts", {HALF: "sts-draft"}),
     "quality_smollm2_plain_draft": ("SmolLM2, STANDALONE (a)", "map-dense", OF_SMOLLM2),
@@ -92,6 +93,8 @@ SPARSE_DRAFTS = {  # by folder: whose, the arm with a dense draft, and those wit
         {FURTHER: "all-75-8", HALF: "sts-draft", "`extend`": "sts-extend"},
     ),
     "quality_smollm2_eagle3_draft": ("SmolLM2, EAGLE-3 head (c)", "map-dense", OF_SMOLLM2),
+    "quality_kept": ("shipped pair, on a CPU", "sts", KEPT),
+    "quality_eagle3_kept": ("shipped target and head, on a CPU", "sts", KEPT),
 }
 
 
