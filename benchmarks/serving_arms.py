@@ -37,6 +37,7 @@ ARMS = {
     "sts": Arm(DENSE),
     "sts-extend": Arm({"draft": "extend"}),
     "sts-draft": Arm({"draft": "all"}),
+    "sts-draft-refresh-2": Arm({"draft": "all", "draft_refresh": 2}),
     "sts-draft-refresh": Arm({"draft": "all", "draft_refresh": 4}),
     "sts-draft-every": Arm({"draft": "every"}),
     "sts-draft-kv": Arm({**DENSE, "draft_kv": "fp8_e4m3"}),

@@ -285,11 +285,12 @@ class StsConfig:
     spread: float | Literal["auto"] = "auto"
     """Part of a token's score that the next token has at least. A row that attends to a token is often
     followed by one that attends to the token after it, and the last rows of a verify have no row of the draft
-    that could say so. auto: 0.5, with the sparse steps of a head 0.75. 0: none."""
+    that could say so. auto: 0.5, with the sparse steps of a head 0.75, and with `draft_refresh` so much more
+    that as much is left where `spread_over` ends. 0: none."""
     spread_over: int | Literal["auto"] = "auto"
     """Tokens that it is passed on to, each of them getting `spread` times what the one before got; auto: 1,
     or with sparse draft steps, where most rows of a verify have none of the draft, as many as it has, with a
-    head twice as many."""
+    head twice as many, each times the rounds that go by one selection, and 64 at most."""
     pool_rows: PoolName = "max"
     """How the draft rows of a request become one score."""
     pool_heads: PoolName = "max"
@@ -479,11 +480,18 @@ class StsConfig:
         if self.draft == "auto":
             asked = algorithm in SPARSE_ALGORITHMS and topk == 1 and num_steps == SPARSE_STEPS
             chosen = replace(self, draft="all" if asked and self._keeps_as_asked else "dense")
-        head, rows = algorithm != "STANDALONE", num_steps + 1  # of a verify
-        spread, over = (SPREAD_OF_HEADS, 2 * rows) if head else (SPREAD, rows)
-        spread, over = (spread, over) if chosen.sparse_steps else (SPREAD, 1)
-        auto = {"spread": spread, "spread_over": min(over, MOST_OVER)}
+        auto = dict(zip(("spread", "spread_over"), chosen._passed_on(algorithm, num_steps), strict=True))
         return replace(chosen, **{key: value for key, value in auto.items() if getattr(self, key) == "auto"})
+
+    def _passed_on(self, algorithm: str, num_steps: int) -> tuple[float, int]:
+        """What `spread` and `spread_over` "auto" stand for. Rounds that go by one selection read on where the
+        one before ended, so that it goes as many times as far, and loses as much on the way."""
+        if not self.sparse_steps:
+            return SPREAD, 1
+        rows, (rounds, _) = num_steps + 1, self.refresh
+        spread, over = (SPREAD, rows) if algorithm == "STANDALONE" else (SPREAD_OF_HEADS, 2 * rows)
+        further = min(over * rounds, MOST_OVER)
+        return round(spread ** min(1, over / further), 3), further
 
     @property
     def _keeps_as_asked(self) -> bool:

@@ -88,11 +88,12 @@ def sts_server(
 
 def spread_rule(rule: Rule, algorithm: str) -> Rule:
     """With what a draft passes on whose first step alone scores: to as many tokens as a verify has rows, and
-    a head more of it to twice as many."""
+    a head more of it to twice as many; as many times as far as there are rounds that go by one selection."""
     if rule.draft in ("dense", "extend"):
         return rule
     part, times = (0.5, 1) if algorithm == "STANDALONE" else (0.75, 2)
-    return replace(rule, spread=part, spread_over=times * (rule.num_steps + 1))
+    over = times * rule.refresh * (rule.num_steps + 1)
+    return replace(rule, spread=round(part ** (1 / rule.refresh), 3), spread_over=over)
 
 
 def scenario(server: Server) -> list[list[int]]:
@@ -187,6 +188,7 @@ def test_full_budget_then_small(pair, logs, reference, algorithm, model, shape, 
         assert (served["draft"], served["spread"], served["spread_over"]) == (
             mode, rule.spread, rule.spread_over,
         )  # fmt: skip
+        assert (f"draft_refresh {refresh} loses answers" in server.log.read_text()) == (refresh != 1)
         _check_small_budget(server, Oracle(pair["target"], pair[model]), rule)
         before = server.counters()
         whole = Whole(server)

@@ -59,6 +59,7 @@ ARMS = {
     "sts-extend": Arm({"draft": "extend"}, "draft-extend alone attends to the selection"),
     "sts-steps": Arm({"draft": "steps"}, "draft steps after the first attend to the selection"),
     "sts-draft": Arm({"draft": "all"}, "so does draft-extend"),
+    "sts-draft-refresh-2": Arm({"draft": "all", "draft_refresh": 2}, "and is scored in every other round"),
     "sts-draft-refresh": Arm({"draft": "all", "draft_refresh": 4}, "and is scored in every 4th round"),
     "sts-draft-adaptive": Arm(
         {"draft": "all", "draft_refresh": "adaptive"}, "and is scored when fewer tokens are accepted"

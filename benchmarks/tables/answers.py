@@ -18,6 +18,7 @@ QUALITY = {
     "sts-warm": "sts, history `warm`",
     "sts-blend": "sts, history `blend`",
     "sts-draft": "sts, draft sparse too",
+    "sts-draft-refresh-2": "that, scored in every other round",
     "sts-draft-refresh": "that, scored in every 4th round",
     "sts-draft-adaptive": "that, scored when fewer tokens are accepted",
     "sts-draft-every": "sts, every pass of the draft sparse",

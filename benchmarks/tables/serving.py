@@ -20,6 +20,7 @@ ARMS = {
     "sts": "sts, dense draft",
 }
 MORE = {  # shown where any was measured
+    "sts-draft-refresh-2": "sts, draft sparse and scored in every other round",
     "sts-draft-refresh": "sts, draft sparse and scored in every 4th round",
     "sts-draft-every": "sts, draft sparse in every pass",
 }

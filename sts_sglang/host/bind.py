@@ -524,7 +524,13 @@ def check_graphs(captured: dict[str, bool], dense_class: str) -> dict[str, bool]
 
 
 def announce(bound: Bound) -> None:
-    """Log the start-up line."""
+    """Log the start-up line, and what is known to lose answers."""
     described = bound.describe()
     described.pop("counters")
     logger.info("STS serves: %s", json.dumps(described))
+    if (refresh := bound.runtime.config.draft_refresh) != 1:
+        logger.warning(
+            "STS: draft_refresh %s loses answers that are copied from a prompt, which accept length does not "
+            "show (docs/method.md, 'Selections that are kept'); 1, the default, keeps them",
+            refresh,
+        )
