@@ -285,8 +285,8 @@ class StsConfig:
     spread: float | Literal["auto"] = "auto"
     """Part of a token's score that the next token has at least. A row that attends to a token is often
     followed by one that attends to the token after it, and the last rows of a verify have no row of the draft
-    that could say so. auto: 0.5, with the sparse steps of a head 0.75, and with `draft_refresh` so much more
-    that as much is left where `spread_over` ends. 0: none."""
+    that could say so. auto: 0.5, with the sparse steps of a head 0.75; with `draft_refresh` what it lacks
+    of 1 is divided by the rounds that go by one selection. 0: none."""
     spread_over: int | Literal["auto"] = "auto"
     """Tokens that it is passed on to, each of them getting `spread` times what the one before got; auto: 1,
     or with sparse draft steps, where most rows of a verify have none of the draft, as many as it has, with a
@@ -485,13 +485,13 @@ class StsConfig:
 
     def _passed_on(self, algorithm: str, num_steps: int) -> tuple[float, int]:
         """What `spread` and `spread_over` "auto" stand for. Rounds that go by one selection read on where the
-        one before ended, so that it goes as many times as far, and loses as much on the way."""
+        one before ended, so that it goes as many times as far, and loses so much less from token to token."""
         if not self.sparse_steps:
             return SPREAD, 1
         rows, (rounds, _) = num_steps + 1, self.refresh
         spread, over = (SPREAD, rows) if algorithm == "STANDALONE" else (SPREAD_OF_HEADS, 2 * rows)
         further = min(over * rounds, MOST_OVER)
-        return round(spread ** min(1, over / further), 3), further
+        return round(1 - (1 - spread) * min(1, over / further), 3), further
 
     @property
     def _keeps_as_asked(self) -> bool:

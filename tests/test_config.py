@@ -126,8 +126,8 @@ def test_a_draft_is_sparse_where_that_was_measured_to_cost_nothing():
     assert chosen("STANDALONE", stand_aside=4096) == chosen("STANDALONE", draft="dense") == dense
     assert chosen("EAGLE", draft="steps") == ("steps", 0.75, 8)
     assert chosen("EAGLE3", draft="extend") == ("extend", 0.5, 1)
-    assert chosen("STANDALONE", draft="all", draft_refresh=2) == ("all", 0.707, 8)
-    assert chosen("EAGLE3", draft="every", draft_refresh="adaptive") == ("every", 0.965, 64)
+    assert chosen("STANDALONE", draft="all", draft_refresh=2) == ("all", 0.75, 8)
+    assert chosen("EAGLE3", draft="every", draft_refresh="adaptive") == ("every", 0.969, 64)
     assert chosen("EAGLE3", spread=0.25, spread_over=2) == ("all", 0.25, 2)
     assert chosen("STANDALONE", draft="dense", spread=0) == ("dense", 0, 1)
     assert StsConfig().passed_on == (0.5, 1) and not StsConfig().sparse_draft

@@ -528,9 +528,9 @@ def announce(bound: Bound) -> None:
     described = bound.describe()
     described.pop("counters")
     logger.info("STS serves: %s", json.dumps(described))
-    if (refresh := bound.runtime.config.draft_refresh) != 1:
+    if bound.runtime.config.refresh[0] > 2:
         logger.warning(
             "STS: draft_refresh %s loses answers that are copied from a prompt, which accept length does not "
             "show (docs/method.md, 'Selections that are kept'); 1, the default, keeps them",
-            refresh,
+            bound.runtime.config.draft_refresh,
         )
