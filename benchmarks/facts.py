@@ -14,6 +14,8 @@ from benchmarks import tables
 from benchmarks.quality.report import DENSE, Results, points, same_outputs, signed
 from benchmarks.tables import answers, eagle3, recall, serving
 
+KEPT = ("every", "2", "4", "adaptive")  # as a sentence calls the arms of `answers.KEPT`
+
 
 def facts() -> dict[str, str]:
     """By name. Raises SystemExit where a file is missing that a sentence needs."""
@@ -56,8 +58,10 @@ def facts() -> dict[str, str]:
             _each, "smol_plain_draft", *[{"map-all": [0.1], "map-all-75-8": [0.1]}] * 2, beside="map-dense"
         ),
         "quality_eagle3_sparse": _sparse_head,
-        "quality_kept": partial(_kept, "kept"),
-        "quality_eagle3_kept": partial(_kept, "e3_kept"),
+        "quality_kept": partial(_kept, "kept", dict(zip(KEPT, answers.KEPT.values(), strict=True))),
+        "quality_eagle3_kept": partial(
+            _kept, "e3_kept", dict(zip(KEPT, answers.KEPT_BY_HEADS.values(), strict=True))
+        ),
         "quality_smollm2_prefill": partial(_each, "smol_prefill", {"prefill": [0.1, 0.25]}, {}),
     }
     for folder, make in makers.items():
@@ -307,14 +311,15 @@ def _sparse_head(found: Results) -> dict[str, str]:
     return {**changes, **{f"e3_accept_{arm}": accepted(arm) for arm in ("sts", "all-75-8", "sts-extend")}}
 
 
-def _kept(name: str, found: Results) -> dict[str, str]:
-    """Of drafts that go by selections which are kept, and how many tokens they draft."""
-    arms, (length,) = ("sts-draft-every", "sts-draft-adaptive"), found.lengths()
-    accepted = {
-        arm: found.accept_length(arm, 0.1, length, found.tasks) for arm in ("sts", "sts-draft", *arms)
-    }
-    changes = _each(name, {}, dict.fromkeys(arms, [0.1]), found, beside="sts")
-    return {**changes, **{f"{name}_accept_{arm}": f"{tokens:.2f}" for arm, tokens in accepted.items()}}
+def _kept(name: str, of: dict[str, str], found: Results) -> dict[str, str]:
+    """Of drafts that go by selections which are kept, and how many tokens they draft. of: arms, by what a
+    sentence calls them."""
+    changes = _each(name, {}, dict.fromkeys(of.values(), [0.1]), found, beside="sts")
+    said = {f"{name}_{short}": changes[f"{name}_answers_{arm}_10"] for short, arm in of.items()}
+    (length,) = found.lengths()
+    for short, arm in {"dense": "sts", **of}.items():
+        said[f"{name}_accept_{short}"] = f"{found.accept_length(arm, 0.1, length, found.tasks):.2f}"
+    return said
 
 
 def _pretrained_alone(found: Results) -> dict[str, str]:

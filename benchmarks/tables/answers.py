@@ -84,7 +84,18 @@ def pretrained_tokens() -> str:
 # What is passed on by default, by a model that drafts and by a head.
 HALF, FURTHER = "`all`, `spread` 0.5 over 4", "`all`, `spread` 0.75 over 8"
 OF_SMOLLM2 = {HALF: "map-all", FURTHER: "map-all-75-8"}
-KEPT = {"`every`": "sts-draft-every", "`all`, `draft_refresh` adaptive": "sts-draft-adaptive"}
+KEPT = {
+    "`every`": "sts-draft-every",
+    "`all`, `draft_refresh` 2, `spread` 0.75 over 8": "r2-75-8",
+    "`all`, `draft_refresh` 4, `spread` 0.84 over 16": "r4-84-16",
+    "`all`, `draft_refresh` adaptive, `spread` 0.958 over 64": "ad-958-64",
+}
+KEPT_BY_HEADS = {
+    "`every`": "sts-draft-every",
+    "`all`, `draft_refresh` 2, `spread` 0.9 over 16": "r2-90-16",
+    "`all`, `draft_refresh` 4, `spread` 0.93 over 32": "r4-93-32",
+    "`all`, `draft_refresh` adaptive, `spread` 0.965 over 64": "ad-965-64",
+}
 SPARSE_DRAFTS = {  # by folder: whose, the arm with a dense draft, and those with a sparse one
     "quality_sparse": ("shipped pair, STANDALONE", "sts", {HALF: "sts-draft"}),
     "quality_smollm2_plain_draft": ("SmolLM2, STANDALONE (a)", "map-dense", OF_SMOLLM2),
@@ -95,7 +106,7 @@ SPARSE_DRAFTS = {  # by folder: whose, the arm with a dense draft, and those wit
     ),
     "quality_smollm2_eagle3_draft": ("SmolLM2, EAGLE-3 head (c)", "map-dense", OF_SMOLLM2),
     "quality_kept": ("shipped pair, on a CPU", "sts", KEPT),
-    "quality_eagle3_kept": ("shipped target and head, on a CPU", "sts", KEPT),
+    "quality_eagle3_kept": ("shipped target and head, on a CPU", "sts", KEPT_BY_HEADS),
 }
 
 
