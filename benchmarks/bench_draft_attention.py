@@ -164,10 +164,22 @@ def prepare(shape: Shape):
 
 def prepare_alone(shape: Shape):
     """The same of importance alone."""
-    cases, everybody = drawn(shape), torch.ones(shape["batch"], dtype=torch.bool, device=DEVICE)
-    expected = cases[0].run("torch")[1]
+    cases = drawn(shape)
+    return alone(shape, cases, cases[0].run("torch")[1])
+
+
+def alone(shape: Shape, cases: list[Case], expected: torch.Tensor):
+    """Calls, a check of one and their bytes where the rows of all requests attend elsewhere: keys are read,
+    and no values."""
+    everybody = torch.ones(shape["batch"], dtype=torch.bool, device=DEVICE)
     calls = [functools.partial(case.attend, elsewhere=everybody) for case in cases]
-    return calls, lambda: same_scores(cases[0], everybody, expected), nbytes(shape) // 2
+
+    def check() -> None:
+        scores = cases[0].scores.importance.zero_()
+        calls[0]()
+        torch.testing.assert_close(scores.float(), expected, rtol=2e-3, atol=2e-3)
+
+    return calls, check, nbytes(shape) // 2
 
 
 def fa3_dense(shape: Shape, case: Case):
@@ -201,18 +213,10 @@ def ours(results: Results, shape: Shape, cases: list[Case]) -> tuple[torch.Tenso
         plain = [case.silent() for case in cases]
         for name, timed in (("triton", plain), ("triton+importance", cases)):
             results.add(name, shape, microseconds([case.attend for case in timed]), nbytes(shape))
-    everybody = torch.ones(shape["batch"], dtype=torch.bool, device=DEVICE)
-    if results.gate("importance alone", shape, lambda: same_scores(cases[0], everybody, expected[1])):
-        calls = [functools.partial(case.attend, elsewhere=everybody) for case in cases]
-        results.add("importance alone", shape, microseconds(calls), nbytes(shape) // 2)
+    calls, check, keys = alone(shape, cases, expected[1])
+    if results.gate("importance alone", shape, check):
+        results.add("importance alone", shape, microseconds(calls), keys)
     return expected
-
-
-def same_scores(case: Case, everybody: torch.Tensor, expected: torch.Tensor) -> None:
-    """Of requests whose rows all attend elsewhere: keys are read, and no values."""
-    case.scores.importance.zero_()
-    case.attend(elsewhere=everybody)
-    torch.testing.assert_close(case.scores.importance.float(), expected, rtol=2e-3, atol=2e-3)
 
 
 def bench(results: Results, shape: Shape) -> None:

@@ -14,8 +14,6 @@ from benchmarks import tables
 from benchmarks.quality.report import DENSE, Results, points, same_outputs, signed
 from benchmarks.tables import answers, eagle3, recall, serving
 
-KEPT = ("every", "2", "4", "adaptive")  # as a sentence calls the arms of `answers.KEPT`
-
 
 def facts() -> dict[str, str]:
     """By name. Raises SystemExit where a file is missing that a sentence needs."""
@@ -58,10 +56,8 @@ def facts() -> dict[str, str]:
             _each, "smol_plain_draft", *[{"map-all": [0.1], "map-all-75-8": [0.1]}] * 2, beside="map-dense"
         ),
         "quality_eagle3_sparse": _sparse_head,
-        "quality_kept": partial(_kept, "kept", dict(zip(KEPT, answers.KEPT.values(), strict=True))),
-        "quality_eagle3_kept": partial(
-            _kept, "e3_kept", dict(zip(KEPT, answers.KEPT_BY_HEADS.values(), strict=True))
-        ),
+        "quality_kept": partial(_kept, "kept", answers.KEPT),
+        "quality_eagle3_kept": partial(_kept, "e3_kept", answers.KEPT_BY_HEADS),
         "quality_smollm2_prefill": partial(_each, "smol_prefill", {"prefill": [0.1, 0.25]}, {}),
     }
     for folder, make in makers.items():
@@ -301,25 +297,26 @@ def _each(
 
 
 def _sparse_head(found: Results) -> dict[str, str]:
-    """Of the shipped head, and how many of its tokens are accepted in answers, at every length."""
-
-    def accepted(arm: str) -> str:
-        return listed([f"{found.accept_length(arm, 0.1, n, found.tasks):.2f}" for n in found.lengths()])
-
+    """Of the shipped head."""
     shown = dict.fromkeys(("all-75-8", "sts-draft", "sts-extend"), [0.1])
     changes = _each("e3", shown, shown, found, beside="sts")
-    return {**changes, **{f"e3_accept_{arm}": accepted(arm) for arm in ("sts", "all-75-8", "sts-extend")}}
+    return {**changes, **_drafted("e3", ("sts", "all-75-8", "sts-extend"), found)}
 
 
-def _kept(name: str, of: dict[str, str], found: Results) -> dict[str, str]:
-    """Of drafts that go by selections which are kept, and how many tokens they draft. of: arms, by what a
-    sentence calls them."""
-    changes = _each(name, {}, dict.fromkeys(of.values(), [0.1]), found, beside="sts")
-    said = {f"{name}_{short}": changes[f"{name}_answers_{arm}_10"] for short, arm in of.items()}
-    (length,) = found.lengths()
-    for short, arm in {"dense": "sts", **of}.items():
-        said[f"{name}_accept_{short}"] = f"{found.accept_length(arm, 0.1, length, found.tasks):.2f}"
-    return said
+def _kept(name: str, arms: dict[str, str], found: Results) -> dict[str, str]:
+    """Of drafts that go by selections which are kept. arms: of answers.KEPT."""
+    changes = _each(name, {}, dict.fromkeys(arms.values(), [0.1]), found, beside="sts")
+    return {**changes, **_drafted(name, ("sts", *arms.values()), found)}
+
+
+def _drafted(name: str, arms: tuple[str, ...], found: Results) -> dict[str, str]:
+    """NAME_accept_ARM, tokens of a round that are accepted in answers, at every length."""
+    return {
+        f"{name}_accept_{arm}": listed(
+            [f"{found.accept_length(arm, 0.1, n, found.tasks):.2f}" for n in found.lengths()]
+        )
+        for arm in arms
+    }
 
 
 def _pretrained_alone(found: Results) -> dict[str, str]:

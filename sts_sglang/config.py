@@ -480,18 +480,19 @@ class StsConfig:
         if self.draft == "auto":
             asked = algorithm in SPARSE_ALGORITHMS and topk == 1 and num_steps == SPARSE_STEPS
             chosen = replace(self, draft="all" if asked and self._keeps_as_asked else "dense")
-        auto = dict(zip(("spread", "spread_over"), chosen._passed_on(algorithm, num_steps), strict=True))
+        auto = chosen._auto_spread(algorithm, num_steps)
         return replace(chosen, **{key: value for key, value in auto.items() if getattr(self, key) == "auto"})
 
-    def _passed_on(self, algorithm: str, num_steps: int) -> tuple[float, int]:
+    def _auto_spread(self, algorithm: str, num_steps: int) -> dict[str, float | int]:
         """What `spread` and `spread_over` "auto" stand for. Rounds that go by one selection read on where the
         one before ended, so that it goes as many times as far, and loses so much less from token to token."""
         if not self.sparse_steps:
-            return SPREAD, 1
+            return {"spread": SPREAD, "spread_over": 1}
         rows, (rounds, _) = num_steps + 1, self.refresh
         spread, over = (SPREAD, rows) if algorithm == "STANDALONE" else (SPREAD_OF_HEADS, 2 * rows)
+        over = min(over, MOST_OVER)
         further = min(over * rounds, MOST_OVER)
-        return round(1 - (1 - spread) * min(1, over / further), 3), further
+        return {"spread": round(1 - (1 - spread) * over / further, 3), "spread_over": further}
 
     @property
     def _keeps_as_asked(self) -> bool:

@@ -17,7 +17,10 @@ MEASURES: dict[str, Callable[[dict], str | None]] = {
     "ms a token": lambda row: f"{row['median_tpot_ms']:,.2f}",
     "ms to the first, 99 %": lambda row: f"{row['p99_ttft_ms']:,.0f}",
     "ms to the first, mean": lambda row: f"{row['mean_ttft_ms']:,.0f}" if "mean_ttft_ms" in row else None,
-    "of which in the scheduler": lambda row: scheduler_ms(row),
+    # From a request's arrival in the scheduler to its first token there.
+    "of which in the scheduler": lambda row: (
+        f"{row['waits_ms'] + row['prefill_ms']:,.0f}" if "prefill_ms" in row else None
+    ),
     **{f"goodput, {bound} ms": lambda row, bound=bound: f"{served(row, bound):.2f}" for bound in BOUNDS},
 }
 
@@ -52,11 +55,6 @@ def _load(key: tuple) -> tuple[str, str]:
     dataset, context, algorithm, turns, rate, requests, new_tokens, *_ = key
     loads = LOADS[dataset] if turns == 1 else f"agents of {turns} turns over {LOADS[dataset]}"
     return f"{context:,} tokens, {loads}, {algorithm}, {requests} x {new_tokens} tokens", f"{rate:g}"
-
-
-def scheduler_ms(row: dict) -> str | None:
-    """Mean time from a request's arrival in the scheduler to its first token there."""
-    return f"{row['waits_ms'] + row['prefill_ms']:,.0f}" if "prefill_ms" in row else None
 
 
 def goodput(tpots_ms: list[float], seconds: float, bound_ms: float) -> float:
