@@ -8,6 +8,7 @@ rows that attend elsewhere, which needs no values. Dense FA3 beside it where it 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -159,7 +160,7 @@ def prepare(shape: Shape):
     """What `tune` times."""
     cases = drawn(shape)
     expected = cases[0].run("torch")
-    return [case.attend for case in cases], lambda: close(cases[0].run(), expected), nbytes(shape)
+    return of_each(cases, Case.attend), lambda: close(parted(cases)[0].run(), expected), nbytes(shape)
 
 
 def prepare_alone(shape: Shape):
@@ -172,14 +173,25 @@ def alone(shape: Shape, cases: list[Case], expected: torch.Tensor):
     """Calls, a check of one and their bytes where the rows of all requests attend elsewhere: keys are read,
     and no values."""
     everybody = torch.ones(shape["batch"], dtype=torch.bool, device=DEVICE)
-    calls = [functools.partial(case.attend, elsewhere=everybody) for case in cases]
+    calls = of_each(cases, functools.partial(Case.attend, elsewhere=everybody))
 
     def check() -> None:
-        scores = cases[0].scores.importance.zero_()
+        scores = parted(cases)[0].scores.importance.zero_()
         calls[0]()
         torch.testing.assert_close(scores.float(), expected, rtol=2e-3, atol=2e-3)
 
     return calls, check, nbytes(shape) // 2
+
+
+def of_each(cases: list[Case], attend: Callable[[Case], torch.Tensor]) -> list[Callable[[], torch.Tensor]]:
+    """A call for each case, as it is when it is called."""
+    return [lambda at=at: attend(cases[at]) for at in range(len(cases))]
+
+
+def parted(cases: list[Case]) -> list[Case]:
+    """These cases, planned anew in place: how contexts are parted is one of the knobs."""
+    cases[:] = [case.planned() for case in cases]
+    return cases
 
 
 def fa3_dense(shape: Shape, case: Case):
