@@ -4,16 +4,23 @@ The shipped target answers questions with transformers, a token at a time, and t
 once: the same weights in another order of summation. Wherever it would have said another token, its two best
 were a near tie. tests/tolerances.py goes by what this finds; no sts takes part. With --rounded it reads by an
 attention that rounds where FA3 and the kernels here do, probabilities before they are divided by their sum:
-two implementations differ in such things as well.
+two implementations differ in such things as well. With --backends it asks what other attention backends of
+stock SGLang, in servers on a GPU, say along what FA3 says, of prompts up to 20 times as long.
 
   python -m benchmarks.near_ties --out benchmarks/results/near_ties.jsonl     # 40 minutes on one core
+  python -m benchmarks.near_ties --backends flashinfer triton --prompts 160 --dtypes bfloat16 --out ...
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,18 +28,20 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.harness import commit
 from sts_sglang.tools.demo import FACTS, MODELS, document, question
+from sts_sglang.tools.local_server import LocalServer, stop_when_terminated
 
 NEW_TOKENS = 48
 DTYPES = ("bfloat16", "float16")
+AT_ONCE = 8  # requests to a server
 
 
-def questions(number: int) -> list[list[int]]:
-    """Prompts of 300 to 1,500 tokens."""
+def questions(number: int, longest: int = 3500) -> list[list[int]]:
+    """Prompts of documents of 500 to `longest` characters, about 300 to 1,500 tokens."""
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "target")
     found = []
     for i in range(number):
         name = list(FACTS)[i % len(FACTS)]
-        text = question(name, document(500 + 3000 * i // number))
+        text = question(name, document(500 + (longest - 500) * i // number))
         message = [{"role": "user", "content": text}]
         found.append(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
     return found
@@ -68,13 +77,81 @@ def differences(
     return gaps[other].tolist(), (gaps - again[:, 0] + again[:, 1]).abs()
 
 
+def ask(server: LocalServer, ids: list[int], tokens: int = NEW_TOKENS, **params) -> dict:
+    """So many tokens, greedy unless `params` say otherwise, with the two best of every place."""
+    sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True, **params}
+    body = {"input_ids": ids, "sampling_params": sampling, "return_logprob": True, "top_logprobs_num": 2}
+    return server.post("/generate", body)
+
+
+def forced_through(server: LocalServer, ids: list[int], stock: dict, **params) -> list[float]:
+    """Along stock's output, how far apart stock's two best are wherever the server says something else."""
+    tokens = stock["output_ids"]
+    gaps = [first[0] - second[0] for first, second in stock["meta_info"]["output_top_logprobs"]]
+    done, found = 0, []
+    while done < len(tokens):
+        own = ask(server, ids + tokens[:done], len(tokens) - done, **params)["output_ids"]
+        same = next((i for i, (a, b) in enumerate(zip(own, tokens[done:], strict=True)) if a != b), len(own))
+        done += same
+        if done < len(tokens):
+            found.append(gaps[done])
+            done += 1
+    return found
+
+
+def between_backends(dtype: str, backends: list[str], prompts: list[list[int]]) -> list[dict]:
+    """Where each backend says another token than FA3 said; FA3 too, whose requests are in other batches then."""
+    args = ["--dtype", dtype, "--context-length", "33792", "--max-total-tokens", "400000"]
+    args += ["--cuda-graph-max-bs", str(AT_ONCE), "--cuda-graph-backend-prefill", "disabled"]
+    args += ["--skip-server-warmup", "--random-seed", "0"]
+    with ExitStack() as stack, ThreadPoolExecutor(AT_ONCE) as pool:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        servers = {}
+        for backend in ("fa3", *backends):
+            how = [*args, "--attention-backend", backend]
+            servers[backend] = LocalServer(
+                MODELS / "target", folder / f"{backend}.log", *how, start_seconds=600
+            )
+            stack.callback(servers[backend].stop)
+        for server in servers.values():
+            server.__enter__()
+        answers = list(pool.map(partial(ask, servers["fa3"]), prompts))
+        rows = []
+        for backend, server in servers.items():
+            found = chain.from_iterable(pool.map(partial(forced_through, server), prompts, answers))
+            rows.append({"backend": backend, "tokens": NEW_TOKENS * len(prompts), "gaps": in_order(found)})
+    return rows
+
+
+def in_order(gaps: Iterable[float]) -> list[float]:
+    return sorted(round(gap, 4) for gap in gaps)
+
+
+def save(row: dict, out: Path | None) -> None:
+    """Show a row, and append it."""
+    row = {**row, "torch": torch.__version__, "commit": commit()}
+    print(f"\n{json.dumps(row)}", flush=True)
+    if out:
+        with out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
 def main() -> None:
+    stop_when_terminated()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--prompts", type=int, default=800, help="of 48 tokens each (%(default)s)")
     p.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES, help="(both)")
     p.add_argument("--rounded", action="store_true", help="read by another attention, see above")
+    p.add_argument("--backends", nargs="+", help="of SGLang, on a GPU, beside FA3, see above")
     p.add_argument("--out", type=Path, help="JSONL, appended to")
     args = p.parse_args()
+    if args.rounded and args.backends:
+        p.error("--rounded: no server attends so; leave it out, or --backends")
+    if args.backends:
+        for dtype in args.dtypes:
+            for row in between_backends(dtype, args.backends, questions(args.prompts, 70_000)):
+                save({"dtype": dtype, "gpu": torch.cuda.get_device_name(), **row}, args.out)
+        return
     AttentionInterface.register("rounded", rounded)
     for dtype in args.dtypes:
         load = partial(AutoModelForCausalLM.from_pretrained, MODELS / "target", dtype=getattr(torch, dtype))
@@ -87,18 +164,9 @@ def main() -> None:
                 f"\r{dtype}: {i + 1} of {args.prompts} prompts, {len(gaps)} differences", end="", flush=True
             )
         every = torch.cat(changes)
-        row = {
-            "dtype": dtype,
-            "rounded": args.rounded,
-            "tokens": every.numel(),
-            "gaps": sorted(round(gap, 4) for gap in gaps),
-        }
+        row = {"dtype": dtype, "rounded": args.rounded, "tokens": every.numel(), "gaps": in_order(gaps)}
         row |= {"change_std": round(float(every.std()), 4), "change_most": round(float(every.max()), 4)}
-        row |= {"torch": torch.__version__, "commit": commit()}
-        print(f"\n{json.dumps(row)}")
-        if args.out:
-            with args.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        save(row, args.out)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks.near_ties import NEW_TOKENS, ask, forced_through
 from benchmarks.profile_round import record, steps, summary, verifies
 from sts_sglang.tools.demo import FACTS, MODELS, document, question
 from sts_sglang.tools.local_server import LocalServer
@@ -36,7 +37,6 @@ SPARSE = {"keep": 0.1, "budget": 0, "stand_aside": 0, "draft": "dense"}
 PREFILL = {"prefill": "sparse", "prefill_keep": 0.25, "prefill_floor": 1024}
 DRAFTED = {**PREFILL, "prefill_draft": "sparse"}
 WHOLE = {"custom_params": {"sts": {"keep": 1.0}}}
-NEW_TOKENS = 48
 FEW = 4096  # context tokens up to which a batch stands aside, where one may
 
 
@@ -184,30 +184,9 @@ def profile(name: str, server: LocalServer, prompts: list[list[int]]) -> dict:
     return summary(events, top=0, rounds_of=steps if name in NOT_DRAFTED else verifies)
 
 
-def ask(server: LocalServer, ids: list[int], tokens: int = NEW_TOKENS, **params) -> dict:
-    sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True, **params}
-    body = {"input_ids": ids, "sampling_params": sampling, "return_logprob": True, "top_logprobs_num": 2}
-    return server.post("/generate", body)
-
-
 def ask_all(server: LocalServer, prompts: list[list[int]], **params) -> list[dict]:
     with ThreadPoolExecutor(len(prompts)) as pool:
         return list(pool.map(lambda ids: ask(server, ids, **params), prompts))
-
-
-def forced_through(server: LocalServer, ids: list[int], stock: dict, **params) -> list[float]:
-    """Along stock's output, how far apart stock's two best are wherever the server says something else."""
-    tokens = stock["output_ids"]
-    gaps = [first[0] - second[0] for first, second in stock["meta_info"]["output_top_logprobs"]]
-    done, differences = 0, []
-    while done < len(tokens):
-        own = ask(server, ids + tokens[:done], len(tokens) - done, **params)["output_ids"]
-        same = next((i for i, (a, b) in enumerate(zip(own, tokens[done:], strict=True)) if a != b), len(own))
-        done += same
-        if done < len(tokens):
-            differences.append(gaps[done])
-            done += 1
-    return differences
 
 
 def assert_ties_alone(
