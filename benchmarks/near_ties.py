@@ -100,7 +100,7 @@ def forced_through(server: LocalServer, ids: list[int], stock: dict, **params) -
 
 
 def between_backends(dtype: str, backends: list[str], prompts: list[list[int]]) -> list[dict]:
-    """Where each backend says another token than FA3 said; FA3 too, whose requests are in other batches then."""
+    """Where each backend says another token than FA3 said; FA3 too, whose batches are others then."""
     args = ["--dtype", dtype, "--context-length", "33792", "--max-total-tokens", "400000"]
     args += ["--cuda-graph-max-bs", str(AT_ONCE), "--cuda-graph-backend-prefill", "disabled"]
     args += ["--skip-server-warmup", "--random-seed", "0"]
