@@ -49,9 +49,10 @@ QUICK = [
     for c, b in ((32768, 1), (32768, 8), (131072, 1))
     for s in (0, 1)
 ]
-PROGRAMS = {"narrow": [()], "programs": [264, 396, 528, 792]}  # whatever the bytes of a key
-SPLIT_GRID = settings({**PROGRAMS, "num_warps": [2, 4], "num_stages": [5, 7]})
-KEYS_GRID = settings({**PROGRAMS, "keys_stages": [5, 7, 9]})
+# Whatever the bytes of a key.
+SPLIT_GRID = settings(
+    {"narrow": [0], "programs": [264, 396, 528, 792], "num_warps": [2, 4], "num_stages": [5, 7]}
+)
 POOL_GRID = settings(
     {
         "pool_blocks": [8, 16, 32],
@@ -266,12 +267,12 @@ def main() -> None:
     if args.fp8:
         shapes = [{**shape, "stored": "float8_e4m3fn"} for shape in shapes]
     grid = [*SPLIT_GRID, *POOL_GRID, {"early": False}] if args.tune else [{}]
-    compile_ahead(compile_one, shapes, [*grid, *KEYS_GRID] if args.tune else grid)
+    compile_ahead(compile_one, shapes, grid)
     results = Results("draft_attention", args.out)
     for shape in shapes:
         if args.tune:
             tune(results, draft_attention, grid, shape, prepare)
-            tune(results, draft_attention, KEYS_GRID, {**shape, "alone": True}, prepare_alone)
+            tune(results, draft_attention, SPLIT_GRID, {**shape, "alone": True}, prepare_alone)
         elif args.heads:
             ours(results, shape, drawn(shape))
         else:

@@ -14,6 +14,8 @@ from benchmarks import tables
 from benchmarks.quality.report import DENSE, Results, points, same_outputs, signed
 from benchmarks.tables import answers, eagle3, recall, serving
 
+REFRESHED = "sts-draft-refresh-2"
+
 
 def facts() -> dict[str, str]:
     """By name. Raises SystemExit where a file is missing that a sentence needs."""
@@ -23,6 +25,8 @@ def facts() -> dict[str, str]:
         **_every(),
         **_fp8(),
         **_line(),
+        **_tuned(),
+        **_ties(),
         **_heads(),
         **_selection(),
         **_recall(),
@@ -73,8 +77,11 @@ def _speed() -> dict[str, str]:
     low, high = serving.null_result(found)
     of_gpus = tables.by_gpu(found)
     over = partial(serving.gain, of_gpus["NVIDIA H200"], over="stock-spec-captured")
-    found = of_gpus["NVIDIA H100 80GB HBM3"]  # cells of one card alone are compared
     long, slower = (32_000, 8), []
+    more = [
+        serving.gain(of_gpus["NVIDIA H200"], REFRESHED, shape, "sts-draft") for shape in ((128_000, 1), long)
+    ]
+    found = of_gpus["NVIDIA H100 80GB HBM3"]  # cells of one card alone are compared
     for shape in tables.shapes_of(found):
         captured, dense = (
             serving.speeds(found, shape, arm)[0] for arm in ("stock-spec-captured", "sts-dense")
@@ -95,6 +102,9 @@ def _speed() -> dict[str, str]:
             for name, arm in (("", "sts"), ("_draft", "sts-draft"))
             for n, r in ((128_000, 1), long)
         },
+        **{f"refresh_alone_{n}": f"{over(REFRESHED, (n, r)):.2f}x" for n, r in ((128_000, 1), long)},
+        "refresh_more_least": f"{100 * (min(more) - 1):.1f}",
+        "refresh_more_most": f"{100 * (max(more) - 1):.1f} %",
         "null_low": f"{low:.2f}x",
         "null_high": f"{high:.2f}x",
         "idle_least": f"{max(0, 100 * least[0]):.0f} % at {least[1][0]:,} x {least[1][1]}",
@@ -116,7 +126,7 @@ def _eagle3() -> dict[str, str]:
         "tree_32000": f"{over(trees, 'sts', wide):.2f}x",
         **{
             f"{name}_{which}": f"{over(chains, arm, shape):.2f}x"
-            for name, arm in (("dense", "sts"), ("sparse", "sts-draft"))
+            for name, arm in (("dense", "sts"), ("sparse", "sts-draft"), ("refresh", REFRESHED))
             for which, shape in aims.items()
         },
         "stock_fp8": f"{min(by_fp8):.2f}x to {max(by_fp8):.2f}x",
@@ -157,6 +167,36 @@ def _selection() -> dict[str, str]:
     found = [r for r in tables.timings("select") if r["provider"] == "triton" and r["keep"] == 0.1]
     us = {(r["context"], r["batch"], r.get("channels", 128)): f"{r['us']:.0f}" for r in found}
     return {"select_few": us[131_072, 1, 8], "select_many": us[131_072, 1, 128]}
+
+
+def _tuned() -> dict[str, str]:
+    """Microseconds of draft attention, heads of 128, with its knobs of now and with those of 0df45b0: of keys
+    alone, and of all of it with importance."""
+    found = tables.rows("draft_attention_tune.jsonl")
+
+    def times(alone: bool, **knobs: int) -> str:
+        own = [r for r in found if r["dim"] == 128 and r.get("alone", False) == alone]
+        each = [f"{r['us']:.0f}" for r in own if r["knobs"] == {"narrow": [], **knobs}]
+        return f"{', '.join(each[:-1])} and {each[-1]}"
+
+    return {
+        "keys_now": times(True, programs=396, keys_stages=5),
+        "keys_before": times(True, programs=264, keys_stages=7),
+        "whole_now": times(False, programs=396, num_stages=5),
+        "whole_before": times(False, programs=264, num_stages=5),
+    }
+
+
+def _ties() -> dict[str, str]:
+    """Of stock's own backends along what its FA3 says, in bf16: how often they say another token, and how far
+    apart FA3's two best are there at most."""
+    found = {r["backend"]: r for r in tables.rows("near_ties.jsonl") if "backend" in r}
+    (tokens,) = {r["tokens"] for r in found.values()}
+    return {
+        "ties_of": f"{tokens:,}",
+        **{f"ties_{backend}": str(len(r["gaps"])) for backend, r in found.items()},
+        **{f"tie_{backend}": f"{max(r['gaps']):g}" for backend, r in found.items()},
+    }
 
 
 def _fp8() -> dict[str, str]:

@@ -272,7 +272,7 @@ def test_who_is_only_scored_needs_no_values_and_no_keys_of_silent_heads(
     monkeypatch, kernel: str, branches: int, step: int
 ) -> None:
     """Requests that attend elsewhere beside one that does not, in parts, and all of them without branches."""
-    tune(monkeypatch, draft_attention, narrow=(), programs=24, least=64)
+    tune(monkeypatch, draft_attention, narrow=0, programs=24, least=64)
     batch, pools = Batch(lengths=[70, 9, 300, 1], group=2), ("max", "max")
     here = [False, True, False, True] if branches else [False] * 4
     speaking = Members(
@@ -325,7 +325,7 @@ def test_draft_attention_of_the_carried_row_alone(kernel: str) -> None:
 @pytest.mark.parametrize("lengths", [[330, 64, 9], [127, 128, 129]], ids=str)
 @pytest.mark.parametrize("splits", [3, 5])
 def test_draft_attention_in_any_number_of_splits(monkeypatch, lengths: list[int], splits: int) -> None:
-    tune(monkeypatch, draft_attention, narrow=(), programs=6 * splits, least=8)
+    tune(monkeypatch, draft_attention, narrow=0, programs=6 * splits, least=8)
     check_draft("triton", Batch(lengths=lengths), branches=2, step=1, carried=False)
     check_draft("triton", Batch(lengths=lengths), branches=1, step=0)
 

@@ -50,17 +50,17 @@ from sts_kernels.split_kv import (
 
 @dataclass(frozen=True)
 class DraftKnobs(SplitKnobs):
-    """narrow: `programs` where a key has at most so many bytes, fewest bytes first: what is done with a block
-    of small keys takes as long as with large ones, so that more blocks have to be under way. keys_stages:
-    `num_stages` where keys alone are read: with seven, three blocks of them are on their way, in the room
-    that two of keys and values take.
+    """programs: three for each of Hopper's 132 multiprocessors, which have room for so many of five stages;
+    two read keys alone too slowly. narrow: a key of at most so many bytes; what is done with a block of such
+    keys takes as long as with large ones, so that more of them have to be under way, by `narrow_programs`.
     pool_blocks: blocks that a pooling program takes at a time. pool_programs: how many of them share the
     context of a (request, channel). pool_warps: of one. stored_policy: of the cache, for exponentials; they
     are read once more, soon, and would else be driven out by keys and values. The rest: see SplitKnobs.
     """
 
-    narrow: tuple[tuple[int, int], ...] = ((128, 528), (192, 396))
-    keys_stages: int = 7
+    programs: int = 396
+    narrow: int = 128
+    narrow_programs: int = 528
     pool_blocks: int = 16
     pool_programs: int = 64
     pool_warps: int = 4
@@ -87,8 +87,8 @@ def plan_contexts(lens: torch.Tensor, pool: KvPool, *, max_context: int) -> Plan
     lens: int [bs]. pool: of any layer. max_context: width of the table of slots. Never None.
     """
     _, kv_heads, dim = pool.k.shape
-    fitting = (programs for most, programs in KNOBS.narrow if dim * pool.k.itemsize <= most)
-    knobs = replace(KNOBS, programs=next(fitting, KNOBS.programs))
+    narrow = dim * pool.k.itemsize <= KNOBS.narrow
+    knobs = replace(KNOBS, programs=KNOBS.narrow_programs if narrow else KNOBS.programs)
     return plan_whole(lens, kv_heads=kv_heads, longest=max_context, knobs=knobs)
 
 
@@ -222,7 +222,6 @@ def draft_attention(
         CAPTURE=capture,
         ELSEWHERE=elsewhere is not None,
         MEMBERS=triton.next_power_of_2(max(1, members.heads.numel())),
-        KEYS_STAGES=KNOBS.keys_stages,
         SHIFT=SHIFT,
         POLICY=KNOBS.stored_policy,
         num_warps=KNOBS.num_warps,
@@ -331,7 +330,6 @@ def _draft_kernel(
     CAPTURE: tl.constexpr,  # whether exponentials are stored
     ELSEWHERE: tl.constexpr,
     MEMBERS: tl.constexpr,  # speaking, padded to a power of two
-    KEYS_STAGES: tl.constexpr,
     POLICY: tl.constexpr,  # of the cache, for them
     SHIFT: tl.constexpr,
     EARLY: tl.constexpr,
@@ -403,7 +401,7 @@ def _draft_kernel(
             POLICY,
         )  # fmt: skip
     if ELSEWHERE:
-        for block in tl.range(middle, last, BLOCK, num_stages=KEYS_STAGES):
+        for block in range(middle, last, BLOCK):
             peak, norm, acc = _read_block(
                 q, k_ptr, v_ptr, exps_ptr, peaks_ptr, row_ptr, block, end, length, column, place, live, rows,
                 dims, h * stride_head, stride_slot, scale, peak, norm, acc,
