@@ -7,7 +7,7 @@ import statistics
 from benchmarks.bound import times_bound
 from benchmarks.quality.report import table
 from benchmarks.shapes import Shape
-from benchmarks.tables import MISSING, card, commits, gpus, rows, serving, shapes_of, spread
+from benchmarks.tables import MISSING, card, commits, gpus, rows, serving, spread
 from benchmarks.tables.serving import columns, gain, newest, null_result, of_an_8b
 
 ARMS = {
@@ -111,17 +111,6 @@ def note(found: list[dict]) -> str:
         f"work is not), prefix cached. Gains are over stock with its draft-extend captured. *Bytes*: how "
         f"many times the least time of a round it takes, that of reading weights, KV that is attended to and "
         f"scored by, and sketches at the {rates} GB/s at which a plain sum reads ([bound.py](bound.py))."
-    ) + unlike_now(found)
-
-
-def unlike_now(found: list[dict]) -> str:
-    """A sentence, where shown rows of sparse drafts are of before rows said how far importance went."""
-    shown = (r for shape in shapes_of(found) for r in newest(found, shape, "sts-draft")[0])
-    if all("spread" in r for r in shown):
-        return ""
-    return (
-        " Sparse drafts passed importance on to one token here, or (d56b42d) half of it to four: what a head "
-        "has by default since, three quarters to eight, was not timed."
     )
 
 
@@ -164,7 +153,7 @@ def front() -> str:
         f"names another card), dummy weights, "
         f"simulated accept length {shown[0]['simulated']:g}, prefix cached. Stock is SGLang "
         f"{shown[0]['sglang']} with FA3 and its draft-extend in a CUDA graph (as shipped it has none); a "
-        f"gain is of a run that had both.{unlike_now(heads)}"
+        f"gain is of a run that had both."
     )
     ends = [*null_result(heads, FRONT_ARMS), *null_result(drafts)]
     low, high = min(ends), max(ends)
