@@ -8,8 +8,7 @@ rows that attend elsewhere, which needs no values. Dense FA3 beside it where it 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -49,6 +48,11 @@ QUICK = [
     for c, b in ((32768, 1), (32768, 8), (131072, 1))
     for s in (0, 1)
 ]
+TUNED = [shape for shape in QUICK if shape["step"] == 0]
+TUNED += [
+    {"context": c, "batch": b, "dim": 128, "group": 4, "step": 0}
+    for c, b in ((32768, 8), (32768, 24), (131072, 1))
+]
 # Whatever the bytes of a key.
 SPLIT_GRID = settings(
     {"narrow": [0], "programs": [264, 396, 528, 792], "num_warps": [2, 4], "num_stages": [5, 7]}
@@ -83,11 +87,11 @@ class Case:
     members: Members
     carried: Carried
     step: int
-    plan: Plan | None = None
+    plans: dict[draft_attention.DraftKnobs, Plan] = field(default_factory=dict)
 
     @classmethod
     def draw(cls, shape: Shape, seed: int = 0, device: str = DEVICE, dtype: torch.dtype = DTYPE) -> Case:
-        """With importance, and without a plan."""
+        """With importance."""
         torch.manual_seed(seed)
         context, batch, step, dim = shape["context"], shape["batch"], shape["step"], shape["dim"]
         q_heads, kept = KV_HEADS * shape["group"], stored(shape, dtype)
@@ -120,10 +124,13 @@ class Case:
         nobody = Members(*(t[:0] for t in self.members))
         return replace(self, members=nobody, carried=Carried(None, self.carried.lens))
 
-    def planned(self) -> Case:
-        """With the plan, made once as for all layers and steps of a round."""
-        lens, width = self.contexts.lens, self.contexts.table.shape[1]
-        return replace(self, plan=ops("triton").plan_contexts(lens, self.pool, max_context=width))
+    def plan(self) -> Plan:
+        """By the knobs as they are; made once, as for all layers and steps of a round."""
+        knobs = draft_attention.KNOBS
+        if knobs not in self.plans:
+            lens, width = self.contexts.lens, self.contexts.table.shape[1]
+            self.plans[knobs] = ops("triton").plan_contexts(lens, self.pool, max_context=width)
+        return self.plans[knobs]
 
     def attend(self, kernel: str = "triton", elsewhere: torch.Tensor | None = None) -> torch.Tensor:
         return ops(kernel).draft_attention(
@@ -138,7 +145,7 @@ class Case:
             scale=self.q.shape[-1] ** -0.5,
             pooling=Pooling("max", "max", STEPS),
             elsewhere=elsewhere,
-            plan=self.plan,
+            plan=self.plan(),
         )
 
     def run(self, kernel: str = "triton") -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,7 +168,7 @@ def prepare(shape: Shape):
     """What `tune` times."""
     cases = drawn(shape)
     expected = cases[0].run("torch")
-    return of_each(cases, Case.attend), lambda: close(parted(cases)[0].run(), expected), nbytes(shape)
+    return [case.attend for case in cases], lambda: close(cases[0].run(), expected), nbytes(shape)
 
 
 def prepare_alone(shape: Shape):
@@ -174,25 +181,14 @@ def alone(shape: Shape, cases: list[Case], expected: torch.Tensor):
     """Calls, a check of one and their bytes where the rows of all requests attend elsewhere: keys are read,
     and no values."""
     everybody = torch.ones(shape["batch"], dtype=torch.bool, device=DEVICE)
-    calls = of_each(cases, functools.partial(Case.attend, elsewhere=everybody))
+    calls = [functools.partial(case.attend, elsewhere=everybody) for case in cases]
 
     def check() -> None:
-        scores = parted(cases)[0].scores.importance.zero_()
+        scores = cases[0].scores.importance.zero_()
         calls[0]()
         torch.testing.assert_close(scores.float(), expected, rtol=2e-3, atol=2e-3)
 
     return calls, check, nbytes(shape) // 2
-
-
-def of_each(cases: list[Case], attend: Callable[[Case], torch.Tensor]) -> list[Callable[[], torch.Tensor]]:
-    """A call for each case, as it is when it is called."""
-    return [lambda at=at: attend(cases[at]) for at in range(len(cases))]
-
-
-def parted(cases: list[Case]) -> list[Case]:
-    """These cases, planned anew in place: how contexts are parted is one of the knobs."""
-    cases[:] = [case.planned() for case in cases]
-    return cases
 
 
 def fa3_dense(shape: Shape, case: Case):
@@ -216,7 +212,7 @@ def fa3_dense(shape: Shape, case: Case):
 
 def drawn(shape: Shape) -> list[Case]:
     """As many as make one read of all of them pass through the cache."""
-    return [Case.draw(shape, seed).planned() for seed in range(copies(nbytes(shape)))]
+    return [Case.draw(shape, seed) for seed in range(copies(nbytes(shape)))]
 
 
 def ours(results: Results, shape: Shape, cases: list[Case]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -261,7 +257,7 @@ def main() -> None:
     add_fp8(p)
     add_heads(p)
     args = p.parse_args()
-    shapes = QUICK if args.quick or args.tune else FULL
+    shapes = TUNED if args.tune else QUICK if args.quick else FULL
     if args.heads:  # the step that scores the carried row too
         shapes = heads_of([shape for shape in QUICK if shape["step"] == 0])
     if args.fp8:

@@ -190,7 +190,8 @@ def _tuned() -> dict[str, str]:
 def _ties() -> dict[str, str]:
     """Of stock's own backends along what its FA3 says, in bf16: how often they say another token, and how far
     apart FA3's two best are there at most."""
-    found = {r["backend"]: r for r in tables.rows("near_ties.jsonl") if "backend" in r}
+    own = (r for r in tables.rows("near_ties.jsonl") if r["dtype"] == "bfloat16")
+    found = {r["backend"]: r for r in own if "backend" in r}
     (tokens,) = {r["tokens"] for r in found.values()}
     return {
         "ties_of": f"{tokens:,}",
@@ -201,7 +202,7 @@ def _ties() -> dict[str, str]:
 
 def _fp8() -> dict[str, str]:
     """Microseconds of the first step of a draft whose KV is in FP8, heads of 64, 32,768 x 8, and in bf16."""
-    found = tables.rows("draft_fp8.jsonl"), tables.rows("draft_heads.jsonl")
+    found = tables.rows("draft_fp8.jsonl"), tables.rows("draft_h200.jsonl")
     wanted = {
         "provider": "triton+importance",
         "context": 32_768,

@@ -4,8 +4,9 @@ The shipped target answers questions with transformers, a token at a time, and t
 once: the same weights in another order of summation. Wherever it would have said another token, its two best
 were a near tie. tests/tolerances.py goes by what this finds; no sts takes part. With --rounded it reads by an
 attention that rounds where FA3 and the kernels here do, probabilities before they are divided by their sum:
-two implementations differ in such things as well. With --backends it asks what other attention backends of
-stock SGLang, in servers on a GPU, say along what FA3 says, of prompts up to 20 times as long.
+two implementations differ in such things as well. With --backends it asks, on a GPU, where servers of
+other attention backends of stock SGLang, given what FA3 said so far, say another token; prompts are up to 20
+times as long.
 
   python -m benchmarks.near_ties --out benchmarks/results/near_ties.jsonl     # 40 minutes on one core
   python -m benchmarks.near_ties --backends flashinfer triton --prompts 160 --dtypes bfloat16 --out ...

@@ -30,6 +30,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fp8-kv": eagle3.fp8_kv,
     "heads": kernels.heads,
     "verify-h200": kernels.verify_h200,
+    "draft-h200": kernels.draft_h200,
     "sparse-drafts": answers.sparse_drafts,
     "load": load.load,
     "alone": serving.alone,

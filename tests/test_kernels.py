@@ -933,6 +933,17 @@ def test_unknown_implementations_and_pools_are_refused() -> None:
 # ---- benchmarks and the compiler
 
 
+def test_what_is_tuned_is_parted_by_the_knobs_as_they_are() -> None:
+    from benchmarks.bench_draft_attention import Case
+    from benchmarks.harness import using
+
+    case, found = Case.draw({"context": 4096, "batch": 1, "dim": 16, "group": 1, "step": 1}), []
+    for programs in (16, 32, 16):
+        with using(draft_attention, {"narrow": 0, "programs": programs}):
+            found.append(int(case.plan().ends[-1]))
+    assert found[1] > found[0] == found[2] and len(case.plans) == 2
+
+
 def test_benches_gate_what_they_time(monkeypatch) -> None:
     """At sizes the interpreter can do."""
     from benchmarks import (

@@ -14,15 +14,22 @@ from tests.tolerances import NEAR_TIES, NearTies, assert_near_ties
 NEAR = NearTies(gap=0.1, few=4, share=0.02)
 
 
-class Says:
-    """A server that says these tokens at these places, whatever was said before them."""
+PROMPT, STOCK = [1, 2, 3], [7, 8, 9, 9]
 
-    def __init__(self, tokens: list[int], prompt: int):
-        self.tokens, self.prompt = tokens, prompt
+
+class Says:
+    """A server that says these tokens at these places; it must be asked for what stock said from there on."""
+
+    def __init__(self, tokens: list[int]):
+        self.tokens, self.places = tokens, []
 
     def post(self, path: str, body: dict) -> dict:
-        done = len(body["input_ids"]) - self.prompt
-        return {"output_ids": self.tokens[done : done + body["sampling_params"]["max_new_tokens"]]}
+        done = len(body["input_ids"]) - len(PROMPT)
+        assert body["input_ids"] == PROMPT + STOCK[:done] and done not in self.places
+        assert body["sampling_params"]["max_new_tokens"] == len(STOCK) - done
+        assert body["sampling_params"]["custom_params"] == {"sts": {"keep": 1.0}}
+        self.places.append(done)
+        return {"output_ids": self.tokens[done:]}
 
 
 @pytest.mark.parametrize(
@@ -30,8 +37,9 @@ class Says:
 )
 def test_differences_along_what_stock_says(said: list[int], gaps: list[float]) -> None:
     two_best = [((-0.5, 0), (-0.5 - gap, 1)) for gap in (1.0, 2.0, 3.0, 4.0)]
-    stock = {"output_ids": [7, 8, 9, 9], "meta_info": {"output_top_logprobs": two_best}}
-    assert forced_through(Says(said, prompt=3), [1, 2, 3], stock) == gaps
+    stock = {"output_ids": STOCK, "meta_info": {"output_top_logprobs": two_best}}
+    params = {"custom_params": {"sts": {"keep": 1.0}}}
+    assert forced_through(Says(said), PROMPT, stock, **params) == gaps
 
 
 @pytest.mark.parametrize("gaps", [[], [0.1] * 9, [-0.1]])

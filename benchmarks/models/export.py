@@ -57,18 +57,22 @@ def eagle_config(target: dict, vocab: int, aux: tuple[int, ...]) -> dict:
     }
 
 
-def write(folder: Path, checkpoint: Path, tokenizer: Path, settings: dict) -> None:
+def write(folder: Path, checkpoint: Path, settings: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(load_file(checkpoint), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
+    write_json(folder / "config.json", settings)
+    write_json(folder / "generation_config.json", {**IDS, "do_sample": False})
+
+
+def write_tokenizer(folder: Path, tokenizer: Path) -> None:
+    """Of a model that speaks by itself; a head takes its target's."""
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    generation = {**IDS, "do_sample": False}
-    for name, content in (
-        ("config", settings),
-        ("tokenizer_config", TOKENIZER),
-        ("generation_config", generation),
-    ):
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_json(folder / "tokenizer_config.json", TOKENIZER)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def main() -> None:
@@ -86,7 +90,9 @@ def main() -> None:
     }
     for name, content in settings.items():
         checkpoint = args.models / f"{'eagle' if name == 'eagle3' else name}.safetensors"
-        write(args.out / name, checkpoint, args.corpus / "tokenizer.json", content)
+        write(args.out / name, checkpoint, content)
+        if name != "eagle3":
+            write_tokenizer(args.out / name, args.corpus / "tokenizer.json")
     size = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file())
     print(f"{args.out}: {size / 1e6:.1f} MB")
 

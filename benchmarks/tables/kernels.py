@@ -138,6 +138,36 @@ def verify_h200() -> str:
     return table(["context x requests", *ON_H200, "GB/s"], lines) + "\n\n" + note
 
 
+DRAFT_ON_H200 = {  # providers of a shape
+    "sts, silent": "triton",
+    "sts, with importance": "triton+importance",
+    "importance alone": "importance alone",
+    "FA3 dense": "fa3-dense",
+}
+
+
+def draft_h200() -> str:
+    """Microseconds of a draft layer's step at the shapes of the front tables, on an H200."""
+    found = rows("draft_h200.jsonl")
+    if not found:
+        return MISSING
+    us = {(r["dim"], r["context"], r["batch"], r["provider"]): r["us"] for r in found}
+    lines = [
+        [
+            f"{context:,} x {batch}",
+            dim,
+            *(f"{us[dim, context, batch, p]:.0f}" for p in DRAFT_ON_H200.values()),
+        ]
+        for dim, context, batch in sorted({key[:3] for key in us})
+    ]
+    note = (
+        f"Microseconds of one layer's first step of a round, 32 query and 8 KV heads. *Silent*: no head has "
+        f"importance to leave; *alone*: of rows that attend elsewhere, by keys without values. "
+        f"{gpus(found)}, commit {commits(found)}."
+    )
+    return table(["context x requests", "heads of", *DRAFT_ON_H200], lines) + "\n\n" + note
+
+
 def heads() -> str:
     """Microseconds of verify and of a draft step by query heads a KV head, and by head."""
     found = [*rows("verify_heads.jsonl"), *rows("draft_heads.jsonl")]

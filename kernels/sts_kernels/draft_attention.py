@@ -50,9 +50,10 @@ from sts_kernels.split_kv import (
 
 @dataclass(frozen=True)
 class DraftKnobs(SplitKnobs):
-    """programs: three for each of Hopper's 132 multiprocessors, which have room for so many of five stages;
-    two read keys alone too slowly. narrow: a key of at most so many bytes; what is done with a block of such
-    keys takes as long as with large ones, so that more of them have to be under way, by `narrow_programs`.
+    """programs: three for each of Hopper's 132 multiprocessors, which have room for so many of five stages
+    and heads of at most 128; two read keys alone too slowly. narrow: a key of at most so many bytes; what is
+    done with a block of such keys takes as long as with large ones, so that more of them have to be under
+    way, by `narrow_programs`.
     pool_blocks: blocks that a pooling program takes at a time. pool_programs: how many of them share the
     context of a (request, channel). pool_warps: of one. stored_policy: of the cache, for exponentials; they
     are read once more, soon, and would else be driven out by keys and values. The rest: see SplitKnobs.
@@ -390,7 +391,7 @@ def _draft_kernel(
     first = tl.cdiv(begin, BLOCK) * BLOCK
     last = tl.where((kind & LAST_PART) != 0, end, tl.cdiv(begin + tokens, BLOCK) * BLOCK)
     place = h.to(tl.int64) * blocks + column // BLOCK  # this request's first block
-    # Of who is only scored no block has values, so that more of them can be on their way.
+    # Who is only scored needs no values: a loop of their own loads and multiplies none.
     middle = last
     if ELSEWHERE:
         middle = tl.where(only_scored, first, last)
