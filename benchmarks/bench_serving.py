@@ -8,6 +8,7 @@ Arms (each its own server, `--repeats` times in alternating order):
   sts-dense            sts with every target layer dense: what capture and selection cost
   sts                  sts with the given --sts-config and, where there is a draft, "draft": "dense"
   sts-draft            the same with "draft": "all", which is what chains have by default
+  sts-extend           sts with "draft": "extend"
   sts-draft-refresh    that one with "draft_refresh": 4; sts-draft-refresh-2: with 2
   sts-draft-every      sts with "draft": "every"
   sts-draft-kv         sts with "draft_kv": "fp8_e4m3", where `stock-fp8` runs

@@ -33,6 +33,7 @@ from sts_sglang.tools.local_server import LocalServer, stop_when_terminated
 
 NEW_TOKENS = 48
 DTYPES = ("bfloat16", "float16")
+BACKENDS = ("flashinfer", "triton")
 AT_ONCE = 8  # requests to a server
 
 
@@ -143,11 +144,13 @@ def main() -> None:
     p.add_argument("--prompts", type=int, default=800, help="of 48 tokens each (%(default)s)")
     p.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES, help="(both)")
     p.add_argument("--rounded", action="store_true", help="read by another attention, see above")
-    p.add_argument("--backends", nargs="+", help="of SGLang, on a GPU, beside FA3, see above")
+    p.add_argument("--backends", nargs="+", choices=BACKENDS, help="of SGLang, on a GPU, see above")
     p.add_argument("--out", type=Path, help="JSONL, appended to")
     args = p.parse_args()
     if args.rounded and args.backends:
         p.error("--rounded: no server attends so; leave it out, or --backends")
+    if args.backends and not torch.cuda.is_available():
+        p.error("--backends: FA3, which they are compared with, needs a GPU")
     if args.backends:
         for dtype in args.dtypes:
             for row in between_backends(dtype, args.backends, questions(args.prompts, 70_000)):

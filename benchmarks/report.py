@@ -65,15 +65,17 @@ ANSWERS = """\
   the latest tokens alone cost {recent_10}. The loss on held-out text of {texts} tokens
   changes by {text_10}.
 - That is the shipped pair, **which was trained to attend to few tokens**, with its STANDALONE draft,
-  dense; the default's sparse one changes answers by {sparse_answers_sts-draft_10} points against it. A rival
+  dense; the default's sparse one changes those over 4,096 and 16,384 by {sparse_answers_sts-draft_10} \
+points against it. A rival
   answers as well (Quest: {quest_10} points). Its EAGLE-3 head's choice alone changes answers by {e3t_sts_10}
-  points at 4,096 tokens; [`"selector": "tokens"`](docs/method.md#tokens), where the target's \
+  points at 4,096 tokens (in another run {eagle3_sts_10}); [`"selector": "tokens"`](docs/method.md#tokens), \
+where the target's \
 own queries score short forms of all keys, by {e3t_tokens_10}.
 - **On a model that nobody here trained, token scores hold at a tenth, and a draft's choice does not.**
   Text of {smol_texts} tokens loses, by SmolLM2-135M alone, {smol_text_tokens_10} %,
   with an EAGLE-3 head {smol_e3_text_tokens_10} %; by that head's own choice and a calibrated
-  map {smol_e3_text_map_10} %, and {smol_e3_answers_map_10} points of \
-answers. [Measure yours](docs/evaluate.md) first."""
+  map {smol_e3_text_map_10} %, and {smol_e3_answers_map_10} points of answers \
+over the first two. [Measure yours](docs/evaluate.md) first."""
 
 
 def report() -> str:

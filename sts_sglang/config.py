@@ -439,9 +439,9 @@ class StsConfig:
         unserved = [
             (
                 not self.sparse_steps,
-                f"draft {self.draft!r}: only a selection of sparse steps is kept, and steps that are dense "
-                "score in every round anyway",
-                "or draft 'steps' or 'all' of a launch with a draft",
+                f"draft {self.draft!r}: only a selection of sparse steps is kept, and steps that are dense, "
+                "as those of 'auto' may be, score in every round anyway",
+                "or draft 'steps', 'all' or 'every' of a launch with a draft",
             ),
             (
                 self.selector == "joined",

@@ -539,8 +539,9 @@ def test_what_a_sparse_first_step_cannot_go_with_is_refused() -> None:
     [
         (
             {},
-            "draft 'auto': only a selection of sparse steps is kept, and steps that are dense score in every "
-            "round anyway; allowed: 1, or draft 'steps' or 'all' of a launch with a draft",
+            "draft 'auto': only a selection of sparse steps is kept, and steps that are dense, as those of "
+            "'auto' may be, score in every round anyway; allowed: 1, or draft 'steps', 'all' or 'every' of a "
+            "launch with a draft",
         ),
         ({"draft": "extend"}, "draft 'extend': only .*; allowed: 1, or draft 'steps'"),
         ({"draft": "all", "selector": "joined"}, "selector 'joined', .*; allowed: 1, or another one"),

@@ -203,8 +203,8 @@ def asked(folders: list[str], whose: str, named: dict[str, str] = QUALITY, over:
     items = " and ".join(dict.fromkeys(str(h["items"]) for h in heads))
     parts.append(
         f"Points of accuracy, mean over tasks, and percent of the loss, against the same server's dense "
-        f"{over}, 95 % intervals; bold excludes 0. {heads[0]['device']}, {items} items a task, commit "
-        f"{commits}, {whose}."
+        f"{over}, 95 % intervals; bold excludes 0 over 20 documents a task or more. {heads[0]['device']}, "
+        f"{items} items a task, commit {commits}, {whose}."
     )
     return "\n\n".join(parts)
 

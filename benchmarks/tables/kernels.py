@@ -8,7 +8,7 @@ import statistics
 
 from benchmarks.quality.report import table
 from benchmarks.shapes import Shape
-from benchmarks.tables import MISSING, commits, gpus, rows, timings
+from benchmarks.tables import MISSING, card, commits, gpus, rows, timings
 from sts_sglang.evaluate.pair import NONE
 
 OPS = {
@@ -33,7 +33,7 @@ CLASSES = {
         "flash::",
     ),
     "matrix products": ("nvjet", "cublas"),
-    "sparse verify": ("_verify_kernel", "_verify_merge_kernel", "_plan_kernel"),
+    "verify, and sparse steps of the draft": ("_verify_kernel", "_verify_merge_kernel", "_plan_kernel"),
     "pooling of importance": ("_pool_kernel",),
     "selection, sizes and spread": ("_select_kernel", *PARTED, "_sizes_kernel", "_spread_kernel"),
     "history": ("_remember_kernel", "_claim_kernel"),
@@ -250,9 +250,13 @@ def round_time() -> str:
         cells.append(f"{r['round_us'] / 1000:.2f}")
         drafts = {"EAGLE3": "EAGLE-3, "}.get(r.get("algorithm"), "")
         drafts += f"topk {r['topk']}, " if r.get("topk", 1) > 1 else ""
-        lines.append([f"`{r['arm']}`, {drafts}{Shape.of(r).shown()}, {r['commit']}", *cells])
-    note = f"Milliseconds of one round, means over {found[0]['rounds']} rounds. {gpus(found)}."
-    head = ["server", *CLASSES, OTHERS, "idle device", "for a late host", "round"]
+        named = f"`{r['arm']}`, {drafts}{Shape.of(r).shown()}, {card(r['gpu'])}, {r['commit']}"
+        lines.append([named, *cells])
+    note = (
+        f"Milliseconds of one round, means over {found[0]['rounds']} rounds. Arms are those of "
+        f"[bench_serving.py](bench_serving.py): `sts` has a dense draft, `sts-draft` the default's."
+    )
+    head = ["server", *CLASSES, OTHERS, "idle device", "of it for a late host", "round"]
     return table(head, lines) + "\n\n" + note
 
 

@@ -296,6 +296,8 @@ def report_of(
         )
     if found is None:
         remedy = "serve without sts, or try other keeps, and the lengths that you serve"
+        if any(not j.shown for j in judged):
+            remedy = "more --items may show that one does; else " + remedy
         return "\n".join([*lines, f"no keep passes the gate: {remedy}"])
     extra = list(plan.server_args)
     if plan.known.bounded:  # SGLang asks the draft for as many positions as the target has
