@@ -221,11 +221,11 @@ def test_a_round_is_parted_by_kernels(tmp_path, monkeypatch):
     (tmp_path / "profile.jsonl").write_text(json.dumps(row))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     own = "1.50 | 2.00 | 0.25 | 0.00 | 0.00 | 0.00 | 0.12 | 0.12"
-    assert f"| `sts`, 1,000 x 2, c | {own} | – | 4.00 |" in kernels.round_time()
+    assert f"| `sts`, 1,000 x 2, G, c | {own} | – | 4.00 |" in kernels.round_time()
     row |= {"late_us": 60}
     (tmp_path / "profile.jsonl").write_text(json.dumps(row))
     of_pairs = kernels.round_time()
-    assert f"| `sts`, 1,000 x 2, c | {own} | 0.06 | 4.00 |" in of_pairs
+    assert f"| `sts`, 1,000 x 2, G, c | {own} | 0.06 | 4.00 |" in of_pairs
     assert kernels.step_time() == "Not measured yet."
     parts = {"page_scores": 500, "pages": 250, "tokens": 0, "select": 250, "rest": 2000}
     step = {**row, "algorithm": "NONE", "tp": 1, "parts": parts, "select_share": 0.25, "kernels": {}}
