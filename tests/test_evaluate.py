@@ -429,12 +429,11 @@ def test_a_target_alone_has_no_flags_of_a_draft(tiny):
     assert known.pair.named() == {"target": "target", "draft": None, "algorithm": "NONE"}
 
 
-def said(known: pair.Known, config: dict, device: str = "cuda", server_args: list | None = None):
+def said(known: pair.Known, config: dict, device: str = "cuda", server_args: list | None = None, **more):
     """As much of a plan as a report is made of."""
-    suite = SimpleNamespace(checksum="0")
-    return SimpleNamespace(
-        config=config, known=known, suite=suite, device=device, server_args=server_args or []
-    )
+    suite, tasks = SimpleNamespace(checksum="0"), [items.LOSS, "needle"]
+    plan = {"config": config, "known": known, "suite": suite, "device": device, "tasks": tasks}
+    return SimpleNamespace(**{**plan, "server_args": server_args or [], **more})
 
 
 def test_where_every_task_is_left_out_they_are_named_and_nothing_is_shown(tmp_path, capsys, monkeypatch):
@@ -457,6 +456,23 @@ def test_where_no_keep_passes_it_is_said_what_the_floor_of_a_server_would_change
     assert last.startswith("no keep passes the gate")
     plan.config["budget"] = 0
     assert "floor" not in command.report_of(plan, "", judged, [], None)
+
+
+@pytest.mark.parametrize("documents, decide", [(3, True), (50, False)])
+def test_where_no_keep_passes_it_is_said_whether_more_items_may_decide(tiny, documents: int, decide: bool):
+    hit, missed = [1.0] * documents, [0.0 if documents == 50 else 1.0] * documents
+    found = cells({0.1: DENSE_TEXT, 1.0: DENSE_TEXT}, {"needle": {0.1: missed, 1.0: hit}})
+    judged, plan = [gate.judge(found, 0.1)], said(pair.check(str(tiny["target"]), None, None), {})
+    last = command.report_of(plan, "", judged, [], None).splitlines()[-1]
+    assert ("more --items may show" in last) == decide and "serve without sts" in last
+
+
+def test_what_was_not_asked_for_is_said(tiny):
+    known = pair.check(str(tiny["target"]), None, None)
+    judged = [gate.judge(cells({0.1: DENSE_TEXT, 1.0: DENSE_TEXT}, {}), 0.1)]
+    for tasks in ([items.LOSS], ["needle"]):
+        report = command.report_of(said(known, {}, tasks=tasks), "", judged, [], None)
+        assert ("`text` was not asked for" in report) == (tasks == ["needle"])
 
 
 @pytest.mark.parametrize("draft", [None, "eagle3"])

@@ -272,6 +272,7 @@ def report_of(
 ) -> str:
     """Markdown: the models, the table, what was left out, the verdict, and the command to serve with."""
     from sts_sglang.evaluate import gate, pair
+    from sts_sglang.evaluate.items import LOSS
 
     models = plan.known.pair
     named = models.named()
@@ -286,6 +287,8 @@ def report_of(
         remedy = "ask with texts like those you serve, at other lengths, or for `text` as well"
         return "\n".join([*lines, f"nothing is shown, for dense attention does none of the tasks: {remedy}"])
     lines += [f"keep {j.keep:g} {gate.verdict(j)}: {'; '.join(j.problems)}" for j in judged if j.problems]
+    if LOSS not in plan.tasks:
+        lines.append(f"(`{LOSS}` was not asked for: what it loses, rule 1 of the gate, is not known)")
     if found is not None:
         lines.append(f"keep {found.keep:g} is the smallest that passes")
     if "budget" not in plan.config:
