@@ -48,10 +48,13 @@ QUICK = [
     for c, b in ((32768, 1), (32768, 8), (131072, 1))
     for s in (0, 1)
 ]
-TUNED = [shape for shape in QUICK if shape["step"] == 0]
-TUNED += [
-    {"context": c, "batch": b, "dim": 128, "group": 4, "step": 0}
-    for c, b in ((32768, 8), (32768, 24), (131072, 1))
+FIRST = [shape for shape in QUICK if shape["step"] == 0]  # the step that scores the carried row too
+TUNED = [
+    *FIRST,
+    *(
+        {"context": c, "batch": b, "dim": 128, "group": 4, "step": 0}
+        for c, b in ((32768, 8), (32768, 24), (131072, 1))
+    ),
 ]
 # Whatever the bytes of a key.
 SPLIT_GRID = settings(
@@ -258,8 +261,8 @@ def main() -> None:
     add_heads(p)
     args = p.parse_args()
     shapes = TUNED if args.tune else QUICK if args.quick else FULL
-    if args.heads:  # the step that scores the carried row too
-        shapes = heads_of([shape for shape in QUICK if shape["step"] == 0])
+    if args.heads:
+        shapes = heads_of(FIRST)
     if args.fp8:
         shapes = [{**shape, "stored": "float8_e4m3fn"} for shape in shapes]
     grid = [*SPLIT_GRID, *POOL_GRID, {"early": False}] if args.tune else [{}]

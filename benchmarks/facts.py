@@ -76,11 +76,9 @@ def _speed() -> dict[str, str]:
     found = serving.drafted()
     low, high = serving.null_result(found)
     of_gpus = tables.by_gpu(found)
-    over = partial(serving.gain, of_gpus["NVIDIA H200"], over="stock-spec-captured")
-    long, slower = (32_000, 8), []
-    more = [
-        serving.gain(of_gpus["NVIDIA H200"], REFRESHED, shape, "sts-draft") for shape in ((128_000, 1), long)
-    ]
+    anew, long, slower = of_gpus["NVIDIA H200"], (32_000, 8), []
+    shapes = ((128_000, 1), long)  # that were measured anew
+    more = [serving.gain(anew, REFRESHED, shape, "sts-draft") for shape in shapes]
     found = of_gpus["NVIDIA H100 80GB HBM3"]  # cells of one card alone are compared
     for shape in tables.shapes_of(found):
         captured, dense = (
@@ -98,11 +96,10 @@ def _speed() -> dict[str, str]:
         "gain_32k": f"{serving.gain(found, 'sts', long, 'stock-spec'):.2f}x",
         "gain_32k_draft": f"{serving.gain(found, 'sts-draft', long, 'stock-spec'):.2f}x",
         **{
-            f"anew{name}_{n}": f"{over(arm, (n, r)):.2f}x"
-            for name, arm in (("", "sts"), ("_draft", "sts-draft"))
-            for n, r in ((128_000, 1), long)
+            f"{name}_{shape[0]}": f"{serving.gain(anew, arm, shape, 'stock-spec-captured'):.2f}x"
+            for name, arm in (("anew", "sts"), ("anew_draft", "sts-draft"), ("refresh_alone", REFRESHED))
+            for shape in shapes
         },
-        **{f"refresh_alone_{n}": f"{over(REFRESHED, (n, r)):.2f}x" for n, r in ((128_000, 1), long)},
         "refresh_more_least": f"{100 * (min(more) - 1):.1f}",
         "refresh_more_most": f"{100 * (max(more) - 1):.1f} %",
         "null_low": f"{low:.2f}x",

@@ -429,11 +429,12 @@ def test_a_target_alone_has_no_flags_of_a_draft(tiny):
     assert known.pair.named() == {"target": "target", "draft": None, "algorithm": "NONE"}
 
 
-def said(known: pair.Known, config: dict, device: str = "cuda", server_args: list | None = None, **more):
+def said(known: pair.Known, config: dict, device="cuda", server_args=(), tasks=(items.LOSS, "needle")):
     """As much of a plan as a report is made of."""
-    suite, tasks = SimpleNamespace(checksum="0"), [items.LOSS, "needle"]
-    plan = {"config": config, "known": known, "suite": suite, "device": device, "tasks": tasks}
-    return SimpleNamespace(**{**plan, "server_args": server_args or [], **more})
+    suite = SimpleNamespace(checksum="0")
+    return SimpleNamespace(
+        config=config, known=known, suite=suite, device=device, server_args=server_args, tasks=tasks
+    )
 
 
 def test_where_every_task_is_left_out_they_are_named_and_nothing_is_shown(tmp_path, capsys, monkeypatch):

@@ -153,7 +153,7 @@ def front() -> str:
         f"names another card), dummy weights, "
         f"simulated accept length {shown[0]['simulated']:g}, prefix cached. Stock is SGLang "
         f"{shown[0]['sglang']} with FA3 and its draft-extend in a CUDA graph (as shipped it has none); a "
-        f"gain is of a run that had both."
+        "gain is of a run that had both."
     )
     ends = [*null_result(heads, FRONT_ARMS), *null_result(drafts)]
     low, high = min(ends), max(ends)

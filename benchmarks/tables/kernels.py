@@ -162,7 +162,7 @@ def draft_h200() -> str:
     ]
     note = (
         f"Microseconds of one layer's first step of a round, 32 query and 8 KV heads. *Silent*: no head has "
-        f"importance to leave; *alone*: of rows that attend elsewhere, by keys without values. "
+        "importance to leave; *alone*: of rows that attend elsewhere, by keys without values. "
         f"{gpus(found)}, commit {commits(found)}."
     )
     return table(["context x requests", "heads of", *DRAFT_ON_H200], lines) + "\n\n" + note
@@ -254,7 +254,7 @@ def round_time() -> str:
         lines.append([named, *cells])
     note = (
         f"Milliseconds of one round, means over {found[0]['rounds']} rounds. Arms are those of "
-        f"[bench_serving.py](bench_serving.py): `sts` has a dense draft, `sts-draft` the default's."
+        "[bench_serving.py](bench_serving.py): `sts` has a dense draft, `sts-draft` the default's."
     )
     head = ["server", *CLASSES, OTHERS, "idle device", "of it for a late host", "round"]
     return table(head, lines) + "\n\n" + note
